@@ -1,0 +1,42 @@
+"""Mistakes that a user can mend, told in one line.
+
+A mistake of the user's is a `UserError`: its text names the value, the place and the mend. Scripts run their `main` through
+`run_script`, which prints that one line to stderr and exits with code 2, without a traceback; every other exception is a
+fault of this program and keeps its traceback.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message says what is wrong, where, and what to do about it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name closest to `name`, as the tail of an error message: "; nearest: 'v_proj'", or all of the known ones."""
+    known = list(known)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; nearest: {match[0]!r}" if match else f"; known: {', '.join(sorted(known))}"
+
+
+def describe(problems: list[str], most: int = 8) -> str:
+    """Several problems in one line, the first `most` of them in full."""
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + more
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main` and exit: 0 done, 2 a mistake of the user's, 130 interrupted with Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_one_line(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _one_line(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

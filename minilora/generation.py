@@ -1,0 +1,167 @@
+"""Turning logits into text, one token at a time.
+
+The prompt goes through the model once and fills the KV cache; after that every new token costs one pass over one place. Prompts of
+different lengths are padded on the left, so that all of them end at the same place, and the padding is a document of its own
+(see `minilora.model`): every row gets exactly the numbers it would get alone.
+
+Sampling is a chain of small changes to the logits, in the order that transformers applies them: repetition penalty, temperature,
+top-k, top-p, then a draw. Temperature 0 means greedy: the most likely token, always.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from minilora.errors import UserError
+from minilora.model import PADDING, CausalLM, KVCache
+from minilora.tokenizer import Tokenizer
+
+
+def generate(
+    model: CausalLM,
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor | None = None,  # (B, T): 0 where a row is padded, on the left
+    *,
+    max_new_tokens: int = 128,
+    eos_token_ids: Sequence[int] | None = None,  # None: the model's own; (): never stop early
+    pad_token_id: int = 0,
+    use_cache: bool = True,
+    **sampling,  # temperature, top_k, top_p, repetition_penalty, generator: see `generate_stream`
+) -> Tensor:
+    """Continue each row: (B, T) -> (B, T + new), new <= max_new_tokens. A row that has ended is filled with `pad_token_id`."""
+    steps = generate_stream(
+        model,
+        input_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad_token_id,
+        use_cache=use_cache,
+        **sampling,
+    )
+    return torch.cat([input_ids, *(token.unsqueeze(1) for token in steps)], dim=1)
+
+
+@torch.no_grad()
+def generate_stream(
+    model: CausalLM,
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor | None = None,  # (B, T)
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,  # 0: greedy; below 1 sharper, above 1 flatter
+    top_k: int = 0,  # draw among the k most likely; 0: all
+    top_p: float = 1.0,  # draw among the most likely that together have this probability
+    repetition_penalty: float = 1.0,  # above 1: tokens already in the row become less likely
+    eos_token_ids: Sequence[int] | None = None,
+    pad_token_id: int = 0,
+    use_cache: bool = True,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """The new tokens as they come, (B,) a step. Ends when every row has ended or after `max_new_tokens`."""
+    _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    (B, T), device = input_ids.shape, input_ids.device
+    eos = torch.tensor(list(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids), device=device)
+    documents = None
+    if attention_mask is not None and not attention_mask.all():
+        if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
+            raise ValueError("attention_mask has zeros after ones; generation wants the padding on the left")
+        documents = torch.where(attention_mask.bool(), 0, PADDING)  # (B, T)
+    cache = None
+    if use_cache:
+        cache = KVCache(model.config, B, T + max_new_tokens, model.model.norm.weight.dtype, device)
+    sequence, new = input_ids, input_ids  # the whole row so far, and the part that the model has not seen
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        hidden = model.model(new, document_ids=documents, cache=cache)  # (B, new, D)
+        logits = model.lm_head(hidden[:, -1]).float()  # (B, V)
+        if repetition_penalty != 1.0:
+            logits = penalize_repetition(logits, sequence, repetition_penalty, attention_mask)
+        token = sample(logits, temperature, top_k, top_p, generator).masked_fill(ended, pad_token_id)  # (B,)
+        ended = ended | torch.isin(token, eos)
+        yield token
+        if ended.all():
+            return
+        sequence = torch.cat((sequence, token.unsqueeze(1)), dim=1)
+        if attention_mask is not None:
+            attention_mask = torch.cat((attention_mask, torch.ones_like(attention_mask[:, :1])), dim=1)
+        new = token.unsqueeze(1) if use_cache else sequence
+        if documents is not None:
+            last = torch.zeros_like(documents[:, :1])
+            documents = last if use_cache else torch.cat((documents, last), dim=1)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one token from each row: (B, V) -> (B,). See `generate_stream` for the arguments."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """All but the k largest of each row (and what ties with the k-th) set to -inf. k = 0 keeps all. (B, V) -> (B, V)."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751, section 3.1): the smallest set of tokens with probability >= p."""
+    if p >= 1.0:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True)  # (B, V)
+    probability = ordered.softmax(-1)
+    before = probability.cumsum(-1) - probability  # of all tokens that are more likely
+    dropped = (before >= p).scatter(-1, order, before >= p)
+    return logits.masked_fill(dropped, float("-inf"))
+
+
+def penalize_repetition(logits: Tensor, sequence: Tensor, penalty: float, attention_mask: Tensor | None = None) -> Tensor:
+    """Divide positive logits of tokens in the row by `penalty`, multiply negative ones (Keskar et al. 2019, arXiv:1909.05858, 4.1).
+
+    logits: (B, V), sequence: (B, T) -> (B, V). Padding does not count as said.
+    """
+    said = torch.zeros_like(logits, dtype=torch.long)
+    weight = torch.ones_like(sequence) if attention_mask is None else attention_mask.to(sequence.dtype)
+    said = said.scatter_add(1, sequence, weight).bool()  # (B, V)
+    return torch.where(said, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def generate_text(model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], batch_size: int = 32, **settings) -> list[str]:
+    """The completion of every prompt, without the prompt and without what follows its EOS. `settings` as in `generate_stream`."""
+    device = model.model.embed_tokens.weight.device
+    rows = [tokenizer.encode(prompt) for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # neighbours of like length: little padding
+    eos = set(settings.setdefault("eos_token_ids", model.config.eos_token_ids or (tokenizer.eos_id,)))
+    texts = [""] * len(rows)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        input_ids, attention_mask = pad_left([rows[i] for i in chosen], tokenizer.pad_id, device)
+        output = generate(model, input_ids, attention_mask, pad_token_id=tokenizer.pad_id, **settings)
+        for i, row in zip(chosen, output[:, input_ids.shape[1] :].tolist(), strict=True):
+            end = next((place for place, token in enumerate(row) if token in eos), len(row))
+            texts[i] = tokenizer.decode(row[:end])
+    return texts
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as (B, T) ids and the (B, T) mask that is 0 on the padding."""
+    T = max(len(row) for row in rows)
+    input_ids = torch.tensor([[pad_id] * (T - len(row)) + list(row) for row in rows], device=device)
+    attention_mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=device)
+    return input_ids, attention_mask
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if temperature < 0:
+        raise UserError(f"temperature must be at least 0, not {temperature}")
+    if top_k < 0:
+        raise UserError(f"top_k must be at least 0 (0: off), not {top_k}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if repetition_penalty <= 0:
+        raise UserError(f"repetition_penalty must be above 0, not {repetition_penalty}")

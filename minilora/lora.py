@@ -1,0 +1,199 @@
+"""LoRA: a trainable low-rank update beside a frozen linear layer (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    y = x W^T + b  +  scaling * dropout(x) A^T B^T              A: (r, in)   B: (out, r)   scaling = alpha / r
+
+Only A and B are trained: r * (in + out) numbers instead of in * out. A starts random and B at zero, so that the adapted model is
+exactly the base model before the first step, and the first gradient reaches B alone. The product B A, as large as W, is never
+formed in training: x goes through A first, which costs r/in of the layer's own work. It is formed once, to merge.
+
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) scales by alpha / sqrt(r), which keeps the size of the update
+independent of r where alpha / r shrinks it.
+
+A and B are float32 whatever the compute dtype: AdamW's steps are far below bfloat16's spacing, and float16 gradients cannot be
+unscaled safely. They are cast to the activations' dtype for the two thin products.
+
+`LoraLinear` wraps a layer and holds several adapters by name, of which one, or none, is active. Nothing happens in `train()` and
+`eval()` but dropout: merging is a verb of its own.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.config import LoraConfig
+from minilora.errors import UserError, nearest
+
+OUTPUT_HEAD = "lm_head"
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and its adapters. x: (..., in) -> (..., out)."""
+
+    def __init__(self, base_layer: nn.Linear):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ParameterDict()  # name -> (r, in) float32
+        self.lora_B = nn.ParameterDict()  # name -> (out, r) float32
+        self.configs: dict[str, LoraConfig] = {}
+        self.active: str | None = None  # the adapter that forward applies
+        self.merged: str | None = None  # the adapter that the base weight holds at present
+
+    def add_adapter(self, name: str, config: LoraConfig) -> None:
+        """Give the layer a new adapter with A ~ kaiming_uniform(a=sqrt(5)), that is U(-1/sqrt(in), 1/sqrt(in)), and B = 0."""
+        out_features, in_features = self.base_layer.out_features, self.base_layer.in_features
+        place = dict(dtype=torch.float32, device=self.base_layer.weight.device)
+        A = torch.empty(config.r, in_features, **place)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.lora_A[name] = nn.Parameter(A)
+        self.lora_B[name] = nn.Parameter(torch.zeros(out_features, config.r, **place))
+        self.configs[name] = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)  # (..., out)
+        if self.active is None or self.merged is not None:
+            return y
+        config = self.configs[self.active]
+        x = F.dropout(x, config.lora_dropout, self.training)
+        narrow = F.linear(x, self.lora_A[self.active].to(x.dtype))  # (..., r)
+        return y + F.linear(narrow, self.lora_B[self.active].to(x.dtype)) * config.scaling
+
+    def delta_weight(self, name: str) -> Tensor:
+        """scaling * B A, float32 (out, in): what merging adds to the weight."""
+        return (self.lora_B[name] @ self.lora_A[name]) * self.configs[name].scaling
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W <- W + scaling * B A of the active adapter, added in float32 and rounded once to W's dtype."""
+        if self.active is not None and self.merged is None:
+            self._add_to_weight(self.delta_weight(self.active))
+            self.merged = self.active
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract what `merge` added. With u the rounding unit of W's dtype, |W' - W| <= u (|W + BA| + |W'|) elementwise."""
+        if self.merged is not None:
+            self._add_to_weight(-self.delta_weight(self.merged))
+            self.merged = None
+
+    def _add_to_weight(self, delta: Tensor) -> None:
+        weight = self.base_layer.weight
+        weight.copy_(weight.float() + delta)
+
+
+def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
+    """Freeze the model, wrap the layers that `config.target_modules` names, and make the new adapter active and trainable.
+
+    `target_modules` is a list of leaf names (`q_proj`) or full names, or a string: `all-linear` (every linear layer but the output
+    head) or a regular expression that matches whole names. Raises UserError for a name that no layer has, for an adapter name
+    in use, and for a tied output head.
+    """
+    if not name or "." in name:
+        raise UserError(f"adapter name {name!r} must be a word without dots")
+    if name in adapter_names(model):
+        raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it first")
+    targets = match_targets(model, config.target_modules)
+    if OUTPUT_HEAD in targets and model.config.tie_word_embeddings:
+        raise UserError(f"lora_target names {OUTPUT_HEAD!r}, whose weight is the embedding's in this model; leave it out")
+    if merged := [m for m in lora_layers(model).values() if m.merged is not None]:
+        raise UserError(f"adapter {merged[0].merged!r} is merged into the weights; unmerge it before adding {name!r}")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for target in targets:
+        layer = model.get_submodule(target)
+        if not isinstance(layer, LoraLinear):
+            layer = LoraLinear(layer)
+            model.set_submodule(target, layer)
+        layer.add_adapter(name, config)
+    set_adapter(model, name)
+
+
+def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] | str) -> list[str]:
+    """Full names of the linear layers that `target_modules` names, in the model's order (see `add_lora`)."""
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoraLinear)) and not n.endswith(".base_layer")]
+    if target_modules in ("all-linear", "all"):
+        return [n for n in names if n != OUTPUT_HEAD]
+    if isinstance(target_modules, str):
+        try:
+            found = [n for n in names if re.fullmatch(target_modules, n)]
+        except re.error as error:
+            raise UserError(f"lora_target {target_modules!r} is not a regular expression: {error}") from error
+        if not found:
+            raise UserError(f"lora_target {target_modules!r} matches no layer; it must match a whole name such as {names[0]!r}")
+        return found
+    for target in target_modules:
+        if not any(_names_layer(target, n) for n in names):
+            leaves = {n.rpartition(".")[2] for n in names}
+            raise UserError(f"lora_target names {target!r}, which no linear layer is called{nearest(target, leaves | set(names))}")
+    return [n for n in names if any(_names_layer(t, n) for t in target_modules)]
+
+
+def _names_layer(target: str, name: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
+    """Full name -> wrapped layer, of all wrapped layers or of those that have `adapter`."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+    return {n: m for n, m in layers.items() if adapter is None or adapter in m.configs}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The adapters on the model, in the order of their names."""
+    return sorted({name for layer in lora_layers(model).values() for name in layer.configs})
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Full name -> parameter, of those that an optimizer should see."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Make one adapter the active and trainable one; None switches to the base model alone."""
+    if name is not None:
+        _check_adapter(model, name)
+    for layer in lora_layers(model).values():
+        if layer.merged is not None and layer.merged != name:
+            raise UserError(f"adapter {layer.merged!r} is merged into the weights; unmerge it before switching to {name!r}")
+    for layer in lora_layers(model).values():
+        layer.active = name if name in layer.configs else None
+        for adapter in layer.configs:
+            layer.lora_A[adapter].requires_grad_(adapter == name)
+            layer.lora_B[adapter].requires_grad_(adapter == name)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the active adapter to the base weights, so that it costs nothing at inference. `unmerge_lora` takes it out again."""
+    for name, layer in lora_layers(model).items():
+        if name == OUTPUT_HEAD and model.config.tie_word_embeddings:
+            raise UserError(f"{OUTPUT_HEAD!r} shares its weight with the embedding; merging would change both")
+        layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Subtract a merged adapter from the base weights (see `LoraLinear.unmerge` for the rounding that remains)."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def remove_lora(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter off the model, or all of them. A merged adapter stays in the weights: unmerge first to be rid of it.
+
+    Layers without an adapter left become the plain layers they were, so parameter names are the checkpoint's again.
+    """
+    if name is not None:
+        _check_adapter(model, name)
+    for path, layer in lora_layers(model, name).items():
+        for adapter in [name] if name is not None else list(layer.configs):
+            del layer.configs[adapter], layer.lora_A[adapter], layer.lora_B[adapter]
+            layer.active = None if layer.active == adapter else layer.active
+            layer.merged = None if layer.merged == adapter else layer.merged
+        if not layer.configs:
+            model.set_submodule(path, layer.base_layer)
+
+
+def _check_adapter(model: nn.Module, name: str) -> None:
+    if name not in adapter_names(model):
+        raise UserError(f"the model has no adapter called {name!r}{nearest(name, adapter_names(model))}")

@@ -1,0 +1,237 @@
+"""One decoder for Llama, Mistral, Qwen2 and Qwen3.
+
+    x = embed(ids)                                            (B, T, D)
+    for each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
+    logits = lm_head(norm(x))                                 (B, T, V)
+
+The families differ in flags of `ModelConfig` only: biases, a norm on queries and keys, a window, a tied head. Parameter names
+are Hugging Face's, so that loading a checkpoint is the identity and PEFT's adapter keys are a prefix away.
+
+Packed sequences. `document_ids` (B, T) says which document each token belongs to, in runs. A token sees only tokens of its own
+document, and positions restart with each one, so that several short examples in one row give exactly the numbers they give
+alone. Padding is a document of its own (PADDING), so batches of prompts with different lengths need nothing further.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from minilora import ops
+from minilora.config import ModelConfig, RopeConfig
+
+PADDING = -1  # the document id of tokens that are only there to fill a row
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far: 2 * layers * B * G * max_length * K numbers, allocated once."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | str):
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.document_ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
+        self.length = 0  # tokens held; `CausalLM.forward` advances it once all layers have written
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v: (B, G, T, K) to a layer; returns all of its keys and values (B, G, S, K), S = length + T."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE: H query heads share G key/value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        H, G, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        self.layer, self.head_dim = layer, K
+        self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * K, D, bias=config.o_bias)
+        self.q_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, K)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, K)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, K)
+        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, G, S, K)
+        y = ops.attention(q, k, v, mask)  # (B, H, T, K)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, F, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, F, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each on a normed copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)  # (B, T, D)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: ids to hidden states."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T)
+        position_ids: Tensor | None = None,  # (B, T)
+        document_ids: Tensor | None = None,  # (B, T)
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, (B, T, D)."""
+        T, past = input_ids.shape[1], 0 if cache is None else cache.length
+        if cache is not None:
+            if document_ids is not None:
+                cache.document_ids[:, past : past + T] = document_ids
+                document_ids = cache.document_ids[:, : past + T]  # (B, S): of the keys, the queries are the last T
+            elif cache.document_ids[:, :past].any():
+                raise ValueError("the cache holds packed or padded rows: give document_ids for the new tokens as well")
+        if position_ids is None:
+            if document_ids is None:
+                position_ids = torch.arange(past, past + T, device=input_ids.device).unsqueeze(0)  # (1, T)
+            else:
+                position_ids = positions_in_documents(document_ids)[:, past:]
+        x = self.embed_tokens(input_ids)  # (B, T, D)
+        cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, 1, T, K)
+        masks = {w: attention_mask(T, past + T, w, document_ids, x.device) for w in set(self.config.layer_windows)}
+        for layer, window in zip(self.layers, self.config.layer_windows, strict=True):
+            x = layer(x, cos, sin, masks[window], cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """The decoder with its output head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let the head share the embedding's weight if the configuration says so (again after weights were replaced)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T)
+        position_ids: Tensor | None = None,  # (B, T): places within the document; default: counted from document_ids
+        document_ids: Tensor | None = None,  # (B, T): see the module's docstring
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits of the next token at every place, (B, T, V)."""
+        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))
+
+    @torch.no_grad()
+    def init_weights(self, std: float = 0.02, seed: int = 0) -> None:
+        """Random weights for training from scratch: normal(0, std), norms one, biases zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """(B, S) ids in runs -> (B, S) place of each token within its run: [7, 7, 7, 2, 2] -> [0, 1, 2, 0, 1]."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def attention_mask(T: int, S: int, window: int | None, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
+    """Who sees whom: bool (B or 1, 1, T, S), the queries being the last T of the S keys.
+
+    A query sees the keys up to its own place, of its own document, and at most `window` of them. Padding sees itself and is
+    seen by no document, so no row of the softmax is empty. None where plain causality says it all (see `ops.attention`).
+    """
+    narrow = window is not None and window < S
+    if document_ids is None and not narrow and (T == S or T == 1):
+        return None
+    query = torch.arange(S - T, S, device=device).view(T, 1)
+    key = torch.arange(S, device=device).view(1, S)
+    mask = key <= query  # (T, S)
+    if narrow:
+        mask &= key > query - window
+    mask = mask.view(1, 1, T, S)
+    if document_ids is not None:
+        mask = mask & (document_ids[:, None, -T:, None] == document_ids[:, None, None, :])  # (B, 1, T, S)
+    return mask
+
+
+def rope_angles(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle position * frequency: (B, T) -> two float32 (B, 1, T, K), both halves of K alike."""
+    frequencies = rope_frequencies(config.rope, config.head_dim).to(position_ids.device)  # (K/2,)
+    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, K/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+@lru_cache
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per token of each of the K/2 rotating pairs, float32 (K/2,).
+
+    default: theta^(-2i/K) (arXiv:2104.09864, section 3.3). linear: all divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
+    llama3 (Llama 3.1): long wavelengths divided by `factor`, short ones kept, and a linear blend between.
+    """
+    frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if rope.rope_type == "linear":
+        return frequencies / rope.factor
+    if rope.rope_type == "llama3":
+        turns = rope.original_max_position_embeddings * frequencies / (2 * torch.pi)  # full turns within the old context
+        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)  # share of the old frequency
+        return torch.lerp(frequencies / rope.factor, frequencies, keep.clamp(0, 1))
+    return frequencies

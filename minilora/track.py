@@ -1,0 +1,145 @@
+"""What a run leaves to look at: a line or a bar in the terminal, metrics.jsonl, loss.png, and a model card.
+
+On a terminal there is one bar, redrawn in place; where output goes to a file, one line every `logging_steps`. Both hold the same:
+
+    step 120/360  loss 0.412  lr 2.1e-03  18.2k tok/s  0.9 GiB  0:14 left
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minilora.train_config import TrainConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker:
+    """Shows progress and appends each record to `metrics.jsonl` at once, so that a killed run keeps what it had."""
+
+    def __init__(self, directory: Path, total_steps: int):
+        self.path = directory / METRICS_FILE
+        self.file = self.path.open("w", encoding="utf-8", buffering=1)
+        self.total_steps = total_steps
+        self.started = time.perf_counter()
+        self.records: list[dict] = []
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, unit="step", bar_format="{percentage:3.0f}% {bar:24} {desc}", leave=True)
+
+    def log(self, **record: float) -> None:
+        """Write one line of metrics. `step` counts finished optimizer steps."""
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+
+    def progress(self, step: int, loss: float, lr: float, tokens_per_second: float, memory: int, show: bool) -> None:
+        """Advance the bar; without a terminal, print a line if `show`."""
+        left = (time.perf_counter() - self.started) / step * (self.total_steps - step)
+        text = (
+            f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.1e}  {short_number(tokens_per_second)} tok/s  "
+            f"{memory / 2**30:.2f} GiB  {minutes(left)} left"
+        )
+        if self.bar is not None:
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif show:
+            print(text, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """End the bar's line and the file."""
+        if self.bar is not None:
+            self.bar.close()
+        self.file.close()
+
+
+def short_number(value: float) -> str:
+    """1234567 -> '1.2M', 18200 -> '18.2k', 950 -> '950'."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{letter}"
+    return f"{value:.0f}"
+
+
+def minutes(seconds: float) -> str:
+    """75 -> '1:15', 3700 -> '1:01:40'."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def plot_loss(records: list[dict], path: Path) -> None:
+    """Training and evaluation loss over the steps, as a picture. Nothing is drawn before the first record."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    training = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    if not training:
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*training, strict=True), color="#3b6ea5", linewidth=1.4, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="#d1662f", linewidth=1.4, markersize=4, label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=130, format="png")
+    pyplot.close(figure)
+    os.replace(part, path)
+
+
+def write_model_card(path: Path, config: TrainConfig, base_model: str, figures: dict[str, str]) -> None:
+    """A README.md that the hub shows: what the adapter is for, how to load it, and the figures of its training."""
+    lora = config.lora_config()
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    scaling = "alpha / sqrt(r)" if lora.use_rslora else "alpha / r"
+    table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    path.write_text(
+        f"""---
+base_model: {base_model}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- minilora
+---
+
+# LoRA adapter for {base_model}
+
+Trained with minilora. Rank {lora.r}, alpha {lora.lora_alpha:g} (scaling {scaling}), dropout {lora.lora_dropout:g}, on: {targets}.
+
+| | |
+|---|---|
+{table}
+
+![loss](loss.png)
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_model!r}), "path/to/this/directory")
+```
+
+All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.
+""",
+        encoding="utf-8",
+    )

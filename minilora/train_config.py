@@ -1,0 +1,237 @@
+"""Every key of a training run: its name, its default, its meaning; and how a file and a command line become one.
+
+    python scripts/train.py --config run.yaml --learning_rate 1e-4
+
+A YAML file first, then overrides. Names are those of Hugging Face's TrainingArguments and of LLaMA-Factory; hyphens work like
+underscores, and the usual short names are aliases. A key that is not known is an error that names the nearest one: a misspelt key
+that is silently ignored costs a night of training.
+"""
+
+import inspect
+import math
+import re
+import types
+import typing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from minilora.config import LoraConfig
+from minilora.errors import UserError, nearest
+from minilora.optim import OPTIMIZERS, SCHEDULES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The comments are the manual that --help prints."""
+
+    # model
+    model_name_or_path: str | None = None  # directory or hub id; none: the small base model that comes with minilora
+    model_revision: str | None = None  # branch, tag or commit on the hub
+    # data
+    dataset: str | None = None  # .jsonl, .json or .txt file
+    eval_dataset: str | None = None  # a file of held-out examples
+    val_size: float = 0.0  # or hold out a share (below 1) or a number of the training examples
+    prompt_column: str = "prompt"  # what the prompt is called in the dataset
+    completion_column: str = "completion"  # what the completion is called
+    cutoff_len: int = 1024  # longer examples are cut at so many tokens, and counted
+    train_on_prompt: bool = False  # learn the prompt as well
+    # output
+    output_dir: str = "outputs"  # adapter, metrics, plot, model card, checkpoints
+    overwrite_output_dir: bool = False  # replace what an earlier run left there
+    # adapter
+    preset: str = "standard_r8_qkvo"  # minimal_r4_qv, standard_r8_qkvo, aggressive_r16_all, high_capacity_r32_all
+    lora_rank: int | None = None  # these five change single settings of the preset
+    lora_alpha: float | None = None  # none: the preset's, or 2 * lora_rank where that is given
+    lora_dropout: float | None = None
+    lora_target: str | list[str] | None = None  # layer names (q_proj,v_proj), a regular expression, or all
+    use_rslora: bool = False  # scale by alpha / sqrt(r)
+    # training
+    per_device_train_batch_size: int = 4  # examples in one pass through the model
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 4  # passes in one optimizer step
+    num_train_epochs: float = 3.0
+    max_steps: int = -1  # optimizer steps; above 0 it takes the place of num_train_epochs
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"  # cosine, linear, constant, polynomial
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0  # or as a share of all steps
+    optim: str = "adamw_torch"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    bf16: bool = False  # compute in bfloat16; neither: what is fast on this machine
+    fp16: bool = False  # compute in float16, on a GPU
+    seed: int = 42
+    # watching and saving
+    logging_steps: int = 10
+    eval_steps: int | None = None  # none: at the end of every epoch
+    save_steps: int = 500
+    save_total_limit: int | None = None  # keep so many checkpoints; the best one is kept beside them
+    load_best_model_at_end: bool = False  # end with the adapter of the lowest evaluation loss
+    early_stopping_patience: int | None = None  # stop after so many evaluations without a lower loss
+    exact_match_samples: int = 0  # held-out prompts to answer before and after, and to compare with the expected completion
+
+    def __post_init__(self):
+        positive = "cutoff_len per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs"
+        positive += (
+            " learning_rate logging_steps eval_steps save_steps save_total_limit early_stopping_patience lora_rank lora_alpha"
+        )
+        for name in positive.split():
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise UserError(f"{name} must be above 0, not {value:g}")
+        for name in "val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples".split():
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, not {getattr(self, name):g}")
+        for name, allowed in (("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} = {getattr(self, name)!r} is not known; choose from {', '.join(allowed)}")
+        if self.cutoff_len < 2:
+            raise UserError("cutoff_len must be at least 2: one token to read and one to learn")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"max_steps must be above 0, or -1 for num_train_epochs, not {self.max_steps}")
+        if self.warmup_ratio >= 1:
+            raise UserError(f"warmup_ratio must be below 1, not {self.warmup_ratio:g}: the rest is for training")
+        if self.warmup_ratio and self.warmup_steps:
+            raise UserError("warmup_steps and warmup_ratio are both set; choose one")
+        if self.eval_dataset and self.val_size:
+            raise UserError("eval_dataset and val_size are both set; choose one")
+        if not (self.eval_dataset or self.val_size):
+            for name in "load_best_model_at_end early_stopping_patience eval_steps exact_match_samples".split():
+                if getattr(self, name):
+                    raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
+        self.lora_config()
+
+    def lora_config(self) -> LoraConfig:
+        """The preset with this run's changes."""
+        changes = dict(r=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout)
+        if self.lora_rank is not None and self.lora_alpha is None:
+            changes["lora_alpha"] = 2 * self.lora_rank
+        if self.lora_target is not None:
+            changes["target_modules"] = _targets(self.lora_target)
+        return LoraConfig.preset(self.preset, use_rslora=self.use_rslora, **{k: v for k, v in changes.items() if v is not None})
+
+    def to_yaml(self) -> str:
+        """All keys, as a file that --config reads."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+ALIASES = {
+    "model": "model_name_or_path",
+    "data": "dataset",
+    "output": "output_dir",
+    "lora_r": "lora_rank",
+    "r": "lora_rank",
+    "target_modules": "lora_target",
+    "max_length": "cutoff_len",
+    "max_seq_length": "cutoff_len",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+
+
+def load_train_config(arguments: list[str], default_file: Path | None = None) -> TrainConfig:
+    """From a command line, without the program's name. `default_file` is read if it names no config, model or dataset."""
+    given = _parse_arguments(arguments)
+    file = given.pop("config", None)
+    values = _canonical(given, "the command line")
+    if file is None and default_file is not None and not {"model_name_or_path", "dataset"} & values.keys():
+        file = default_file
+    if file is not None:
+        values = _canonical(_read_yaml(Path(file)), str(file)) | values
+    kinds = typing.get_type_hints(TrainConfig)
+    return TrainConfig(**{name: _coerce(name, value, kinds[name]) for name, value in values.items()})
+
+
+def manual() -> str:
+    """The keys with their defaults and meanings, as they stand in this file."""
+    source = inspect.getsource(TrainConfig)
+    lines = re.findall(r"^    (# .+|\w+: .+ = .+)$", source.partition("def __post_init__")[0], re.MULTILINE)
+    shown = []
+    for line in lines:
+        if line.startswith("# "):
+            shown.append(f"\n{line[2:]}")
+        else:
+            name, _, default, meaning = re.fullmatch(r"(\w+): (.+?) = (.+?)(?:  # (.+))?", line).groups()
+            shown.append(f"  --{name} {default}".ljust(42) + (f"  {meaning}" if meaning else ""))
+    short = ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items())
+    return "usage: train.py [--config FILE.yaml] [--KEY VALUE ...]\n" + "\n".join(shown) + f"\n\nshort names: {short}\n"
+
+
+def _parse_arguments(arguments: list[str]) -> dict[str, object]:
+    """`--key value`, `--key=value`, and `--flag` alone for true."""
+    given: dict[str, object] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"{word!r} is not a key; write --key value, for example --config run.yaml")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = True if not rest or rest[0].startswith("--") else rest.pop(0)
+        given[key.replace("-", "_")] = value
+    return given
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"config {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config {path} must hold `key: value` lines")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _canonical(given: dict[str, object], place: str) -> dict[str, object]:
+    """Aliases replaced by the names they stand for; unknown and doubled keys refused."""
+    known = {field.name for field in fields(TrainConfig)}
+    values: dict[str, object] = {}
+    for key, value in given.items():
+        name = ALIASES.get(key, key)
+        if name not in known:
+            raise UserError(f"unknown key {key!r} in {place}{nearest(key, known | ALIASES.keys())}")
+        if name in values:
+            raise UserError(f"{name} is set twice in {place}, once as {key!r}")
+        values[name] = value
+    return values
+
+
+def _coerce(name: str, value: object, kind: object) -> object:
+    """A value from YAML or the command line as the type that the key has. YAML reads 1e-4 as text, so text is parsed here."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None or (value in ("none", "null") and type(None) in kinds):
+        if type(None) in kinds:
+            return None
+        raise UserError(f"{name} has no value")
+    if list[str] in kinds and isinstance(value, list):
+        return [str(entry) for entry in value]
+    if bool in kinds:
+        word = str(value).lower()
+        if word in ("true", "yes", "1", "false", "no", "0"):
+            return word in ("true", "yes", "1")
+        raise UserError(f"{name} must be true or false, not {value!r}")
+    if int in kinds or float in kinds:
+        try:
+            number = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number) or (float not in kinds and not number.is_integer()):
+            raise UserError(f"{name} must be a {'number' if float in kinds else 'whole number'}, not {value!r}")
+        return number if float in kinds else int(number)
+    if isinstance(value, (bool, list, dict)):
+        raise UserError(f"{name} must be text, not {value!r}")
+    return str(value)
+
+
+def _targets(value: str | list[str]) -> tuple[str, ...] | str:
+    """Names separated by commas, `all` or `all-linear`, or, where it has characters that no name has, a regular expression."""
+    if isinstance(value, list):
+        return tuple(value)
+    if value in ("all", "all-linear"):
+        return "all-linear"
+    if re.fullmatch(r"[\w\s.,-]+", value):
+        return tuple(name for name in re.split(r"[\s,]+", value) if name)
+    return value

@@ -1,0 +1,148 @@
+"""Model directories in Hugging Face's layout: `config.json` and safetensors files, single or sharded.
+
+Loading is lazy, tensor by tensor. The model is first built on the `meta` device, where parameters have shapes and no memory; the
+headers of the files, a few kilobytes each, say which tensors are there and of which shape, and everything that is wrong is listed
+in one error before the first weight is read. Then each tensor is read, converted, and put in its place. A file is mapped only
+while one of its tensors is copied out, so the peak is the model itself and one tensor: no weight is ever held twice.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minilora.config import ModelConfig
+from minilora.errors import UserError, describe
+from minilora.hub import resolve_model
+from minilora.model import CausalLM
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files; follows from the config
+
+
+def load_model(
+    path_or_hub_id: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    token: str | None = None,
+) -> CausalLM:
+    """A frozen model, in evaluation mode, from a local directory or a hub id.
+
+    dtype: of the weights and of all computing; None takes the one that `config.json` names. Raises UserError for a directory that
+    is not a model, a configuration that cannot be honoured, and corrupt, missing, unexpected or wrongly shaped tensors.
+    """
+    directory = resolve_model(str(path_or_hub_id), revision=revision, token=token)
+    config = read_config(directory)
+    dtype = dtype or _config_dtype(config, directory)
+    stored = StoredTensors(directory)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    wanted = dict(model.named_parameters())  # a tied head is not among them: it is the embedding
+    stored.check({name: tuple(p.shape) for name, p in wanted.items()}, ignore=_is_redundant(config))
+    large = sum(p.numel() for p in wanted.values()) > 5e8
+    for name in tqdm(wanted, desc="loading", unit=" tensors", leave=False, disable=None if large else True):
+        parent, _, leaf = name.rpartition(".")
+        weight = nn.Parameter(stored.read(name, dtype, device), requires_grad=False)
+        setattr(model.get_submodule(parent), leaf, weight)
+    model.tie_weights()
+    return model.eval()
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The configuration in a model directory. Raises UserError if it has none or one that cannot be honoured."""
+    if not (directory / CONFIG_FILE).is_file():
+        raise UserError(f"{directory} is not a model directory: it has no {CONFIG_FILE}")
+    return ModelConfig.from_file(directory / CONFIG_FILE)
+
+
+def save_model(model: CausalLM, directory: str | Path) -> None:
+    """Write a model without adapters as a directory that transformers, and `load_model`, read. A tied head is written once."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    raw = model.config.to_dict() | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    save_file(tensors, directory / (SINGLE_FILE + ".part"), metadata={"format": "pt"})
+    (directory / (CONFIG_FILE + ".part")).write_text(json.dumps(raw, indent=2) + "\n")
+    os.replace(directory / (SINGLE_FILE + ".part"), directory / SINGLE_FILE)
+    os.replace(directory / (CONFIG_FILE + ".part"), directory / CONFIG_FILE)
+
+
+class StoredTensors:
+    """The tensors of a model directory by name, with their shapes known and their contents still on disk."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.files: dict[str, Path] = {}  # tensor name -> the file that holds it
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors spells them: BF16, F32, ...
+        for path in self._shards():
+            with _open(path) as file:
+                for name in file.keys():
+                    entry = file.get_slice(name)
+                    self.files[name] = path
+                    self.shapes[name] = tuple(entry.get_shape())
+                    self.dtypes[name] = entry.get_dtype()
+
+    def _shards(self) -> list[Path]:
+        index = self.directory / INDEX_FILE
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+                raise UserError(f"{index} is not a safetensors index: {error!r}") from error
+            shards = [self.directory / name for name in names]
+            if absent := [path.name for path in shards if not path.is_file()]:
+                raise UserError(f"{self.directory} lacks {', '.join(absent)}, which {INDEX_FILE} names; download again")
+            return shards
+        if (self.directory / SINGLE_FILE).is_file():
+            return [self.directory / SINGLE_FILE]
+        pickled = sorted(path.name for path in self.directory.glob("*.bin"))
+        hint = f" ({pickled[0]} is pickled and never read; convert it to safetensors)" if pickled else ""
+        raise UserError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+
+    def check(self, wanted: dict[str, tuple[int, ...]], ignore: Callable[[str], bool]) -> None:
+        """Compare with the names and shapes that a model wants; one UserError lists every difference."""
+        problems = [f"missing {name}" for name in wanted if name not in self.shapes]
+        problems += [f"unexpected {name}" for name in self.shapes if name not in wanted and not ignore(name)]
+        for name, shape in wanted.items():
+            if name in self.shapes and self.shapes[name] != shape:
+                problems.append(f"{name} is {self.shapes[name]}, {CONFIG_FILE} says {shape}")
+            elif name in self.shapes and self.dtypes[name] not in _FLOAT_DTYPES:
+                problems.append(f"{name} is of type {self.dtypes[name]}, supported: {', '.join(_FLOAT_DTYPES)}")
+        if problems:
+            raise UserError(f"the weights in {self.directory} do not fit its {CONFIG_FILE}: {describe(problems)}")
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """One tensor, copied out of its file in the dtype and on the device asked for."""
+        with _open(self.files[name]) as file:
+            return file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or corrupt: {error}; download it again") from error
+
+
+def _is_redundant(config: ModelConfig) -> Callable[[str], bool]:
+    return lambda name: bool(_COMPUTED.fullmatch(name)) or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _config_dtype(config: ModelConfig, directory: Path) -> torch.dtype:
+    names = {str(d).removeprefix("torch."): d for d in _FLOAT_DTYPES.values()}
+    if config.dtype not in names:
+        raise UserError(f"{directory / CONFIG_FILE}: torch_dtype {config.dtype!r} is not supported; supported: {', '.join(names)}")
+    return names[config.dtype]
