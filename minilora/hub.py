@@ -1,0 +1,81 @@
+"""A model by its place: a local directory, or an id on the Hugging Face hub.
+
+    resolve_model("out/adapter")                  a directory that is there is itself
+    resolve_model("mistralai/Mistral-7B-v0.1")    anything else is a hub id: downloaded once, then taken from the cache
+
+Only what is read is downloaded: configuration and tokenizer (*.json, tokenizer.model), chat templates and *.safetensors, all from
+the top of the repository. Second copies of the weights (consolidated*.safetensors, original/) stay where they are, and so do
+pickled weights (.bin, .pth, .pt): loading a pickle runs whatever code lies in it. An adapter is a model directory like any other.
+
+Without a network, or with HF_HUB_OFFLINE=1, a snapshot that is in the cache is used as it is.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from minilora.errors import UserError
+
+_READ = ["*.json", "tokenizer.model*", "*.safetensors", "*.jinja", "merges.txt"]
+_NOT_READ = ["*/*", "consolidated*", "tekken.json", "*.bin.index.json"]
+
+
+def resolve_model(path_or_hub_id: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The directory of a model or an adapter: local, or of its snapshot in the hub's cache, downloaded if need be.
+
+    `revision` (branch, tag or commit) and `token` (default: the one of `hf auth login` or HF_TOKEN) concern the hub only. Raises
+    UserError, which never holds the token, for a path or an id that leads nowhere and for whatever keeps the hub from answering.
+    """
+    path = Path(os.path.expanduser(path_or_hub_id))
+    if path_or_hub_id and path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"{path_or_hub_id!r} is a file; give the directory it lies in: {path.parent}")
+    if token is not None and not re.fullmatch("[!-~]+", token):
+        raise UserError("the token given is empty or holds a space, a line end or the like; give it as the hub shows it: hf_...")
+    snapshot = _download(path_or_hub_id, revision, token)
+    if not any(snapshot.glob("*.safetensors")):
+        raise UserError(
+            f"{path_or_hub_id} holds no .safetensors weights, and pickled ones (.bin, .pth, .pt) are never read; "
+            "convert them, or choose a repository that has safetensors"
+        )
+    return snapshot
+
+
+def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo_id}"
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo_id, revision=revision, token=token, allow_patterns=_READ, ignore_patterns=_NOT_READ
+            )
+        )
+    except errors.HFValidationError as error:
+        raise UserError(f"no such directory: {repo_id!r} (nor can it be a hub id, which is name or owner/name)") from error
+    except errors.GatedRepoError as error:
+        mend = f"accept its licence at {page}, then log in with `hf auth login` or pass a token of that account"
+        raise UserError(f"{repo_id} is gated: {mend}") from error
+    except errors.RepositoryNotFoundError as error:
+        mend = "correct the name, or if it is private, log in with `hf auth login` or pass a token"
+        raise UserError(f"{repo_id!r} is neither a directory here nor a repository at {constants.ENDPOINT}: {mend}") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{repo_id} has no revision {revision!r}; they are listed at {page}/commits") from error
+    except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:
+        obstacle = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        raise UserError(f"{repo_id} is not (or not wholly) in the cache, and {_obstacle(obstacle)}") from error
+
+
+def _obstacle(error: BaseException | None) -> str:
+    """Why the hub did not give what was asked for, and the mend. Of the error only kind and status: its text may hold headers."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE keeps this from the network; unset it to download"
+    if not isinstance(error, errors.HfHubHTTPError):
+        return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the network and try again"
+    status = error.response.status_code
+    mend = {401: "the token is not accepted; log in with `hf auth login`", 429: "too many requests; wait a while, or log in"}
+    return f"{constants.ENDPOINT} answers {status}: {mend.get(status, 'try again later')}"
