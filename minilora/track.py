@@ -23,7 +23,7 @@ class Tracker:
 
     def __init__(self, directory: Path, total_steps: int):
         self.path = directory / METRICS_FILE
-        self.file = self.path.open("w", encoding="utf-8", buffering=1)
+        self.path.write_text("")
         self.total_steps = total_steps
         self.started = time.perf_counter()
         self.records: list[dict] = []
@@ -34,7 +34,8 @@ class Tracker:
     def log(self, **record: float) -> None:
         """Write one line of metrics. `step` counts finished optimizer steps."""
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def progress(self, step: int, loss: float, lr: float, tokens_per_second: float, memory: int, show: bool) -> None:
         """Advance the bar; without a terminal, print a line if `show`."""
@@ -57,10 +58,9 @@ class Tracker:
             print(text, flush=True)
 
     def close(self) -> None:
-        """End the bar's line and the file."""
+        """End the bar's line."""
         if self.bar is not None:
             self.bar.close()
-        self.file.close()
 
 
 def short_number(value: float) -> str:

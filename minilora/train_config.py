@@ -35,7 +35,7 @@ class TrainConfig:
     val_size: float = 0.0  # or hold out a share (below 1) or a number of the training examples
     prompt_column: str = "prompt"  # what the prompt is called in the dataset
     completion_column: str = "completion"  # what the completion is called
-    cutoff_len: int = 1024  # longer examples are cut at so many tokens, and counted
+    cutoff_len: int | None = None  # longer examples are cut, and counted; none: 1024, or what the model can where that is less
     train_on_prompt: bool = False  # learn the prompt as well
     # output
     output_dir: str = "outputs"  # adapter, metrics, plot, model card, checkpoints
@@ -86,7 +86,7 @@ class TrainConfig:
         for name, allowed in (("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not known; choose from {', '.join(allowed)}")
-        if self.cutoff_len < 2:
+        if self.cutoff_len == 1:
             raise UserError("cutoff_len must be at least 2: one token to read and one to learn")
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"max_steps must be above 0, or -1 for num_train_epochs, not {self.max_steps}")

@@ -1,0 +1,83 @@
+"""A tiny model directory, a small dataset, and a way to run the trainer as the command line does."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from minilora import CausalLM, ModelConfig, save_model
+from minilora.errors import run_script
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = "the old fox and a young owl live by the river in a small blue house near the mill where bread is baked".split()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    """A random Llama of 30,000 parameters with a byte-fallback sentencepiece vocabulary of 320 pieces."""
+    directory = tmp_path_factory.mktemp("model")
+    text = directory / "text.txt"
+    text.write_text("\n".join(" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    text.unlink()
+    size = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size()
+    config = dict(model_type="llama", vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    config |= dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, max_position_embeddings=256)
+    model = CausalLM(ModelConfig.from_dict(config))
+    model.init_weights(std=0.1)
+    save_model(model, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[dict]:
+    """Prompts with completions of 1 to 17 words: very different lengths."""
+    return [
+        {"prompt": f"say {' '.join(WORDS[i % 7 : i % 7 + 3])}:", "completion": " ".join(WORDS[: 1 + i * 7 % 17])} for i in range(24)
+    ]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, examples) -> Path:
+    """The examples as a JSONL file."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return path
+
+
+@pytest.fixture(scope="session")
+def trainer():
+    """scripts/train.py as a module."""
+    spec = importlib.util.spec_from_file_location("train", ROOT / "scripts" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_trainer(trainer, monkeypatch, capsys):
+    """Run `train.py ARGUMENTS` in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        try:
+            run_script(trainer.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run

@@ -1,0 +1,105 @@
+"""Keys: files, overrides, aliases, types, and mistakes that name the nearest."""
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from minilora import UserError
+from minilora.train_config import ALIASES, TrainConfig, load_train_config, manual
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: some/base\nlearning-rate: 1e-4\nlora_r: 4\nlora_target: [q_proj, v_proj]\n")
+    config = load_train_config(["--config", str(path), "--learning_rate=3e-4", "--dataset", "d.jsonl", "--overwrite-output-dir"])
+    assert (config.model_name_or_path, config.dataset, config.learning_rate) == ("some/base", "d.jsonl", 3e-4)
+    assert config.overwrite_output_dir and config.seed == TrainConfig().seed
+    assert (config.lora_config().r, config.lora_config().lora_alpha) == (4, 8)
+    assert config.lora_config().target_modules == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_alias_stands_for_a_key(alias):
+    value = "4" if alias == "r" or alias.split("_")[0] in ("lora", "max", "num", "batch") else "text"
+    assert getattr(load_train_config([f"--{alias}", value]), ALIASES[alias]) in ("text", 4)
+
+
+def test_the_default_run_is_read_only_where_nothing_is_named(tmp_path):
+    default = tmp_path / "default.yaml"
+    default.write_text("dataset: default.jsonl\nmax_steps: 7\n")
+    assert load_train_config([], default).max_steps == 7
+    assert load_train_config(["--seed", "1"], default).max_steps == 7
+    assert load_train_config(["--dataset", "mine.jsonl"], default).max_steps == -1
+    assert load_train_config(["--model", "mine"], default).dataset is None
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--learning_rat", "1"], "unknown key 'learning_rat' in the command line; nearest: 'learning_rate'"),
+        (["--lora-rnak", "4"], "nearest: 'lora_rank'"),
+        (["run.yaml"], "'run.yaml' is not a key; write --key value"),
+        (["--r", "4", "--lora_rank", "8"], "lora_rank is set twice"),
+        (["--lora_rank", "0"], "lora_rank must be above 0, not 0"),
+        (["--lora_rank", "4.5"], "lora_rank must be a whole number, not '4.5'"),
+        (["--learning_rate", "-1e-4"], "learning_rate must be above 0, not -0.0001"),
+        (["--learning_rate", "fast"], "learning_rate must be a number, not 'fast'"),
+        (["--learning_rate", "nan"], "learning_rate must be a number"),
+        (["--learning_rate"], "learning_rate must be a number, not True"),
+        (["--use_rslora", "maybe"], "use_rslora must be true or false, not 'maybe'"),
+        (["--lora_dropout", "1.5"], "lora_dropout must be at least 0 and below 1"),
+        (["--lr_scheduler_type", "cosin"], "lr_scheduler_type = 'cosin' is not known; choose from cosine"),
+        (["--optim", "sgd"], "optim = 'sgd' is not known"),
+        (["--preset", "standard"], "nearest: 'standard_r8_qkvo'"),
+        (["--warmup_ratio", "1"], "warmup_ratio must be below 1"),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "3"], "both set"),
+        (["--max_steps", "0"], "max_steps must be above 0"),
+        (["--cutoff_len", "1"], "cutoff_len must be at least 2"),
+        (["--early_stopping_patience", "2"], "needs held-out examples: set val_size or eval_dataset"),
+        (["--val_size", "0.1", "--eval_dataset", "x"], "both set"),
+        (["--config", "nowhere.yaml"], "config nowhere.yaml does not exist"),
+        (["--max_grad_norm", "-1"], "max_grad_norm must be at least 0"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key_and_the_mend(arguments, said):
+    with pytest.raises(UserError) as error:
+        load_train_config(arguments)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, said", [("a: [", "not valid YAML"), ("- a\n- b\n", "must hold `key: value` lines"), ("lr: 3", "unknown key 'lr'")]
+)
+def test_a_broken_config_file_is_named(tmp_path, content, said):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        load_train_config(["--config", str(path)])
+    assert "run.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [
+        ("q_proj,v_proj", ("q_proj", "v_proj")),
+        ("q_proj, v_proj", ("q_proj", "v_proj")),
+        ("model.layers.0.self_attn.q_proj", ("model.layers.0.self_attn.q_proj",)),
+        ("all", "all-linear"),
+        ("all-linear", "all-linear"),
+        (r".*\.[0-3]\..*q_proj", r".*\.[0-3]\..*q_proj"),
+    ],
+)
+def test_lora_target_is_names_or_all_or_a_regular_expression(written, meant):
+    assert load_train_config(["--lora_target", written]).lora_config().target_modules == meant
+
+
+def test_what_is_saved_is_read_back_as_the_same_run(tmp_path):
+    config = load_train_config(["--lora_target", "q_proj,v_proj", "--learning_rate", "1e-5", "--val_size", "0.1"])
+    (tmp_path / "training_config.yaml").write_text(config.to_yaml())
+    assert load_train_config(["--config", str(tmp_path / "training_config.yaml")]) == config
+
+
+def test_the_manual_names_every_key():
+    text = manual()
+    assert all(f"--{field.name} " in text for field in fields(TrainConfig)) and all(alias in text for alias in ALIASES)
