@@ -1,0 +1,29 @@
+# Each target makes its own virtual environment in .venv (or .venv-test), once.
+PYTHON ?= python3
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/done            ## train the small model that comes with minilora
+	.venv/bin/python scripts/train.py
+
+test: .venv-test/done       ## the whole suite
+	.venv-test/bin/pytest
+
+lint: .venv-test/done       ## ruff: rules and format
+	.venv-test/bin/ruff check . && .venv-test/bin/ruff format --check .
+
+bench: .venv-test/done      ## a training step beside transformers + PEFT
+	.venv-test/bin/python scripts/bench.py --peer
+
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv-test/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-test
