@@ -9,16 +9,16 @@ implementation does not do (DoRA, trained biases, an initialisation that rewrote
 """
 
 import json
-import os
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minilora.config import LoraConfig
 from minilora.errors import UserError, describe
+from minilora.files import write_whole
 from minilora.lora import add_lora, lora_layers, match_targets, remove_lora
 
 CONFIG_FILE = "adapter_config.json"
@@ -106,10 +106,8 @@ def save_adapter(
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / (WEIGHTS_FILE + ".part"), metadata={"format": "pt"})
-    (directory / (CONFIG_FILE + ".part")).write_text(json.dumps(written, indent=2) + "\n")
-    os.replace(directory / (WEIGHTS_FILE + ".part"), directory / WEIGHTS_FILE)
-    os.replace(directory / (CONFIG_FILE + ".part"), directory / CONFIG_FILE)
+    write_whole(directory / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_whole(directory / CONFIG_FILE, json.dumps(written, indent=2) + "\n")
 
 
 def _plain_targets(model: nn.Module, wrapped: list[str]) -> list[str]:

@@ -1,13 +1,16 @@
 """Mistakes that a user can mend, told in one line.
 
 A mistake of the user's is a `UserError`: its text names the value, the place and the mend. Scripts run their `main` through
-`run_script`, which prints that one line to stderr and exits with code 2, without a traceback; every other exception is a
-fault of this program and keeps its traceback.
+`run_script`, which prints that one line to stderr and exits with code 2, without a traceback. So it does for a disk that is full
+or may not be written. Every other exception is a fault of this program and keeps its traceback.
 """
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
@@ -32,11 +35,12 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(_one_line(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _one_line(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2

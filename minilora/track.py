@@ -5,14 +5,15 @@ On a terminal there is one bar, redrawn in place; where output goes to a file, o
     step 120/360  loss 0.412  lr 2.1e-03  18.2k tok/s  0.9 GiB  0:14 left
 """
 
+import io
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from minilora.files import write_whole
 from minilora.train_config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -21,15 +22,16 @@ METRICS_FILE = "metrics.jsonl"
 class Tracker:
     """Shows progress and appends each record to `metrics.jsonl` at once, so that a killed run keeps what it had."""
 
-    def __init__(self, directory: Path, total_steps: int):
+    def __init__(self, directory: Path, total_steps: int, epoch_steps: int, logging_steps: int):
         self.path = directory / METRICS_FILE
         self.path.write_text("")
-        self.total_steps = total_steps
-        self.started = time.perf_counter()
+        self.total_steps, self.epoch_steps, self.logging_steps = total_steps, epoch_steps, logging_steps
         self.records: list[dict] = []
+        self.window: list[tuple[float, int, float]] = []  # loss, tokens and seconds of each step since the last record
+        self.started = time.perf_counter()
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, unit="step", bar_format="{percentage:3.0f}% {bar:24} {desc}", leave=True)
+            self.bar = tqdm(total=total_steps, bar_format="{percentage:3.0f}% {bar:24} {desc}")
 
     def log(self, **record: float) -> None:
         """Write one line of metrics. `step` counts finished optimizer steps."""
@@ -37,18 +39,26 @@ class Tracker:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def progress(self, step: int, loss: float, lr: float, tokens_per_second: float, memory: int, show: bool) -> None:
-        """Advance the bar; without a terminal, print a line if `show`."""
+    def step(self, step: int, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, memory: int) -> None:
+        """Count one optimizer step: the bar moves at each, a record or line of the mean since the last comes every so often."""
+        self.window.append((loss, tokens, seconds))
+        losses, counts, times = zip(*self.window, strict=True)
+        loss, speed = sum(losses) / len(losses), sum(counts) / sum(times)
         left = (time.perf_counter() - self.started) / step * (self.total_steps - step)
         text = (
-            f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.1e}  {short_number(tokens_per_second)} tok/s  "
+            f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.1e}  {short_number(speed)} tok/s  "
             f"{memory / 2**30:.2f} GiB  {minutes(left)} left"
         )
+        due = step % self.logging_steps == 0 or step in (1, self.total_steps)
         if self.bar is not None:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
-        elif show:
+        elif due:
             print(text, flush=True)
+        if due:
+            epoch = round(step / self.epoch_steps, 4)
+            self.log(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=speed, memory=memory)
+            self.window.clear()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -98,10 +108,10 @@ def plot_loss(records: list[dict], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=130, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
     pyplot.close(figure)
-    os.replace(part, path)
+    write_whole(path, picture.getvalue())
 
 
 def write_model_card(path: Path, config: TrainConfig, base_model: str, figures: dict[str, str]) -> None:
@@ -110,7 +120,8 @@ def write_model_card(path: Path, config: TrainConfig, base_model: str, figures: 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     scaling = "alpha / sqrt(r)" if lora.use_rslora else "alpha / r"
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    path.write_text(
+    write_whole(
+        path,
         f"""---
 base_model: {base_model}
 library_name: peft
@@ -141,5 +152,4 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_mod
 
 All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.
 """,
-        encoding="utf-8",
     )

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from minilora.config import ModelConfig
 from minilora.errors import UserError, describe
+from minilora.files import write_whole
 from minilora.hub import resolve_model
 from minilora.model import CausalLM
 
@@ -74,9 +75,8 @@ def save_model(model: CausalLM, directory: str | Path) -> None:
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     raw = model.config.to_dict() | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     save_file(tensors, directory / (SINGLE_FILE + ".part"), metadata={"format": "pt"})
-    (directory / (CONFIG_FILE + ".part")).write_text(json.dumps(raw, indent=2) + "\n")
     os.replace(directory / (SINGLE_FILE + ".part"), directory / SINGLE_FILE)
-    os.replace(directory / (CONFIG_FILE + ".part"), directory / CONFIG_FILE)
+    write_whole(directory / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
 class StoredTensors:

@@ -104,7 +104,8 @@ def train(config: TrainConfig) -> None:
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_grad_norm or math.inf)
         if not math.isfinite(total) or not (scaler.is_enabled() or math.isfinite(norm)):
-            last = max(output_dir.glob("checkpoint-*"), key=checkpoint_step, default="none was saved yet")
+            tracker.close()
+            last = (checkpoints(output_dir) or ["none was saved yet"])[-1]
             raise UserError(
                 f"loss {total:g}, gradient norm {norm:g} at step {step + 1}: training diverged; lower learning_rate = "
                 f"{config.learning_rate:g} (last checkpoint: {last})"
@@ -116,29 +117,27 @@ def train(config: TrainConfig) -> None:
 
     # ---- evaluation and checkpoints ----------------------------------------------------------------------------------
 
-    best = {"loss": math.inf, "step": 0, "waited": 0}
+    best = {"loss": math.inf, "step": 0, "waited": 0}  # the lowest held-out loss so far; evaluations since
 
-    def evaluate(step: int) -> float:
+    def evaluate(step: int) -> None:
         """Loss on the held-out examples, logged; keeps the best adapter if it will be wanted at the end."""
         loss = evaluate_loss(model, eval_set.examples, config.per_device_eval_batch_size, tokenizer.pad_id)
         tracker.log(step=step, eval_loss=loss)
-        better = loss < best["loss"]
-        tracker.say(f"step {step}/{total_steps}  held-out loss {loss:.4f}" + ("  (best so far)" if better and step else ""))
+        better = step > 0 and loss < best["loss"]
+        tracker.say(f"step {step}/{total_steps}  held-out loss {loss:.4f}" + ("  (best so far)" if better else ""))
         best["waited"] = 0 if better else best["waited"] + 1
         if better:
             best.update(loss=loss, step=step)
-            if config.load_best_model_at_end and step:
+            if config.load_best_model_at_end:
                 save_checkpoint(step)
-        return loss
 
     def save_checkpoint(step: int) -> Path:
         """The adapter as it is now, in `checkpoint-<step>`; the oldest ones beyond `save_total_limit` go, the best one stays."""
         directory = output_dir / f"checkpoint-{step}"
         save_adapter(model, directory, base_model_name_or_path=base_model)
-        kept = sorted(output_dir.glob("checkpoint-*"), key=checkpoint_step)
         if config.save_total_limit is not None:
-            for old in kept[: -config.save_total_limit]:
-                if not (config.load_best_model_at_end and checkpoint_step(old) == best["step"]):
+            for old in checkpoints(output_dir)[: -config.save_total_limit]:
+                if not (config.load_best_model_at_end and old.name == f"checkpoint-{best['step']}"):
                     shutil.rmtree(old)
         return directory
 
@@ -148,31 +147,18 @@ def train(config: TrainConfig) -> None:
     tokenizer.save(output_dir)
     asked = eval_set.rows[: config.exact_match_samples] if config.exact_match_samples else []
     before = answers(model, tokenizer, asked) if asked else []  # B is zero: these are the base model's own
-    tracker = Tracker(output_dir, total_steps)
+    tracker = Tracker(output_dir, total_steps, epoch_steps, config.logging_steps)
     stop = StopSignal(tracker)
     if eval_set:
         evaluate(step=0)
     model.train()
-    window_loss, window_tokens, window_steps, window_start = 0.0, 0, 0, time.perf_counter()
     for step in range(1, total_steps + 1):
+        start = time.perf_counter()
         loss, norm, tokens = optimizer_step(step - 1)
-        window_loss, window_tokens, window_steps = window_loss + loss, window_tokens + tokens, window_steps + 1
-        last = step == total_steps or stop.asked
-        speed = window_tokens / (time.perf_counter() - window_start)
-        lr = optimizer.param_groups[0]["lr"]
-        show = step % config.logging_steps == 0 or step == 1 or last
-        tracker.progress(step, window_loss / window_steps, lr, speed, memory_used(device), show)
-        if show:
-            epoch = round(step / epoch_steps, 4)
-            tracker.log(
-                step=step, epoch=epoch, loss=window_loss / window_steps, lr=lr, grad_norm=norm, tokens_per_second=speed,
-                memory=memory_used(device),
-            )  # fmt: skip
-            window_loss, window_tokens, window_steps, window_start = 0.0, 0, 0, time.perf_counter()
-        if eval_set and not stop.asked and (step % eval_steps == 0 or last):
-            paused = time.perf_counter()
+        lr, seconds = optimizer.param_groups[0]["lr"], time.perf_counter() - start
+        tracker.step(step, loss, lr, norm, tokens, seconds, memory_used(device))
+        if eval_set and (step % eval_steps == 0 or step == total_steps):
             evaluate(step)
-            window_start += time.perf_counter() - paused
             if config.early_stopping_patience and best["waited"] >= config.early_stopping_patience:
                 tracker.say(f"stopping early: no lower held-out loss in {best['waited']} evaluations")
                 break
@@ -207,7 +193,7 @@ def train(config: TrainConfig) -> None:
     if eval_set:
         held_out = [r["eval_loss"] for r in tracker.records if "eval_loss" in r]
         figures |= {"held-out loss, base model": f"{held_out[0]:.4f}"}
-        figures |= {"held-out loss, lowest": f"{min(held_out):.4f} (step {best['step']})"}
+        figures |= {"held-out loss, lowest": f"{best['loss']:.4f} (step {best['step']})"}
     if asked:
         after = answers(model, tokenizer, asked)
         scores = exact_match(before, asked), exact_match(after, asked)
@@ -274,8 +260,9 @@ def check_output_dir(directory: Path, overwrite: bool) -> None:
 
 
 def files_of_a_run(directory: Path) -> list[Path]:
-    names = ("training_config.yaml", METRICS_FILE, "adapter_config.json", "adapter_model.safetensors", "loss.png", "checkpoint-*")
-    return sorted(path for name in names for path in directory.glob(name))
+    """What a run writes under names that another one would overwrite."""
+    names = f"training_config.yaml {METRICS_FILE} adapter_config.json adapter_model.safetensors loss.png README.md"
+    return [path for name in names.split() if (path := directory / name).exists()] + checkpoints(directory)
 
 
 def open_output_dir(directory: Path, config: TrainConfig) -> None:
@@ -289,8 +276,10 @@ def open_output_dir(directory: Path, config: TrainConfig) -> None:
         raise UserError(f"output_dir {directory} cannot be written: {error.strerror}") from error
 
 
-def checkpoint_step(directory: Path) -> int:
-    return int(directory.name.rpartition("-")[2])
+def checkpoints(directory: Path) -> list[Path]:
+    """The `checkpoint-<step>` folders, oldest first."""
+    found = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 class StopSignal:

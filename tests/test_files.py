@@ -1,0 +1,53 @@
+"""Files appear whole or not at all, and a full disk is one line."""
+
+import errno
+import os
+
+import pytest
+
+from minilora.errors import UserError, describe, nearest, run_script
+from minilora.files import write_whole
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UserError("lora_rank must be above 0"), 2, "error: lora_rank must be above 0\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), 2, "error: out/a: No space left on device\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_mistakes_and_interruptions_have_their_exit_codes_and_one_line(error, code, said, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == code and capsys.readouterr().err == said
+
+
+def test_faults_of_the_program_keep_their_traceback():
+    def main():
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        run_script(main)
+
+
+def test_messages_name_the_nearest_or_all_and_list_many_problems_in_one_line():
+    assert nearest("v_porj", ["q_proj", "v_proj"]) == "; nearest: 'v_proj'"
+    assert nearest("zzz", ["b", "a"]) == "; known: a, b"
+    assert describe([str(i) for i in range(11)]) == "0; 1; 2; 3; 4; 5; 6; 7; and 3 more"
