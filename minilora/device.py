@@ -67,7 +67,9 @@ def memory_used(device: torch.device) -> int:
     """Peak bytes so far: of PyTorch's allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; unlike getrusage's, this figure does not begin with the parent process's
+        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE).group(1))
+    import resource  # macOS, in bytes; there is none on Windows
 
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,6 +1,8 @@
 """Model directories: what transformers writes loads here, what we write loads there, and damage is named."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from families import FAMILIES, relative_error, transformers_model
 from safetensors.torch import load_file, save_file
 from test_lora import ids, tiny_model
 
-from minilora import UserError, load_model, save_model
+from minilora import CausalLM, ModelConfig, UserError, load_model, save_model
 
 TOLERANCE = 1e-5  # float32 sums in another order, as in test_model
 
@@ -56,6 +58,25 @@ def test_a_loaded_model_does_not_depend_on_its_files_any_more(directory):
     path = directory / "model.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
     assert torch.equal(model(ids(1, 9)), before)
+
+
+def test_loading_never_holds_the_weights_twice(tmp_path):
+    """Measured in a process of its own, on a single file: with one mapped shard left open, all of it would count a second time."""
+    config = dict(model_type="llama", vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=40)
+    model = CausalLM(ModelConfig.from_dict(config | dict(num_attention_heads=8, num_key_value_heads=8))).bfloat16()
+    save_model(model, tmp_path)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    code = f"""
+import minilora, torch
+from minilora.device import memory_used
+before = memory_used(torch.device("cpu"))
+model = minilora.load_model({str(tmp_path)!r})
+print(memory_used(torch.device("cpu")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # 272 MB of weights. Beside them: one tensor as it lies in the file (8 MB), and the allocator's and the modules' own 40 MB.
+    assert 250e6 < size < int(done.stdout) * 1.02 and int(done.stdout) < size + 50e6
 
 
 def test_a_tied_head_in_the_file_is_redundant_and_old_rotary_buffers_are_too(tmp_path):
