@@ -114,8 +114,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Zeros, to be loaded or drawn by `init_weights`: nn.Embedding's own normal_() on the meta device, where models are built before
-        # loading, would import half of PyTorch for 146 MB and a second.
+        # Zeros, to be loaded or drawn by `init_weights`: nn.Embedding's own normal_() on the meta device, where models are built
+        # before loading, would import half of PyTorch for 146 MB and a second.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
