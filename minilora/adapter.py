@@ -9,6 +9,7 @@ implementation does not do (DoRA, trained biases, an initialisation that rewrote
 """
 
 import json
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -24,6 +25,7 @@ from minilora.lora import add_lora, lora_layers, match_targets, remove_lora
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_FACTOR = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 
 # Every key that PEFT 0.21 writes for a plain LoRA, with the value that means "nothing special".
 _PEFT_DEFAULTS = {
@@ -145,6 +147,28 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
         target_modules=raw["target_modules"],
         use_rslora=raw.get("use_rslora", False),
     )
+
+
+def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """An adapter without a model: its configuration, and full layer name -> (A, B), float32 (r, in) and (out, r).
+
+    Raises UserError as `read_adapter_config` does, and lists all tensors that are no A or B, lack their partner, or contradict r.
+    """
+    config, problems = read_adapter_config(directory), []
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in sorted(_read_tensors(Path(directory) / WEIGHTS_FILE).items()):
+        if not (match := _FACTOR.fullmatch(key)):
+            problems.append(f"{key} is no lora_A.weight or lora_B.weight")
+            continue
+        layer, side = match.groups()
+        pairs.setdefault(layer, {})[side] = tensor.float()
+        if tensor.dim() != 2 or tensor.shape["AB".index(side)] != config.r:
+            problems.append(f"{key} is {tuple(tensor.shape)}, not of rank r = {config.r}")
+    for layer, pair in pairs.items():
+        problems += [f"missing {_PREFIX}{layer}.lora_{side}.weight" for side in "AB" if side not in pair]
+    if problems:
+        raise UserError(f"{directory} is not a sound adapter: {describe(problems)}")
+    return config, {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}
 
 
 def load_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> None:

@@ -76,6 +76,7 @@ class ModelConfig:
         family = _family(raw)
         rope, rope_fields = _read_rope(raw)
         honoured = _HONOURED | rope_fields
+        _check_quantization(raw.get("quantization_config"))
         for name, value in raw.items():
             if name in _REFUSED_UNLESS:
                 if value not in _REFUSED_UNLESS[name]:
@@ -137,27 +138,14 @@ class ModelConfig:
             if self.rope.rope_type == "linear":
                 rope_scaling = {k: rope_scaling[k] for k in ("rope_type", "factor")}
         windows = set(self.layer_windows) - {None}
-        raw = {
-            "architectures": [_FAMILIES[self.model_type].architecture],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
+        raw = {"architectures": [_FAMILIES[self.model_type].architecture]} | {name: getattr(self, name) for name in _WRITTEN}
+        raw |= {
             "hidden_act": "silu",
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope.theta,
             "rope_scaling": rope_scaling,
             "attention_dropout": 0.0,
-            "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": self.dtype,
-            "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
-            "pad_token_id": self.pad_token_id,
         }
         if self.model_type == "llama":
             raw |= {"attention_bias": self.o_bias, "mlp_bias": self.mlp_bias}
@@ -194,9 +182,15 @@ _HONOURED = set(
     architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings torch_dtype dtype
     bos_token_id eos_token_id pad_token_id sliding_window layer_types use_sliding_window max_window_layers
-    attention_bias mlp_bias auto_map
+    attention_bias mlp_bias auto_map quantization_config
     """.split()
 )
+
+# Fields that are written as they stand in ModelConfig.
+_WRITTEN = """
+    model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id pad_token_id
+    """.split()
 
 # Fields with values that are honoured because they ask for what is done anyway, and refused with any other value.
 _REFUSED_UNLESS = {
@@ -238,6 +232,16 @@ def _family(raw: dict) -> _Family:
                 f"architecture {name!r} is not supported; for model_type {model_type!r} it must be {family.architecture!r}"
             )
     return family
+
+
+def _check_quantization(raw: dict | None) -> None:
+    """Quantized files describe themselves tensor by tensor; what is checked here is that they are of the kind that is read."""
+    if raw is None:
+        return
+    method, bits = raw.get("quant_method"), 4 if raw.get("load_in_4bit") else 8 if raw.get("load_in_8bit") else None
+    if (method, bits) != ("bitsandbytes", 4):
+        kind = f"{method} in {bits} bits" if bits else str(method)
+        raise UserError(f"quantization_config is of {kind}; only bitsandbytes in 4 bits is read: take the unquantized weights")
 
 
 def _read_rope(raw: dict) -> tuple[RopeConfig, set[str]]:
@@ -286,6 +290,22 @@ def _read_windows(raw: dict, layers: int) -> tuple[int | None, ...]:
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UserError(f"layer_types holds {sorted(unknown)}; supported: full_attention, sliding_attention")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How frozen weights are stored (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3). Names are bitsandbytes'."""
+
+    bits: int = 4  # 4 or 8
+    quant_type: str = "nf4"  # nf4 or fp4, for 4 bits; 8 bits are always row-wise int8
+    double_quant: bool = True  # quantize the scales as well: 4.127 bits a weight instead of 4.5
+    blocksize: int = 64  # weights that share a scale
+
+    def __post_init__(self):
+        if self.bits not in (4, 8):
+            raise UserError(f"quantization_bit must be 4 or 8, or none for unquantized weights, not {self.bits!r}")
+        if self.quant_type not in ("nf4", "fp4"):
+            raise UserError(f"quantization_type {self.quant_type!r} is not known; choose nf4 or fp4")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minilora.config import LoraConfig
 from minilora.errors import UserError, nearest
+from minilora.linear import QuantizedLinear
 
 OUTPUT_HEAD = "lm_head"
 
@@ -32,7 +33,7 @@ OUTPUT_HEAD = "lm_head"
 class LoraLinear(nn.Module):
     """A frozen linear layer and its adapters. x: (..., in) -> (..., out)."""
 
-    def __init__(self, base_layer: nn.Linear):
+    def __init__(self, base_layer: nn.Linear | QuantizedLinear):
         super().__init__()
         self.base_layer = base_layer
         self.lora_A = nn.ParameterDict()  # name -> (r, in) float32
@@ -83,6 +84,9 @@ class LoraLinear(nn.Module):
         weight.copy_(weight.float() + delta)
 
 
+_LINEAR = (nn.Linear, QuantizedLinear, LoraLinear)
+
+
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
     """Freeze the model, wrap the layers that `config.target_modules` names, and make the new adapter active and trainable.
 
@@ -112,7 +116,7 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
 
 def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] | str) -> list[str]:
     """Full names of the linear layers that `target_modules` names, in the model's order (see `add_lora`)."""
-    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoraLinear)) and not n.endswith(".base_layer")]
+    names = [n for n, m in model.named_modules() if isinstance(m, _LINEAR) and not n.endswith(".base_layer")]
     if target_modules in ("all-linear", "all"):
         return [n for n in names if n != OUTPUT_HEAD]
     if isinstance(target_modules, str):
@@ -167,6 +171,8 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 def merge_lora(model: nn.Module) -> None:
     """Add the active adapter to the base weights, so that it costs nothing at inference. `unmerge_lora` takes it out again."""
     for name, layer in lora_layers(model).items():
+        if isinstance(layer.base_layer, QuantizedLinear):
+            raise UserError(f"{name} is quantized, and rounding would lose most of the adapter: merge into unquantized weights")
         if name == OUTPUT_HEAD and model.config.tie_word_embeddings:
             raise UserError(f"{OUTPUT_HEAD!r} shares its weight with the embedding; merging would change both")
         layer.merge()

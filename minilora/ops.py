@@ -86,3 +86,206 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))  # (B, G, H/G, T, S)
     y = torch.einsum("bghts,bgsk->bghtk", scores.softmax(-1), v.float())
     return y.reshape(B, H, T, K).to(v.dtype)
+
+
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # values at a time: on a CPU what stays in its cache, on a GPU what keeps it busy
+
+
+def quantize_4bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """The symbol of the nearest code for every value, relative to the largest magnitude in its block (arXiv:2305.14314, eq. 1).
+
+    x: (n,) float32, bfloat16 or float16; code: (16,) float32, in the order of the symbols -> packed: (ceil(n / 2),) uint8, the
+    first of two values in the high nibble; absmax: (ceil(n / blocksize),) float32. A value in the middle between two codes takes
+    the smaller one. absmax is infinite or NaN where the block holds such a value; its symbols then mean nothing.
+
+    To the bit what bitsandbytes does: whole blocks are multiplied by 1 / absmax, a shorter last block is divided by absmax, which
+    rounds differently; absmax is taken to be at least 1e-38, and in a shorter last block also stored so.
+    """
+    bounds, symbols = nearest_code_bounds(code)
+    packed = torch.empty((x.numel() + 1) // 2, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-x.numel() // blocksize), dtype=torch.float32, device=x.device)
+    if use_triton(x):
+        from minilora.kernels.nf4 import quantize_4bit as kernel
+
+        kernel(x, bounds, symbols, blocksize, packed, absmax)
+        return packed, absmax
+    if (native := _native(x)) and native.quantize(x, bounds, symbols, blocksize, packed, absmax):
+        return packed, absmax
+    _quantize_4bit_definition(x, bounds, symbols, blocksize, packed, absmax)
+    return packed, absmax
+
+
+def nearest_code_bounds(code: Tensor) -> tuple[Tensor, Tensor]:
+    """code: (16,) -> the midpoints between neighbouring codes, ascending (15,), and the symbols in the order of the codes (16,)."""
+    symbols = code.argsort(stable=True)
+    return (code[symbols[:-1]] + code[symbols[1:]]) / 2, symbols.to(torch.uint8)
+
+
+def _quantize_4bit_definition(x: Tensor, bounds: Tensor, symbols: Tensor, blocksize: int, packed: Tensor, absmax: Tensor) -> None:
+    chunk = _CHUNK.get(x.device.type, 1 << 24)  # a multiple of every block size
+    n = x.numel()
+    for start in range(0, n, chunk):
+        values = x[start : start + chunk].float()
+        whole = values.numel() - values.numel() % blocksize
+        blocks = values[:whole].view(-1, blocksize)
+        first = start // blocksize
+        scale = absmax[first : first + len(blocks)]
+        torch.amax(blocks.abs(), dim=1, out=scale)
+        scaled = (blocks * (1.0 / scale.clamp(min=1e-38)).view(-1, 1)).view(-1)
+        if whole < values.numel():
+            tail = values[whole:]
+            absmax[-1] = tail.abs().max().clamp(min=1e-38)
+            scaled = F.pad(torch.cat([scaled, tail / absmax[-1]]), (0, n % 2))
+        found = symbols[torch.bucketize(scaled, bounds, out_int32=True)]
+        pair = found.view(-1, 2)
+        packed[start // 2 : start // 2 + len(pair)] = (pair[:, 0] << 4) | pair[:, 1]
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    n: int,
+    out: Tensor,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> None:
+    """out <- code[symbol] * absmax of its block, multiplied in float32 and rounded once to out's dtype.
+
+    packed: (ceil(n / 2),) uint8; code: (16,) float32; out: (n,) contiguous float32, bfloat16 or float16; absmax: (blocks,) float32,
+    or uint8 and then the scale is nested_code[absmax] * nested_absmax of its 256 + offset (ibid., double quantization).
+    """
+    if use_triton(out):
+        from minilora.kernels.nf4 import dequantize_4bit as kernel
+
+        return kernel(packed, absmax, code, blocksize, n, out, nested_absmax, nested_code, offset)
+    if native := _native(out):
+        shift = 0.0 if offset is None else float(offset)
+        if native.dequantize(packed, absmax, code, blocksize, n, out, nested_absmax, nested_code, shift):
+            return None
+    if nested_absmax is not None:
+        absmax = dequantize_8bit(absmax, nested_absmax, nested_code, blocksize=256) + offset
+    return _dequantize_4bit_definition(packed, absmax, code, blocksize, n, out)
+
+
+def _dequantize_4bit_definition(packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, n: int, out: Tensor) -> None:
+    pairs = torch.cartesian_prod(code, code)  # (256, 2): the two values of every byte, in one look-up
+    chunk = _CHUNK.get(out.device.type, 1 << 24)
+    buffer = torch.empty(min(chunk, n + 1) // 2, 2, dtype=torch.float32, device=out.device)
+    for start in range(0, n, chunk):
+        count = min(chunk, n - start)
+        found = packed[start // 2 : (start + count + 1) // 2]
+        values = buffer[: len(found)]  # (count / 2, 2)
+        torch.index_select(pairs, 0, found.int(), out=values)
+        values = values.view(-1)[:count]
+        scale = absmax[start // blocksize : -(-(start + count) // blocksize)]
+        whole = count - count % blocksize
+        values[:whole].view(-1, blocksize).mul_(scale[: whole // blocksize].view(-1, 1))
+        if whole < count:
+            values[whole:].mul_(scale[-1])
+        out[start : start + count] = values
+
+
+def gemv_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    shape: tuple[int, int],
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """W x for one x, as in decoding at batch 1, where reading W is all the cost. x: (in,) -> (out,), both in x's dtype.
+
+    The kernel dequantizes on the fly, in float32, and never writes W out; the definition rounds W to x's dtype first. The other
+    arguments are those of `dequantize_4bit`.
+    """
+    if use_triton(x):
+        from minilora.kernels.nf4 import gemv_4bit as kernel
+
+        out = torch.empty(shape[0], dtype=x.dtype, device=x.device)
+        kernel(x, packed, absmax, code, blocksize, shape, out, nested_absmax, nested_code, offset)
+        return out
+    weight = torch.empty(shape, dtype=x.dtype, device=x.device)
+    n = weight.numel()
+    dequantize_4bit(packed, absmax, code, blocksize, n, weight.view(-1), nested_absmax, nested_code, offset)
+    return F.linear(x, weight)
+
+
+def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """The place in `code` of about the nearest code for every value, relative to absmax of its block (arXiv:2110.02861, section 2).
+
+    x: (n,); code: (256,) float32, ascending -> uint8 (n,), absmax float32 (blocks,). To the bit what bitsandbytes does: values are
+    first rounded to one of 65,536 equal steps from -1 to 1, and a table has the nearest code of each step. A block of zeros is all
+    place 0, whatever that code is: 0 times any code is 0.
+    """
+    n = x.numel()
+    nearest = _nearest_of_steps(tuple(code.tolist())).to(x.device)
+    places = torch.empty(n, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=x.device)
+    # On a CPU so few at a time that PyTorch starts no threads: for small steps they cost more than they save.
+    chunk = max(1, (1 << 14 if x.device.type == "cpu" else 1 << 24) // blocksize) * blocksize
+    for start in range(0, n, chunk):
+        values = x[start : start + chunk].float()
+        blocks = F.pad(values, (0, -len(values) % blocksize)).view(-1, blocksize)
+        scale = absmax[start // blocksize :][: len(blocks)]
+        torch.amax(blocks.abs(), dim=1, out=scale)
+        scaled = (
+            (blocks * (1.0 / scale).view(-1, 1)).clamp_(-1, 1).nan_to_num_(nan=-1.0)
+        )  # 0 * inf, in a block of (next to) nothing
+        step = ((scaled + 1) * 0.5).double() * 65535 + 0.5  # exact: 24 + 16 bits
+        found = nearest[step.float().int()].masked_fill_(scale.view(-1, 1) == 0, 0)
+        places[start : start + chunk] = found.view(-1)[: len(values)]
+    return places, absmax
+
+
+def dequantize_8bit(places: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+    """code[place] * absmax of its block. places: (n,) uint8 -> (n,) float32."""
+    return code[places.int()] * absmax.repeat_interleave(blocksize)[: places.numel()]
+
+
+@lru_cache(maxsize=4)
+def _nearest_of_steps(codes: tuple[float, ...]) -> Tensor:
+    """(65536,) uint8: the place in `codes` that is nearest to each of 65,536 equal steps from -1 to 1."""
+    place = dict(dtype=torch.float32, device="cpu")  # a GPU rounds this division differently
+    steps = torch.arange(65536, **place) * 2 / 65535 - 1
+    code = torch.tensor(codes, **place)
+    return torch.bucketize(steps, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
+
+
+def _native(x: Tensor):
+    """The module of the compiled CPU functions where they may be used for `x`, else None."""
+    if x.device.type != "cpu" or os.environ.get("MINILORA_BACKEND") or not _native_agrees():
+        return None
+    from minilora import native
+
+    return native
+
+
+@lru_cache
+def _native_agrees() -> bool:
+    """Whether compiled functions exist and give the definition's bits on a trial tensor: a compiler is not trusted blindly."""
+    from minilora import native
+
+    if not native.functions():
+        return False
+    n = 3 * 64 + 7  # whole blocks and a tail
+    place = dict(dtype=torch.float32, device="cpu")
+    x = torch.linspace(-1, 1, n, **place).pow(3)
+    x[64:128] = 0
+    code = torch.linspace(-1, 1, 16, **place).roll(3)
+    bounds, symbols = nearest_code_bounds(code)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        packed, absmax, out = x.new_zeros(2, 100, dtype=torch.uint8), x.new_zeros(2, 4), x.new_zeros(2, n, dtype=dtype)
+        arguments = x.to(dtype), bounds, symbols, 64
+        _quantize_4bit_definition(*arguments, packed[0], absmax[0])
+        if native.quantize(*arguments, packed[1], absmax[1]) and not (torch.equal(*packed) and torch.equal(*absmax)):
+            return False
+        _dequantize_4bit_definition(packed[0], absmax[0], code, 64, n, out[0])
+        if native.dequantize(packed[0], absmax[0], code, 64, n, out[1], None, None, 0.0) and not torch.equal(*out):
+            return False
+    return True

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from minilora.config import LoraConfig
+from minilora.config import LoraConfig, QuantConfig
 from minilora.errors import UserError, nearest
 from minilora.optim import OPTIMIZERS, SCHEDULES
 
@@ -40,6 +40,10 @@ class TrainConfig:
     # output
     output_dir: str = "outputs"  # adapter, metrics, plot, model card, checkpoints
     overwrite_output_dir: bool = False  # replace what an earlier run left there
+    # quantization of the frozen weights: QLoRA
+    quantization_bit: int | None = 4  # 4 or 8; none: as they are in the files, plain LoRA
+    quantization_type: str = "nf4"  # nf4 or fp4, for 4 bits
+    double_quantization: bool = True  # store the scales in 8 bits too: 4.127 bits a weight instead of 4.5
     # adapter
     preset: str = "standard_r8_qkvo"  # minimal_r4_qv, standard_r8_qkvo, aggressive_r16_all, high_capacity_r32_all
     lora_rank: int | None = None  # these five change single settings of the preset
@@ -100,7 +104,14 @@ class TrainConfig:
             for name in "load_best_model_at_end early_stopping_patience eval_steps exact_match_samples".split():
                 if getattr(self, name):
                     raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
+        self.quant_config()
         self.lora_config()
+
+    def quant_config(self) -> QuantConfig | None:
+        """How the frozen weights are stored; None: as they are."""
+        if self.quantization_bit is None:
+            return None
+        return QuantConfig(bits=self.quantization_bit, quant_type=self.quantization_type, double_quant=self.double_quantization)
 
     def lora_config(self) -> LoraConfig:
         """The preset with this run's changes."""
@@ -128,6 +139,7 @@ ALIASES = {
     "num_epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
 }
+SWITCHES = ("use_4bit", "load_in_4bit")  # true: quantization_bit = 4, false: none
 
 
 def load_train_config(arguments: list[str], default_file: Path | None = None) -> TrainConfig:
@@ -155,6 +167,7 @@ def manual() -> str:
             name, _, default, meaning = re.fullmatch(r"(\w+): (.+?) = (.+?)(?:  # (.+))?", line).groups()
             shown.append(f"  --{name} {default}".ljust(42) + (f"  {meaning}" if meaning else ""))
     short = ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items())
+    short += "".join(f", {switch} = quantization_bit 4" for switch in SWITCHES)
     return "usage: train.py [--config FILE.yaml] [--KEY VALUE ...]\n" + "\n".join(shown) + f"\n\nshort names: {short}\n"
 
 
@@ -191,8 +204,10 @@ def _canonical(given: dict[str, object], place: str) -> dict[str, object]:
     values: dict[str, object] = {}
     for key, value in given.items():
         name = ALIASES.get(key, key)
+        if key in SWITCHES:
+            name, value = "quantization_bit", 4 if _coerce(key, value, bool) else None
         if name not in known:
-            raise UserError(f"unknown key {key!r} in {place}{nearest(key, known | ALIASES.keys())}")
+            raise UserError(f"unknown key {key!r} in {place}{nearest(key, known | ALIASES.keys() | set(SWITCHES))}")
         if name in values:
             raise UserError(f"{name} is set twice in {place}, once as {key!r}")
         values[name] = value

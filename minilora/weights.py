@@ -7,6 +7,7 @@ while one of its tensors is copied out, so the peak is the model itself and one 
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -18,15 +19,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minilora.config import ModelConfig
+from minilora.config import ModelConfig, QuantConfig
 from minilora.errors import UserError, describe
 from minilora.files import write_whole
 from minilora.hub import resolve_model
+from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
+from minilora.lora import OUTPUT_HEAD
 from minilora.model import CausalLM
+from minilora.quantization import QuantizedTensor, from_bitsandbytes, quantize_4bit, quantize_8bit, to_bitsandbytes
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+STATE_KEY = ".quant_state.bitsandbytes__"  # in the name of the entry that describes a weight in bitsandbytes' 4 bits
 
 _FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files; follows from the config
@@ -34,6 +40,7 @@ _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  
 
 def load_model(
     path_or_hub_id: str | Path,
+    quant: QuantConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
@@ -41,8 +48,10 @@ def load_model(
 ) -> CausalLM:
     """A frozen model, in evaluation mode, from a local directory or a hub id.
 
-    dtype: of the weights and of all computing; None takes the one that `config.json` names. Raises UserError for a directory that
-    is not a model, a configuration that cannot be honoured, and corrupt, missing, unexpected or wrongly shaped tensors.
+    quant: how to store the weights of the linear layers; the embedding, the head and the norms stay in `dtype`. Weights that lie
+    quantized in the files (bitsandbytes, 4 bits) stay as they are. dtype: of the other weights and of all computing; None takes the
+    one that `config.json` names. Raises UserError for a directory that is not a model, a configuration that cannot be honoured,
+    and corrupt, missing, unexpected or wrongly shaped tensors.
     """
     directory = resolve_model(str(path_or_hub_id), revision=revision, token=token)
     config = read_config(directory)
@@ -50,15 +59,29 @@ def load_model(
     stored = StoredTensors(directory)
     with torch.device("meta"):
         model = CausalLM(config)
-    wanted = dict(model.named_parameters())  # a tied head is not among them: it is the embedding
-    stored.check({name: tuple(p.shape) for name, p in wanted.items()}, ignore=_is_redundant(config))
-    large = sum(p.numel() for p in wanted.values()) > 5e8
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is not among them: it is the embedding
+    stored.check(wanted, ignore=_is_redundant(config))
+    if stored.quantized and quant is not None and quant.bits != 4:
+        raise UserError(f"the weights in {directory} are quantized to 4 bits already; load them so, or take unquantized ones")
+    large = sum(map(math.prod, wanted.values())) > 5e8
     for name in tqdm(wanted, desc="loading", unit=" tensors", leave=False, disable=None if large else True):
         parent, _, leaf = name.rpartition(".")
-        weight = nn.Parameter(stored.read(name, dtype, device), requires_grad=False)
-        setattr(model.get_submodule(parent), leaf, weight)
+        layer = model.get_submodule(parent)
+        if name in stored.quantized:
+            model.set_submodule(parent, Linear4bit(stored.read_quantized(name, wanted[name], device), layer.bias))
+        elif quant is not None and isinstance(layer, nn.Linear) and leaf == "weight" and parent != OUTPUT_HEAD:
+            weight = stored.read(name, None, device)  # quantized as it lies in the file: the compute dtype must not round it first
+            model.set_submodule(parent, _quantized(weight, layer.bias, quant))
+        else:
+            setattr(layer, leaf, nn.Parameter(stored.read(name, dtype, device), requires_grad=False))
     model.tie_weights()
     return model.eval()
+
+
+def _quantized(weight: Tensor, bias: nn.Parameter | None, quant: QuantConfig) -> QuantizedLinear:
+    if quant.bits == 8:
+        return Linear8bit(quantize_8bit(weight), bias)
+    return Linear4bit(quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant), bias)
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -69,11 +92,28 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def save_model(model: CausalLM, directory: str | Path) -> None:
-    """Write a model without adapters as a directory that transformers, and `load_model`, read. A tied head is written once."""
+    """Write a model without adapters as a directory that transformers, and `load_model`, read. A tied head is written once.
+
+    4-bit weights are written in bitsandbytes' format. Raises UserError for 8-bit ones, which have no format that others read.
+    """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     raw = model.config.to_dict() | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    quantized = {name: m.weight for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for name, weight in quantized.items():
+        if not isinstance(weight, QuantizedTensor):
+            raise UserError(f"{name} is in 8 bits, which no other program would read back: save the adapter alone")
+        tensors |= to_bitsandbytes(weight.to("cpu"), f"{name}.weight")
+    if quantized:
+        raw["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": weight.quant_type,
+            "bnb_4bit_use_double_quant": weight.nested_absmax is not None,
+            "bnb_4bit_compute_dtype": raw["torch_dtype"],
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / (SINGLE_FILE + ".part"), metadata={"format": "pt"})
     os.replace(directory / (SINGLE_FILE + ".part"), directory / SINGLE_FILE)
     write_whole(directory / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
@@ -94,6 +134,12 @@ class StoredTensors:
                     self.files[name] = path
                     self.shapes[name] = tuple(entry.get_shape())
                     self.dtypes[name] = entry.get_dtype()
+        # weights in bitsandbytes' 4 bits: name -> the names of all entries that describe it, its own among them
+        self.quantized = {name.partition(STATE_KEY)[0]: [] for name in self.files if STATE_KEY in name}
+        for name in self.files:
+            path, weight, _ = name.rpartition(".weight")
+            if path + weight in self.quantized:
+                self.quantized[path + weight].append(name)
 
     def _shards(self) -> list[Path]:
         index = self.directory / INDEX_FILE
@@ -115,8 +161,12 @@ class StoredTensors:
     def check(self, wanted: dict[str, tuple[int, ...]], ignore: Callable[[str], bool]) -> None:
         """Compare with the names and shapes that a model wants; one UserError lists every difference."""
         problems = [f"missing {name}" for name in wanted if name not in self.shapes]
-        problems += [f"unexpected {name}" for name in self.shapes if name not in wanted and not ignore(name)]
+        described = {entry for name, entries in self.quantized.items() if name in wanted for entry in entries}
+        extra = [name for name in self.shapes if name not in wanted and name not in described]
+        problems += [f"unexpected {name}" for name in extra if not ignore(name)]
         for name, shape in wanted.items():
+            if name in self.quantized:
+                continue  # its bytes say nothing of its shape; `read_quantized` checks it
             if name in self.shapes and self.shapes[name] != shape:
                 problems.append(f"{name} is {self.shapes[name]}, {CONFIG_FILE} says {shape}")
             elif name in self.shapes and self.dtypes[name] not in _FLOAT_DTYPES:
@@ -124,8 +174,15 @@ class StoredTensors:
         if problems:
             raise UserError(f"the weights in {self.directory} do not fit its {CONFIG_FILE}: {describe(problems)}")
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """One tensor, copied out of its file in the dtype and on the device asked for."""
+    def read_quantized(self, name: str, shape: tuple[int, ...], device: torch.device | str) -> QuantizedTensor:
+        """A weight that lies in the files in bitsandbytes' 4 bits. Raises UserError for entries that do not fit together."""
+        weight = from_bitsandbytes({entry: self.read(entry, None, "cpu") for entry in self.quantized[name]}, name)
+        if tuple(weight.shape) != shape:
+            raise UserError(f"{name} in {self.directory} is {tuple(weight.shape)}, {CONFIG_FILE} says {shape}")
+        return weight.to(device)
+
+    def read(self, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+        """One tensor, copied out of its file in the dtype (None: its own) and on the device asked for."""
         with _open(self.files[name]) as file:
             return file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
 

@@ -28,6 +28,7 @@ from minilora.device import Placement, choose_placement, memory_used
 from minilora.errors import UserError, run_script
 from minilora.evaluation import answers, evaluate_loss, exact_match
 from minilora.hub import resolve_model
+from minilora.linear import count_parameters, describe_weights
 from minilora.lora import add_lora, remove_lora, trainable_parameters
 from minilora.loss import causal_lm_loss, count_supervised
 from minilora.model import CausalLM
@@ -75,7 +76,7 @@ def train(config: TrainConfig) -> None:
     # ---- model and adapter -------------------------------------------------------------------------------------------
 
     torch.manual_seed(config.seed)
-    model = load_model(model_dir, dtype=placement.dtype, device=device)
+    model = load_model(model_dir, config.quant_config(), placement.dtype, device)
     add_lora(model, config.lora_config())
     trainable = trainable_parameters(model)
     assert all(p.dtype == torch.float32 for p in trainable.values()), "adapters are float32, whatever the compute dtype"
@@ -187,6 +188,7 @@ def train(config: TrainConfig) -> None:
         "trainable parameters": f"{sum(p.numel() for p in trainable.values()):,}",
         "final training loss": f"{[r['loss'] for r in tracker.records if 'loss' in r][-1]:.4f}",
         "computed on": str(placement),
+        "frozen weights": describe_weights(model),
         "peak memory": f"{memory_used(device) / 2**30:.2f} GiB",
         "training time": minutes(time.perf_counter() - started),
     }
@@ -310,7 +312,7 @@ def print_summary(
     epoch_steps: int,
 ) -> None:
     """What is about to happen, before it happens."""
-    count = sum(p.numel() for p in model.parameters())
+    count = count_parameters(model)
     trainable = sum(p.numel() for p in trainable_parameters(model).values())
     lora, c = config.lora_config(), model.config
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -320,6 +322,7 @@ def print_summary(
         "model": f"{base_model}: {c.model_type}, {short_number(count - trainable)} parameters, "
         f"{c.num_hidden_layers} layers of width {c.hidden_size}",
         "device": str(placement),
+        "weights": describe_weights(model),
         "adapter": f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
         "trainable": f"{trainable:,} of {count:,} parameters ({trainable / count:.2%})",
         "training": train_set.summary(),

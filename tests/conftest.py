@@ -17,7 +17,7 @@ WORDS = "the old fox and a young owl live by the river in a small blue house nea
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> Path:
-    """A random Llama of 30,000 parameters with a byte-fallback sentencepiece vocabulary of 320 pieces."""
+    """A random Llama of 130,000 parameters with a byte-fallback sentencepiece vocabulary of 320 pieces."""
     directory = tmp_path_factory.mktemp("model")
     text = directory / "text.txt"
     text.write_text("\n".join(" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))))
@@ -34,7 +34,7 @@ def model_dir(tmp_path_factory) -> Path:
     )
     text.unlink()
     size = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size()
-    config = dict(model_type="llama", vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    config = dict(model_type="llama", vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     config |= dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, max_position_embeddings=256)
     model = CausalLM(ModelConfig.from_dict(config))
     model.init_weights(std=0.1)

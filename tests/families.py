@@ -34,12 +34,12 @@ FAMILIES = {
 }
 
 
-def transformers_model(family: str, seed: int = 0):
+def transformers_model(family: str, seed: int = 0, **sizes):
     """A transformers model in float32 whose every parameter, biases and norms included, is random."""
     import transformers
 
     name, changes = FAMILIES[family]
-    config = getattr(transformers, name + "Config")(**_SMALL | changes, eos_token_id=None, bos_token_id=None)
+    config = getattr(transformers, name + "Config")(**_SMALL | changes | sizes, eos_token_id=None, bos_token_id=None)
     config._attn_implementation = "eager"
     model = getattr(transformers, name + "ForCausalLM")(config).float().eval()
     generator = torch.Generator().manual_seed(seed)

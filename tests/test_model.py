@@ -131,6 +131,6 @@ def test_half_precision_logits_stay_close_to_float32():
     model = small_model()
     ids = random_ids(1, 16)
     full = model(ids)
-    # bfloat16 has 8 significand bits: u = 2^-9 = 0.2 % a rounding. About 30 roundings lie between ids and logits, adding up
-    # like a random walk: sqrt(30) * 0.2 % = 1 % of the largest logit; three times that is allowed.
+    # bfloat16 has 8 significand bits: a rounding errs by at most 2^-8, 0.2 % in the root mean square. About 30 roundings lie
+    # between ids and logits, adding up like a random walk: sqrt(30) * 0.2 % = 1 % of the largest logit; three times is allowed.
     assert relative_error(model.bfloat16()(ids).float(), full) < 0.03

@@ -33,8 +33,15 @@ def train(run_trainer, model_dir, dataset, tmp_path):
     """Train the tiny model into tmp_path/NAME; fails the test if the trainer does."""
 
     def run(name="out", **keys):
-        keys = {"model": model_dir, "dataset": dataset, "output_dir": tmp_path / name, "max_steps": 4, "lora_dropout": 0} | keys
-        code, out, err = run_trainer(*(word for key, value in keys.items() for word in (f"--{key}", value)))
+        keys = {
+            "model": model_dir,
+            "dataset": dataset,
+            "output_dir": tmp_path / name,
+            "max_steps": 4,
+            "lora_dropout": 0,
+            "quantization_bit": "none",
+        } | keys
+        code, out, err = run_trainer(*(word for key, value in keys.items() if value is not None for word in (f"--{key}", value)))
         assert code == 0, err
         return tmp_path / name, out
 
@@ -59,6 +66,22 @@ def test_training_lowers_the_loss_and_leaves_everything_it_should(train):
     assert card.startswith("---\nbase_model: ") and "library_name: peft" in card and "| peak memory |" in card
     for said in ("model ", "device ", "trainable ", "training ", "steps ", "supervised"):
         assert said in out
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({"quantization_bit": 4}, "weights    nf4 with double quantization, 4."),
+        ({"quantization_bit": 4, "quantization_type": "fp4", "double_quantization": False}, "weights    fp4, 4.50 bits a weight"),
+        ({"load_in_4bit": "true", "quantization_bit": None}, "weights    nf4 with double quantization"),
+        ({"quantization_bit": 8}, "weights    int8, a scale a row, 8."),
+        ({"quantization_bit": "none"}, "weights    float32"),
+    ],
+)
+def test_a_quantized_base_trains_as_well_and_says_how_it_is_stored(train, keys, said):
+    directory, out = train(max_steps=20, learning_rate=1e-2, logging_steps=1, **keys)
+    losses = [r["loss"] for r in metrics(directory)]
+    assert losses[-1] < losses[0] - 0.5 and said in out and "| frozen weights |" in (directory / "README.md").read_text()
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_one_does_not(train):
@@ -116,13 +139,21 @@ def test_training_stops_early_when_the_held_out_loss_does_not_fall(train, held_o
     assert [r["step"] for r in metrics(directory) if "eval_loss" in r] == [0, 1, 2, 3, 4, 5]
 
 
-def test_the_logged_held_out_loss_is_that_of_the_saved_adapter_in_peft(train, model_dir, dataset):
+@pytest.mark.parametrize("bits", ["none", "4"])
+def test_the_logged_held_out_loss_is_that_of_the_saved_adapter_in_peft(train, model_dir, dataset, bits):
     """The whole path against the usual stack: our training, their loading, their loss."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    directory, _ = train(max_steps=10, learning_rate=1e-2, eval_dataset=dataset)
+    quant = {}
+    if bits == "4":
+        pytest.importorskip("bitsandbytes")
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        )
+        quant = dict(quantization_config=config, dtype=torch.float32, device_map={"": "cpu"})
+    directory, _ = train(max_steps=10, learning_rate=1e-2, eval_dataset=dataset, quantization_bit=bits)
     tokenizer = load_tokenizer(model_dir)
     examples = tokenize(read_rows(dataset), tokenizer, 1024).examples
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir, **quant)
     theirs = peft.PeftModel.from_pretrained(theirs, directory).eval()
     total = tokens = 0.0
     with torch.no_grad():
@@ -228,8 +259,8 @@ def test_truncated_weights_and_a_tensor_of_the_wrong_shape(refused, model_dir, t
     assert "model.safetensors is truncated or corrupt" in refused(model=broken)
     wrong = copy_model(model_dir, tmp_path / "wrong")
     config = json.loads((wrong / "config.json").read_text())
-    (wrong / "config.json").write_text(json.dumps(config | {"intermediate_size": 65}))
-    assert "mlp.gate_proj.weight is (64, 32), config.json says (65, 32)" in refused(model=wrong)
+    (wrong / "config.json").write_text(json.dumps(config | {"intermediate_size": 129}))
+    assert "mlp.gate_proj.weight is (128, 64), config.json says (129, 64)" in refused(model=wrong)
 
 
 def test_a_model_without_a_tokenizer_or_with_another_models(refused, model_dir, tmp_path):
@@ -249,6 +280,8 @@ def test_an_unknown_key_and_impossible_values(refused):
     assert "warmup_steps = 5 is not shorter than the training, which has 2 steps" in refused(warmup_steps=5)
     assert "names 'v_porj', which no linear layer is called; nearest: 'v_proj'" in refused(lora_target="q_proj,v_porj")
     assert "cutoff_len = 1000 is more than the 256 positions of the model" in refused(cutoff_len=1000)
+    assert "quantization_bit must be 4 or 8" in refused(quantization_bit=3)
+    assert "choose nf4 or fp4" in refused(quantization_type="int4")
     assert "fp16 needs a GPU" in refused(fp16=True) or torch.cuda.is_available()
 
 

@@ -1,0 +1,104 @@
+"""Frozen linear layers whose weight is stored in 4 or 8 bits.
+
+    forward     W = dequantize(q)      y  = x W^T + b
+    backward    W = dequantize(q)      dx = dy W
+
+A frozen weight has no gradient of its own, so the backward pass needs W and nothing else, and W can be had again from the packed
+bytes at any time. So neither pass keeps it: an autograd function that saved W would hold the whole model dequantized between
+forward and backward, which is what 4 bits were to avoid. Nor is memory asked for anew each time. All layers dequantize into one
+scratch buffer per device and dtype, as large as the largest layer: on a CPU, touching fresh pages costs more than the arithmetic.
+
+The dtype of the computing is the activations' own; the dtype that a file was quantized from says nothing about it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora import ops
+from minilora.quantization import Quantized8bitTensor, QuantizedTensor, gemv_4bit
+
+_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this shape in the buffer that all layers of a device and dtype share. Its contents live until the next call."""
+    count = shape[0] * shape[1]
+    buffer = _scratch.get((device, dtype))
+    if buffer is None or buffer.numel() < count:
+        buffer = _scratch[device, dtype] = torch.empty(count, dtype=dtype, device=device)
+    return buffer[:count].view(shape)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """y = x W^T + b for a quantized W without a gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: QuantizedTensor | Quantized8bitTensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, _dequantized(weight, x), bias)  # (..., out)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy @ _dequantized(ctx.weight, dy), None, None  # (..., in)
+
+
+def _dequantized(weight: QuantizedTensor | Quantized8bitTensor, like: Tensor) -> Tensor:
+    """W in the dtype of the activations, (out, in), in the scratch buffer."""
+    return weight.dequantize(like.dtype, out=scratch(tuple(weight.shape), like.dtype, like.device))
+
+
+class QuantizedLinear(nn.Module):
+    """x: (..., in) -> (..., out) with a quantized, frozen weight (out, in)."""
+
+    def __init__(self, weight: QuantizedTensor | Quantized8bitTensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight = weight  # not a Parameter: nothing to train, and nn.Module must not convert its bytes to another dtype
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _FrozenLinear.apply(x, self.weight, bias)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Follow `model.to(device)`; of `model.to(dtype)` only the bias takes notice."""
+        super()._apply(fn, recurse)
+        self.weight = self.weight.to(fn(torch.empty(0, device=self.weight.device)).device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Linear4bit(QuantizedLinear):
+    """NF4 or FP4: see `minilora.quantization.quantize_4bit`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features and not torch.is_grad_enabled() and ops.use_triton(x):  # decoding at batch 1
+            y = gemv_4bit(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias.to(x.dtype)
+        return super().forward(x)
+
+
+class Linear8bit(QuantizedLinear):
+    """Row-wise int8: see `minilora.quantization.quantize_8bit`."""
+
+
+def describe_weights(model: nn.Module) -> str:
+    """How the linear layers of the decoder are stored, for people: 'nf4 with double quantization, 4.13 bits a weight, 3.3 GiB'."""
+    quantized = [m.weight for m in model.modules() if isinstance(m, QuantizedLinear)]
+    if not quantized:
+        return str(next(model.parameters()).dtype).removeprefix("torch.")
+    bytes_ = sum(weight.nbytes for weight in quantized)
+    bits = 8 * bytes_ / sum(weight.shape.numel() for weight in quantized)
+    kind = "int8, a scale a row"
+    if isinstance(quantized[0], QuantizedTensor):
+        kind = quantized[0].quant_type + (" with double quantization" if quantized[0].nested_absmax is not None else "")
+    return f"{kind}, {bits:.2f} bits a weight, {bytes_ / 2**20:,.1f} MiB"
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the model has, those of quantized weights included."""
+    quantized = sum(m.weight.shape.numel() for m in model.modules() if isinstance(m, QuantizedLinear))
+    return quantized + sum(p.numel() for p in model.parameters())

@@ -1,0 +1,338 @@
+"""Weights in 4 or 8 bits: codebooks, blocks, and scales that are quantized in turn (QLoRA, arXiv:2305.14314, section 3).
+
+    w  ~  code[symbol] * absmax            symbol: 4 bits, one a weight       absmax: one a block of 64 weights
+
+A weight matrix is cut, in memory order and across its rows, into blocks. Each block is divided by its largest magnitude, and
+every value in [-1, 1] becomes the nearest of sixteen codes. Where the codes lie is all there is to choose:
+
+    nf4   quantiles of the normal distribution, so that weights, which are about normal, use all about equally often (appendix E)
+    fp4   a float of 1 sign, 2 exponent and 1 mantissa bits: evenly bad everywhere, kept because checkpoints have it
+
+One outlier makes its whole block coarse, so blocks are small; but a float32 scale for 64 weights costs half a bit a weight. Double
+quantization stores the scales in 8 bits too, centred on their mean, in blocks of 256 with a float32 scale each:
+
+    absmax  ~  dynamic_code[place] * nested_absmax + offset          4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight, not 4.5
+
+Their code is the dynamic one (arXiv:2110.02861, section 2), whose steps grow with the value, so that it holds seven decades.
+
+Everything here is bitsandbytes' arithmetic to the bit, and its format on disk to the byte: checkpoints go both ways. Its numbers on
+a CPU are the reference; PyTorch's mean and bitsandbytes' own CUDA kernels may differ from them in the last bit. Two things of
+bitsandbytes 0.50 are not followed. On CPUs with AVX-512 it gives the wrong scale to a block that spans rows of a matrix whose width
+is a multiple of 16 and not of the block. And fp4's second zero, symbol 8, reads as -0 or +0 depending on the width; here it is +0.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from minilora import ops
+from minilora.errors import UserError, describe
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+QUANT_TYPES = ("nf4", "fp4")
+NESTED_BLOCK_SIZE = 256
+_FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TABLE = dict(dtype=torch.float32, device="cpu")  # of every codebook at first, whatever the defaults are at that moment
+_STATE_KEY = "quant_state.bitsandbytes__"  # + quant_type
+
+
+@lru_cache
+def four_bit_code(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+    """The values of the sixteen symbols, (16,) float32, largest magnitude 1. Shared: do not write to it.
+
+    nf4: probabilities evenly spaced from 1/2 to 0.9677083 = (1 - 1/30 + 1 - 1/32) / 2, seven for the negative codes and eight for
+    the positive ones; their normal quantiles; divided by the largest. Zero is a code of its own, for padding and pruned weights.
+    The published float32 table is rounded after each of these three steps, and so is this one: it is the same to the bit.
+
+    fp4: sign, two bits of exponent e, one of mantissa m. Here the exponent counts downwards: 2^(4-e) (1 + m/2) for e = 1, 2, 3 and
+    m/16 for e = 0, all divided by 12, the largest.
+    """
+    if quant_type == "nf4":
+        below, above = (torch.linspace(0.9677083, 0.5, count + 1, **_TABLE)[:-1].tolist() for count in (7, 8))
+        quantile = NormalDist().inv_cdf
+        code = torch.tensor([-quantile(p) for p in below] + [0.0] + [quantile(p) for p in reversed(above)], **_TABLE)
+    elif quant_type == "fp4":
+        magnitudes = [2.0 ** (4 - e) * (1 + m / 2) if e else m / 16 for e in range(4) for m in range(2)]
+        code = torch.tensor(magnitudes + [0.0 - x for x in magnitudes], **_TABLE)
+    else:
+        raise UserError(f"quant_type {quant_type!r} is not known; choose {' or '.join(QUANT_TYPES)}")
+    return (code / code.max()).to(device)
+
+
+@lru_cache
+def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Tensor:
+    """The 256 values of the 8-bit dynamic code, (256,) float32, ascending from about -1, or 0, to 1. Shared: do not write to it.
+
+    A byte is a sign (if signed), a unary exponent of i zeros and a one, and what is left as a linear fraction: in each of seven
+    decades, 10^-7..10^-6 up to 0.1..1, the midpoints of 2^i, or unsigned 2^(i+1), equal parts of the decade. And 0, and 1.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, **_TABLE)
+        middles = ((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6)).tolist()
+        values += middles + [-x for x in middles if signed]
+    return torch.tensor(sorted(values), **_TABLE).to(device)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A tensor in 4 bits. The two codebooks, 1.1 kB, are the module's and the same for all."""
+
+    packed: Tensor  # (ceil(n / 2),) uint8: two symbols a byte, the first in the high nibble
+    absmax: Tensor  # (blocks,) float32, or uint8 when doubly quantized
+    shape: torch.Size
+    dtype: torch.dtype  # of the tensor that was quantized, and of `dequantize()`
+    quant_type: str  # nf4 or fp4
+    blocksize: int
+    nested_absmax: Tensor | None = None  # (ceil(blocks / 256),) float32
+    offset: Tensor | None = None  # () float32: the mean of the float32 absmax
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """See `dequantize_4bit`."""
+        return dequantize_4bit(self, dtype, out)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors hold."""
+        return sum(t.nbytes for t in self._tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.shape.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def to(self, device: torch.device | str) -> "QuantizedTensor":
+        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        fields = ("packed", "absmax", "nested_absmax", "offset")
+        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+
+
+def quantize_4bit(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True) -> QuantizedTensor:
+    """The weight, of any shape, in 4 bits: see the module's docstring for what is stored.
+
+    Takes float32, bfloat16 and float16 as they are, on any device, with little memory beside the result. Raises UserError for
+    infinities and NaN, which would spoil their blocks, for other dtypes, and for block sizes but the powers of two from 32 to 4096.
+    """
+    code = four_bit_code(quant_type, weight.device)
+    if blocksize not in BLOCK_SIZES:
+        raise UserError(f"blocksize {blocksize} is not supported; choose one of {', '.join(map(str, BLOCK_SIZES))}")
+    _check_floats(weight)
+    packed, absmax = ops.quantize_4bit(weight.detach().contiguous().view(-1), code, blocksize)
+    offset = absmax.mean()
+    if not offset.isfinite():
+        _check_finite(weight, absmax)
+        if double_quant:
+            raise UserError(
+                f"the weight's magnitudes, up to {absmax.max():.3g}, are too large for double quantization; leave it out"
+            )
+    fields = dict(packed=packed, shape=weight.shape, dtype=weight.dtype, quant_type=quant_type, blocksize=blocksize)
+    if not double_quant:
+        return QuantizedTensor(absmax=absmax, **fields)
+    places, nested_absmax = ops.quantize_8bit(absmax - offset, dynamic_code(True, weight.device), NESTED_BLOCK_SIZE)
+    return QuantizedTensor(absmax=places, nested_absmax=nested_absmax, offset=offset, **fields)
+
+
+def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """code[symbol] * absmax in q's shape, multiplied in float32 and rounded once to `dtype`, or to that of `out`, or to q's.
+
+    `out` is filled and returned: contiguous, of q's shape and on its device. A buffer that is used again saves the larger part of
+    the time on a CPU. Raises UserError for an `out` that does not fit.
+    """
+    dtype = dtype or (q.dtype if out is None else out.dtype)
+    if dtype not in _FLOATS.values():
+        raise UserError(f"cannot dequantize to {dtype}; choose {', '.join(_FLOATS)}")
+    device = q.packed.device
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype, device=device)
+    elif (out.shape, out.dtype, out.device) != (q.shape, dtype, device) or not out.is_contiguous():
+        given = f"{tuple(out.shape)} {out.dtype} on {out.device}" + ", not contiguous" * (not out.is_contiguous())
+        raise UserError(f"out is {given}; it must be contiguous {tuple(q.shape)} {dtype} on {device}")
+    nested = () if q.nested_absmax is None else (q.nested_absmax, dynamic_code(True, device), q.offset)
+    code = four_bit_code(q.quant_type, device)
+    ops.dequantize_4bit(q.packed, q.absmax, code, q.blocksize, q.shape.numel(), out.view(-1), *nested)
+    return out
+
+
+def gemv_4bit(q: QuantizedTensor, x: Tensor) -> Tensor:
+    """W x without W ever being written out, where there is a kernel for it. x: (in,) -> (out,) in x's dtype."""
+    nested = (None, None, None)
+    if q.nested_absmax is not None:
+        nested = (q.nested_absmax, dynamic_code(True, q.device), q.offset)
+    return ops.gemv_4bit(x, q.packed, q.absmax, four_bit_code(q.quant_type, q.device), q.blocksize, tuple(q.shape), *nested)
+
+
+def to_bitsandbytes(q: QuantizedTensor, name: str = "weight") -> dict[str, Tensor]:
+    """The entries of a state dict that bitsandbytes writes for a Linear4bit's weight called `name`, to the byte."""
+    state = {"quant_type": q.quant_type, "blocksize": q.blocksize}  # in the order in which bitsandbytes writes them
+    state |= {"dtype": str(q.dtype).removeprefix("torch."), "shape": list(q.shape)}
+    entries = {"": q.packed.view(-1, 1), ".absmax": q.absmax, ".quant_map": four_bit_code(q.quant_type, q.packed.device).clone()}
+    if q.nested_absmax is not None:
+        entries[".nested_absmax"] = q.nested_absmax
+        entries[".nested_quant_map"] = dynamic_code(True, q.packed.device).clone()
+        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": q.offset.item()}
+    packed_state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
+    return {name + suffix: t for suffix, t in entries.items()} | {f"{name}.{_STATE_KEY}{q.quant_type}": packed_state}
+
+
+def from_bitsandbytes(entries: dict[str, Tensor], name: str = "weight") -> QuantizedTensor:
+    """The tensor that bitsandbytes stored as `name`, `name.absmax`, ...; other entries are ignored.
+
+    Codebooks that differ from ours by rounding only, as other versions' do, are taken for ours. Raises UserError, with the
+    problems by name, if entries are missing, truncated, or contradict one another.
+    """
+    state_keys = [key for key in entries if key.startswith(f"{name}.{_STATE_KEY}")]
+    if len(state_keys) != 1:
+        raise UserError(f"{name} needs exactly one entry {name}.{_STATE_KEY}nf4 or ...fp4; found {', '.join(state_keys) or 'none'}")
+    key = state_keys[0]
+    state = _read_state(entries[key], key)
+    nested = "nested_blocksize" in state
+    wanted = ["", ".absmax", ".quant_map"] + [".nested_absmax", ".nested_quant_map"] * nested
+    if missing := [name + suffix for suffix in wanted if name + suffix not in entries]:
+        raise UserError(f"{name} is incomplete: {key} is there, but not {', '.join(missing)}")
+
+    n = torch.Size(state["shape"]).numel()
+    blocks = -(-n // state["blocksize"])
+    packed = entries[name]
+    expected = {  # suffix -> (elements, dtype)
+        ".absmax": (blocks, torch.uint8 if nested else torch.float32),
+        ".quant_map": (16, torch.float32),
+        ".nested_absmax": (-(-blocks // NESTED_BLOCK_SIZE), torch.float32),
+        ".nested_quant_map": (256, torch.float32),
+    }
+    problems = []  # `packed` may be called bfloat16, say, so that others can shard it: bytes they are
+    if packed.dtype not in (torch.uint8, *_FLOATS.values()) or packed.nbytes != (n + 1) // 2:
+        problems.append(f"{name} has {packed.nbytes} bytes of {packed.dtype}, {n} weights need {(n + 1) // 2}")
+    for suffix in wanted[1:]:
+        t, (size, dtype) = entries[name + suffix], expected[suffix]
+        if (t.numel(), t.dtype) != (size, dtype):
+            problems.append(f"{name}{suffix} has {t.numel()} values of {t.dtype}, not {size} of {dtype}")
+        elif suffix.endswith("quant_map"):
+            code = dynamic_code() if "nested" in suffix else four_bit_code(state["quant_type"])
+            if not torch.allclose(t.cpu(), code, rtol=0, atol=1e-6):
+                problems.append(f"{name}{suffix} is not the {'dynamic' if 'nested' in suffix else state['quant_type']} code")
+        elif t.is_floating_point() and not t.isfinite().all():
+            problems.append(f"{name}{suffix} holds infinities or NaN")
+    if not nested and (stray := [name + s for s in (".nested_absmax", ".nested_quant_map") if name + s in entries]):
+        problems.append(f"{', '.join(stray)} are there, but {key} names no nested_blocksize")
+    if problems:
+        raise UserError(f"{name} cannot be read: {describe(problems)}")
+    return QuantizedTensor(
+        packed=packed.contiguous().view(-1).view(torch.uint8),
+        absmax=entries[f"{name}.absmax"].reshape(-1),
+        shape=torch.Size(state["shape"]),
+        dtype=_FLOATS[state["dtype"]],
+        quant_type=state["quant_type"],
+        blocksize=state["blocksize"],
+        nested_absmax=entries[f"{name}.nested_absmax"].reshape(-1) if nested else None,
+        offset=torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device) if nested else None,
+    )
+
+
+def _read_state(packed: Tensor, key: str) -> dict:
+    """The JSON object of a quant_state entry, with every value checked. Raises UserError."""
+    try:
+        state = json.loads(bytes(packed.cpu().view(-1).tolist()))
+        if not isinstance(state, dict):
+            raise ValueError("it is no object")
+    except (ValueError, TypeError, RecursionError) as error:  # truncated, not UTF-8, not JSON, not bytes
+        raise UserError(f"{key} is truncated or corrupt: {error}; download again") from error
+
+    def is_size(x) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+    checks = {
+        "quant_type": lambda x: x == key.rpartition("__")[2] and x in QUANT_TYPES,
+        "blocksize": lambda x: is_size(x) and x in BLOCK_SIZES,
+        "dtype": lambda x: x in list(_FLOATS),
+        "shape": lambda x: isinstance(x, list) and all(map(is_size, x)),
+    }
+    if any(name.startswith("nested_") for name in state):
+        checks |= {
+            "nested_blocksize": lambda x: x == NESTED_BLOCK_SIZE,
+            "nested_dtype": lambda x: x == "float32",
+            "nested_offset": lambda x: isinstance(x, (int, float)) and abs(x) <= torch.finfo(torch.float32).max,
+        }
+    if problems := [f"{name} = {state.get(name)!r}" for name, fits in checks.items() if not fits(state.get(name))]:
+        raise UserError(f"{key} cannot be honoured: {describe(problems)}")
+    return state
+
+
+@dataclass(frozen=True)
+class Quantized8bitTensor:
+    """A matrix in 8 bits: w ~ data * absmax / 127, one absmax a row (LLM.int8's vector-wise quantization, arXiv:2208.07339).
+
+    Outliers are not split off into a 16-bit matrix as that paper does for activations: this is storage for frozen weights only,
+    whose products are taken in floating point.
+    """
+
+    data: Tensor  # (..., in) int8
+    absmax: Tensor  # (...,) float32
+    dtype: torch.dtype  # of the tensor that was quantized, and of `dequantize()`
+
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """data * absmax / 127, computed in float32, in the dtype given, or out's, or the original's."""
+        dtype = dtype or (self.dtype if out is None else out.dtype)
+        values = self.data.float().mul_(self.absmax.unsqueeze(-1)).mul_(1 / 127)
+        return values.to(dtype) if out is None else out.copy_(values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.absmax.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.data.numel()
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def to(self, device: torch.device | str) -> "Quantized8bitTensor":
+        return replace(self, data=self.data.to(device), absmax=self.absmax.to(device))
+
+
+def quantize_8bit(weight: Tensor) -> Quantized8bitTensor:
+    """Each row, the last dimension, divided by its largest magnitude and rounded to a multiple of 1/127. weight: (..., in).
+
+    Raises UserError for infinities, NaN and other dtypes than float32, bfloat16 and float16.
+    """
+    _check_floats(weight)
+    if weight.dim() == 0:
+        raise UserError("cannot quantize a single number to 8 bits: it has no rows")
+    weight, width = weight.detach(), weight.shape[-1]
+    data = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
+    by_rows = weight.reshape(-1, width).split(256), data.view(-1, width).split(256), absmax.view(-1).split(256)
+    for rows, result, scale in zip(*by_rows, strict=True):  # a few at a time: no second copy of the weight
+        scale.copy_(rows.abs().amax(-1))
+        inverse = 127.0 / scale.clamp(min=1e-36)  # a row of zeros stays zeros
+        result.copy_((rows * inverse.view(-1, 1)).round_())
+    _check_finite(weight, absmax)
+    return Quantized8bitTensor(data, absmax, weight.dtype)
+
+
+def _check_floats(weight: Tensor) -> None:
+    if weight.dtype not in _FLOATS.values():
+        raise UserError(f"cannot quantize {weight.dtype}; the weight must be one of {', '.join(_FLOATS)}")
+    if weight.numel() == 0:
+        raise UserError(f"cannot quantize a weight of shape {tuple(weight.shape)}: it is empty")
+
+
+def _check_finite(weight: Tensor, absmax: Tensor) -> None:
+    """Infinities and NaN come out as such in the scale of their block, which is all that has to be searched."""
+    if not absmax.isfinite().all():
+        bad = int((~weight.isfinite()).sum())
+        raise UserError(f"cannot quantize the weight: {bad} of its {weight.numel()} values are infinite or NaN; use sound weights")
