@@ -234,9 +234,8 @@ def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
         blocks = F.pad(values, (0, -len(values) % blocksize)).view(-1, blocksize)
         scale = absmax[start // blocksize :][: len(blocks)]
         torch.amax(blocks.abs(), dim=1, out=scale)
-        scaled = (
-            (blocks * (1.0 / scale).view(-1, 1)).clamp_(-1, 1).nan_to_num_(nan=-1.0)
-        )  # 0 * inf, in a block of (next to) nothing
+        scaled = (blocks * (1.0 / scale).view(-1, 1)).clamp_(-1, 1)
+        scaled.nan_to_num_(nan=-1.0)  # 0 * inf, in a block of (next to) nothing
         step = ((scaled + 1) * 0.5).double() * 65535 + 0.5  # exact: 24 + 16 bits
         found = nearest[step.float().int()].masked_fill_(scale.view(-1, 1) == 0, 0)
         places[start : start + chunk] = found.view(-1)[: len(values)]

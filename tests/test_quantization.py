@@ -238,8 +238,9 @@ def test_without_a_compiler_the_definition_runs(first_use, monkeypatch, tmp_path
 def test_a_compiled_library_with_other_bits_is_not_used(first_use, monkeypatch, tmp_path):
     if not native.functions():
         pytest.skip("no C compiler: the definition is all there is")
-    spoilt = native._SOURCE.replace("1.0f / floored", "0.9f / floored")
-    assert spoilt != native._SOURCE
+    spoilt = tmp_path / "native.c"
+    spoilt.write_text(native._SOURCE.read_text().replace("1.0f / floored", "0.9f / floored"))
+    assert spoilt.read_text() != native._SOURCE.read_text()
     monkeypatch.setattr(native, "_SOURCE", spoilt)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.functions.cache_clear()

@@ -1,0 +1,185 @@
+/* Blockwise 4-bit quantize and dequantize for native.py: the same bits as the PyTorch definitions in ops.py, in one pass. */
+
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+enum { LANES = 32, MAX_THREADS = 64 };  /* every block is a multiple of LANES values */
+
+typedef struct task {
+    void (*run)(const struct task *);
+    int64_t first, last;                /* the blocks of this thread */
+    int64_t blocksize, n;               /* n values in all */
+    const void *x;                      /* quantize: (n,) */
+    const float *bounds;                /* (15,) midpoints between neighbouring codes, ascending */
+    const int32_t *steps;               /* (16,) symbol of the smallest code, then the difference to each next symbol */
+    uint8_t *packed;                    /* (ceil(n / 2),) first value in the high nibble */
+    float *scales;                      /* quantize: (blocks,) out */
+    const void *absmax;                 /* dequantize: (blocks,) float, or bytes when doubly quantized */
+    const float *code;                  /* (16,) */
+    const float *nested_absmax, *nested_code;   /* (blocks / 256,) and (256,), or NULL */
+    float offset;
+    void *out;                          /* (n,) */
+} task;
+
+static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+static inline float load_fp32(float x) { return x; }
+static inline float store_fp32(float x) { return x; }
+static inline float load_bf16(uint16_t x) { return as_float((uint32_t)x << 16); }
+static inline uint16_t store_bf16(float x) {    /* to nearest, ties to even; no NaN gets here */
+    uint32_t bits = as_bits(x);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+#if defined(__FLT16_MAX__)
+static inline float load_fp16(_Float16 x) { return (float)x; }
+static inline _Float16 store_fp16(float x) { return (_Float16)x; }
+#endif
+
+/* 16 packed bytes -> 32 codes */
+static inline void look_up(const uint8_t *packed, const float *code, float *values) {
+#if defined(__AVX512F__)
+    const __m512i pairs_low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i pairs_high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    __m512 table = _mm512_loadu_ps(code);
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)packed));
+    __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+    __m512 low = _mm512_permutexvar_ps(bytes, table);    /* reads the lowest four bits only */
+    _mm512_storeu_ps(values, _mm512_permutex2var_ps(high, pairs_low, low));
+    _mm512_storeu_ps(values + 16, _mm512_permutex2var_ps(high, pairs_high, low));
+#else
+    for (int i = 0; i < LANES / 2; i++) {
+        values[2 * i] = code[packed[i] >> 4];
+        values[2 * i + 1] = code[packed[i] & 15];
+    }
+#endif
+}
+
+/* scaled values -> 16 packed bytes; a symbol is the sum of the steps over the bounds that lie below the value */
+static inline void pack(const float *scaled, const float *bounds, const int32_t *steps, uint8_t *packed) {
+    int32_t symbols[LANES];
+    for (int i = 0; i < LANES; i++) {
+        int32_t symbol = steps[0];
+        for (int k = 0; k < 15; k++)
+            symbol += scaled[i] > bounds[k] ? steps[k + 1] : 0;
+        symbols[i] = symbol;
+    }
+    for (int i = 0; i < LANES / 2; i++)
+        packed[i] = (uint8_t)(symbols[2 * i] << 4 | symbols[2 * i + 1]);
+}
+
+static inline float block_scale(const task *t, int64_t block) {
+    if (!t->nested_absmax)
+        return ((const float *)t->absmax)[block];
+    float centred = t->nested_code[((const uint8_t *)t->absmax)[block]] * t->nested_absmax[block / 256];
+    return centred + t->offset;
+}
+
+#define DEFINE(NAME, T)                                                                                         \
+static void run_quantize_##NAME(const task *t) {                                                                \
+    float bounds[15], scaled[LANES];                                                                            \
+    int32_t steps[16];                                                                                          \
+    memcpy(bounds, t->bounds, sizeof bounds);                                                                   \
+    memcpy(steps, t->steps, sizeof steps);                                                                      \
+    for (int64_t block = t->first; block < t->last; block++) {                                                  \
+        int64_t start = block * t->blocksize, left = t->n - start;                                              \
+        int64_t whole = left < t->blocksize ? left : t->blocksize;                                              \
+        const T *x = (const T *)t->x + start;                                                                   \
+        uint8_t *packed = t->packed + start / 2;                                                                \
+        uint32_t most = 0;      /* the order of magnitudes is the order of their bits; infinity and NaN on top */ \
+        for (int64_t i = 0; i < whole; i++) {                                                                   \
+            uint32_t bits = as_bits(load_##NAME(x[i])) & 0x7fffffff;                                            \
+            most = bits > most ? bits : most;                                                                   \
+        }                                                                                                       \
+        float absmax = as_float(most), floored = absmax < 1e-38f ? 1e-38f : absmax;                             \
+        if (whole == t->blocksize) {                                                                            \
+            float inverse = 1.0f / floored;                                                                     \
+            t->scales[block] = absmax;                                                                          \
+            for (int64_t j = 0; j < whole; j += LANES) {                                                        \
+                for (int i = 0; i < LANES; i++)                                                                 \
+                    scaled[i] = load_##NAME(x[j + i]) * inverse;                                                \
+                pack(scaled, bounds, steps, packed + j / 2);                                                    \
+            }                                                                                                   \
+        } else {                                                                                                \
+            t->scales[block] = floored;                                                                         \
+            for (int64_t j = 0; j < whole; j += LANES) {                                                        \
+                int64_t count = whole - j < LANES ? whole - j : LANES;                                          \
+                uint8_t bytes[LANES / 2];                                                                       \
+                for (int i = 0; i < LANES; i++)                                                                 \
+                    scaled[i] = i < count ? load_##NAME(x[j + i]) / floored : 0.0f;                             \
+                pack(scaled, bounds, steps, bytes);                                                             \
+                memcpy(packed + j / 2, bytes, (size_t)((count + 1) / 2));                                       \
+            }                                                                                                   \
+        }                                                                                                       \
+    }                                                                                                           \
+}                                                                                                               \
+static void run_dequantize_##NAME(const task *t) {                                                              \
+    float code[16], values[LANES];                                                                              \
+    memcpy(code, t->code, sizeof code);                                                                         \
+    for (int64_t block = t->first; block < t->last; block++) {                                                  \
+        int64_t start = block * t->blocksize, left = t->n - start;                                              \
+        int64_t whole = left < t->blocksize ? left : t->blocksize;                                              \
+        const uint8_t *packed = t->packed + start / 2;                                                          \
+        T *out = (T *)t->out + start;                                                                           \
+        float scale = block_scale(t, block);                                                                    \
+        int64_t j = 0;                                                                                          \
+        for (; j + LANES <= whole; j += LANES) {                                                                \
+            look_up(packed + j / 2, code, values);                                                              \
+            for (int i = 0; i < LANES; i++)                                                                     \
+                out[j + i] = store_##NAME(values[i] * scale);                                                   \
+        }                                                                                                       \
+        for (; j < whole; j++)                                                                                  \
+            out[j] = store_##NAME(code[j % 2 ? packed[j / 2] & 15 : packed[j / 2] >> 4] * scale);               \
+    }                                                                                                           \
+}                                                                                                               \
+void quantize_##NAME(const void *x, const float *bounds, const int32_t *steps, int64_t blocksize, int64_t n,    \
+                     uint8_t *packed, float *scales, int threads) {                                             \
+    task t = {.run = run_quantize_##NAME, .blocksize = blocksize, .n = n, .x = x, .bounds = bounds,             \
+              .steps = steps, .packed = packed, .scales = scales};                                              \
+    share(t, threads);                                                                                          \
+}                                                                                                               \
+void dequantize_##NAME(uint8_t *packed, const void *absmax, const float *code, int64_t blocksize, int64_t n,    \
+                       void *out, const float *nested_absmax, const float *nested_code, float offset,           \
+                       int threads) {                                                                           \
+    task t = {.run = run_dequantize_##NAME, .blocksize = blocksize, .n = n, .packed = packed, .absmax = absmax, \
+              .code = code, .nested_absmax = nested_absmax, .nested_code = nested_code, .offset = offset,       \
+              .out = out};                                                                                      \
+    share(t, threads);                                                                                          \
+}
+
+static void *start(void *argument) {
+    const task *t = argument;
+    t->run(t);
+    return NULL;
+}
+
+/* every thread takes a run of whole blocks, the caller the first one; what cannot be started the caller does itself */
+static void share(task whole, int threads) {
+    task part[MAX_THREADS];
+    pthread_t thread[MAX_THREADS];
+    int started[MAX_THREADS];
+    int64_t blocks = (whole.n + whole.blocksize - 1) / whole.blocksize;
+    threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
+    for (int i = 0; i < threads; i++) {
+        part[i] = whole;
+        part[i].first = blocks * i / threads;
+        part[i].last = blocks * (i + 1) / threads;
+        started[i] = i > 0 && pthread_create(&thread[i], NULL, start, &part[i]) == 0;
+    }
+    for (int i = 0; i < threads; i++)
+        if (!started[i])
+            whole.run(&part[i]);
+    for (int i = 0; i < threads; i++)
+        if (started[i])
+            pthread_join(thread[i], NULL);
+}
+
+DEFINE(fp32, float)
+DEFINE(bf16, uint16_t)
+#if defined(__FLT16_MAX__)
+DEFINE(fp16, _Float16)
+#endif
