@@ -4,13 +4,13 @@
 
 Only A and B are trained: r * (in + out) numbers instead of in * out. A starts random and B at zero, so that the adapted model is
 exactly the base model before the first step, and the first gradient reaches B alone. The product B A, as large as W, is never
-formed in training: x goes through A first, which costs r/in of the layer's own work. It is formed once, to merge.
+formed in training: x goes through A and then B, which costs r/out + r/in of the layer's own work. It is formed once, to merge.
 
-rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) scales by alpha / sqrt(r), which keeps the size of the update
-independent of r where alpha / r shrinks it.
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) scales by alpha / sqrt(r): the largest scale with which neither the
+layer's output nor its gradient grows with r. `docs/lora.md` shows both in numbers.
 
-A and B are float32 whatever the compute dtype: AdamW's steps are far below bfloat16's spacing, and float16 gradients cannot be
-unscaled safely. They are cast to the activations' dtype for the two thin products.
+A and B are float32 whatever the compute dtype: late in a schedule AdamW's steps are smaller than bfloat16's spacing and would be
+rounded away, and float16 gradients cannot be unscaled safely. They are cast to the activations' dtype for the two thin products.
 
 `LoraLinear` wraps a layer and holds several adapters by name, of which one, or none, is active. Nothing happens in `train()` and
 `eval()` but dropout: merging is a verb of its own.

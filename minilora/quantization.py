@@ -5,8 +5,8 @@
 A weight matrix is cut, in memory order and across its rows, into blocks. Each block is divided by its largest magnitude, and
 every value in [-1, 1] becomes the nearest of sixteen codes. Where the codes lie is all there is to choose:
 
-    nf4   quantiles of the normal distribution, so that weights, which are about normal, use all about equally often (appendix E)
-    fp4   a float of 1 sign, 2 exponent and 1 mantissa bits: evenly bad everywhere, kept because checkpoints have it
+    nf4   quantiles of the normal distribution: close together where weights, which are about normal, are many (appendix E)
+    fp4   a float of 1 sign, 2 exponent and 1 mantissa bits, evenly coarse in proportion to the value; checkpoints have it
 
 One outlier makes its whole block coarse, so blocks are small; but a float32 scale for 64 weights costs half a bit a weight. Double
 quantization stores the scales in 8 bits too, centred on their mean, in blocks of 256 with a float32 scale each:

@@ -60,7 +60,7 @@ def load_model(
     with torch.device("meta"):
         model = CausalLM(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is not among them: it is the embedding
-    stored.check(wanted, ignore=_is_redundant(config))
+    stored.check(wanted, ignore=is_redundant(config))
     if stored.quantized and quant is not None and quant.bits != 4:
         raise UserError(f"the weights in {directory} are quantized to 4 bits already; load them so, or take unquantized ones")
     large = sum(map(math.prod, wanted.values())) > 5e8
@@ -70,8 +70,12 @@ def load_model(
         if name in stored.quantized:
             model.set_submodule(parent, Linear4bit(stored.read_quantized(name, wanted[name], device), layer.bias))
         elif quant is not None and isinstance(layer, nn.Linear) and leaf == "weight" and parent != OUTPUT_HEAD:
-            weight = stored.read(name, None, device)  # quantized as it lies in the file: the compute dtype must not round it first
-            model.set_submodule(parent, _quantized(weight, layer.bias, quant))
+            # Quantized as it lies in the file: the compute dtype must not round it first.
+            weight = stored.read(name, None, device, copy=False)
+            try:
+                model.set_submodule(parent, _quantized(weight, layer.bias, quant))
+            except UserError as error:
+                raise UserError(f"{name} in {directory}: {error}") from error
         else:
             setattr(layer, leaf, nn.Parameter(stored.read(name, dtype, device), requires_grad=False))
     model.tie_weights()
@@ -105,18 +109,31 @@ def save_model(model: CausalLM, directory: str | Path) -> None:
             raise UserError(f"{name} is in 8 bits, which no other program would read back: save the adapter alone")
         tensors |= to_bitsandbytes(weight.to("cpu"), f"{name}.weight")
     if quantized:
-        raw["quantization_config"] = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": weight.quant_type,
-            "bnb_4bit_use_double_quant": weight.nested_absmax is not None,
-            "bnb_4bit_compute_dtype": raw["torch_dtype"],
-            "bnb_4bit_quant_storage": "uint8",
-        }
+        raw["quantization_config"] = bitsandbytes_config(weight.quant_type, weight.nested_absmax is not None, raw["torch_dtype"])
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / (SINGLE_FILE + ".part"), metadata={"format": "pt"})
-    os.replace(directory / (SINGLE_FILE + ".part"), directory / SINGLE_FILE)
+    save_tensors(tensors, directory / SINGLE_FILE)
     write_whole(directory / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whole or not at all, readable as other files are (safetensors' own are for the owner alone)."""
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        os.replace(part, path)
+    except SafetensorError as error:  # a full disk comes as this, and not as an OSError
+        raise UserError(f"{path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def bitsandbytes_config(quant_type: str, double_quant: bool, compute_dtype: str) -> dict:
+    """The `quantization_config` of a `config.json` by which transformers knows that the files hold 4 bits a weight."""
+    kind = dict(quant_type=quant_type, use_double_quant=double_quant, compute_dtype=compute_dtype, quant_storage="uint8")
+    return {"quant_method": "bitsandbytes", "load_in_4bit": True} | {f"bnb_4bit_{key}": value for key, value in kind.items()}
 
 
 class StoredTensors:
@@ -181,10 +198,13 @@ class StoredTensors:
             raise UserError(f"{name} in {self.directory} is {tuple(weight.shape)}, {CONFIG_FILE} says {shape}")
         return weight.to(device)
 
-    def read(self, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-        """One tensor, copied out of its file in the dtype (None: its own) and on the device asked for."""
+    def read(self, name: str, dtype: torch.dtype | None, device: torch.device | str, copy: bool = True) -> Tensor:
+        """One tensor, in the dtype (None: its own) and on the device asked for.
+
+        With `copy=False` it may be a view of the mapped file, to be used at once and let go.
+        """
         with _open(self.files[name]) as file:
-            return file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+            return file.get_tensor(name).to(device=device, dtype=dtype, copy=copy)
 
 
 def _open(path: Path):
@@ -194,7 +214,7 @@ def _open(path: Path):
         raise UserError(f"{path} is truncated or corrupt: {error}; download it again") from error
 
 
-def _is_redundant(config: ModelConfig) -> Callable[[str], bool]:
+def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
     return lambda name: bool(_COMPUTED.fullmatch(name)) or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
