@@ -62,7 +62,8 @@ def generate_stream(
     """The new tokens as they come, (B,) a step. Ends when every row has ended or after `max_new_tokens`."""
     _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     (B, T), device = input_ids.shape, input_ids.device
-    eos = torch.tensor(list(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids), device=device)
+    eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
+    eos = torch.tensor(list(eos), dtype=torch.long, device=device)
     documents = None
     if attention_mask is not None and not attention_mask.all():
         if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
@@ -134,7 +135,8 @@ def generate_text(model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str],
     device = model.model.embed_tokens.weight.device
     rows = [tokenizer.encode(prompt) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # neighbours of like length: little padding
-    eos = set(settings.setdefault("eos_token_ids", model.config.eos_token_ids or (tokenizer.eos_id,)))
+    # The model's own, and the one that training put behind every completion: they need not be the same.
+    eos = set(settings.setdefault("eos_token_ids", {*model.config.eos_token_ids, tokenizer.eos_id} - {None}))
     texts = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

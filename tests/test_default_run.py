@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT
 
-from minilora import load_adapter, load_model, load_tokenizer
+from minilora import QuantConfig, load_adapter, load_model, load_tokenizer
 from minilora.data import read_rows
 from minilora.evaluation import answers, exact_match
 
@@ -21,8 +21,8 @@ def test_the_default_run_turns_rambling_into_answers_about_people_never_asked_ab
     output = tmp_path / "outputs" / "default"
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["eval_loss"] < 0.1 < 2 < records[0]["eval_loss"]
-    # The saved adapter, loaded anew, gives the answers that were counted.
-    model, tokenizer = load_model(ROOT / "assets" / "base"), load_tokenizer(output)
+    # The saved adapter, loaded anew onto the quantized base, gives the answers that were counted.
+    model, tokenizer = load_model(ROOT / "assets" / "base", QuantConfig()), load_tokenizer(output)
     load_adapter(model, output)
     rows = read_rows(ROOT / "assets" / "test.jsonl")[: int(count)]
     assert round(100 * exact_match(answers(model, tokenizer, rows), rows), 1) == after
