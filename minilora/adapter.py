@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minilora.config import LoraConfig
 from minilora.errors import UserError, describe
-from minilora.files import write_whole
+from minilora.files import read_json, write_whole
 from minilora.lora import add_lora, lora_layers, match_targets, remove_lora
 
 CONFIG_FILE = "adapter_config.json"
@@ -123,10 +123,7 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{directory} is not an adapter: it has no {CONFIG_FILE}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    raw = read_json(path)
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; it must be 'LORA'")
     for key in ("r", "lora_alpha", "target_modules"):

@@ -9,11 +9,11 @@ The rule for fields: a field is honoured, or known to change nothing, or refused
 would give a model that runs and is wrong, which is the most expensive kind of bug.
 """
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from minilora.errors import UserError, nearest
+from minilora.files import read_json
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,7 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """Read `config.json`. Raises UserError naming the file and the field."""
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
+        raw = read_json(path)
         try:
             return cls.from_dict(raw)
         except UserError as error:

@@ -1,7 +1,19 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON that says where it is broken."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from minilora.errors import UserError
+
+
+def read_json(path: str | Path) -> Any:
+    """The contents of a JSON file. Raises UserError naming the file and what is wrong with it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def write_whole(path: Path, data: bytes | str) -> None:

@@ -215,6 +215,7 @@ def _open(path: Path):
 
 
 def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
+    """Tells of a tensor's name whether files may hold it though the model has no use for it."""
     return lambda name: bool(_COMPUTED.fullmatch(name)) or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
