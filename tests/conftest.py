@@ -1,6 +1,5 @@
 """A tiny model directory, a small dataset, and a way to run the trainer as the command line does."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -61,10 +60,9 @@ def dataset(tmp_path_factory, examples) -> Path:
 @pytest.fixture(scope="session")
 def trainer():
     """scripts/train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "scripts" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import train
+
+    return train
 
 
 @pytest.fixture

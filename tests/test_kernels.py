@@ -163,7 +163,7 @@ def test_4bit_kernels_compile_for_every_card_without_spills(card, dtype, compile
 @pytest.mark.parametrize("shape", [(1, 1), (2**20, 2**13 + 16)])  # ones are constants to Triton; the second has over 2^33 elements
 def test_4bit_kernels_compile_for_the_smallest_and_the_largest_weights(shape, blocksize, compile_4bit):
     for operation in ("quantize", "dequantize", "gemv"):
-        compile_4bit(operation, shape, torch.float16, "T4", blocksize)
+        assert compile_4bit(operation, shape, torch.float16, "T4", blocksize)
 
 
 @pytest.mark.gpu

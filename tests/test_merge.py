@@ -1,7 +1,6 @@
 """Merging: the directory that is written is the base model and the adapter in one, and the errors it prints are the real ones."""
 
 import errno
-import importlib.util
 import json
 import re
 import shutil
@@ -35,10 +34,9 @@ CHOICES = {
 @pytest.fixture
 def script():
     """scripts/merge.py as a module."""
-    spec = importlib.util.spec_from_file_location("merge", ROOT / "scripts" / "merge.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import merge
+
+    return merge
 
 
 @pytest.fixture
