@@ -8,6 +8,7 @@
 `torch.cuda.is_bf16_supported()` is not asked: it counts emulation and says yes on a T4.
 """
 
+import ctypes
 import platform
 import re
 from dataclasses import dataclass
@@ -48,12 +49,12 @@ def choose_placement(bf16: bool = False, fp16: bool = False) -> Placement:
         if major >= 8:
             return Placement(device, torch.bfloat16, name)
         return Placement(device, torch.float16, name + ", which only emulates bfloat16")
-    if feature := _cpu_bfloat16_feature():
+    if feature := cpu_bfloat16_feature():
         return Placement(device, torch.bfloat16, f"no GPU; the CPU has {feature}")
     return Placement(device, torch.float32, "no GPU; the CPU has no bfloat16 instructions")
 
 
-def _cpu_bfloat16_feature() -> str | None:
+def cpu_bfloat16_feature() -> str | None:
     """The name of the CPU's instructions for bfloat16 products, if it has any. Linux only: elsewhere float32 is the safe answer."""
     cpuinfo = Path("/proc/cpuinfo")
     if platform.system() != "Linux" or not cpuinfo.is_file():
@@ -73,3 +74,15 @@ def memory_used(device: torch.device) -> int:
     import resource  # macOS, in bytes; there is none on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def return_freed_memory() -> None:
+    """Make glibc give large freed blocks back to the system at once. For a script to call, once, before it computes on a CPU.
+
+    By default glibc raises its threshold for that up to 32 MiB as blocks are freed, and activations of a few MiB then come from
+    one heap that they leave full of holes: in a training step of a 1.1B model 3.5 GiB at the peak instead of 2.1. Elsewhere than on
+    Linux with glibc this does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_MMAP_THRESHOLD = -3  # malloc.h
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)

@@ -8,15 +8,17 @@ bytes at any time. So neither pass keeps it: an autograd function that saved W w
 forward and backward, which is what 4 bits were to avoid. Nor is memory asked for anew each time. All layers dequantize into one
 scratch buffer per device and dtype, as large as the largest layer: on a CPU, touching fresh pages costs more than the arithmetic.
 
-The dtype of the computing is the activations' own; the dtype that a file was quantized from says nothing about it.
+The dtype of the computing is the activations' own (see `ops.product_dtype`); the dtype that a file was quantized from says nothing
+about it.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora import ops
 from minilora.quantization import Quantized8bitTensor, QuantizedTensor, gemv_4bit
+
+Weight = QuantizedTensor | Quantized8bitTensor | Tensor
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -31,20 +33,59 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b for a quantized W without a gradient."""
+    """y = x W^T + b for a frozen W, quantized or not, of which nothing is kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: QuantizedTensor | Quantized8bitTensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, _dequantized(weight, x), bias)  # (..., out)
+        wide = x.to(ops.product_dtype(x))
+        y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=wide.dtype, device=x.device)  # (..., out)
+        rows, W = wide.reshape(-1, wide.shape[-1]), _dense(weight, wide)
+        if bias is None:
+            torch.mm(rows, W.T, out=y.view(len(rows), -1))
+        else:
+            torch.addmm(bias.to(wide.dtype), rows, W.T, out=y.view(len(rows), -1))
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        return dy @ _dequantized(ctx.weight, dy), None, None  # (..., in)
+        wide = dy.to(ops.product_dtype(dy))
+        return (wide @ _dense(ctx.weight, wide)).to(dy.dtype), None, None  # (..., in)
 
 
-def _dequantized(weight: QuantizedTensor | Quantized8bitTensor, like: Tensor) -> Tensor:
-    """W in the dtype of the activations, (out, in), in the scratch buffer."""
+class _ReplayedLinear(torch.autograd.Function):
+    """_FrozenLinear's gradient behind an output of zeros."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Weight) -> Tensor:
+        ctx.weight = weight
+        return x.new_zeros(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        return _FrozenLinear.backward(ctx, dy)[:2]
+
+
+def frozen_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), which may be overwritten. (..., in) -> (..., out)"""
+    if isinstance(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters()):
+        return _FrozenLinear.apply(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def replay_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) for the sake of its gradient: where the weight is frozen, the values are not computed. (..., in) -> (..., out)"""
+    if isinstance(layer, nn.Linear) and any(p.requires_grad for p in layer.parameters()):
+        return layer(x)
+    if isinstance(layer, (nn.Linear, QuantizedLinear)):
+        return _ReplayedLinear.apply(x, layer.weight)
+    return layer.replay(x)
+
+
+def _dense(weight: Weight, like: Tensor) -> Tensor:
+    """W in the dtype of `like`, (out, in); a quantized one in the scratch buffer."""
+    if isinstance(weight, Tensor):
+        return weight.to(like.dtype)
     return weight.dequantize(like.dtype, out=scratch(tuple(weight.shape), like.dtype, like.device))
 
 
@@ -58,8 +99,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _FrozenLinear.apply(x, self.weight, bias)
+        return _FrozenLinear.apply(x, self.weight, self.bias)
 
     def _apply(self, fn, recurse: bool = True):
         """Follow `model.to(device)`; of `model.to(dtype)` only the bias takes notice."""

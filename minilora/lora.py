@@ -22,12 +22,45 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from minilora import ops
 from minilora.config import LoraConfig
 from minilora.errors import UserError, nearest
-from minilora.linear import QuantizedLinear
+from minilora.linear import QuantizedLinear, frozen_linear, replay_linear
 
 OUTPUT_HEAD = "lm_head"
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """y + scaling * (x A^T) B^T, added to y in place. With g = scaling * dy B, (..., r):
+
+    dx = g A        dA = g^T x        dB = scaling * dy^T (x A^T)
+
+    Written by hand, it keeps x, which its neighbours q, k, v or gate, up share, and x A^T of r columns, and no other activation.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        dtype = ops.product_dtype(x)
+        narrow = F.linear(x.to(dtype), A.to(dtype))  # (..., r)
+        y.add_(F.linear(narrow, B.to(dtype)), alpha=scaling)  # (..., out)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, narrow, A, B)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, narrow, A, B = ctx.saved_tensors
+        dtype = narrow.dtype
+        wide = dy.to(dtype)
+        g = (wide @ B.to(dtype)) * ctx.scaling  # (..., r)
+        dx = (g @ A.to(dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None  # (..., in)
+        dA = g.flatten(0, -2).T @ x.to(dtype).flatten(0, -2)  # (r, in)
+        dB = wide.flatten(0, -2).T @ narrow.flatten(0, -2)  # (out, r)
+        return dy, dx, dA.to(A.dtype), dB.to(B.dtype) * ctx.scaling, None
 
 
 class LoraLinear(nn.Module):
@@ -53,13 +86,19 @@ class LoraLinear(nn.Module):
         self.configs[name] = config
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)  # (..., out)
+        return self._add_update(frozen_linear(self.base_layer, x), x)
+
+    def replay(self, x: Tensor) -> Tensor:
+        """`forward` for the sake of its gradient (see `linear.replay_linear`)."""
+        return self._add_update(replay_linear(self.base_layer, x), x)
+
+    def _add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, which is overwritten, + what the active adapter makes of x."""
         if self.active is None or self.merged is not None:
             return y
         config = self.configs[self.active]
         x = F.dropout(x, config.lora_dropout, self.training)
-        narrow = F.linear(x, self.lora_A[self.active].to(x.dtype))  # (..., r)
-        return y + F.linear(narrow, self.lora_B[self.active].to(x.dtype)) * config.scaling
+        return _LowRankUpdate.apply(y, x, self.lora_A[self.active], self.lora_B[self.active], config.scaling)
 
     def delta_weight(self, name: str) -> Tensor:
         """scaling * B A, float32 (out, in): what merging adds to the weight."""

@@ -1,19 +1,31 @@
-"""The training loss: the sum of the token losses.
+"""The training loss: the sum of the token losses, without the logits ever existing.
 
 The sum, not the mean: examples differ in length, and micro-batches in how many supervised tokens they hold. Whoever accumulates
 gradients divides once, by the number of supervised tokens of the whole optimizer step; then 1 x 8, 4 x 2 and 8 x 1 are the same
 step. A mean per micro-batch would weigh a token of a short micro-batch more.
 
-The output head is the widest product of a small model and the largest tensor of a large one, (B, T, V). Only the places that have
-something to learn go through it, which on prompt/completion data is often a third of them.
+The output head is the widest product of a small model, and its output (B, T, V) the largest tensor of a large one: 4 x 1024 places
+and 128k tokens are 2 GB in float32, and as much again for the gradient. Two things make it small. Only the places that have
+something to learn go through the head, on prompt/completion data often a third of them. And they go through it a few at a time:
+
+    z = h W^T        loss = log sum_v exp(z_v) - z_target        dloss/dz = softmax(z) - onehot(target)        dh = dz W
+
+Everything that backward needs is known as soon as the loss of a place is, because the loss is the end of the graph. So `dh` is
+computed at once, `z` is forgotten, and backward multiplies `dh` by the one number that it is given.
 """
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from minilora import ops
 from minilora.model import CausalLM
+from minilora.recompute import checkpoint
 
 IGNORE = -100  # the label of a place that is not learnt
+LOGITS_BYTES = 64 << 20  # of float32 logits at a time: 512 places of a vocabulary of 32k
+_WEIGHT_ROWS = 4096  # of the head, widened at a time where the product needs another dtype
 
 
 def causal_lm_loss(model: CausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -21,13 +33,82 @@ def causal_lm_loss(model: CausalLM, input_ids: Tensor, labels: Tensor) -> Tensor
 
     input_ids, labels: (B, T). `labels` are the ids themselves or IGNORE; the place t is predicted from the places before it.
     """
-    targets = labels[:, 1:]  # (B, T-1)
-    supervised = targets != IGNORE
-    hidden = model.model(input_ids)[:, :-1]  # (B, T-1, D)
-    logits = model.lm_head(hidden[supervised]).float()  # (N, V), N supervised tokens
-    return F.cross_entropy(logits, targets[supervised], reduction="sum")
+    hidden, targets, head = model.model(input_ids)[:, :-1], labels[:, 1:], model.lm_head
+    if isinstance(head, nn.Linear):
+        return linear_cross_entropy(hidden, head.weight, targets)
+    learnt = targets != IGNORE  # a head with an adapter: its logits are computed again in backward
+    chunks = (t.split(places_at_a_time(model.config.vocab_size)) for t in (hidden[learnt], targets[learnt]))
+    losses = [checkpoint(_loss_behind, head, h, t, parameters=head.parameters()) for h, t in zip(*chunks, strict=True)]
+    return torch.stack(losses).sum()
 
 
 def count_supervised(labels: Tensor) -> int:
     """How many tokens `causal_lm_loss` sums over. labels: (B, T)."""
     return int((labels[:, 1:] != IGNORE).sum())
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the labels but IGNORE of the cross-entropy of hidden W^T, float32.
+
+    hidden: (..., D), weight: (V, D), labels: (...) of the same places, not shifted. Both may need gradients. Memory beside them and
+    their gradients: twice LOGITS_BYTES, whatever V and the number of places. A weight's gradient is summed in float32.
+    """
+    learnt = labels != IGNORE
+    return _LinearCrossEntropy.apply(hidden[learnt], weight, labels[learnt])
+
+
+def places_at_a_time(vocab_size: int) -> int:
+    """How many rows of logits are held at once."""
+    return max(1, LOGITS_BYTES // (4 * vocab_size))
+
+
+def _loss_behind(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """hidden: (N, D), weight: (V, D), targets: (N,) -> ()."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        dtype = ops.product_dtype(hidden)
+        # float16 loses probabilities below 6e-8 and, before the loss scale is applied, small gradients: these are kept larger.
+        scale = 1024.0 if dtype == torch.float16 else 1.0
+        chunk = places_at_a_time(len(weight))
+        # Without widening, the head in one piece.
+        parts = [weight] if weight.dtype == dtype else weight.split(_WEIGHT_ROWS)
+        buffers = torch.empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden, dtype=torch.float32 if scale > 1 else hidden.dtype) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            h, target = hidden[start : start + chunk].to(dtype), targets[start : start + chunk].unsqueeze(1)
+            logits, z = buffers[:, : len(h)]  # (n, V) each
+            for part, columns in zip(parts, logits.split(len(parts[0]), dim=1), strict=True):
+                if dtype == torch.float32:
+                    torch.mm(h, part.to(dtype).T, out=columns)
+                else:
+                    columns.copy_(h @ part.T)
+            torch.log_softmax(logits, dim=1, out=z)
+            total -= z.gather(1, target).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            z.exp_().scatter_add_(1, target, z.new_full(target.shape, -1.0))  # dloss/dz
+            dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)  # a sum over V, in float32
+            for i, (part, columns) in enumerate(zip(parts, z.split(len(parts[0]), dim=1), strict=True)):
+                dz = (columns * scale if scale > 1 else columns).to(dtype)
+                if needs_hidden:
+                    dh += dz @ part.to(dtype)
+                if needs_weight:
+                    d_weight[i * len(parts[0]) :][: len(part)] += dz.T @ h
+            if needs_hidden:
+                d_hidden[start : start + chunk] = dh
+        ctx.gradients, ctx.scale, ctx.dtypes = (d_hidden, d_weight), scale, (hidden.dtype, weight.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        found = zip(ctx.gradients, ctx.dtypes, strict=True)
+        return *((g * (d_loss / ctx.scale)).to(dtype) if g is not None else None for g, dtype in found), None

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from minilora import ops
 from minilora.config import ModelConfig, RopeConfig
+from minilora.linear import replay_linear
+from minilora.recompute import OffloadedInputs, checkpoint
 
 PADDING = -1  # the document id of tokens that are only there to fill a row
 
@@ -92,6 +94,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
+    def replay(self, x: Tensor) -> Tensor:
+        """`forward` for the sake of its backward: the output's values are not computed."""
+        return replay_linear(self.down_proj, ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
 
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each on a normed copy of the residual stream."""
@@ -103,9 +109,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)  # (B, T, D)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def replay(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """`forward` once more, for its backward: that reads every value but the output, so down_proj's product is left out."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, None)  # (B, T, D)
+        return x + self.mlp.replay(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -119,6 +130,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = "off"  # what layers keep for backward: see minilora.recompute.set_recompute
 
     def forward(
         self,
@@ -143,8 +155,13 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, D)
         cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, 1, T, K)
         masks = {w: attention_mask(T, past + T, w, document_ids, x.device) for w in set(self.config.layer_windows)}
+        recompute = self.recompute if cache is None and torch.is_grad_enabled() else "off"
+        keep = dict(keep_attention=recompute == "selective", offload=OffloadedInputs(x.device) if recompute == "offload" else None)
         for layer, window in zip(self.layers, self.config.layer_windows, strict=True):
-            x = layer(x, cos, sin, masks[window], cache)
+            if recompute == "off":
+                x = layer(x, cos, sin, masks[window], cache)
+            else:
+                x = checkpoint(layer, x, cos, sin, masks[window], replay=layer.replay, **keep)
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -9,13 +9,17 @@ K head size, F feed-forward width, V vocabulary, r rank.
 """
 
 import importlib.util
+import math
 import os
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from minilora.device import cpu_bfloat16_feature
 from minilora.errors import UserError
 
 
@@ -32,6 +36,21 @@ def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product with x is fastest and no less exact: x's own, but on a CPU without bfloat16 instructions.
+
+    There PyTorch multiplies bfloat16 at a quarter of float32's speed, so the operands are widened, and the product is rounded once.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _cpu_multiplies_bfloat16():
+        return torch.float32
+    return x.dtype
+
+
+@lru_cache
+def _cpu_multiplies_bfloat16() -> bool:
+    return cpu_bfloat16_feature() is not None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467, equation 4).
 
@@ -42,9 +61,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from minilora.kernels.rms_norm import rms_norm as kernel
 
         return kernel(x, weight, eps)
-    x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+    return _RmsNorm.apply(x, weight, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Keeps x and one number a row, where PyTorch's autograd would keep x, x / rms(x) and more in float32.
+
+    With n = x / rms(x) and g = w dy:  dx = (g - n mean(n g)) / rms(x),  dw = the sum of n dy over the rows.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, inverse)
+        return weight * (x.float() * inverse).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        normed, dy = x.float() * inverse, dy.float()
+        dw = (normed * dy).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        g = dy * weight.float()
+        dx = g.sub_(normed * (normed * g).mean(-1, keepdim=True)).mul_(inverse)
+        return dx.to(x.dtype), dw, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -58,7 +98,22 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202, equation 6). gate, up: (..., F) -> (..., F)."""
-    return F.silu(gate) * up
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps gate and up, and not silu(gate), which costs next to nothing to have again. silu'(g) = s (1 + g (1 - s)), s = sigmoid(g)."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -224,7 +279,7 @@ def quantize_8bit(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tens
     place 0, whatever that code is: 0 times any code is 0.
     """
     n = x.numel()
-    nearest = _nearest_of_steps(tuple(code.tolist())).to(x.device)
+    nearest = nearest_of_steps(code)
     places = torch.empty(n, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=x.device)
     # On a CPU so few at a time that PyTorch starts no threads: for small steps they cost more than they save.
@@ -247,18 +302,22 @@ def dequantize_8bit(places: Tensor, absmax: Tensor, code: Tensor, blocksize: int
     return code[places.int()] * absmax.repeat_interleave(blocksize)[: places.numel()]
 
 
+def nearest_of_steps(code: Tensor) -> Tensor:
+    """(65536,) uint8: the place in `code`, (256,), that is nearest to each of 65,536 equal steps from -1 to 1."""
+    return _nearest_of_steps(tuple(code.tolist())).to(code.device)
+
+
 @lru_cache(maxsize=4)
 def _nearest_of_steps(codes: tuple[float, ...]) -> Tensor:
-    """(65536,) uint8: the place in `codes` that is nearest to each of 65,536 equal steps from -1 to 1."""
     place = dict(dtype=torch.float32, device="cpu")  # a GPU rounds this division differently
     steps = torch.arange(65536, **place) * 2 / 65535 - 1
     code = torch.tensor(codes, **place)
     return torch.bucketize(steps, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
 
 
-def _native(x: Tensor):
+def _native(x: Tensor, agrees: Callable[[], bool] | None = None):
     """The module of the compiled CPU functions where they may be used for `x`, else None."""
-    if x.device.type != "cpu" or os.environ.get("MINILORA_BACKEND") or not _native_agrees():
+    if x.device.type != "cpu" or os.environ.get("MINILORA_BACKEND") or not (agrees or _native_agrees)():
         return None
     from minilora import native
 

@@ -16,10 +16,13 @@ Hypothesis shrinks towards small, plain ones. This is the only module that impor
 """
 
 import math
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLAWS = ("zero block", "ties", "outliers", "subnormals", "constant block", "tiny block", "negative zeros")
@@ -132,3 +135,14 @@ def lora_reference(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: flo
     """x (W + scaling * B A)^T in float64, with the update written out. x: (..., in), A: (r, in), B: (out, r) -> (..., out)."""
     updated = weight.double() + scaling * (B.double() @ A.double())  # (out, in)
     return x.double() @ updated.T
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's tensors on the CPU held at a time while the function ran, beyond what they held before.
+
+    From the allocator's own events, so it is exact and the same each time, other than the memory of the process.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(nbytes for _, nbytes in sorted(events)), default=0)

@@ -9,7 +9,7 @@ from families import relative_error, transformers_model
 from test_lora import TOLERANCE, adapter_pairs, ids, randomize, tiny_model
 from torch import nn
 
-from minilora import LoraConfig, QuantConfig, UserError, add_lora, linear, load_model, merge_lora, save_model, set_adapter
+from minilora import LoraConfig, QuantConfig, UserError, add_lora, linear, load_model, merge_lora, ops, save_model, set_adapter
 from minilora.linear import Linear4bit, Linear8bit, count_parameters, describe_weights, scratch
 from minilora.lora import lora_layers
 from minilora.loss import causal_lm_loss
@@ -36,17 +36,26 @@ def test_a_quantized_layer_is_a_linear_layer_with_the_dequantized_weight(kind, d
     torch.manual_seed(0)
     weight, bias = torch.randn(33, 50), torch.randn(33) if biased else None
     layer = layer_of(kind, weight, bias)
-    plain = nn.Linear(50, 33, bias=biased).to(dtype)
-    with torch.no_grad():
-        plain.weight.copy_(layer.weight.dequantize(dtype))
-        if biased:
-            plain.bias.copy_(bias)
     x = torch.randn(2, 7, 50, dtype=dtype, requires_grad=True)
     dy = torch.randn(2, 7, 33, dtype=dtype)
-    y, expected = layer(x), plain(x)
-    assert torch.equal(y, expected)  # the same product of the same numbers
+    wide = ops.product_dtype(x)  # float32 for bfloat16 on a CPU that cannot multiply it
+    plain = nn.Linear(50, 33, bias=biased).to(wide)
+    with torch.no_grad():
+        plain.weight.copy_(layer.weight.dequantize(wide))
+        if biased:
+            plain.bias.copy_(bias)
+    y, expected = layer(x), plain(x.to(wide)).to(dtype)
+    assert torch.equal(y, expected)  # the same product of the same numbers, rounded once
     (dx,), (expected_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
     assert torch.equal(dx, expected_dx)
+
+
+def test_bfloat16_is_multiplied_in_float32_only_on_a_cpu_without_instructions_for_it(monkeypatch):
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    for can, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(ops, "_cpu_multiplies_bfloat16", lambda can=can: can)
+        assert ops.product_dtype(x) == dtype
+        assert ops.product_dtype(x.half()) == torch.float16 and ops.product_dtype(x.to("meta")) == torch.bfloat16
 
 
 def test_nothing_of_the_dequantized_weight_is_kept_for_backward():
