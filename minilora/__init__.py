@@ -6,13 +6,17 @@ from minilora.errors import UserError
 from minilora.evaluation import perplexity
 from minilora.generation import generate
 from minilora.lora import add_lora, merge_lora, remove_lora, set_adapter, trainable_parameters, unmerge_lora
+from minilora.loss import linear_cross_entropy
 from minilora.model import CausalLM, KVCache
+from minilora.optim import AdamW8bit
 from minilora.quantization import QuantizedTensor, dequantize_4bit, quantize_4bit
+from minilora.recompute import checkpoint, set_recompute
 from minilora.tokenizer import load_tokenizer
 from minilora.weights import load_model, save_model
 
 __all__ = [
     "PRESETS",
+    "AdamW8bit",
     "CausalLM",
     "KVCache",
     "LoraConfig",
@@ -21,8 +25,10 @@ __all__ = [
     "QuantizedTensor",
     "UserError",
     "add_lora",
+    "checkpoint",
     "dequantize_4bit",
     "generate",
+    "linear_cross_entropy",
     "load_adapter",
     "load_model",
     "load_tokenizer",
@@ -33,6 +39,7 @@ __all__ = [
     "save_adapter",
     "save_model",
     "set_adapter",
+    "set_recompute",
     "trainable_parameters",
     "unmerge_lora",
 ]

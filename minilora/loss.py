@@ -28,12 +28,13 @@ LOGITS_BYTES = 64 << 20  # of float32 logits at a time: 512 places of a vocabula
 _WEIGHT_ROWS = 4096  # of the head, widened at a time where the product needs another dtype
 
 
-def causal_lm_loss(model: CausalLM, input_ids: Tensor, labels: Tensor) -> Tensor:
+def causal_lm_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """Sum over supervised tokens of -log p(token | tokens before it), float32.
 
-    input_ids, labels: (B, T). `labels` are the ids themselves or IGNORE; the place t is predicted from the places before it.
+    input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE; the place t is predicted from the places
+    before it, of its own document where rows are packed. The first token of a document is to be IGNORE: nothing predicts it.
     """
-    hidden, targets, head = model.model(input_ids)[:, :-1], labels[:, 1:], model.lm_head
+    hidden, targets, head = model.model(input_ids, document_ids=document_ids)[:, :-1], labels[:, 1:], model.lm_head
     if isinstance(head, nn.Linear):
         return linear_cross_entropy(hidden, head.weight, targets)
     learnt = targets != IGNORE  # a head with an adapter: its logits are computed again in backward

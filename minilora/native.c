@@ -1,5 +1,7 @@
-/* Blockwise 4-bit quantize and dequantize for native.py: the same bits as the PyTorch definitions in ops.py, in one pass. */
+/* Blockwise 4-bit quantize and dequantize, and AdamW with 8-bit moments, for native.py: the same bits as the PyTorch definitions in
+   ops.py, in one pass. */
 
+#include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
@@ -23,6 +25,7 @@ typedef struct task {
     const float *nested_absmax, *nested_code;   /* (blocks / 256,) and (256,), or NULL */
     float offset;
     void *out;                          /* (n,) */
+    const struct adamw *adamw;
 } task;
 
 static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -183,3 +186,82 @@ DEFINE(bf16, uint16_t)
 #if defined(__FLT16_MAX__)
 DEFINE(fp16, _Float16)
 #endif
+
+enum { MOMENT_BLOCK = 256, ADDRESSES = 7 };
+
+typedef struct adamw {
+    const int64_t *tensors;             /* (tensors, 7): addresses of parameter, gradient, and of places, absmax of both moments; n */
+    const float *code[2];               /* (256,) of the first moment, of the second */
+    const uint8_t *nearest[2];          /* (65536,) place in the code that is nearest to each step from -1 to 1 */
+    float beta1, rest1, beta2, rest2, correction2, eps, decay, rate;
+} adamw;
+
+/* values -> absmax, and the place of each in a code: ops.quantize_8bit */
+static inline void requantize(const float *values, int64_t n, const uint8_t *nearest, uint8_t *places, float *absmax) {
+    int32_t steps[MOMENT_BLOCK];
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = as_bits(values[i]) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    *absmax = as_float(most);
+    if (most == 0) {
+        memset(places, 0, (size_t)n);
+        return;
+    }
+    float inverse = 1.0f / *absmax;
+    for (int64_t i = 0; i < n; i++) {
+        float x = values[i] * inverse;
+        x = x >= -1.0f ? x : -1.0f;     /* NaN too */
+        x = x <= 1.0f ? x : 1.0f;
+        steps[i] = (int32_t)fmaf((x + 1.0f) * 0.5f, 65535.0f, 0.5f);
+    }
+    for (int64_t i = 0; i < n; i++)
+        places[i] = nearest[steps[i]];
+}
+
+/* one block of one tensor: ops.adamw between dequantizing and quantizing, with its roundings */
+static inline void adamw_block(const adamw *settings, const int64_t *tensor, int64_t block) {
+    const adamw a = *settings;
+    int64_t start = block * MOMENT_BLOCK, left = tensor[6] - start;
+    int64_t n = left < MOMENT_BLOCK ? left : MOMENT_BLOCK;
+    float *restrict parameter = (float *)tensor[0] + start;
+    const float *restrict gradient = (const float *)tensor[1] + start;
+    uint8_t *restrict first = (uint8_t *)tensor[2] + start, *restrict second = (uint8_t *)tensor[4] + start;
+    float *absmax1 = (float *)tensor[3] + block, *absmax2 = (float *)tensor[5] + block;
+    float scale1 = *absmax1, scale2 = *absmax2, m[MOMENT_BLOCK], v[MOMENT_BLOCK];
+    for (int64_t i = 0; i < n; i++) {
+        m[i] = a.code[0][first[i]] * scale1;
+        v[i] = a.code[1][second[i]] * scale2;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float g = gradient[i];
+        m[i] = fmaf(a.rest1, g, m[i] * a.beta1);
+        v[i] = fmaf(a.rest2 * g, g, v[i] * a.beta2);
+        parameter[i] = parameter[i] * a.decay + a.rate * m[i] / (sqrtf(v[i]) / a.correction2 + a.eps);
+    }
+    requantize(m, n, a.nearest[0], first, absmax1);
+    requantize(v, n, a.nearest[1], second, absmax2);
+}
+
+static void run_adamw_8bit(const task *t) {
+    const int64_t *tensor = t->adamw->tensors;
+    int64_t block = t->first;           /* of the tensor, once those before it are passed */
+    for (int64_t i = t->first; i < t->last; i++, block++) {
+        int64_t blocks;
+        while (block >= (blocks = (tensor[6] + MOMENT_BLOCK - 1) / MOMENT_BLOCK)) {
+            block -= blocks;
+            tensor += ADDRESSES;
+        }
+        adamw_block(t->adamw, tensor, block);
+    }
+}
+
+void adamw_8bit(const int64_t *tensors, int64_t blocks, const float *code1, const float *code2, const uint8_t *nearest1,
+                const uint8_t *nearest2, float beta1, float rest1, float beta2, float rest2, float correction2, float eps,
+                float decay, float rate, int threads) {
+    adamw a = {.tensors = tensors, .code = {code1, code2}, .nearest = {nearest1, nearest2}, .beta1 = beta1, .rest1 = rest1,
+               .beta2 = beta2, .rest2 = rest2, .correction2 = correction2, .eps = eps, .decay = decay, .rate = rate};
+    task t = {.run = run_adamw_8bit, .blocksize = MOMENT_BLOCK, .n = blocks * MOMENT_BLOCK, .adamw = &a};
+    share(t, threads);
+}

@@ -1,4 +1,4 @@
-"""4-bit quantize and dequantize on a CPU, in C: one pass over memory where PyTorch needs a dozen.
+"""4-bit quantize and dequantize, and AdamW with 8-bit moments, on a CPU, in C: one pass over memory where PyTorch needs a dozen.
 
 A CPU is limited by memory here, and every PyTorch operation reads and writes the whole tensor once more. In C a block of weights
 is read, scaled, compared, packed and forgotten while it is in a register. The source, `native.c`, is compiled by the machine's own
@@ -11,6 +11,7 @@ PyTorch's headers; this is plain C with no headers but the standard ones. Thread
 microseconds each: no second OpenMP beside PyTorch's, nothing to go wrong after a fork.
 
 What the compiler may not do: contract a product and a sum into one rounding (-ffp-contract=off), reorder, or flush subnormals.
+Where PyTorch rounds the two once, the source says fmaf.
 """
 
 import ctypes
@@ -31,7 +32,7 @@ from torch import Tensor
 
 _SOURCE = Path(__file__).with_suffix(".c")
 
-_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
+_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
 _NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())  # the first that compiles
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are done before a second thread has started
@@ -64,6 +65,22 @@ def dequantize(
         return False
     nested = (None, None) if nested_absmax is None else (_at(nested_absmax), _at(nested_code))
     function(_at(packed), _at(absmax), _at(code), blocksize, n, _at(out), *nested, offset, _threads(n))
+    return True
+
+
+def adamw_8bit(
+    tensors: list[tuple[Tensor, ...]],
+    codes: tuple[Tensor, Tensor],
+    nearest: tuple[Tensor, Tensor],
+    scalars: tuple[float, ...],
+) -> bool:
+    """`ops.adamw_8bit` on CPU tensors, all of them in one call; False if it cannot be done here."""
+    function = functions().get("adamw_8bit")
+    if function is None:
+        return False
+    addresses = torch.tensor([[*map(_at, parts), len(parts[0])] for parts in tensors], dtype=torch.int64, device="cpu")
+    blocks = sum(len(parts[3]) for parts in tensors)
+    function(_at(addresses), blocks, *map(_at, codes), *map(_at, nearest), *scalars, _threads(256 * blocks))
     return True
 
 
@@ -100,6 +117,9 @@ def functions() -> dict:
             if hasattr(library, f"{operation}_{name}"):
                 found[f"{operation}_{name}"] = function = getattr(library, f"{operation}_{name}")
                 function.argtypes, function.restype = types, None
+    found["adamw_8bit"] = function = library.adamw_8bit
+    function.argtypes = [pointer, count] + [pointer] * 4 + [ctypes.c_float] * 8 + [ctypes.c_int]
+    function.restype = None
     return found
 
 
@@ -110,14 +130,14 @@ def _library() -> Path:
         raise RuntimeError("no C compiler")
     key = hashlib.sha256(repr((_SOURCE.read_text(), _FLAGS, _NATIVE, compiler, _cpu())).encode()).hexdigest()[:16]
     directory = _cache()
-    path = directory / f"quantize-{key}.so"
+    path = directory / f"native-{key}.so"
     if not path.is_file():
         with tempfile.TemporaryDirectory(dir=directory) as build:
             for native in _NATIVE:
-                command = [*compiler, *_FLAGS, *native, str(_SOURCE), "-o", "quantize.so"]
+                command = [*compiler, *_FLAGS, *native, str(_SOURCE), "-lm", "-o", "native.so"]
                 if subprocess.run(command, cwd=build, capture_output=True, timeout=60).returncode == 0:
                     break
-            os.replace(Path(build) / "quantize.so", path)  # whole or not at all, whoever else builds it now
+            os.replace(Path(build) / "native.so", path)  # whole or not at all, whoever else builds it now
     return path
 
 

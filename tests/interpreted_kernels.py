@@ -10,6 +10,7 @@ import torch
 
 from minilora import ops
 from minilora.kernels import nf4
+from minilora.kernels.adamw_8bit import adamw_8bit
 from minilora.kernels.rms_norm import rms_norm
 from minilora.quantization import dynamic_code, four_bit_code, quantize_4bit
 
@@ -125,3 +126,51 @@ def test_4bit_matrix_vector_product_is_the_dequantized_one(shape, blocksize, dou
     float32_error = (2 + 2 + 7 + 20 + -(-in_features // 2048)) * 2**-24 * terms
     store_error = torch.finfo(dtype).eps * expected.abs()  # a GPU rounds, half of this; the interpreter cuts bfloat16 off
     assert ((out[:-1].double() - expected).abs() <= store_error + float32_error).all()
+
+
+@pytest.fixture
+def fused_multiply_add(monkeypatch):
+    """Triton's interpreter rounds the product of an FMA; here, as on a GPU, it does not (but for one sum in 2^29 rounded twice)."""
+    x = torch.tensor([1 + 2**-12])
+    if (x.square().neg().add(x, alpha=1 + 2**-12) == 0).all():  # x^2 rounded, and so cancelled
+        pytest.skip("PyTorch uses no FMA on this CPU, as a GPU does")
+    import numpy
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fma(self, x, y, z):
+        exact = x.data.astype(numpy.float64) * y.data + z.data
+        return TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
+
+
+@pytest.mark.usefixtures("fused_multiply_add")
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # 1 / 0, 0 * infinity: blocks of zeros
+def test_8bit_adamw_is_the_definition_to_the_bit():
+    codes = dynamic_code(True), dynamic_code(False)
+    nearest = tuple(map(ops.nearest_of_steps, codes))
+    sides = [], []
+    for n in (1, 256, 4099, 700):  # fewer and more blocks than the next, tails of 1, 3 and 188
+        p = randn(n, dtype=torch.float32, seed=n)
+        for tensors in sides:
+            moments = [torch.zeros(size, dtype=dtype) for size, dtype in ((n, torch.uint8), (-(-n // 256), torch.float32)) * 2]
+            tensors.append((p.clone(), torch.zeros(n), *moments))
+    behind = [[torch.full((4,), 99, dtype=part.dtype) for part in parts] for parts in sides[0]]
+    sides[0][:] = [  # each part followed by what must not be written
+        tuple(torch.cat(pair)[:-4] for pair in zip(parts, guards, strict=True))
+        for parts, guards in zip(sides[0], behind, strict=True)
+    ]
+    for step in range(1, 6):
+        for i, (mine, other) in enumerate(zip(*sides, strict=True)):
+            g = randn(len(mine[0]), dtype=torch.float32, seed=100 * step + i) * 10.0 ** (-3 * i)
+            g[256:512] *= 1e-25 if step < 3 else 0.0  # v is subnormal, then the block decays
+            g[512:600] = 0  # zeros beside other values
+            mine[1].copy_(g)
+            other[1].copy_(g)
+        settings = 1e-2 / step, (0.9, 0.999), 1e-8, 0.1, step
+        adamw_8bit(sides[0], codes, nearest, ops._adamw_scalars(*settings))
+        ops.adamw_8bit(sides[1], codes, nearest, *settings)
+        for mine, other in zip(*sides, strict=True):
+            assert all(torch.equal(one, two) for one, two in zip(mine, other, strict=True))
+    for parts in sides[0]:
+        assert all((part.as_strided((4,), (1,), len(part)) == 99).all() for part in parts)

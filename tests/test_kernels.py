@@ -166,6 +166,24 @@ def test_4bit_kernels_compile_for_the_smallest_and_the_largest_weights(shape, bl
         assert compile_4bit(operation, shape, torch.float16, "T4", blocksize)
 
 
+@pytest.mark.parametrize("card", CARDS)
+def test_8bit_adamw_compiles_for_every_card_without_spills(card):
+    from minilora.kernels import adamw_8bit as module
+
+    pointers = dict(tensors_ptr="*i64", code_m_ptr="*fp32", code_v_ptr="*fp32", nearest_m_ptr="*u8", nearest_v_ptr="*u8")
+    kernel = module.adamw_8bit_kernel
+    signature = {name: pointers.get(name, "fp32") for name in kernel.arg_names if name != "BLOCK"}
+    compiled, report = compile_ahead(
+        kernel, signature, {"BLOCK": module.BLOCK}, CARDS[card], aligned=tuple(pointers), enable_fp_fusion=False
+    )
+    assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"], report
+    assert compiled.metadata.shared <= 64 * 1024  # all that a T4 has
+    ptx = compiled.asm["ptx"]
+    for operation in ("div", "sqrt"):  # correctly rounded, and subnormals are kept
+        assert set(re.findall(rf"{operation}\.\S*f32", ptx)) == {f"{operation}.rn.f32"}
+    assert "ftz" not in ptx and len(re.findall(r"fma\.rn\.f32", ptx)) == 4 * 256 // 128  # two moments, two steps an element
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", POINTER)
@@ -223,3 +241,29 @@ def test_4bit_dequantization_on_the_gpu_reaches_past_2_to_the_31_elements():
     code = torch.arange(16.0, device="cuda")
     nf4.dequantize_4bit(packed, absmax, code, 64, n, out)
     assert (out[0::2] == 5).all() and (out[1::2] == 15).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_8bit_adamw_on_the_gpu_is_the_definition_to_the_bit(monkeypatch):
+    from minilora.kernels.adamw_8bit import adamw_8bit
+
+    monkeypatch.setenv("MINILORA_BACKEND", "torch")
+    codes = dynamic_code(True), dynamic_code(False)
+    nearest = tuple(map(ops.nearest_of_steps, codes))
+    sides = [], []
+    for n in (1, 4099, 32768, 1_000_003):
+        p = torch.randn(n)
+        for tensors, device in zip(sides, ("cpu", "cuda"), strict=True):
+            moments = [torch.zeros(size, dtype=dtype) for size, dtype in ((n, torch.uint8), (-(-n // 256), torch.float32)) * 2]
+            tensors.append(tuple(part.to(device, copy=True) for part in (p, torch.zeros(n), *moments)))
+    on_gpu = [tuple(t.cuda() for t in pair) for pair in (codes, nearest)]
+    for step in range(1, 11):
+        settings = 1e-2 / step, (0.9, 0.999), 1e-8, 0.1, step
+        for i, (mine, other) in enumerate(zip(*sides, strict=True)):
+            mine[1].normal_().mul_(10.0 ** (-3 * i))[512:600] = 0
+            other[1].copy_(mine[1])
+        ops.adamw_8bit(sides[0], codes, nearest, *settings)
+        adamw_8bit(sides[1], *on_gpu, ops._adamw_scalars(*settings))
+    for mine, other in zip(*sides, strict=True):
+        assert all(torch.equal(one, two.cpu()) for one, two in zip(mine, other, strict=True))

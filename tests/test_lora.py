@@ -120,7 +120,7 @@ def test_forward_and_every_gradient_equal_pefts(family, case):
 
 def test_20_adamw_steps_equal_pefts():
     ours, theirs = pair_with_peft("llama-gqa", **CASES["all-linear"])
-    optimizer = make_optimizer("adamw_torch", trainable_parameters(ours).values(), lr=1e-3, weight_decay=0.01)
+    optimizer = make_optimizer("adamw_torch", trainable_parameters(ours), lr=1e-3, weight_decay=0.01)
     reference = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):
