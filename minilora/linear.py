@@ -38,7 +38,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        wide = x.to(ops.product_dtype(x))
+        wide = _widened(x, weight)
         y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=wide.dtype, device=x.device)  # (..., out)
         rows, W = wide.reshape(-1, wide.shape[-1]), _dense(weight, wide)
         if bias is None:
@@ -49,7 +49,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        wide = dy.to(ops.product_dtype(dy))
+        wide = _widened(dy, ctx.weight)
         return (wide @ _dense(ctx.weight, wide)).to(dy.dtype), None, None  # (..., in)
 
 
@@ -80,6 +80,11 @@ def replay_linear(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, (nn.Linear, QuantizedLinear)):
         return _ReplayedLinear.apply(x, layer.weight)
     return layer.replay(x)
+
+
+def _widened(x: Tensor, weight: Weight) -> Tensor:
+    """x in the dtype of its product with W. A weight that is not quantized has a dtype, and a plain layer's bits to agree with."""
+    return x if isinstance(weight, Tensor) else x.to(ops.product_dtype(x))
 
 
 def _dense(weight: Weight, like: Tensor) -> Tensor:

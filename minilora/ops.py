@@ -81,7 +81,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         normed, dy = x.float() * inverse, dy.float()
-        dw = (normed * dy).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dw = (normed * dy).reshape(-1, len(weight)).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         g = dy * weight.float()
         dx = g.sub_(normed * (normed * g).mean(-1, keepdim=True)).mul_(inverse)
         return dx.to(x.dtype), dw, None

@@ -7,70 +7,156 @@ On a terminal there is one bar, redrawn in place; where output goes to a file, o
 
 import io
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from minilora.data import Dataset, Row
+from minilora.device import Placement
 from minilora.files import write_whole
+from minilora.linear import count_parameters, describe_weights
+from minilora.lora import trainable_parameters
+from minilora.loss_scale import LossScale
+from minilora.model import CausalLM
+from minilora.optim import describe_optimizer
 from minilora.train_config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class Tracker:
-    """Shows progress and appends each record to `metrics.jsonl` at once, so that a killed run keeps what it had."""
+    """Shows progress and appends each record to `metrics.jsonl` at once, so that a killed run keeps what it had.
 
-    def __init__(self, directory: Path, total_steps: int, epoch_steps: int, logging_steps: int):
-        self.path = directory / METRICS_FILE
-        self.path.write_text("")
+    A resumed run hands over the `state_dict` of its earlier life: the file then begins with what was recorded up to there, and no
+    more. Without a directory nothing is shown or written, and the records are kept all the same.
+    """
+
+    def __init__(self, directory: Path | None, total_steps: int, epoch_steps: int, logging_steps: int, state: dict | None = None):
+        self.path = None if directory is None else directory / METRICS_FILE
         self.total_steps, self.epoch_steps, self.logging_steps = total_steps, epoch_steps, logging_steps
-        self.records: list[dict] = []
-        self.window: list[tuple[float, int, float]] = []  # loss, tokens and seconds of each step since the last record
+        self.records: list[dict] = list(state["records"]) if state else []
+        self.window: list = list(state["window"]) if state else []  # loss, tokens, seconds of each step since the last record
+        self.steps_here = 0  # taken by this process, for the time that is left
         self.started = time.perf_counter()
         self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, bar_format="{percentage:3.0f}% {bar:24} {desc}")
+        if self.path is not None:
+            write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=total_steps, bar_format="{percentage:3.0f}% {bar:24} {desc}")
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs, as JSON."""
+        return {"records": self.records, "window": self.window}
 
     def log(self, **record: float) -> None:
-        """Write one line of metrics. `step` counts finished optimizer steps."""
+        """Write one line of metrics. `step` counts finished optimizer steps. What is not finite is left out: JSON cannot say it."""
+        record = {name: value for name, value in record.items() if math.isfinite(value)}
         self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
-    def step(self, step: int, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, memory: int) -> None:
-        """Count one optimizer step: the bar moves at each, a record or line of the mean since the last comes every so often."""
-        self.window.append((loss, tokens, seconds))
+    def step(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        tokens: int,
+        seconds: float,
+        memory: int,
+        loss_scale: LossScale,
+    ) -> None:
+        """Count one optimizer step: the bar moves at each, a record or line of the mean since the last comes every so often.
+
+        Steps whose loss is not finite (float16 leaves them out) have no part in the mean.
+        """
+        self.window.append([loss, tokens, seconds])
+        self.steps_here += 1
         losses, counts, times = zip(*self.window, strict=True)
-        loss, speed = sum(losses) / len(losses), sum(counts) / sum(times)
-        left = (time.perf_counter() - self.started) / step * (self.total_steps - step)
+        finite = [value for value in losses if math.isfinite(value)]
+        loss, speed = sum(finite) / len(finite) if finite else math.nan, sum(counts) / sum(times)
+        left = (time.perf_counter() - self.started) / self.steps_here * (self.total_steps - step)
         text = (
             f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.1e}  {short_number(speed)} tok/s  "
             f"{memory / 2**30:.2f} GiB  {minutes(left)} left"
         )
+        if loss_scale.skipped:
+            text += f"  {loss_scale.skipped} skipped, loss scale {loss_scale.scale:g}"
         due = step % self.logging_steps == 0 or step in (1, self.total_steps)
         if self.bar is not None:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
-        elif due:
+        elif due and self.path is not None:
             print(text, flush=True)
         if due:
             epoch = round(step / self.epoch_steps, 4)
-            self.log(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=speed, memory=memory)
+            record = dict(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=speed, memory=memory)
+            if loss_scale.enabled:
+                record |= dict(loss_scale=loss_scale.scale, skipped_steps=loss_scale.skipped)
+            self.log(**record)
             self.window.clear()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.bar is not None:
             self.bar.write(text)
-        else:
+        elif self.path is not None:
             print(text, flush=True)
 
     def close(self) -> None:
         """End the bar's line."""
         if self.bar is not None:
             self.bar.close()
+
+
+def print_summary(
+    config: TrainConfig,
+    base_model: str,
+    model: CausalLM,
+    placement: Placement,
+    recompute: str,  # the policy in effect
+    processes: int,
+    train_set: Dataset,
+    eval_set: Dataset | None,
+    total_steps: int,
+    epoch_steps: int,
+) -> None:
+    """What is about to happen, before it happens."""
+    count = count_parameters(model)
+    trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    lora, c = config.lora_config(), model.config
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    tokens = sum(len(e.input_ids) for e in train_set.examples) / len(train_set) * min(per_step, len(train_set))
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
+    asked = config.gradient_checkpointing
+    lines = {
+        "model": f"{base_model}: {c.model_type}, {short_number(count - trainable)} parameters, "
+        f"{c.num_hidden_layers} layers of width {c.hidden_size}",
+        "device": str(placement) + (f"; {processes} processes" if processes > 1 else ""),
+        "weights": describe_weights(model),
+        "adapter": f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
+        "trainable": f"{trainable:,} of {count:,} parameters ({trainable / count:.2%})",
+        "optimizer": describe_optimizer(config.optim, placement.device, config.loraplus_lr_ratio),
+        "recompute": recompute + (f" ({asked} is not possible on this machine)" if recompute != asked else ""),
+        "training": train_set.summary(),
+        "held out": eval_set.summary() if eval_set else "none",
+        "steps": f"{total_steps:,}, {epoch_steps:,} an epoch; {per_step} examples, about {tokens:,.0f} tokens each",
+        "output": config.output_dir,
+    }
+    for name, text in lines.items():
+        print(f"{name:<10} {text}", flush=True)
+
+
+def print_answers(rows: list[Row], before: list[str], after: list[str], count: int = 4) -> None:
+    """A few held-out prompts with the answers of the base model and of the adapted one."""
+    for i in range(0, len(rows), max(1, len(rows) // count))[:count]:
+        print(f"\n{rows[i].prompt.strip()}")
+        for name, text in (("base", before[i]), ("adapted", after[i]), ("expected", rows[i].completion.strip())):
+            print(f"  {name:<9} {' '.join(text.split())[:110]}")
 
 
 def short_number(value: float) -> str:

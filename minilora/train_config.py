@@ -20,6 +20,7 @@ import yaml
 from minilora.config import LoraConfig, QuantConfig
 from minilora.errors import UserError, nearest
 from minilora.optim import OPTIMIZERS, SCHEDULES
+from minilora.recompute import POLICIES
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class TrainConfig:
     # output
     output_dir: str = "outputs"  # adapter, metrics, plot, model card, checkpoints
     overwrite_output_dir: bool = False  # replace what an earlier run left there
+    resume_from_checkpoint: str | None = None  # latest: go on from the newest in output_dir; or a checkpoint-N, of any run
     # quantization of the frozen weights: QLoRA
     quantization_bit: int | None = 4  # 4 or 8; none: as they are in the files, plain LoRA
     quantization_type: str = "nf4"  # nf4 or fp4, for 4 bits
@@ -62,10 +64,12 @@ class TrainConfig:
     warmup_steps: int = 0
     warmup_ratio: float = 0.0  # or as a share of all steps
     optim: str = "adamw_torch"
+    loraplus_lr_ratio: float | None = None  # LoRA+: the learning rate of B is so many times that of A
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     bf16: bool = False  # compute in bfloat16; neither: what is fast on this machine
     fp16: bool = False  # compute in float16, on a GPU
+    gradient_checkpointing: str = "off"  # off, selective, full, offload: keep less for backward and compute it again; true: full
     seed: int = 42
     # watching and saving
     logging_steps: int = 10
@@ -80,6 +84,7 @@ class TrainConfig:
         positive = "cutoff_len per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs"
         positive += (
             " learning_rate logging_steps eval_steps save_steps save_total_limit early_stopping_patience lora_rank lora_alpha"
+            " loraplus_lr_ratio"
         )
         for name in positive.split():
             if (value := getattr(self, name)) is not None and value <= 0:
@@ -87,7 +92,11 @@ class TrainConfig:
         for name in "val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples".split():
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, not {getattr(self, name):g}")
-        for name, allowed in (("lr_scheduler_type", SCHEDULES), ("optim", OPTIMIZERS)):
+        for name, allowed in (
+            ("lr_scheduler_type", SCHEDULES),
+            ("optim", OPTIMIZERS),
+            ("gradient_checkpointing", POLICIES),
+        ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not known; choose from {', '.join(allowed)}")
         if self.cutoff_len == 1:
@@ -122,6 +131,11 @@ class TrainConfig:
             changes["target_modules"] = _targets(self.lora_target)
         return LoraConfig.preset(self.preset, use_rslora=self.use_rslora, **{k: v for k, v in changes.items() if v is not None})
 
+    def may_change(self) -> set[str]:
+        """The keys that a resumed run may set anew: no number of its training depends on them."""
+        no_schedule = self.lr_scheduler_type == "constant" and not self.warmup_ratio
+        return MAY_CHANGE | ({"max_steps", "num_train_epochs"} if no_schedule else set())
+
     def to_yaml(self) -> str:
         """All keys, as a file that --config reads."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
@@ -140,6 +154,18 @@ ALIASES = {
     "batch_size": "per_device_train_batch_size",
 }
 SWITCHES = ("use_4bit", "load_in_4bit")  # true: quantization_bit = 4, false: none
+SPOKEN = {  # what true and false stand for, where a key takes words and people, or YAML (on, off), say these
+    "resume_from_checkpoint": {True: "latest", False: None},
+    "gradient_checkpointing": {True: "full", False: "off"},
+}
+MAY_CHANGE = set(  # on resuming. Model and data are compared by what is in them, bf16 and fp16 by what comes of them
+    """
+    model_name_or_path model_revision dataset eval_dataset output_dir overwrite_output_dir resume_from_checkpoint bf16 fp16
+    per_device_eval_batch_size gradient_checkpointing logging_steps eval_steps save_steps save_total_limit early_stopping_patience
+    exact_match_samples
+    """.split()
+)
+_TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 
 def load_train_config(arguments: list[str], default_file: Path | None = None) -> TrainConfig:
@@ -206,6 +232,8 @@ def _canonical(given: dict[str, object], place: str) -> dict[str, object]:
         name = ALIASES.get(key, key)
         if key in SWITCHES:
             name, value = "quantization_bit", 4 if _coerce(key, value, bool) else None
+        if name in SPOKEN and str(value).lower() in _TRUE + _FALSE:
+            value = SPOKEN[name][str(value).lower() in _TRUE]
         if name not in known:
             raise UserError(f"unknown key {key!r} in {place}{nearest(key, known | ALIASES.keys() | set(SWITCHES))}")
         if name in values:
@@ -225,8 +253,8 @@ def _coerce(name: str, value: object, kind: object) -> object:
         return [str(entry) for entry in value]
     if bool in kinds:
         word = str(value).lower()
-        if word in ("true", "yes", "1", "false", "no", "0"):
-            return word in ("true", "yes", "1")
+        if word in _TRUE + _FALSE:
+            return word in _TRUE
         raise UserError(f"{name} must be true or false, not {value!r}")
     if int in kinds or float in kinds:
         try:

@@ -3,20 +3,22 @@
     python scripts/train.py                                    the small model that comes with minilora learns to answer
     python scripts/train.py --model mistralai/Mistral-7B-v0.1 --dataset my.jsonl --output_dir out
     python scripts/train.py --config run.yaml --learning_rate 1e-4
+    python scripts/train.py --config run.yaml --resume_from_checkpoint latest
+    torchrun --nproc-per-node 2 scripts/train.py --config run.yaml
     python scripts/train.py --help                             every key, its default and its meaning
 
 One file, read from top to bottom: plan, model, optimizer, evaluation and checkpoints, the loop, the end. Everything cheap that
 can be wrong (keys, data, directories) is found before the weights are read, and nothing is written before that.
 
-Exit codes: 0 done, 2 a mistake of yours (one line says which), 130 interrupted (the adapter is saved first).
+Exit codes: 0 done, 2 a mistake of yours (one line says which), 130 interrupted by Ctrl-C or SIGTERM (everything is saved first).
+torchrun makes 1 of the last two.
 """
 
 import math
-import os
-import shutil
-import signal
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,17 +26,33 @@ import torch
 from minilora.adapter import load_adapter, save_adapter
 from minilora.config import ModelConfig
 from minilora.data import Dataset, collate, read_rows, split, step_batches, steps_per_epoch, tokenize
-from minilora.device import Placement, choose_placement, memory_used
+from minilora.device import choose_placement, memory_used
+from minilora.distributed import Processes, join_processes
 from minilora.errors import UserError, run_script
 from minilora.evaluation import answers, evaluate_loss, exact_match
 from minilora.hub import resolve_model
-from minilora.linear import count_parameters, describe_weights
-from minilora.lora import add_lora, remove_lora, trainable_parameters
-from minilora.loss import causal_lm_loss, count_supervised
-from minilora.model import CausalLM
-from minilora.optim import learning_rate, make_optimizer
+from minilora.linear import describe_weights
+from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
+from minilora.loss import causal_lm_loss
+from minilora.loss_scale import LossScale
+from minilora.optim import learning_rate, make_optimizer, set_learning_rate
+from minilora.output_dir import check_output_dir, open_output_dir
+from minilora.recompute import set_recompute
+from minilora.resume import (
+    StopSignal,
+    bring_checkpoint,
+    check_same_training,
+    checkpoints,
+    delete_old_checkpoints,
+    find_checkpoint,
+    fingerprint,
+    random_state,
+    sample_model,
+    set_random_state,
+    write_checkpoint,
+)
 from minilora.tokenizer import Tokenizer, load_tokenizer
-from minilora.track import METRICS_FILE, Tracker, minutes, plot_loss, short_number, write_model_card
+from minilora.track import Tracker, minutes, plot_loss, print_answers, print_summary, write_model_card
 from minilora.train_config import TrainConfig, load_train_config, manual
 from minilora.weights import load_model, read_config
 
@@ -47,10 +65,12 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(manual(), end="")
         return
-    train(load_train_config(sys.argv[1:], DEFAULT_RUN))
+    processes = join_processes()
+    with processes.one_voice():
+        train(load_train_config(sys.argv[1:], DEFAULT_RUN), processes)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, processes: Processes) -> None:
     started = time.perf_counter()
 
     # ---- device, data, plan: everything that can be wrong without a weight in memory ---------------------------------
@@ -63,7 +83,7 @@ def train(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(model_dir)
     train_set, eval_set = load_datasets(config, model_config, tokenizer)
     lengths = [len(example.input_ids) for example in train_set.examples]
-    batching = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
+    batching = (config.per_device_train_batch_size, config.gradient_accumulation_steps * processes.count)
     epoch_steps = steps_per_epoch(len(train_set), *batching)
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch_steps)
     warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
@@ -71,107 +91,135 @@ def train(config: TrainConfig) -> None:
         raise UserError(f"warmup_steps = {warmup_steps} is not shorter than the training, which has {total_steps} steps")
     eval_steps = (config.eval_steps or epoch_steps) if eval_set else None
     output_dir = Path(config.output_dir)
-    check_output_dir(output_dir, config.overwrite_output_dir)
+    training = asdict(config) | {  # what a run and the checkpoint it goes on from must have in common
+        "the dtype of computing": f"{placement.dtype} on {device.type}",
+        "the number of processes": processes.count,
+        "the fingerprint of the model": fingerprint(sample_model(model_dir)),
+        "the fingerprint of the training examples": fingerprint_of(train_set),
+        "the fingerprint of the held-out examples": fingerprint_of(eval_set),
+    }
+    checkpoint, state = find_resumed(config, training, total_steps)
+    check_output_dir(config, checkpoint)
 
     # ---- model and adapter -------------------------------------------------------------------------------------------
 
     torch.manual_seed(config.seed)
     model = load_model(model_dir, config.quant_config(), placement.dtype, device)
-    add_lora(model, config.lora_config())
+    if checkpoint is None:
+        add_lora(model, config.lora_config())
+    else:
+        load_adapter(model, checkpoint)
     trainable = trainable_parameters(model)
     assert all(p.dtype == torch.float32 for p in trainable.values()), "adapters are float32, whatever the compute dtype"
-    print_summary(config, base_model, model, placement, train_set, eval_set, total_steps, epoch_steps)
+    recompute = set_recompute(model, config.gradient_checkpointing)
+    print_summary(config, base_model, model, placement, recompute, processes.count, train_set, eval_set, total_steps, epoch_steps)
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------
 
-    optimizer = make_optimizer(config.optim, trainable.values(), config.learning_rate, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=placement.dtype == torch.float16)  # keeps small float16 gradients from 0
+    optimizer = make_optimizer(config.optim, trainable, config.learning_rate, config.weight_decay, config.loraplus_lr_ratio)
+    loss_scale = LossScale(device, enabled=placement.dtype == torch.float16)
 
-    def optimizer_step(step: int) -> tuple[float, float, int]:
-        """One step over all its micro-batches: mean loss per supervised token, gradient norm, tokens read."""
-        lr = learning_rate(step, total_steps, warmup_steps, config.learning_rate, config.lr_scheduler_type)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batches = [
-            collate([train_set.examples[i] for i in chosen], tokenizer.pad_id)
-            for chosen in step_batches(lengths, step, *batching, config.seed)
-        ]
-        supervised = sum(count_supervised(labels) for _, labels in batches)
-        total = torch.zeros((), device=device)
-        for input_ids, labels in batches:  # (B, T) each
-            loss = causal_lm_loss(model, input_ids.to(device), labels.to(device)) / supervised
-            scaler.scale(loss).backward()
-            total += loss.detach()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_grad_norm or math.inf)
-        if not math.isfinite(total) or not (scaler.is_enabled() or math.isfinite(norm)):
-            tracker.close()
-            last = (checkpoints(output_dir) or ["none was saved yet"])[-1]
-            raise UserError(
-                f"loss {total:g}, gradient norm {norm:g} at step {step + 1}: training diverged; lower learning_rate = "
-                f"{config.learning_rate:g} (last checkpoint: {last})"
-            )
-        scaler.step(optimizer)
-        scaler.update()
+    def optimizer_step(step: int) -> tuple[float, float, float, float, bool]:
+        """One step over all its micro-batches: mean loss per supervised token, learning rate, gradient norm, tokens, stop now?"""
+        position = step - loss_scale.skipped  # in the schedule
+        lr = learning_rate(position, total_steps, warmup_steps, config.learning_rate, config.lr_scheduler_type)
+        set_learning_rate(optimizer, lr)
+        batches = step_batches(lengths, step, *batching, config.seed)
+        supervised = sum(train_set.examples[i].supervised for chosen in batches for i in chosen)
+        loss, tokens = torch.zeros((), device=device), 0
+        for chosen in processes.share(batches):
+            input_ids, labels = collate([train_set.examples[i] for i in chosen], tokenizer.pad_id)  # (B, T) each
+            part = causal_lm_loss(model, input_ids.to(device), labels.to(device)) / supervised
+            loss_scale.backward(part)
+            loss, tokens = loss + part.detach(), tokens + input_ids.numel()
+        loss, tokens, stopping = processes.sum_gradients(trainable.values(), loss, tokens, stop.asked)
+        loss_scale.unscale(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_grad_norm or math.inf).item()
+        assert step or norm != 0, "no gradient has reached the adapter"  # at step 0 it is B's alone, for A's is zero while B is
+        loss_scale.step(optimizer, finite=math.isfinite(loss) and math.isfinite(norm))
         optimizer.zero_grad(set_to_none=True)
-        return total.item(), norm.item(), sum(input_ids.numel() for input_ids, _ in batches)
+        if loss_scale.diverged:
+            tracker.close()
+            good = checkpoints(output_dir, up_to=step + 1 - loss_scale.skipped_in_a_row)
+            raise UserError(
+                f"loss {loss:g}, gradient norm {norm:g} at step {step + 1}: training diverged; lower learning_rate = "
+                f"{config.learning_rate:g} (last good checkpoint: {good[-1] if good else 'none was saved yet'})"
+            )
+        return loss, lr, norm, tokens, bool(stopping)
 
     # ---- evaluation and checkpoints ----------------------------------------------------------------------------------
 
     best = {"loss": math.inf, "step": 0, "waited": 0}  # the lowest held-out loss so far; evaluations since
 
-    def evaluate(step: int) -> None:
-        """Loss on the held-out examples, logged; keeps the best adapter if it will be wanted at the end."""
-        loss = evaluate_loss(model, eval_set.examples, config.per_device_eval_batch_size, tokenizer.pad_id)
+    def evaluate(step: int) -> bool:
+        """Loss on the held-out examples, logged. Returns whether it is the lowest one yet."""
+        share = processes.share(eval_set.examples)
+        loss = evaluate_loss(model, share, config.per_device_eval_batch_size, tokenizer.pad_id) if share else 0.0
+        loss = processes.mean(loss, weight=sum(example.supervised for example in share))
         tracker.log(step=step, eval_loss=loss)
         better = step > 0 and loss < best["loss"]
         tracker.say(f"step {step}/{total_steps}  held-out loss {loss:.4f}" + ("  (best so far)" if better else ""))
         best["waited"] = 0 if better else best["waited"] + 1
         if better:
             best.update(loss=loss, step=step)
-            if config.load_best_model_at_end:
-                save_checkpoint(step)
+        return better
 
     def save_checkpoint(step: int) -> Path:
-        """The adapter as it is now, in `checkpoint-<step>`; the oldest ones beyond `save_total_limit` go, the best one stays."""
-        directory = output_dir / f"checkpoint-{step}"
-        save_adapter(model, directory, base_model_name_or_path=base_model)
-        if config.save_total_limit is not None:
-            for old in checkpoints(output_dir)[: -config.save_total_limit]:
-                if not (config.load_best_model_at_end and old.name == f"checkpoint-{best['step']}"):
-                    shutil.rmtree(old)
+        """All that a resumed run needs, in `checkpoint-<step>`. The oldest beyond `save_total_limit` go, the best one stays."""
+        directory, generators = output_dir / f"checkpoint-{step}", processes.gather(random_state(device))
+        if processes.main:
+            state = dict(step=step, training=training, best=best, seconds=time.perf_counter() - started, random=generators)
+            state |= {"optimizer": optimizer.state_dict(), "loss_scale": loss_scale.state_dict(), "tracker": tracker.state_dict()}
+            write_checkpoint(directory, partial(save_adapter, model, base_model_name_or_path=base_model), state)
+            if config.save_total_limit is not None:
+                spare = best["step"] if config.load_best_model_at_end else None
+                delete_old_checkpoints(output_dir, step, config.save_total_limit, spare)
         return directory
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    open_output_dir(output_dir, config)
-    tokenizer.save(output_dir)
-    asked = eval_set.rows[: config.exact_match_samples] if config.exact_match_samples else []
-    before = answers(model, tokenizer, asked) if asked else []  # B is zero: these are the base model's own
-    tracker = Tracker(output_dir, total_steps, epoch_steps, config.logging_steps)
-    stop = StopSignal(tracker)
-    if eval_set:
+    processes.wait_for_all()  # all have read what is there; now it may change
+    if processes.main:
+        open_output_dir(config, checkpoint)
+        tokenizer.save(output_dir)
+        if checkpoint is not None and config.load_best_model_at_end and state["best"]["step"]:
+            bring_checkpoint(checkpoint.with_name(f"checkpoint-{state['best']['step']}"), output_dir)
+    visible = output_dir if processes.main else None
+    tracker = Tracker(visible, total_steps, epoch_steps, config.logging_steps, state.get("tracker"))
+    stop = StopSignal(tracker.say)
+    first = step = state.get("step", 0)
+    if processes.rank:
+        torch.manual_seed(config.seed + processes.rank)  # every process drops out other places
+    if checkpoint is not None:
+        best, started = state["best"], started - state["seconds"]
+        optimizer.load_state_dict(state["optimizer"])
+        loss_scale.load_state_dict(state["loss_scale"])
+        set_random_state(state["random"][processes.rank], device)
+    elif eval_set:
         evaluate(step=0)
     model.train()
-    for step in range(1, total_steps + 1):
+    for step in range(first + 1, total_steps + 1):
         start = time.perf_counter()
-        loss, norm, tokens = optimizer_step(step - 1)
-        lr, seconds = optimizer.param_groups[0]["lr"], time.perf_counter() - start
-        tracker.step(step, loss, lr, norm, tokens, seconds, memory_used(device))
+        loss, lr, norm, tokens, stopping = optimizer_step(step - 1)
+        tracker.step(step, loss, lr, norm, tokens, time.perf_counter() - start, memory_used(device), loss_scale)
+        wanted = stopping or step % config.save_steps == 0
         if eval_set and (step % eval_steps == 0 or step == total_steps):
-            evaluate(step)
+            wanted |= evaluate(step) and config.load_best_model_at_end
             if config.early_stopping_patience and best["waited"] >= config.early_stopping_patience:
                 tracker.say(f"stopping early: no lower held-out loss in {best['waited']} evaluations")
                 break
-        if step % config.save_steps == 0:
-            save_checkpoint(step)
-        if stop.asked:
+        if wanted:
             saved = save_checkpoint(step)
+        if stopping:
+            processes.wait_for_all()
             tracker.close()
-            print(f"interrupted after step {step} of {total_steps}; adapter saved in {saved}")
+            print(f"interrupted after step {step} of {total_steps}; to go on from {saved}: --resume_from_checkpoint latest")
             raise KeyboardInterrupt
     stop.release()
     tracker.close()
+    processes.leave()
+    if not processes.main:
+        return
 
     # ---- the end: best adapter, files, what was learnt ---------------------------------------------------------------
 
@@ -182,22 +230,27 @@ def train(config: TrainConfig) -> None:
     model.eval()
     save_adapter(model, output_dir, base_model_name_or_path=base_model)
     plot_loss(tracker.records, output_dir / "loss.png")
+    per_step = sum(map(len, step_batches(lengths, 0, *batching, config.seed)))
+    losses = [record["loss"] for record in tracker.records if "loss" in record]
+    held_out = [record["eval_loss"] for record in tracker.records if "eval_loss" in record]
     figures = {
         "examples": f"{len(train_set):,}",
-        "steps": f"{step} of {sum(map(len, step_batches(lengths, 0, *batching, config.seed)))} examples",
+        "steps": f"{step} of {per_step} examples" + loss_scale.summary(),
         "trainable parameters": f"{sum(p.numel() for p in trainable.values()):,}",
-        "final training loss": f"{[r['loss'] for r in tracker.records if 'loss' in r][-1]:.4f}",
+        "final training loss": f"{losses[-1]:.4f}" if losses else "not finite",
         "computed on": str(placement),
         "frozen weights": describe_weights(model),
         "peak memory": f"{memory_used(device) / 2**30:.2f} GiB",
         "training time": minutes(time.perf_counter() - started),
     }
-    if eval_set:
-        held_out = [r["eval_loss"] for r in tracker.records if "eval_loss" in r]
+    if held_out:
         figures |= {"held-out loss, base model": f"{held_out[0]:.4f}"}
         figures |= {"held-out loss, lowest": f"{best['loss']:.4f} (step {best['step']})"}
-    if asked:
+    if config.exact_match_samples:
+        asked = eval_set.rows[: config.exact_match_samples]
         after = answers(model, tokenizer, asked)
+        set_adapter(model, None)
+        before = answers(model, tokenizer, asked)
         scores = exact_match(before, asked), exact_match(after, asked)
         print_answers(asked, before, after)
         print(f"\nexact answers to {len(asked)} held-out prompts: {scores[0]:.1%} before, {scores[1]:.1%} after")
@@ -248,98 +301,32 @@ def load_datasets(config: TrainConfig, model_config: ModelConfig, tokenizer: Tok
     return train_set, eval_set
 
 
-def check_output_dir(directory: Path, overwrite: bool) -> None:
-    """Refuse a directory that holds another run or cannot be written, without writing anything."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"output_dir {directory}: {existing} is a file, not a directory")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"output_dir {directory} cannot be written: no permission in {existing}")
-    if not overwrite and (found := files_of_a_run(directory)):
-        raise UserError(
-            f"output_dir {directory} already holds a run ({found[0].name}); choose another or add --overwrite_output_dir"
-        )
+def fingerprint_of(dataset: Dataset | None) -> str | None:
+    """Changes with any token, and with any token's being learnt or not."""
+    return dataset and fingerprint(e.prompt_length.to_bytes(4, "little") + e.input_ids.tobytes() for e in dataset.examples)
 
 
-def files_of_a_run(directory: Path) -> list[Path]:
-    """What a run writes under names that another one would overwrite."""
-    names = f"training_config.yaml {METRICS_FILE} adapter_config.json adapter_model.safetensors loss.png README.md"
-    return [path for name in names.split() if (path := directory / name).exists()] + checkpoints(directory)
-
-
-def open_output_dir(directory: Path, config: TrainConfig) -> None:
-    """Make the directory, clear what an earlier run left (and nothing else), and write down this run's settings."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in files_of_a_run(directory):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (directory / "training_config.yaml").write_text(config.to_yaml())
-    except OSError as error:
-        raise UserError(f"output_dir {directory} cannot be written: {error.strerror}") from error
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """The `checkpoint-<step>` folders, oldest first."""
-    found = [path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-class StopSignal:
-    """Ctrl-C asks the loop to stop after the step it is in, so that what is saved is whole; a second Ctrl-C stops at once."""
-
-    def __init__(self, tracker: Tracker):
-        self.asked, self.tracker = False, tracker
-        signal.signal(signal.SIGINT, self)
-
-    def __call__(self, signum: int, frame: object) -> None:
-        self.asked = True
-        self.release()
-        self.tracker.say("stopping after this step; Ctrl-C again to stop at once without saving")
-
-    def release(self) -> None:
-        """Give Ctrl-C its usual meaning back."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def print_summary(
-    config: TrainConfig,
-    base_model: str,
-    model: CausalLM,
-    placement: Placement,
-    train_set: Dataset,
-    eval_set: Dataset | None,
-    total_steps: int,
-    epoch_steps: int,
-) -> None:
-    """What is about to happen, before it happens."""
-    count = count_parameters(model)
-    trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    lora, c = config.lora_config(), model.config
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    tokens = sum(len(e.input_ids) for e in train_set.examples) / len(train_set) * min(per_step, len(train_set))
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
-    lines = {
-        "model": f"{base_model}: {c.model_type}, {short_number(count - trainable)} parameters, "
-        f"{c.num_hidden_layers} layers of width {c.hidden_size}",
-        "device": str(placement),
-        "weights": describe_weights(model),
-        "adapter": f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
-        "trainable": f"{trainable:,} of {count:,} parameters ({trainable / count:.2%})",
-        "training": train_set.summary(),
-        "held out": eval_set.summary() if eval_set else "none",
-        "steps": f"{total_steps:,}, {epoch_steps:,} an epoch; {per_step} examples, about {tokens:,.0f} tokens each",
-        "output": config.output_dir,
-    }
-    for name, text in lines.items():
-        print(f"{name:<10} {text}", flush=True)
-
-
-def print_answers(rows: list, before: list[str], after: list[str], count: int = 4) -> None:
-    """A few held-out prompts with the answers of the base model and of the adapted one."""
-    for i in range(0, len(rows), max(1, len(rows) // count))[:count]:
-        print(f"\n{rows[i].prompt.strip()}")
-        for name, text in (("base", before[i]), ("adapted", after[i]), ("expected", rows[i].completion.strip())):
-            print(f"  {name:<9} {' '.join(text.split())[:110]}")
+def find_resumed(config: TrainConfig, training: dict, total_steps: int) -> tuple[Path | None, dict]:
+    """The checkpoint that resume_from_checkpoint asks for and its state; (None, {}) where the run starts at the beginning."""
+    asked = config.resume_from_checkpoint
+    if asked is None:
+        return None, {}
+    checkpoint, state, faults = find_checkpoint(Path(config.output_dir if asked == "latest" else asked))
+    if checkpoint is None and asked != "latest":
+        raise UserError(f"resume_from_checkpoint = {asked}: no checkpoint with a training_state is there")
+    if checkpoint is None:
+        print(f"no checkpoint in {config.output_dir} yet: starting at the beginning")
+        return None, {}
+    for fault in faults:
+        print(f"passed over: {fault}")
+    check_same_training(state["training"], training, config.may_change(), checkpoint)
+    if state["step"] > total_steps:
+        raise UserError(f"{checkpoint} is beyond the {total_steps} steps of this training; raise max_steps or num_train_epochs")
+    best = checkpoint.with_name(f"checkpoint-{state['best']['step']}")
+    if config.load_best_model_at_end and state["best"]["step"] and not best.is_dir():
+        raise UserError(f"{best} is missing: it holds the best adapter so far, which load_best_model_at_end will need")
+    print(f"going on from {checkpoint}, after step {state['step']} of {total_steps}")
+    return checkpoint, state
 
 
 if __name__ == "__main__":

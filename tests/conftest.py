@@ -6,12 +6,25 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
+from safetensors.torch import load_file
 
 from minilora import CausalLM, ModelConfig, save_model
+from minilora.device import Placement
 from minilora.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "the old fox and a young owl live by the river in a small blue house near the mill where bread is baked".split()
+
+
+def adapter(directory: Path) -> dict:
+    """The tensors of a saved adapter."""
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def metrics(directory: Path) -> list[dict]:
+    """The records of a run."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +92,36 @@ def run_trainer(trainer, monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def train(run_trainer, model_dir, dataset, tmp_path):
+    """Train the tiny model into tmp_path/NAME; fails the test if the trainer does. Returns the directory and what was printed."""
+
+    def run(name="out", code=0, **keys):
+        keys = {
+            "model": model_dir,
+            "dataset": dataset,
+            "output_dir": tmp_path / name,
+            "max_steps": 4,
+            "lora_dropout": 0,
+            "quantization_bit": "none",
+        } | keys
+        words = (word for key, value in keys.items() if value is not None for word in (f"--{key}", value))
+        ended, out, err = run_trainer(*words)
+        assert ended == code, err
+        return (tmp_path / name, out) if code != 2 else (tmp_path / name, err)
+
+    return run
+
+
+@pytest.fixture
+def in_float16(trainer, monkeypatch):
+    """Let the trainer compute in float16 on this CPU, which it refuses to its users, with a loss scale of one's choice."""
+
+    def choose(scale=2.0**16):
+        scaler = torch.amp.GradScaler
+        monkeypatch.setattr(trainer, "choose_placement", lambda *_: Placement(torch.device("cpu"), torch.float16, "a test"))
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=scale, enabled=enabled))
+
+    return choose

@@ -2,50 +2,27 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, adapter, metrics
 from families import relative_error
-from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from minilora import load_adapter, load_model
-from minilora.adapter import save_adapter
+from minilora import add_lora, load_adapter, load_model, save_adapter, save_model, trainable_parameters
 from minilora.data import read_rows, tokenize
 from minilora.evaluation import evaluate_loss, perplexity
+from minilora.lora import lora_layers
+from minilora.loss import IGNORE
+from minilora.loss_scale import LossScale
 from minilora.tokenizer import load_tokenizer
-
-
-def adapter(directory):
-    return load_file(directory / "adapter_model.safetensors")
-
-
-def metrics(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def train(run_trainer, model_dir, dataset, tmp_path):
-    """Train the tiny model into tmp_path/NAME; fails the test if the trainer does."""
-
-    def run(name="out", **keys):
-        keys = {
-            "model": model_dir,
-            "dataset": dataset,
-            "output_dir": tmp_path / name,
-            "max_steps": 4,
-            "lora_dropout": 0,
-            "quantization_bit": "none",
-        } | keys
-        code, out, err = run_trainer(*(word for key, value in keys.items() if value is not None for word in (f"--{key}", value)))
-        assert code == 0, err
-        return tmp_path / name, out
-
-    return run
 
 
 def test_training_lowers_the_loss_and_leaves_everything_it_should(train):
@@ -90,7 +67,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_one_does_not(train):
     assert not all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_accumulation_1x8_equals_4x2_equals_8x1_on_examples_of_very_different_lengths(train):
+def test_pain_5_accumulation_1x8_equals_4x2_equals_8x1_on_examples_of_very_different_lengths(train):
     runs = {}
     for batch_size, accumulation in ((1, 8), (4, 2), (8, 1)):
         keys = dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, logging_steps=1)
@@ -183,9 +160,15 @@ def test_exact_match_is_counted_before_and_after_and_shown(train, dataset):
     assert "exact answers to 5 held-out prompts" in (directory / "README.md").read_text()
 
 
-def test_dropped_and_cut_examples_are_reported(train):
-    _, out = train(cutoff_len=30)
-    assert "cut at cutoff_len:" in out
+def test_pain_9_cut_and_dropped_examples_are_counted_and_reported(train, dataset, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(dataset.read_text() + json.dumps({"prompt": "the old fox " * 20, "completion": "x"}) + "\n")
+    _, out = train(dataset=path, cutoff_len=24)
+    said = re.search(
+        r"^training +(\d+) examples, .+; cut at cutoff_len: (\d+) \(.+\), dropped .+: (\d+) \(4.0%\)$", out, re.MULTILINE
+    )
+    kept, cut, dropped = map(int, said.groups())
+    assert (kept, dropped) == (24, 1) and 0 < cut < 24
 
 
 def test_ctrl_c_saves_the_adapter_and_exits_130(model_dir, dataset, tmp_path):
@@ -219,6 +202,191 @@ def test_the_trainer_explains_itself_from_any_working_directory(tmp_path):
         [sys.executable, str(ROOT / "scripts" / "train.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0 and "--learning_rate" in run.stdout
+
+
+# ---- precision --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bfloat16_model(model_dir, tmp_path):
+    """The tiny model as most are published: in bfloat16."""
+    save_model(load_model(model_dir, dtype=torch.bfloat16), tmp_path / "bfloat16")
+    (tmp_path / "bfloat16" / "tokenizer.model").write_bytes((model_dir / "tokenizer.model").read_bytes())
+    return tmp_path / "bfloat16"
+
+
+class NoBfloat16(TorchDispatchMode):
+    """Looks at what every operation makes."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16]
+        assert not made, f"{function} made a bfloat16 tensor"
+        return result
+
+
+@pytest.mark.parametrize("keys", [{}, {"quantization_bit": 4, "gradient_checkpointing": "full", "optim": "adamw_8bit"}])
+def test_pain_1_adapters_of_a_bfloat16_model_are_float32_under_the_float16_scaler_and_nothing_is_bfloat16(
+    train, trainer, bfloat16_model, in_float16, monkeypatch, keys
+):
+    in_float16()
+    load, watched = trainer.load_model, []
+
+    def load_and_watch(*arguments):
+        model = load(*arguments)
+        watched.append(NoBfloat16().__enter__())
+        return model
+
+    monkeypatch.setattr(trainer, "load_model", load_and_watch)
+    try:
+        directory, out = train(model=bfloat16_model, max_steps=8, learning_rate=1e-2, logging_steps=1, val_size=4, **keys)
+    finally:
+        watched[0].__exit__(None, None, None)
+    assert "device     cpu, float16 (a test)" in out
+    assert all(tensor.dtype == torch.float32 for tensor in adapter(directory).values())
+    records = [record for record in metrics(directory) if "loss" in record]
+    assert records[-1]["loss"] < records[0]["loss"] - 0.1 and records[-1]["skipped_steps"] == 0
+
+
+def test_pain_2_every_trainable_is_float32_before_the_first_step_or_there_is_none(trainer, train, monkeypatch, in_float16):
+    in_float16()
+
+    def add_half(model, config):
+        add_lora(model, config)
+        for layer in lora_layers(model).values():
+            layer.lora_A.half()
+
+    monkeypatch.setattr(trainer, "add_lora", add_half)
+    monkeypatch.setattr(trainer, "make_optimizer", lambda *_: pytest.fail("too late"))
+    with pytest.raises(AssertionError, match="adapters are float32"):
+        train()
+
+
+def test_pain_3_a_t4_gets_float16_though_pytorch_says_that_it_supports_bfloat16(trainer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    placement = trainer.choose_placement()
+    assert placement.dtype == torch.float16 and "only emulates bfloat16" in str(placement)
+
+
+def test_a_loss_scale_that_is_far_too_large_finds_its_place_and_training_goes_on(train, in_float16):
+    in_float16(scale=2.0**30)
+    directory, out = train(max_steps=40, learning_rate=1e-2, logging_steps=1, save_steps=1, warmup_steps=10)
+    records = metrics(directory)
+    skipped = records[-1]["skipped_steps"]
+    assert 5 <= skipped <= 25 and records[-1]["loss_scale"] == 2.0 ** (30 - skipped) and f"  {skipped} skipped, loss scale" in out
+    taken = [after["skipped_steps"] == before["skipped_steps"] for before, after in pairwise([{"skipped_steps": 0}, *records])]
+    # A step that is left out changes nothing, and the learning rate waits for it: 0, 0, ..., 0.001, 0.002.
+    steps = [adapter(directory / f"checkpoint-{step}") for step in range(1, 41)]
+    for i in range(1, 40):
+        moved = any(not torch.equal(steps[i][key], tensor) for key, tensor in steps[i - 1].items())
+        assert moved == (taken[i] and records[i]["lr"] > 0)
+        assert ("grad_norm" in records[i]) == taken[i]
+    rates = [record["lr"] for record, was_taken in zip(records, taken, strict=True) if was_taken]
+    assert rates[:11] == pytest.approx([i / 1000 for i in range(11)])
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    assert f"; {skipped} left out, with gradients beyond float16's range |" in (directory / "README.md").read_text()
+
+
+def test_steps_that_overflow_for_ever_end_the_run_and_the_last_good_checkpoint_is_named(train, trainer, in_float16, monkeypatch):
+    in_float16()
+    original, calls = trainer.causal_lm_loss, iter(range(10_000))
+    monkeypatch.setattr(trainer, "causal_lm_loss", lambda *a: original(*a) * (1 if next(calls) < 3 * 3 else math.nan))
+    keys = dict(per_device_train_batch_size=4, gradient_accumulation_steps=3)  # 24 examples: three micro-batches in every step
+    directory, err = train(code=2, max_steps=100, save_steps=1, logging_steps=1, **keys)
+    # 16 halvings lead from 65536 to 1, the 17th below.
+    assert "loss nan, gradient norm nan at step 20: training diverged; lower learning_rate" in err and err.count("\n") == 1
+    assert f"(last good checkpoint: {directory / 'checkpoint-3'})" in err
+    last = metrics(directory)[-1]
+    assert last["skipped_steps"] == 16 and "grad_norm" not in last and "loss" not in last  # JSON has no nan
+    good = adapter(directory / "checkpoint-3")
+    for step in range(4, 20):
+        assert all(torch.equal(adapter(directory / f"checkpoint-{step}")[key], tensor) for key, tensor in good.items())
+
+
+# ---- what is learnt ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batches(trainer, monkeypatch):
+    """The input_ids and labels that the trainer computes losses of."""
+    seen, original = [], trainer.causal_lm_loss
+    monkeypatch.setattr(trainer, "causal_lm_loss", lambda m, ids, labels: seen.append((ids, labels)) or original(m, ids, labels))
+    return seen
+
+
+def test_pain_6_the_end_token_is_learnt_even_where_it_is_the_padding(train, batches, trainer, monkeypatch):
+    load = trainer.load_tokenizer
+
+    def with_eos_as_padding(directory):
+        tokenizer = load(directory)
+        tokenizer.pad_id = tokenizer.eos_id
+        return tokenizer
+
+    monkeypatch.setattr(trainer, "load_tokenizer", with_eos_as_padding)
+    train()
+    padded = 0
+    for ids, labels in batches:
+        for row, targets in zip(ids.tolist(), labels.tolist(), strict=True):
+            last = max(i for i, label in enumerate(targets) if label != IGNORE)
+            assert targets[last] == row[last] == 2 and 2 not in row[:last]  # EOS, once
+            assert set(row[last:]) == {2}
+            padded += len(row) - 1 - last
+    assert padded > 0
+
+
+def test_pain_7_the_prompt_is_read_and_not_learnt_unless_asked(train, batches, model_dir, examples):
+    train()
+    tokenizer = load_tokenizer(model_dir)
+    prompts = [tokenizer.encode(example["prompt"]) for example in examples]
+    for ids, labels in batches:
+        for row, targets in zip(ids.tolist(), labels.tolist(), strict=True):
+            prompt = max((p for p in prompts if row[: len(p)] == p), key=len)
+            assert targets[: len(prompt)] == [IGNORE] * len(prompt) and targets[len(prompt)] != IGNORE
+    batches.clear()
+    train("all", train_on_prompt=True)
+    assert all((labels[:, 1] != IGNORE).all() for _, labels in batches)
+
+
+@pytest.mark.parametrize("policy", ["off", "selective", "full", "offload"])
+def test_pain_12_every_b_has_a_gradient_at_step_1_behind_the_frozen_embedding_whatever_is_recomputed(
+    train, trainer, monkeypatch, policy
+):
+    trainable, first = {}, {}
+
+    def remember(model):
+        trainable.update(trainable_parameters(model))
+        return trainable
+
+    class Watched(LossScale):
+        def step(self, optimizer, finite):
+            if not first:
+                first.update({name: parameter.grad.clone() for name, parameter in trainable.items()})
+            super().step(optimizer, finite)
+
+    monkeypatch.setattr(trainer, "trainable_parameters", remember)
+    monkeypatch.setattr(trainer, "LossScale", Watched)
+    _, out = train(gradient_checkpointing=policy, preset="aggressive_r16_all")
+    assert f"recompute  {policy}\n" in out or policy == "offload" and "recompute  full (offload" in out
+    assert len(first) == 2 * 2 * 7  # A and B, layers, linear layers in each
+    for name, gradient in first.items():
+        assert bool(gradient.any()) == ("lora_B" in name), name  # A's are zero while B is
+
+
+def test_pain_12_a_run_in_which_no_gradient_reaches_the_adapter_ends_at_step_1(train, trainer, monkeypatch):
+    original = trainer.causal_lm_loss
+    monkeypatch.setattr(trainer, "causal_lm_loss", lambda *arguments: original(*arguments) * 0)
+    with pytest.raises(AssertionError, match="no gradient has reached the adapter"):
+        train()
+
+
+@pytest.mark.parametrize("policy", ["selective", "full", "offload"])
+def test_recomputing_changes_no_bit_of_the_adapter_with_dropout_on(train, policy):
+    keys = dict(lora_dropout=0.2, learning_rate=1e-2, quantization_bit=4)
+    plain, recomputed = adapter(train("off", **keys)[0]), adapter(train("on", gradient_checkpointing=policy, **keys)[0])
+    assert all(torch.equal(plain[key], recomputed[key]) for key in plain)
 
 
 # ---- refusals: one line, exit code 2, nothing written --------------------------------------------------------------------------
@@ -300,7 +468,7 @@ def test_a_dataset_that_is_missing_empty_malformed_or_without_the_columns(refuse
     assert "it has question, answer" in refused(dataset=path)
 
 
-def test_no_supervised_token_at_all(refused, tmp_path):
+def test_pain_7_no_supervised_token_at_all_is_an_error(refused, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"prompt": "the old fox " * 50, "completion": "x"}) + "\n")
     assert "no token to learn is left in any of its 1 examples; raise cutoff_len = 20" in refused(dataset=path, cutoff_len=20)
@@ -334,7 +502,7 @@ def test_a_training_that_diverges_says_so_and_names_the_last_checkpoint(run_trai
         "0",
     ]
     code, _, err = run_trainer(*words, "--max_steps", 50, "--save_steps", 1)
-    assert code == 2 and "training diverged; lower learning_rate = 1e+30 (last checkpoint: " in err and err.count("\n") == 1
+    assert code == 2 and "training diverged; lower learning_rate = 1e+30 (last good checkpoint: " in err and err.count("\n") == 1
 
 
 def test_an_adapter_saved_twice_is_the_same_file(train, model_dir, tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from minilora import UserError
-from minilora.train_config import ALIASES, TrainConfig, load_train_config, manual
+from minilora.train_config import ALIASES, MAY_CHANGE, TrainConfig, load_train_config, manual
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -60,6 +60,8 @@ def test_the_default_run_is_read_only_where_nothing_is_named(tmp_path):
         (["--val_size", "0.1", "--eval_dataset", "x"], "both set"),
         (["--config", "nowhere.yaml"], "config nowhere.yaml does not exist"),
         (["--max_grad_norm", "-1"], "max_grad_norm must be at least 0"),
+        (["--loraplus_lr_ratio", "0"], "loraplus_lr_ratio must be above 0, not 0"),
+        (["--gradient_checkpointing", "some"], "gradient_checkpointing = 'some' is not known; choose from off"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key_and_the_mend(arguments, said):
@@ -92,6 +94,37 @@ def test_a_broken_config_file_is_named(tmp_path, content, said):
 )
 def test_lora_target_is_names_or_all_or_a_regular_expression(written, meant):
     assert load_train_config(["--lora_target", written]).lora_config().target_modules == meant
+
+
+@pytest.mark.parametrize(
+    "written, policy",
+    [("", "full"), ("true", "full"), ("false", "off"), ("off", "off"), ("on", "full"), ("offload", "offload")],
+)
+def test_gradient_checkpointing_takes_policies_and_what_people_type(tmp_path, written, policy):
+    if written != "on":  # which is a word of YAML's
+        assert load_train_config(["--gradient_checkpointing", *([written] if written else [])]).gradient_checkpointing == policy
+    (tmp_path / "run.yaml").write_text(f"gradient_checkpointing: {written or 'true'}\n")
+    config = load_train_config(["--config", str(tmp_path / "run.yaml")])
+    assert config.gradient_checkpointing == policy
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_train_config(["--config", str(tmp_path / "again.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    "written, meant", [("latest", "latest"), ("true", "latest"), ("false", None), ("none", None), ("a/b", "a/b")]
+)
+def test_resume_from_checkpoint_takes_a_path_latest_and_what_people_type(written, meant):
+    assert load_train_config(["--resume_from_checkpoint", written]).resume_from_checkpoint == meant
+    assert load_train_config(["--resume_from_checkpoint"]).resume_from_checkpoint == "latest"
+
+
+def test_what_may_change_on_resuming_are_keys_and_none_that_the_numbers_depend_on():
+    config = TrainConfig()
+    assert config.may_change() == MAY_CHANGE <= {field.name for field in fields(TrainConfig)}
+    for name in "learning_rate seed lora_rank quantization_bit cutoff_len per_device_train_batch_size max_grad_norm optim".split():
+        assert name not in MAY_CHANGE
+    assert "max_steps" in TrainConfig(lr_scheduler_type="constant").may_change()
+    assert "max_steps" not in TrainConfig(lr_scheduler_type="constant", warmup_ratio=0.1).may_change()
 
 
 def test_what_is_saved_is_read_back_as_the_same_run(tmp_path):
