@@ -7,6 +7,7 @@ from minilora.evaluation import perplexity
 from minilora.generation import generate
 from minilora.lora import add_lora, merge_lora, remove_lora, set_adapter, trainable_parameters, unmerge_lora
 from minilora.loss import linear_cross_entropy
+from minilora.memory import memory_ledger
 from minilora.model import CausalLM, KVCache
 from minilora.optim import AdamW8bit
 from minilora.quantization import QuantizedTensor, dequantize_4bit, quantize_4bit
@@ -32,6 +33,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "memory_ledger",
     "merge_lora",
     "perplexity",
     "quantize_4bit",

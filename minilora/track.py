@@ -118,7 +118,6 @@ def print_summary(
     base_model: str,
     model: CausalLM,
     placement: Placement,
-    recompute: str,  # the policy in effect
     processes: int,
     train_set: Dataset,
     eval_set: Dataset | None,
@@ -132,7 +131,6 @@ def print_summary(
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     tokens = sum(len(e.input_ids) for e in train_set.examples) / len(train_set) * min(per_step, len(train_set))
     targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
-    asked = config.gradient_checkpointing
     lines = {
         "model": f"{base_model}: {c.model_type}, {short_number(count - trainable)} parameters, "
         f"{c.num_hidden_layers} layers of width {c.hidden_size}",
@@ -141,7 +139,6 @@ def print_summary(
         "adapter": f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
         "trainable": f"{trainable:,} of {count:,} parameters ({trainable / count:.2%})",
         "optimizer": describe_optimizer(config.optim, placement.device, config.loraplus_lr_ratio),
-        "recompute": recompute + (f" ({asked} is not possible on this machine)" if recompute != asked else ""),
         "training": train_set.summary(),
         "held out": eval_set.summary() if eval_set else "none",
         "steps": f"{total_steps:,}, {epoch_steps:,} an epoch; {per_step} examples, about {tokens:,.0f} tokens each",

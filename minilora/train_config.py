@@ -69,7 +69,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     bf16: bool = False  # compute in bfloat16; neither: what is fast on this machine
     fp16: bool = False  # compute in float16, on a GPU
-    gradient_checkpointing: str = "off"  # off, selective, full, offload: keep less for backward and compute it again; true: full
+    gradient_checkpointing: str = "auto"  # off, selective, full, offload: keep less, compute it again; auto: the fastest that fits
     seed: int = 42
     # watching and saving
     logging_steps: int = 10
@@ -95,7 +95,7 @@ class TrainConfig:
         for name, allowed in (
             ("lr_scheduler_type", SCHEDULES),
             ("optim", OPTIMIZERS),
-            ("gradient_checkpointing", POLICIES),
+            ("gradient_checkpointing", ("auto", *POLICIES)),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not known; choose from {', '.join(allowed)}")

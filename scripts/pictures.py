@@ -5,6 +5,7 @@
     codes.png     where the sixteen values of three 4-bit codes lie among weights          docs/quantization.md
     error.png     what each bit buys: error against bits a weight, both measured           docs/quantization.md
     lora.png      trainable parameters of Mistral-7B against rank, counted                 docs/lora.md
+    memory.png    where the bytes of a training step of Mistral-7B go, by recompute policy docs/memory.md
 
 Every number is computed by minilora's own functions while the picture is drawn, on a seeded weight or a model without memory.
 """
@@ -17,14 +18,17 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from memory import CUDA_CONTEXT, draw_bars
 from torch import Tensor
 
-from minilora import PRESETS, LoraConfig, UserError, add_lora, ops, quantize_4bit, trainable_parameters
+from minilora import PRESETS, LoraConfig, QuantConfig, UserError, add_lora, ops, quantize_4bit, trainable_parameters
 from minilora.config import ModelConfig
 from minilora.errors import run_script
 from minilora.files import write_whole
+from minilora.memory import MARGIN, memory_ledger
 from minilora.model import CausalLM
 from minilora.quantization import four_bit_code
+from minilora.recompute import POLICIES
 
 WEIGHT = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
@@ -41,7 +45,7 @@ def main() -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--output {directory}: a file is in the way of this directory; give another one") from error
     matplotlib.use("Agg")
-    for draw in (draw_codes, draw_error, draw_lora):
+    for draw in (draw_codes, draw_error, draw_lora, draw_memory):
         path = directory / (draw.__name__.removeprefix("draw_") + ".png")
         write_whole(path, picture_of(draw))
         print(path)
@@ -155,6 +159,14 @@ def draw_lora(figure) -> None:
     axes.minorticks_off()
     axes.set_yticks([1e6, 1e7, 1e8], ["1 million", "10 million", "100 million"])
     axes.grid(alpha=0.25)
+
+
+def draw_memory(figure) -> None:
+    figure.set_size_inches(8.6, 4.6)
+    kind = dict(batch_size=4, length=1024, dtype=torch.float16, optim="adamw_8bit")
+    mistral, lora = ModelConfig.from_dict(MISTRAL_7B), PRESETS["standard_r8_qkvo"]
+    ledgers = [memory_ledger(mistral, lora, QuantConfig(), recompute=policy, **kind) for policy in POLICIES]
+    draw_bars(figure.subplots(), ledgers, {"fits a T4": (16e9 - CUDA_CONTEXT) / MARGIN, "a published run on a T4": 10e9})
 
 
 def trained(config: LoraConfig) -> int:

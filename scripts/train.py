@@ -26,7 +26,7 @@ import torch
 from minilora.adapter import load_adapter, save_adapter
 from minilora.config import ModelConfig
 from minilora.data import Dataset, collate, read_rows, split, step_batches, steps_per_epoch, tokenize
-from minilora.device import choose_placement, memory_used
+from minilora.device import choose_placement, memory_used, return_freed_memory
 from minilora.distributed import Processes, join_processes
 from minilora.errors import UserError, run_script
 from minilora.evaluation import answers, evaluate_loss, exact_match
@@ -35,6 +35,7 @@ from minilora.linear import describe_weights
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
+from minilora.memory import available_memory, choose_recompute, memory_ledger, process_memory
 from minilora.optim import learning_rate, make_optimizer, set_learning_rate
 from minilora.output_dir import check_output_dir, open_output_dir
 from minilora.recompute import set_recompute
@@ -75,6 +76,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
     # ---- device, data, plan: everything that can be wrong without a weight in memory ---------------------------------
 
+    return_freed_memory()
     placement = choose_placement(config.bf16, config.fp16)
     device = placement.device
     base_model = config.model_name_or_path or "assets/base"
@@ -100,6 +102,14 @@ def train(config: TrainConfig, processes: Processes) -> None:
     }
     checkpoint, state = find_resumed(config, training, total_steps)
     check_output_dir(config, checkpoint)
+    ledger_of = partial(
+        memory_ledger, model_config, config.lora_config(), config.quant_config(), batch_size=batching[0], length=max(lengths),
+        dtype=placement.dtype, optim=config.optim, device=device.type, process=process_memory() if device.type == "cpu" else 0,
+        eval_batch_size=config.per_device_eval_batch_size if eval_set else 0,
+    )  # fmt: skip
+    policy, reason = config.gradient_checkpointing, "as asked"
+    if policy == "auto":
+        policy, reason = choose_recompute(available_memory(device), ledger_of)
 
     # ---- model and adapter -------------------------------------------------------------------------------------------
 
@@ -111,8 +121,11 @@ def train(config: TrainConfig, processes: Processes) -> None:
         load_adapter(model, checkpoint)
     trainable = trainable_parameters(model)
     assert all(p.dtype == torch.float32 for p in trainable.values()), "adapters are float32, whatever the compute dtype"
-    recompute = set_recompute(model, config.gradient_checkpointing)
-    print_summary(config, base_model, model, placement, recompute, processes.count, train_set, eval_set, total_steps, epoch_steps)
+    recompute = set_recompute(model, policy)
+    reason = reason if recompute == policy else f"{policy} needs a GPU"
+    predicted = ledger_of(recompute=recompute).peak
+    print_summary(config, base_model, model, placement, processes.count, train_set, eval_set, total_steps, epoch_steps)
+    print(f"recompute  {recompute} ({reason})\nmemory     {predicted / 2**30:.2f} GiB predicted at the peak", flush=True)
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------
 
@@ -220,6 +233,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     processes.leave()
     if not processes.main:
         return
+    peak = memory_used(device)
 
     # ---- the end: best adapter, files, what was learnt ---------------------------------------------------------------
 
@@ -240,7 +254,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         "final training loss": f"{losses[-1]:.4f}" if losses else "not finite",
         "computed on": str(placement),
         "frozen weights": describe_weights(model),
-        "peak memory": f"{memory_used(device) / 2**30:.2f} GiB",
+        "peak memory": f"{peak / 2**30:.2f} GiB ({predicted / 2**30:.2f} GiB predicted)",
         "training time": minutes(time.perf_counter() - started),
     }
     if held_out:

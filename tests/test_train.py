@@ -369,7 +369,8 @@ def test_pain_12_every_b_has_a_gradient_at_step_1_behind_the_frozen_embedding_wh
     monkeypatch.setattr(trainer, "trainable_parameters", remember)
     monkeypatch.setattr(trainer, "LossScale", Watched)
     _, out = train(gradient_checkpointing=policy, preset="aggressive_r16_all")
-    assert f"recompute  {policy}\n" in out or policy == "offload" and "recompute  full (offload" in out
+    taken = "full (offload needs a GPU)" if policy == "offload" else f"{policy} (as asked)"
+    assert f"recompute  {taken}\n" in out
     assert len(first) == 2 * 2 * 7  # A and B, layers, linear layers in each
     for name, gradient in first.items():
         assert bool(gradient.any()) == ("lora_B" in name), name  # A's are zero while B is
@@ -380,6 +381,16 @@ def test_pain_12_a_run_in_which_no_gradient_reaches_the_adapter_ends_at_step_1(t
     monkeypatch.setattr(trainer, "causal_lm_loss", lambda *arguments: original(*arguments) * 0)
     with pytest.raises(AssertionError, match="no gradient has reached the adapter"):
         train()
+
+
+def test_auto_takes_the_fastest_policy_that_fits_and_says_why(train, trainer, monkeypatch):
+    _, out = train(gradient_checkpointing="auto")
+    assert re.search(r"recompute  off \(off needs [\d.]+ GiB; [\d.]+ GiB are free\)\n", out)
+    assert re.search(r"memory     [\d.]+ GiB predicted at the peak\n", out)
+    monkeypatch.setattr(trainer, "available_memory", lambda device: 1000)
+    directory, out = train("tight", gradient_checkpointing="auto")
+    assert re.search(r"recompute  full \(even full needs [\d.]+ GiB; 0.00 GiB are free, and a tenth should be left\)", out)
+    assert re.search(r"\| peak memory \| [\d.]+ GiB \([\d.]+ GiB predicted\) \|", (directory / "README.md").read_text())
 
 
 @pytest.mark.parametrize("policy", ["selective", "full", "offload"])

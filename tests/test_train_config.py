@@ -61,7 +61,7 @@ def test_the_default_run_is_read_only_where_nothing_is_named(tmp_path):
         (["--config", "nowhere.yaml"], "config nowhere.yaml does not exist"),
         (["--max_grad_norm", "-1"], "max_grad_norm must be at least 0"),
         (["--loraplus_lr_ratio", "0"], "loraplus_lr_ratio must be above 0, not 0"),
-        (["--gradient_checkpointing", "some"], "gradient_checkpointing = 'some' is not known; choose from off"),
+        (["--gradient_checkpointing", "some"], "gradient_checkpointing = 'some' is not known; choose from auto, off"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key_and_the_mend(arguments, said):

@@ -1,0 +1,206 @@
+"""How much memory will a training run take, and does it fit? Nothing but the model's config.json is needed.
+
+    python scripts/memory.py --model mistral-7b --gpu 16 --per_device_train_batch_size 4 --cutoff_len 1024 --optim adamw_8bit
+    python scripts/memory.py --config run.yaml                        a run of the trainer's, on this machine
+
+Keys are the trainer's (`python scripts/train.py --help`), and besides
+
+    --gpu GB            a GPU of so many gigabytes (10^9 bytes), instead of this machine
+    --picture FILE      where the bar chart goes (default: memory.png)
+
+--model is a directory, a hub id, or one of a few well-known shapes: mistral-7b, llama-2-7b, llama-3-8b, qwen2.5-7b, tinyllama-1.1b.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from minilora.config import ModelConfig
+from minilora.device import choose_placement, memory_used
+from minilora.errors import UserError, run_script
+from minilora.files import write_whole
+from minilora.memory import CATEGORIES, MARGIN, Ledger, advise, available_memory, memory_ledger
+from minilora.recompute import POLICIES
+from minilora.train_config import TrainConfig, load_train_config
+from minilora.weights import CONFIG_FILE, read_config
+
+GB = 10**9
+CUDA_CONTEXT = 0.5 * GB  # what a process has on a GPU before its first tensor
+EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "base"
+
+
+def _shape(model_type: str, V: int, D: int, F: int, layers: int, H: int, G: int) -> ModelConfig:
+    return ModelConfig.from_dict(
+        dict(model_type=model_type, vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=layers,
+             num_attention_heads=H, num_key_value_heads=G, max_position_embeddings=32768)
+    )  # fmt: skip
+
+
+SHAPES = {
+    "mistral-7b": _shape("mistral", 32000, 4096, 14336, 32, 32, 8),
+    "llama-2-7b": _shape("llama", 32000, 4096, 11008, 32, 32, 32),
+    "llama-3-8b": _shape("llama", 128256, 4096, 14336, 32, 32, 8),
+    "qwen2.5-7b": _shape("qwen2", 152064, 3584, 18944, 28, 28, 4),
+    "tinyllama-1.1b": _shape("llama", 32000, 2048, 5632, 22, 32, 4),
+}
+
+
+def main() -> None:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(__doc__, end="")
+        return
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--gpu", type=float)
+    parser.add_argument("--picture", default="memory.png")
+    options, keys = parser.parse_known_args()
+    if options.gpu is not None and not options.gpu > 0:
+        raise UserError(f"--gpu must be a number of gigabytes above 0, not {options.gpu:g}")
+    config = load_train_config(keys)
+    model_config = config_of(config.model_name_or_path or str(EMBEDDED_MODEL), config.model_revision)
+    if options.gpu is not None:
+        device, dtype = "cuda", torch.bfloat16 if config.bf16 else torch.float16
+        memory, process, place = options.gpu * GB - CUDA_CONTEXT, 0, f"a GPU of {options.gpu:g} GB"
+    else:
+        placement = choose_placement(config.bf16, config.fp16)
+        device, dtype = placement.device.type, placement.dtype
+        memory, process = available_memory(placement.device), memory_used(placement.device)
+        if memory is None:
+            raise UserError("this system does not tell how much memory is free; say for which GPU with --gpu GB")
+        place = f"the {memory / GB:.1f} GB that are free"
+    batch_size, length = config.per_device_train_batch_size, config.cutoff_len or min(1024, model_config.max_position_embeddings)
+    evaluated = config.per_device_eval_batch_size if config.eval_dataset or config.val_size else 0
+    kind = dict(dtype=dtype, optim=config.optim, device=device, eval_batch_size=evaluated, process=process)
+    ledger_of = partial(memory_ledger, model_config, config.lora_config(), config.quant_config(), **kind)
+    policies = [policy for policy in POLICIES if policy != "offload" or device == "cuda"]
+    ledgers = [ledger_of(batch_size=batch_size, length=length, recompute=policy) for policy in policies]
+
+    print(f"{config.model_name_or_path or 'assets/base'}, {batch_size} x {length} tokens, {describe(config)}, "
+          f"{str(dtype).removeprefix('torch.')}, on {place}\n")  # fmt: skip
+    print_table(ledgers, memory)
+    print_micro_batches(ledger_of, policies, batch_size, length, memory)
+    print()
+    print_advice(advise(memory, ledger_of, batch_size, length), config, length)
+    write_whole(Path(options.picture), picture_of(ledgers, {f"fits {place}": memory / MARGIN}))
+    print(f"bar chart: {options.picture}")
+
+
+def config_of(name: str, revision: str | None) -> ModelConfig:
+    """Of a well-known shape, a directory, or a repository on the hub, from which nothing but config.json is downloaded."""
+    if name in SHAPES:
+        return SHAPES[name]
+    if Path(name).expanduser().is_dir():
+        return read_config(Path(name).expanduser())
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return ModelConfig.from_file(hf_hub_download(name, CONFIG_FILE, revision=revision))
+    except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"{name!r} is no directory, none of {', '.join(SHAPES)}, and the hub does not give its config.json "
+            f"({type(error).__name__}); check the name, the network and your login"
+        ) from error
+
+
+def describe(config: TrainConfig) -> str:
+    """Adapter, weights and optimizer in a few words."""
+    lora, quant = config.lora_config(), config.quant_config()
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
+    weights = "weights as they are" if quant is None else "int8" if quant.bits == 8 else quant.quant_type
+    return f"r {lora.r} on {targets}, dropout {lora.lora_dropout:g}, {weights}, {config.optim}"
+
+
+def print_table(ledgers: Sequence[Ledger], memory: float) -> None:
+    """Gigabytes by category, a column a policy, each at its peak."""
+    print_row("GB", [ledger.recompute for ledger in ledgers])
+    for category in CATEGORIES:
+        if any(ledger.bytes[category] for ledger in ledgers):
+            print_row(category, [f"{ledger.bytes[category] / GB:.3f}" for ledger in ledgers])
+    print_row("peak", [f"{ledger.peak / GB:.3f}" for ledger in ledgers])
+    print_row("  in", [ledger.moment for ledger in ledgers])
+    print_row("fits, with a tenth to spare", ["yes" if ledger.fits(memory) else "no" for ledger in ledgers])
+    fastest = ledgers[0].flop_per_token
+    print_row("speed, by arithmetic", [f"{fastest / ledger.flop_per_token:.2f}" for ledger in ledgers])
+
+
+def print_micro_batches(ledger_of, policies: Sequence[str], batch_size: int, length: int, memory: float) -> None:
+    """The peaks of smaller micro-batches, which accumulation makes the same step."""
+    for size in (n for n in range(batch_size - 1, 0, -1) if batch_size % n == 0):
+        ledgers = [ledger_of(batch_size=size, length=length, recompute=policy) for policy in policies]
+        peaks = [f"{ledger.peak / GB:.3f}" + ("" if ledger.fits(memory) else " no") for ledger in ledgers]
+        print_row(f"peak at {size} x {length}", peaks)
+
+
+def print_row(name: str, cells: Sequence[str]) -> None:
+    print(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells))
+
+
+def print_advice(found: Sequence[Ledger], config: TrainConfig, length: int) -> None:
+    """What to set, as keys of the trainer."""
+    if not found:
+        print("advice: nothing fits; take a smaller model or a larger GPU")
+    for i, ledger in enumerate(found):
+        keys = [f"--gradient_checkpointing {ledger.recompute}"]
+        if ledger.batch_size != config.per_device_train_batch_size:
+            steps = config.gradient_accumulation_steps * config.per_device_train_batch_size // ledger.batch_size
+            keys += [f"--per_device_train_batch_size {ledger.batch_size}", f"--gradient_accumulation_steps {steps}"]
+        if ledger.length != length:
+            keys += [f"--cutoff_len {ledger.length}"]
+        ratio = found[0].flop_per_token / ledger.flop_per_token
+        print(("advice: " if i == 0 else f"or, {ratio:.2f} times as fast: ") + " ".join(keys) + f"   ({ledger.peak / GB:.2f} GB)")
+
+
+def picture_of(ledgers: Sequence[Ledger], limits: dict[str, float]) -> bytes:
+    """A PNG with a bar a policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(8.6, 4.6), layout="constrained")
+    draw_bars(figure.subplots(), ledgers, limits)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+    return picture.getvalue()
+
+
+PARTS = {  # what is drawn in one colour
+    "program": (("process",), "#d8d8d8"),
+    "frozen weights and scales": (("linear weights", "scales"), "#3b6ea5"),
+    "embeddings, head, norms": (("embeddings, head, norms",), "#7fa6cf"),
+    "adapter, gradients, optimizer": (("adapter", "gradients", "optimizer states"), "#5a9367"),
+    "scratch": (("scratch",), "#b5cfa8"),
+    "layer inputs": (("layer inputs",), "#d1662f"),
+    "kept activations": (("kept activations",), "#efa67c"),
+    "the layer at work": (("live layer",), "#f3cf73"),
+    "hidden states and logits": (("hidden and logits",), "#9a6fb0"),
+}
+
+
+def draw_bars(axes, ledgers: Sequence[Ledger], limits: dict[str, float]) -> None:
+    """A bar a policy, stacked by category, at its peak; and a line at each of `limits`, bytes by what they are."""
+    names, bottom = [ledger.recompute for ledger in ledgers], [0.0] * len(ledgers)
+    for part, (categories, colour) in PARTS.items():
+        heights = [sum(ledger.bytes[category] for category in categories) / GB for ledger in ledgers]
+        if max(heights) > 0:
+            axes.bar(names, heights, 0.6, bottom=bottom, color=colour, label=part)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    for x, top in enumerate(bottom):
+        axes.text(x, top, f"{top:.3g}", ha="center", va="bottom", fontweight="bold")
+    right = len(ledgers) - 0.5
+    for label, limit in limits.items():
+        if limit / GB < 1.3 * max(bottom):  # else the bars would be dwarfed
+            axes.axhline(limit / GB, color="#707070", linewidth=1, linestyle="--", zorder=0)
+            axes.text(right, limit / GB, label, ha="right", va="bottom", color="#707070", fontsize=9)
+    axes.set(ylabel="GB at the peak", xlim=(-0.5, right))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, reverse=True, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+
+
+if __name__ == "__main__":
+    run_script(main)
