@@ -1,15 +1,18 @@
 """Adapters on disk, in the format of PEFT 0.21: `adapter_config.json` and `adapter_model.safetensors`.
 
-    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight    float32 (r, in)
-    base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight    float32 (out, r)
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight            float32 (r, in)
+    base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight            float32 (out, r)
+    base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector    float32 (out,), of DoRA
 
 The adapter's own name is not in the file, so it can be loaded under any. The configuration holds PEFT's full set of keys with plain
 leaf names as targets, which is what PEFT, vLLM and SGLang all read. When reading, a key that asks for something that this
-implementation does not do (DoRA, trained biases, an initialisation that rewrote the base weights) is refused by name.
+implementation does not do (trained biases, other ranks for some layers, an initialisation that rewrote the base weights) is refused
+by name. That A was frozen (LoRA-FA) is a matter of training, and no key of PEFT's.
 """
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -25,7 +28,8 @@ from minilora.lora import add_lora, lora_layers, match_targets, remove_lora
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
+_KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, _NAMES.values()))})")
 
 # Every key that PEFT 0.21 writes for a plain LoRA, with the value that means "nothing special".
 _PEFT_DEFAULTS = {
@@ -72,7 +76,7 @@ _PEFT_DEFAULTS = {
     "velora_config": None,
 }
 
-_HONOURED = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+_HONOURED = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"}
 _CHANGES_NOTHING = set(
     """
     auto_mapping base_model_name_or_path revision peft_version task_type inference_mode megatron_core
@@ -94,10 +98,7 @@ def save_adapter(
     if not layers:
         raise UserError(f"the model has no adapter called {name!r} to save")
     config = next(iter(layers.values())).configs[name]
-    tensors = {}
-    for path, layer in layers.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach().cpu().contiguous()
+    tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in _parameters(model, name).items()}
     written = _PEFT_DEFAULTS | {
         "base_model_name_or_path": base_model_name_or_path,
         "r": config.r,
@@ -105,11 +106,18 @@ def save_adapter(
         "lora_dropout": config.lora_dropout,
         "target_modules": _plain_targets(model, list(layers)),
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     write_whole(directory / CONFIG_FILE, json.dumps(written, indent=2) + "\n")
+
+
+def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's tensors by their keys in the file."""
+    layers = lora_layers(model, name).items()
+    return {f"{_PREFIX}{path}.{_NAMES[kind]}": p for path, layer in layers for kind, p in layer.parts(name).items()}
 
 
 def _plain_targets(model: nn.Module, wrapped: list[str]) -> list[str]:
@@ -137,50 +145,49 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
                 raise UserError(f"{path}: init_lora_weights = {value!r} changed the base weights; convert it to plain LoRA first")
         elif value and value != _PEFT_DEFAULTS.get(key):
             raise UserError(f"{path}: {key} = {value!r} is not supported")
-    return LoraConfig(
-        r=raw["r"],
-        lora_alpha=raw["lora_alpha"],
-        lora_dropout=raw.get("lora_dropout", 0.0),
-        target_modules=raw["target_modules"],
-        use_rslora=raw.get("use_rslora", False),
-    )
+    try:
+        return LoraConfig(**{key: raw[key] for key in _HONOURED & raw.keys()})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
-def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
-    """An adapter without a model: its configuration, and full layer name -> (A, B), float32 (r, in) and (out, r).
+def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, ...]]]:
+    """An adapter without a model: its configuration, and full layer name -> A (r, in), B (out, r), of DoRA also m (out,); float32.
 
-    Raises UserError as `read_adapter_config` does, and lists all tensors that are no A or B, lack their partner, or contradict r.
+    Raises UserError as `read_adapter_config` does, and lists all tensors that are none of these, lack their partners, or
+    contradict r.
     """
     config, problems = read_adapter_config(directory), []
-    pairs: dict[str, dict[str, Tensor]] = {}
+    wanted = [name for kind, name in _NAMES.items() if config.use_dora or kind != "lora_magnitude_vector"]
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in sorted(_read_tensors(Path(directory) / WEIGHTS_FILE).items()):
-        if not (match := _FACTOR.fullmatch(key)):
-            problems.append(f"{key} is no lora_A.weight or lora_B.weight")
+        match = _KEY.fullmatch(key)
+        if not match or match[2] not in wanted:
+            problems.append(f"{key} is no {' or '.join(wanted)}")
             continue
-        layer, side = match.groups()
-        pairs.setdefault(layer, {})[side] = tensor.float()
-        if tensor.dim() != 2 or tensor.shape["AB".index(side)] != config.r:
+        layers.setdefault(match[1], {})[match[2]] = tensor.float()
+        if match[2] == "lora_magnitude_vector":
+            if tensor.dim() != 1:
+                problems.append(f"{key} is {tuple(tensor.shape)}, not a vector")
+        elif tensor.dim() != 2 or tensor.shape[wanted.index(match[2])] != config.r:
             problems.append(f"{key} is {tuple(tensor.shape)}, not of rank r = {config.r}")
-    for layer, pair in pairs.items():
-        problems += [f"missing {_PREFIX}{layer}.lora_{side}.weight" for side in "AB" if side not in pair]
+    for layer, tensors in layers.items():
+        problems += [f"missing {_PREFIX}{layer}.{name}" for name in wanted if name not in tensors]
     if problems:
         raise UserError(f"{directory} is not a sound adapter: {describe(problems)}")
-    return config, {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}
+    return config, {layer: tuple(tensors[name] for name in wanted) for layer, tensors in layers.items()}
 
 
-def load_adapter(model: nn.Module, directory: str | Path, name: str = "default") -> None:
+def load_adapter(model: nn.Module, directory: str | Path, name: str = "default", lora_fa: bool = False) -> None:
     """Read an adapter that was written here or by PEFT, put it on the model under `name`, and make it active.
 
-    Raises UserError for a configuration that cannot be honoured, and lists all missing, unexpected and wrongly shaped tensors in
-    one error; the model is then left as it was.
+    lora_fa: whether A stays as it is in further training, which no file says. Raises UserError for a configuration that cannot be
+    honoured, and lists all missing, unexpected and wrongly shaped tensors in one error; the model is then left as it was.
     """
-    config = read_adapter_config(directory)
+    config = replace(read_adapter_config(directory), lora_fa=lora_fa)
     tensors = _read_tensors(Path(directory) / WEIGHTS_FILE)
     add_lora(model, config, name)
-    targets: dict[str, Tensor] = {}
-    for path, layer in lora_layers(model, name).items():
-        targets[f"{_PREFIX}{path}.lora_A.weight"] = layer.lora_A[name]
-        targets[f"{_PREFIX}{path}.lora_B.weight"] = layer.lora_B[name]
+    targets = _parameters(model, name)
     problems = [f"missing {key}" for key in sorted(targets.keys() - tensors.keys())]
     problems += [f"unexpected {key}" for key in sorted(tensors.keys() - targets.keys())]
     for key in sorted(targets.keys() & tensors.keys()):

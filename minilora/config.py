@@ -176,10 +176,9 @@ _FAMILIES = {
 
 _HONOURED = set(
     """
-    architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings torch_dtype dtype
-    bos_token_id eos_token_id pad_token_id sliding_window layer_types use_sliding_window max_window_layers
-    attention_bias mlp_bias auto_map quantization_config
+    architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    head_dim rms_norm_eps max_position_embeddings tie_word_embeddings torch_dtype dtype bos_token_id eos_token_id pad_token_id
+    sliding_window layer_types use_sliding_window max_window_layers attention_bias mlp_bias auto_map quantization_config
     """.split()
 )
 
@@ -203,15 +202,14 @@ _REFUSED_UNLESS = {
 # Bookkeeping: who wrote the file, how to initialise or to generate, what to return. None of it changes the logits.
 _CHANGES_NOTHING = set(
     """
-    transformers_version name_or_path initializer_range use_cache pretraining_tp return_dict torchscript
-    output_attentions output_hidden_states id2label label2id num_labels problem_type finetuning_task
-    task_specific_params chunk_size_feed_forward use_bfloat16 is_decoder is_llama_config tokenizer_class sep_token_id
-    prefix decoder_start_token_id unsloth_fixed unsloth_version transformers.js_config model_max_length max_length
-    min_length do_sample num_beams temperature top_k top_p repetition_penalty length_penalty no_repeat_ngram_size
-    bad_words_ids early_stopping typical_p num_return_sequences diversity_penalty num_beam_groups
-    encoder_no_repeat_ngram_size forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens output_scores return_dict_in_generate
-    tf_legacy_loss pruned_heads tie_encoder_decoder cross_attention_hidden_size
+    transformers_version name_or_path initializer_range use_cache pretraining_tp return_dict torchscript output_attentions
+    output_hidden_states id2label label2id num_labels problem_type finetuning_task task_specific_params chunk_size_feed_forward
+    use_bfloat16 is_decoder is_llama_config tokenizer_class sep_token_id prefix decoder_start_token_id unsloth_fixed
+    unsloth_version transformers.js_config model_max_length max_length min_length do_sample num_beams temperature top_k top_p
+    repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids early_stopping typical_p num_return_sequences
+    diversity_penalty num_beam_groups encoder_no_repeat_ngram_size forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens output_scores return_dict_in_generate tf_legacy_loss
+    pruned_heads tie_encoder_decoder cross_attention_hidden_size
     """.split()
 )
 
@@ -224,10 +222,8 @@ def _family(raw: dict) -> _Family:
         raise UserError(f"model_type {model_type!r} is not supported; supported: {', '.join(_FAMILIES)}")
     family = _FAMILIES[model_type]
     for name in raw.get("architectures") or []:
-        if name != family.architecture:
-            raise UserError(
-                f"architecture {name!r} is not supported; for model_type {model_type!r} it must be {family.architecture!r}"
-            )
+        if name != (needed := family.architecture):
+            raise UserError(f"architecture {name!r} is not supported; for model_type {model_type!r} it must be {needed!r}")
     return family
 
 
@@ -251,7 +247,8 @@ def _read_rope(raw: dict) -> tuple[RopeConfig, set[str]]:
     theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     if rope_type not in ("default", "linear", "llama3"):
         raise UserError(f"{place} of type {rope_type!r} is not supported; supported: default, linear, llama3")
-    allowed = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3_FIELDS}[rope_type]
+    llama3_fields = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    allowed = {"default": set(), "linear": {"factor"}, "llama3": llama3_fields}[rope_type]
     if missing := sorted(allowed - set(scaling)):
         raise UserError(f"{place} of type {rope_type!r} lacks {', '.join(missing)}")
     for name, value in scaling.items():
@@ -260,9 +257,6 @@ def _read_rope(raw: dict) -> tuple[RopeConfig, set[str]]:
         if name not in allowed and value not in _OFF:
             raise UserError(f"{place}.{name} = {value!r} is not supported with type {rope_type!r}")
     return RopeConfig(theta=float(theta), rope_type=rope_type, **{k: scaling[k] for k in allowed}), fields
-
-
-_LLAMA3_FIELDS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 def _read_windows(raw: dict, layers: int) -> tuple[int | None, ...]:
@@ -314,8 +308,13 @@ class LoraConfig:
     lora_dropout: float = 0.0  # on the adapter's input, while training
     target_modules: tuple[str, ...] | list[str] | str = ("q_proj", "k_proj", "v_proj", "o_proj")  # names, a regex, or all-linear
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
+    use_dora: bool = False  # train the lengths of the weight's rows apart (Liu et al. 2024, arXiv:2402.09353)
+    lora_fa: bool = False  # train B alone, with A as it was drawn: for less memory (Zhang et al. 2023, arXiv:2308.03303)
 
     def __post_init__(self):
+        for name in ("use_rslora", "use_dora", "lora_fa"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise UserError(f"lora_rank must be a whole number of at least 1, not {self.r!r}")
         if not self.lora_alpha > 0:

@@ -40,7 +40,7 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.weight = weight
         wide = _widened(x, weight)
         y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=wide.dtype, device=x.device)  # (..., out)
-        rows, W = wide.reshape(-1, wide.shape[-1]), _dense(weight, wide)
+        rows, W = wide.reshape(-1, wide.shape[-1]), dense(weight, wide)
         if bias is None:
             torch.mm(rows, W.T, out=y.view(len(rows), -1))
         else:
@@ -50,7 +50,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         wide = _widened(dy, ctx.weight)
-        return (wide @ _dense(ctx.weight, wide)).to(dy.dtype), None, None  # (..., in)
+        return (wide @ dense(ctx.weight, wide)).to(dy.dtype), None, None  # (..., in)
 
 
 class _ReplayedLinear(torch.autograd.Function):
@@ -87,7 +87,7 @@ def _widened(x: Tensor, weight: Weight) -> Tensor:
     return x if isinstance(weight, Tensor) else x.to(ops.product_dtype(x))
 
 
-def _dense(weight: Weight, like: Tensor) -> Tensor:
+def dense(weight: Weight, like: Tensor) -> Tensor:
     """W in the dtype of `like`, (out, in); a quantized one in the scratch buffer."""
     if isinstance(weight, Tensor):
         return weight.to(like.dtype)

@@ -7,7 +7,8 @@ exactly the base model before the first step, and the first gradient reaches B a
 formed in training: x goes through A and then B, which costs r/out + r/in of the layer's own work. It is formed once, to merge.
 
 rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) scales by alpha / sqrt(r): the largest scale with which neither the
-layer's output nor its gradient grows with r. `docs/lora.md` shows both in numbers.
+layer's output nor its gradient grows with r. `docs/lora.md` shows both in numbers. LoRA-FA (Zhang et al. 2023, arXiv:2308.03303)
+leaves A as it was drawn: then no gradient reads x, and all that is kept is x A^T. DoRA has a file of its own: `dora.py`.
 
 A and B are float32 whatever the compute dtype: late in a schedule AdamW's steps are smaller than bfloat16's spacing and would be
 rounded away, and float16 gradients cannot be unscaled safely. They are cast to the activations' dtype for the two thin products.
@@ -18,6 +19,7 @@ rounded away, and float16 gradients cannot be unscaled safely. They are cast to 
 
 import math
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora import ops
 from minilora.config import LoraConfig
+from minilora.dora import Magnitude, RowNorms, row_factors
 from minilora.errors import UserError, nearest
 from minilora.linear import QuantizedLinear, frozen_linear, replay_linear
 
@@ -37,7 +40,8 @@ class _LowRankUpdate(torch.autograd.Function):
 
     dx = g A        dA = g^T x        dB = scaling * dy^T (x A^T)
 
-    Written by hand, it keeps x, which its neighbours q, k, v or gate, up share, and x A^T of r columns, and no other activation.
+    Written by hand, it keeps x, which its neighbours q, k, v or gate, up share, and x A^T of r columns, and no other activation;
+    where A is frozen, not even x.
     """
 
     @staticmethod
@@ -46,8 +50,8 @@ class _LowRankUpdate(torch.autograd.Function):
         narrow = F.linear(x.to(dtype), A.to(dtype))  # (..., r)
         y.add_(F.linear(narrow, B.to(dtype)), alpha=scaling)  # (..., out)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, narrow, A, B)
-        ctx.scaling = scaling
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, narrow, A, B)
+        ctx.scaling, ctx.dtype = scaling, x.dtype
         return y
 
     @staticmethod
@@ -57,10 +61,14 @@ class _LowRankUpdate(torch.autograd.Function):
         dtype = narrow.dtype
         wide = dy.to(dtype)
         g = (wide @ B.to(dtype)) * ctx.scaling  # (..., r)
-        dx = (g @ A.to(dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None  # (..., in)
-        dA = g.flatten(0, -2).T @ x.to(dtype).flatten(0, -2)  # (r, in)
-        dB = wide.flatten(0, -2).T @ narrow.flatten(0, -2)  # (out, r)
-        return dy, dx, dA.to(A.dtype), dB.to(B.dtype) * ctx.scaling, None
+        dx = (g @ A.to(dtype)).to(ctx.dtype) if ctx.needs_input_grad[1] else None  # (..., in)
+        dA = (_rows(g).T @ _rows(x.to(dtype))).to(A.dtype) if x is not None else None  # (r, in)
+        dB = _rows(wide).T @ _rows(narrow)  # (out, r)
+        return dy, dx, dA, dB.to(B.dtype) * ctx.scaling, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 class LoraLinear(nn.Module):
@@ -71,9 +79,13 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.lora_A = nn.ParameterDict()  # name -> (r, in) float32
         self.lora_B = nn.ParameterDict()  # name -> (out, r) float32
+        self.lora_magnitude_vector = nn.ParameterDict()  # name -> (out,) float32, of DoRA's
         self.configs: dict[str, LoraConfig] = {}
         self.active: str | None = None  # the adapter that forward applies
         self.merged: str | None = None  # the adapter that the base weight holds at present
+        self._merged_factors = torch.ones(())  # or (out, 1): what its rows were multiplied with besides
+        self._row_norms = RowNorms()
+        self.train(base_layer.training)  # a model that is loaded to be used drops nothing out
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
         """Give the layer a new adapter with A ~ kaiming_uniform(a=sqrt(5)), that is U(-1/sqrt(in), 1/sqrt(in)), and B = 0."""
@@ -83,22 +95,46 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(A)
         self.lora_B[name] = nn.Parameter(torch.zeros(out_features, config.r, **place))
+        if config.use_dora:
+            self.lora_magnitude_vector[name] = nn.Parameter(self._row_norms.of_weight(self.base_layer.weight))
         self.configs[name] = config
 
+    def parts(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's tensors by what they are called: `lora_A`, `lora_B`, and of DoRA `lora_magnitude_vector`."""
+        kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
+        return {kind: getattr(self, kind)[name] for kind in kinds if name in getattr(self, kind)}
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._add_update(frozen_linear(self.base_layer, x), x)
+        return self._adapted(x, frozen_linear)
 
     def replay(self, x: Tensor) -> Tensor:
         """`forward` for the sake of its gradient (see `linear.replay_linear`)."""
-        return self._add_update(replay_linear(self.base_layer, x), x)
+        return self._adapted(x, replay_linear)
 
-    def _add_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """y, which is overwritten, + what the active adapter makes of x."""
+    def _adapted(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """The base layer's product with x, and what the active adapter makes of x."""
         if self.active is None or self.merged is not None:
-            return y
+            return product(self.base_layer, x)
         config = self.configs[self.active]
+        if config.use_dora:
+            return self._decomposed(x, product)
+        y = product(self.base_layer, x)
         x = F.dropout(x, config.lora_dropout, self.training)
         return _LowRankUpdate.apply(y, x, self.lora_A[self.active], self.lora_B[self.active], config.scaling)
+
+    def _decomposed(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """The same for DoRA (see `minilora.dora`). The magnitudes' gradient reads values, so a replay computes them too."""
+        config, bias = self.configs[self.active], self.base_layer.bias
+        A, B, magnitude = (part[self.active] for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector))
+        keep = not (self.training or torch.is_grad_enabled())
+        norms = self._row_norms.of_sum(self.base_layer.weight, A, B, config.scaling, ops.product_dtype(x), keep)
+        seen = F.dropout(x, config.lora_dropout, self.training)
+        y = frozen_linear(self.base_layer, seen)
+        y = y if bias is None else y - bias.to(y.dtype)
+        y = Magnitude.apply(_LowRankUpdate.apply(y, seen, A, B, config.scaling), magnitude, norms)  # (..., out)
+        if self.training and config.lora_dropout:
+            return y + product(self.base_layer, x - seen)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def delta_weight(self, name: str) -> Tensor:
         """scaling * B A, float32 (out, in): what merging adds to the weight."""
@@ -106,21 +142,24 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W <- W + scaling * B A of the active adapter, added in float32 and rounded once to W's dtype."""
+        """W <- W + scaling * B A of the active adapter, for DoRA times m / ||V||: in float32, and rounded once to W's dtype."""
         if self.active is not None and self.merged is None:
-            self._add_to_weight(self.delta_weight(self.active))
-            self.merged = self.active
+            V, factors = self.base_layer.weight.float() + self.delta_weight(self.active), torch.ones(())
+            if self.configs[self.active].use_dora:
+                factors = row_factors(V, self.lora_magnitude_vector[self.active])
+            self.base_layer.weight.copy_(V * factors)
+            self.merged, self._merged_factors = self.active, factors.masked_fill(factors == 0, 1)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Subtract what `merge` added. With u the rounding unit of W's dtype, |W' - W| <= u (|W + BA| + |W'|) elementwise."""
-        if self.merged is not None:
-            self._add_to_weight(-self.delta_weight(self.merged))
-            self.merged = None
+        """Undo `merge`. With u the rounding unit of W's dtype, |W' - W| <= u (|W + scaling * B A| + |W'|) elementwise.
 
-    def _add_to_weight(self, delta: Tensor) -> None:
-        weight = self.base_layer.weight
-        weight.copy_(weight.float() + delta)
+        DoRA's rows of magnitude 0 are lost.
+        """
+        if self.merged is not None:
+            weight = self.base_layer.weight
+            weight.copy_(weight.float() / self._merged_factors - self.delta_weight(self.merged))
+            self.merged = None
 
 
 _LINEAR = (nn.Linear, QuantizedLinear, LoraLinear)
@@ -203,8 +242,9 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     for layer in lora_layers(model).values():
         layer.active = name if name in layer.configs else None
         for adapter in layer.configs:
-            layer.lora_A[adapter].requires_grad_(adapter == name)
-            layer.lora_B[adapter].requires_grad_(adapter == name)
+            for kind, parameter in layer.parts(adapter).items():
+                frozen = kind == "lora_A" and layer.configs[adapter].lora_fa
+                parameter.requires_grad_(adapter == name and not frozen)
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -232,7 +272,9 @@ def remove_lora(model: nn.Module, name: str | None = None) -> None:
         _check_adapter(model, name)
     for path, layer in lora_layers(model, name).items():
         for adapter in [name] if name is not None else list(layer.configs):
-            del layer.configs[adapter], layer.lora_A[adapter], layer.lora_B[adapter]
+            for kind in layer.parts(adapter):
+                del getattr(layer, kind)[adapter]
+            del layer.configs[adapter]
             layer.active = None if layer.active == adapter else layer.active
             layer.merged = None if layer.merged == adapter else layer.merged
         if not layer.configs:

@@ -48,11 +48,13 @@ class TrainConfig:
     double_quantization: bool = True  # store the scales in 8 bits too: 4.127 bits a weight instead of 4.5
     # adapter
     preset: str = "standard_r8_qkvo"  # minimal_r4_qv, standard_r8_qkvo, aggressive_r16_all, high_capacity_r32_all
-    lora_rank: int | None = None  # these five change single settings of the preset
+    lora_rank: int | None = None  # these change single settings of the preset
     lora_alpha: float | None = None  # none: the preset's, or 2 * lora_rank where that is given
     lora_dropout: float | None = None
     lora_target: str | list[str] | None = None  # layer names (q_proj,v_proj), a regular expression, or all
     use_rslora: bool = False  # scale by alpha / sqrt(r)
+    use_dora: bool = False  # learn a magnitude for every row of the weight as well
+    lora_fa: bool = False  # train B alone: fewer activations to keep
     # training
     per_device_train_batch_size: int = 4  # examples in one pass through the model
     per_device_eval_batch_size: int = 8
@@ -113,6 +115,8 @@ class TrainConfig:
             for name in "load_best_model_at_end early_stopping_patience eval_steps exact_match_samples".split():
                 if getattr(self, name):
                     raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
+        if self.lora_fa and self.loraplus_lr_ratio is not None:
+            raise UserError("loraplus_lr_ratio sets B's rate apart from A's, and lora_fa does not train A: leave one of them out")
         self.quant_config()
         self.lora_config()
 
@@ -129,7 +133,9 @@ class TrainConfig:
             changes["lora_alpha"] = 2 * self.lora_rank
         if self.lora_target is not None:
             changes["target_modules"] = _targets(self.lora_target)
-        return LoraConfig.preset(self.preset, use_rslora=self.use_rslora, **{k: v for k, v in changes.items() if v is not None})
+        changes = {k: v for k, v in changes.items() if v is not None}
+        kind = dict(use_rslora=self.use_rslora, use_dora=self.use_dora, lora_fa=self.lora_fa)
+        return LoraConfig.preset(self.preset, **kind, **changes)
 
     def may_change(self) -> set[str]:
         """The keys that a resumed run may set anew: no number of its training depends on them."""

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from minilora.config import ModelConfig
-from minilora.device import choose_placement, memory_used
+from minilora.device import choose_placement
 from minilora.errors import UserError, run_script
 from minilora.files import write_whole
-from minilora.memory import CATEGORIES, MARGIN, Ledger, advise, available_memory, memory_ledger
+from minilora.memory import CATEGORIES, MARGIN, Ledger, advise, available_memory, memory_ledger, process_memory
 from minilora.recompute import POLICIES
 from minilora.train_config import TrainConfig, load_train_config
 from minilora.weights import CONFIG_FILE, read_config
@@ -68,7 +68,7 @@ def main() -> None:
     else:
         placement = choose_placement(config.bf16, config.fp16)
         device, dtype = placement.device.type, placement.dtype
-        memory, process = available_memory(placement.device), memory_used(placement.device)
+        memory, process = available_memory(placement.device), process_memory() if device == "cpu" else 0
         if memory is None:
             raise UserError("this system does not tell how much memory is free; say for which GPU with --gpu GB")
         place = f"the {memory / GB:.1f} GB that are free"

@@ -118,7 +118,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     if checkpoint is None:
         add_lora(model, config.lora_config())
     else:
-        load_adapter(model, checkpoint)
+        load_adapter(model, checkpoint, lora_fa=config.lora_fa)
     trainable = trainable_parameters(model)
     assert all(p.dtype == torch.float32 for p in trainable.values()), "adapters are float32, whatever the compute dtype"
     recompute = set_recompute(model, policy)
@@ -239,7 +239,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
     if config.load_best_model_at_end and 0 < best["step"] < step:
         remove_lora(model)
-        load_adapter(model, output_dir / f"checkpoint-{best['step']}")
+        load_adapter(model, output_dir / f"checkpoint-{best['step']}", lora_fa=config.lora_fa)
         print(f"back to the adapter of step {best['step']}, held-out loss {best['loss']:.4f}")
     model.eval()
     save_adapter(model, output_dir, base_model_name_or_path=base_model)

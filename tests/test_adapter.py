@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import ALL_SEVEN, CASES, TOLERANCE, ids, randomize, tiny_model
 
 from minilora import LoraConfig, UserError, add_lora, load_adapter, save_adapter, set_adapter
+from minilora.adapter import read_adapter
 from minilora.lora import adapter_names, lora_layers
 
 
@@ -104,7 +105,9 @@ def saved(tmp_path, **config):
 @pytest.mark.parametrize(
     "config, said",
     [
-        (dict(use_dora=True), "use_dora = True"),
+        (dict(use_dora=True), "missing base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
+        (dict(use_dora="yes"), "adapter_config.json: use_dora must be true or false, not 'yes'"),
+        (dict(r="4"), "adapter_config.json: lora_rank must be a whole number of at least 1, not '4'"),
         (dict(bias="all"), "bias = 'all'"),
         (dict(peft_type="IA3"), "peft_type 'IA3'"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
@@ -126,6 +129,60 @@ def test_what_cannot_be_honoured_is_refused_and_leaves_the_model_as_it_was(confi
         load_adapter(model, directory)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not lora_layers(model)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"lora_magnitude_vector": None}, "missing {}lora_magnitude_vector"),
+        ({"lora_A.weight": None, "lora_B.weight": None}, "missing {}lora_A.weight"),
+        ({"lora_magnitude_vector": torch.ones(24, 1)}, "{}lora_magnitude_vector is (24, 1), not a vector"),
+        ({"lora_magnitude_vector.weight": torch.ones(24)}, "{}lora_magnitude_vector.weight is no lora_A.weight or"),
+        ({"lora_B.weight": torch.ones(24, 3)}, "{}lora_B.weight is (24, 3), not of rank r = 2"),
+    ],
+)
+def test_a_dora_adapter_that_is_not_sound_is_refused_with_and_without_a_model(change, said, tmp_path):
+    model = tiny_model()
+    add_lora(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    save_adapter(model, tmp_path)
+    config, layers = read_adapter(tmp_path)
+    assert config.use_dora and len(layers) == 2
+    for path, tensors in layers.items():
+        assert all(map(torch.equal, tensors, lora_layers(model)[path].parts("default").values()))
+    path, prefix = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.1.self_attn.q_proj."
+    whole = load_file(path) | {prefix + name: tensor for name, tensor in change.items()}
+    save_file({key: tensor for key, tensor in whole.items() if tensor is not None}, path)
+    with pytest.raises(UserError) as error:
+        read_adapter(tmp_path)
+    assert said.format(prefix) in str(error.value) and "\n" not in str(error.value)
+    model = tiny_model()
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_adapter(model, tmp_path)
+    assert not lora_layers(model)
+
+
+def test_magnitudes_without_use_dora_are_refused(tmp_path):
+    model = tiny_model()
+    add_lora(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(use_dora=False)))
+    for read in (read_adapter, lambda directory: load_adapter(tiny_model(), directory)):
+        with pytest.raises(UserError, match="lora_magnitude_vector"):
+            read(tmp_path)
+
+
+@torch.no_grad()
+def test_an_adapter_on_a_model_in_use_drops_nothing_out(tmp_path):
+    model = tiny_model()
+    add_lora(model, LoraConfig(lora_dropout=0.5))
+    randomize(model)
+    assert torch.equal(model(ids(1, 9)), model(ids(1, 9)))
+    save_adapter(model, tmp_path)
+    fresh = tiny_model()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(ids(1, 9)), model(ids(1, 9)))
+    assert not torch.equal(fresh.train()(ids(1, 9)), fresh(ids(1, 9)))
 
 
 def test_a_missing_a_truncated_and_a_pickled_adapter_are_told_apart(tmp_path):

@@ -270,7 +270,7 @@ KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 DAMAGE = {
     "no adapter": (lambda place: shutil.rmtree(place / "adapter"), "no such directory"),
     "no config": (lambda place: (place / "adapter" / "adapter_config.json").unlink(), "is not an adapter"),
-    "DoRA": (lambda place: change_config(place, use_dora=True), "use_dora = True is not supported"),
+    "DoRA": (lambda place: change_config(place, use_dora=True), "lora_magnitude_vector"),
     "no base": (lambda place: change_config(place, base_model_name_or_path=None), "name it with --model"),
     "base gone": (lambda place: change_config(place, base_model_name_or_path=str(place / "gone")), "no such directory"),
     "base without tokenizer": (lambda place: (place / "base" / "tokenizer.model").unlink(), "holds no tokenizer"),

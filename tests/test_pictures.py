@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from minilora.errors import run_script
 
-NAMES = ("codes.png", "error.png", "lora.png")
+NAMES = ("codes.png", "error.png", "lora.png", "memory.png")
 
 
 def size_of(png: bytes) -> tuple[int, int]:
@@ -18,7 +18,7 @@ def size_of(png: bytes) -> tuple[int, int]:
     return struct.unpack(">II", png[16:24])
 
 
-def test_the_script_draws_the_three_pictures_that_the_documents_show(monkeypatch, tmp_path, capsys):
+def test_the_script_draws_the_four_pictures_that_the_documents_show(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["pictures.py", "--output", str(tmp_path / "new")])
     run_script(pictures.main)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == list(NAMES)
@@ -27,7 +27,7 @@ def test_the_script_draws_the_three_pictures_that_the_documents_show(monkeypatch
         drawn = (tmp_path / "new" / name).read_bytes()
         assert size_of(drawn) == size_of((ROOT / "docs/pictures" / name).read_bytes()) and len(drawn) < 150_000
         assert f"](pictures/{name})" in texts
-    assert capsys.readouterr().out.count(".png\n") == 3
+    assert capsys.readouterr().out.count(".png\n") == len(NAMES)
 
 
 def test_an_output_that_is_a_file_is_a_mistake_of_one_line(monkeypatch, tmp_path, capsys):
