@@ -288,7 +288,7 @@ quants = st.sampled_from(list(QUANTS.values()))
 optims = st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(settings_of_any_run(), quants, optims)
 def test_all_moments_name_all_categories_and_the_peak_is_the_sum_of_the_largest(run, quant, optim):
     (config, lora), kind = run
@@ -300,7 +300,7 @@ def test_all_moments_name_all_categories_and_the_peak_is_the_sum_of_the_largest(
     assert len({tuple(moment[name] for name in of_weights) for moment in ledger.moments.values()}) == 1
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(settings_of_any_run(), quants, optims, st.data())
 def test_more_examples_and_longer_ones_and_higher_ranks_never_take_less(run, quant, optim, data):
     (config, lora), kind = run
@@ -314,7 +314,7 @@ def test_more_examples_and_longer_ones_and_higher_ranks_never_take_less(run, qua
     assert low <= high
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(settings_of_any_run(), quants, optims)
 def test_a_slower_policy_never_takes_more(run, quant, optim):
     (config, lora), kind = run
@@ -324,7 +324,7 @@ def test_a_slower_policy_never_takes_more(run, quant, optim):
     assert [ledger.recompute for ledger in ledgers] == [*POLICIES[:3], "offload" if kind["device"] == "cuda" else "full"]
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(settings_of_any_run(), optims)
 def test_fewer_bits_never_take_more(run, optim):
     (config, lora), kind = run  # of four layers or more: int8 has a layer in float32 beside its scratch, a toy's whole gain
@@ -383,7 +383,7 @@ def ledgers_of(config=MISTRAL, **changes):
     return partial(memory_ledger, config, PRESETS["standard_r8_qkvo"], QuantConfig(), **kind)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.floats(1e9, 40e9))
 def test_the_policy_chosen_is_the_fastest_that_fits(free):
     ledger_of = ledgers_of()
@@ -399,7 +399,7 @@ def test_auto_never_offloads_on_a_cpu_and_takes_full_where_nothing_is_known():
     assert choose_recompute(None, ledgers_of())[0] == "full"
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.floats(3e9, 40e9), st.integers(1, 12), st.integers(2, 3000))
 def test_advice_fits_and_keeps_to_the_batch_and_the_length_as_long_as_it_can(free, batch_size, length):
     ledger_of = ledgers_of()
