@@ -19,7 +19,7 @@ SETTINGS_FILE = "training_config.yaml"
 
 def files_of_a_run(directory: Path) -> list[Path]:
     """What a run writes under names that another one would overwrite."""
-    names = (SETTINGS_FILE, METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, "loss.png", "README.md")
+    names = (SETTINGS_FILE, METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, "loss.png", "training.png", "README.md")
     return [path for name in names if (path := directory / name).exists()] + checkpoints(directory)
 
 

@@ -16,15 +16,22 @@ Padding never is EOS: whoever masks padding by its id would mask the end of ever
 It is the tokenizer's own padding token, else the unknown token, else 0. Which one changes no result here, where rows are
 masked by their lengths.
 
+A rendered conversation is the exception: there special tokens are the template's, and `encode_with_offsets` finds them under both
+backends. What lies between two of them is a text of its own to sentencepiece, with its "▁" in front, as in Meta's and Mistral's
+own code. A special token that a person typed is not the template's: `escape` keeps it text where sentencepiece keeps it text.
+
 A Python string may hold halves of a surrogate pair, which are no text and have no UTF-8. `encode` joins the pairs and replaces
 a half by U+FFFD, as every UTF-8 decoder does.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
@@ -51,6 +58,8 @@ def load_tokenizer(directory: str | Path) -> "Tokenizer":
     config = specials | config if "added_tokens_decoder" in config else config | specials
     added = {_text_of(token): int(i) for i, token in (config.get("added_tokens_decoder") or {}).items()}
     added |= _read_json(directory / "added_tokens.json")
+    if (path := directory / "chat_template.jinja").is_file():
+        config["chat_template"] = _read_text(path)
     if (path := directory / "tokenizer.json").is_file():
         backend = _TokenizerJson(path)
     elif (path := directory / "tokenizer.model").is_file():
@@ -70,6 +79,8 @@ class Tokenizer:
     eos_id: int | None  # end of sequence
     pad_id: int  # never eos_id
     vocab_size: int  # every id is below it
+    special_tokens: dict[str, str]  # the texts of bos_token, eos_token, pad_token, unk_token, those of them that it has
+    chat_template: str | None  # Jinja, from chat_template.jinja or tokenizer_config.json
 
     def __init__(self, directory: Path, backend: "_TokenizerJson | _SentencePiece", config: dict):
         self._directory, self._backend = directory, backend
@@ -83,6 +94,16 @@ class Tokenizer:
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
         self.pad_id = next(i for i in (ids.get("pad_token"), ids.get("unk_token"), 0, 1) if i not in (None, self.eos_id))
         self._prefix = backend.prefix(self.bos_id)  # what bos=True puts in front: [bos_id] or nothing
+        self.special_tokens = {role: backend.token(i) for role, i in ids.items()}
+        templates = config.get("chat_template")
+        if isinstance(templates, list):  # several, by name
+            templates = {entry["name"]: entry["template"] for entry in templates}.get("default")
+        self.chat_template = templates
+
+    @property
+    def puts_bos(self) -> bool:
+        """Whether `encode` puts a BOS in front: a model may name one and be trained without."""
+        return bool(self._prefix)
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """The ids of a text, with BOS in front (if the model has one) and, if asked for, EOS at the end.
@@ -95,6 +116,25 @@ class Tokenizer:
         prefix = self._prefix if bos and ids[: len(self._prefix)] != self._prefix else []
         suffix = [self.eos_id] if eos and ids[-1:] != [self.eos_id] else []
         return prefix + ids + suffix
+
+    def encode_with_offsets(self, text: str, mark: str = "") -> tuple[list[int], np.ndarray]:
+        """The ids of a rendered conversation, and (T, 2), which characters [begin, end) each one stands for. No BOS is added.
+
+        Special tokens written out are special tokens, but for those that `escape` broke up with `mark`. The "▁" that sentencepiece
+        puts in front of a text stands for no character, begin = end; the bytes of one character stand for all of it.
+        """
+        return self._backend.encode_with_offsets(text, mark)
+
+    def escape(self, text: str, mark: str) -> str:
+        """Text that a person wrote, so that special tokens in it stay text in `encode_with_offsets(..., mark)`.
+
+        Under `tokenizer.json` nothing is escaped: there they are special tokens, as in transformers.
+        """
+        return self._backend.escape(_well_formed(text), mark)
+
+    def is_special(self, i: int) -> bool:
+        """Whether an id is a special token's: one that says nothing when decoded."""
+        return i in self._backend.special_ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids. Special tokens and ids outside of the vocabulary say nothing."""
@@ -182,11 +222,21 @@ class _TokenizerJson:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_with_offsets(self, text: str, mark: str) -> tuple[list[int], np.ndarray]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    def escape(self, text: str, mark: str) -> str:
+        return text
+
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def token(self, i: int) -> str:
+        return self._tokenizer.id_to_token(i)
 
 
 class _SentencePiece:
@@ -215,6 +265,47 @@ class _SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
+    def encode_with_offsets(self, text: str, mark: str) -> tuple[list[int], np.ndarray]:
+        ids, offsets, start = [], [], 0
+        for i, part in enumerate(self._special_pattern.split(text)):
+            if i % 2:  # text, special token, text, ..., text
+                ids.append(self.token_id(part))
+                offsets.append([[start, start + len(part)]])
+            elif part:
+                found, places = self._encode_part(part, mark)
+                ids += found
+                offsets.append(places + start)
+            start += len(part)
+        return ids, np.concatenate(offsets or [np.empty((0, 2), dtype=np.int64)])
+
+    def _encode_part(self, text: str, mark: str) -> tuple[list[int], np.ndarray]:
+        """sentencepiece has had three ways to ask for offsets, each in some of its versions; this one needs none of them."""
+        kept = np.arange(len(text) + 1)
+        if mark and mark in text:
+            kept = np.delete(kept, [i for i, character in enumerate(text) if character == mark])
+            text = text.replace(mark, "")
+        normal, origin = self._model.normalize(text, with_offsets=True)  # the pieces joined; character -> character of the text
+        starts = (np.frombuffer(normal.encode(), dtype=np.uint8) & 0xC0) != 0x80  # UTF-8: the first bytes of characters
+        character_of = np.cumsum(starts) - 1  # byte -> character of `normal`
+        pieces = self._model.encode(text, out_type=str)
+        ids = self._model.piece_to_id(pieces)
+        ends = np.cumsum([1 if i in self._byte_ids else len(p.encode()) for i, p in zip(ids, pieces, strict=True)], dtype=np.int64)
+        begins = np.concatenate(([0], ends))[:-1]  # in bytes
+        characters = np.stack((character_of[begins], character_of[ends - 1] + 1), axis=1)
+        return ids, kept[np.array(origin)[characters]]
+
+    def escape(self, text: str, mark: str) -> str:
+        return self._special_pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+
+    @cached_property
+    def _byte_ids(self) -> set[int]:
+        return {self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)} - {self._model.unk_id()}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern:
+        names = sorted(map(self.token, self.special_ids), key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, names)) + ")")
+
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
@@ -222,18 +313,28 @@ class _SentencePiece:
         i = self._model.piece_to_id(token)  # the unknown token's id for what is not there
         return i if self._model.id_to_piece(i) == token else None
 
+    def token(self, i: int) -> str:
+        return self._model.id_to_piece(i)
+
 
 def _read_json(path: Path) -> dict:
     """The object in a JSON file; an empty one if there is no such file."""
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _text_of(token: str | dict | None) -> str | None:

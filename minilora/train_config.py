@@ -3,8 +3,8 @@
     python scripts/train.py --config run.yaml --learning_rate 1e-4
 
 A YAML file first, then overrides. Names are those of Hugging Face's TrainingArguments and of LLaMA-Factory; hyphens work like
-underscores, and the usual short names are aliases. A key that is not known is an error that names the nearest one: a misspelt key
-that is silently ignored costs a night of training.
+underscores, and the usual short names are aliases. What only LLaMA-Factory has, `minilora.llama_factory` puts into these words. A
+key that is not known is an error that names the nearest one: a misspelt key that is silently ignored costs a night of training.
 """
 
 import inspect
@@ -17,10 +17,15 @@ from pathlib import Path
 
 import yaml
 
+from minilora import llama_factory
+from minilora.chat import OWN
 from minilora.config import LoraConfig, QuantConfig
 from minilora.errors import UserError, nearest
 from minilora.optim import OPTIMIZERS, SCHEDULES
 from minilora.recompute import POLICIES
+from minilora.templates import TEMPLATES
+
+TRACKERS = ("mlflow", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,18 @@ class TrainConfig:
     model_name_or_path: str | None = None  # directory or hub id; none: the small base model that comes with minilora
     model_revision: str | None = None  # branch, tag or commit on the hub
     # data
-    dataset: str | None = None  # .jsonl, .json or .txt file
+    dataset: str | None = None  # a file, address or hub dataset; several with weights: a.jsonl:0.7,b.json:0.3
     eval_dataset: str | None = None  # a file of held-out examples
     val_size: float = 0.0  # or hold out a share (below 1) or a number of the training examples
     prompt_column: str = "prompt"  # what the prompt is called in the dataset
     completion_column: str = "completion"  # what the completion is called
     cutoff_len: int | None = None  # longer examples are cut, and counted; none: 1024, or what the model can where that is less
+    max_samples: int | None = None  # the first examples of each dataset alone, to try something
+    template: str | None = None  # alpaca, llama2, llama3, mistral, chatml, qwen3, plain, tokenizer: its own; none: its own if any
     train_on_prompt: bool = False  # learn the prompt as well
+    mask_history: bool = False  # of a conversation learn the last answer alone
+    packing: bool = False  # fill rows of cutoff_len with whole examples, which do not see each other
+    group_by_length: bool = False  # steps of examples of like length: less padding, less chance
     # output
     output_dir: str = "outputs"  # adapter, metrics, plot, model card, checkpoints
     overwrite_output_dir: bool = False  # replace what an earlier run left there
@@ -81,12 +91,14 @@ class TrainConfig:
     load_best_model_at_end: bool = False  # end with the adapter of the lowest evaluation loss
     early_stopping_patience: int | None = None  # stop after so many evaluations without a lower loss
     exact_match_samples: int = 0  # held-out prompts to answer before and after, and to compare with the expected completion
+    report_to: str | list[str] = "none"  # mlflow, tensorboard: also record there what metrics.jsonl holds
+    run_name: str | None = None  # what the run is called there; none: as its output_dir
 
     def __post_init__(self):
         positive = "cutoff_len per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs"
         positive += (
             " learning_rate logging_steps eval_steps save_steps save_total_limit early_stopping_patience lora_rank lora_alpha"
-            " loraplus_lr_ratio"
+            " loraplus_lr_ratio max_samples"
         )
         for name in positive.split():
             if (value := getattr(self, name)) is not None and value <= 0:
@@ -101,6 +113,14 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not known; choose from {', '.join(allowed)}")
+        if self.template not in (None, OWN, *TEMPLATES):
+            raise UserError(f"template = {self.template!r} is not known; choose from {', '.join(TEMPLATES)}, {OWN}")
+        for name in self.trackers():
+            if name not in TRACKERS:
+                raise UserError(f"report_to = {name!r} is not known; choose from none, {', '.join(TRACKERS)}")
+        for one, other in (("mask_history", "train_on_prompt"), ("packing", "group_by_length")):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"{one} and {other} exclude each other; leave one of them out")
         if self.cutoff_len == 1:
             raise UserError("cutoff_len must be at least 2: one token to read and one to learn")
         if self.max_steps == 0 or self.max_steps < -1:
@@ -137,6 +157,11 @@ class TrainConfig:
         kind = dict(use_rslora=self.use_rslora, use_dora=self.use_dora, lora_fa=self.lora_fa)
         return LoraConfig.preset(self.preset, **kind, **changes)
 
+    def trackers(self) -> list[str]:
+        """Where metrics go besides metrics.jsonl."""
+        names = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to
+        return [name.strip() for name in names if name.strip() != "none"]
+
     def may_change(self) -> set[str]:
         """The keys that a resumed run may set anew: no number of its training depends on them."""
         no_schedule = self.lr_scheduler_type == "constant" and not self.warmup_ratio
@@ -168,7 +193,7 @@ MAY_CHANGE = set(  # on resuming. Model and data are compared by what is in them
     """
     model_name_or_path model_revision dataset eval_dataset output_dir overwrite_output_dir resume_from_checkpoint bf16 fp16
     per_device_eval_batch_size gradient_checkpointing logging_steps eval_steps save_steps save_total_limit early_stopping_patience
-    exact_match_samples
+    exact_match_samples report_to run_name
     """.split()
 )
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -182,25 +207,36 @@ def load_train_config(arguments: list[str], default_file: Path | None = None) ->
     if file is None and default_file is not None and not {"model_name_or_path", "dataset"} & values.keys():
         file = default_file
     if file is not None:
-        values = _canonical(_read_yaml(Path(file)), str(file)) | values
+        values = _canonical(read_yaml(Path(file)), str(file)) | values
+    values, notes = llama_factory.translate(values)
+    for note in notes:
+        print(note)
     kinds = typing.get_type_hints(TrainConfig)
     return TrainConfig(**{name: _coerce(name, value, kinds[name]) for name, value in values.items()})
 
 
 def manual() -> str:
-    """The keys with their defaults and meanings, as they stand in this file."""
-    source = inspect.getsource(TrainConfig)
-    lines = re.findall(r"^    (# .+|\w+: .+ = .+)$", source.partition("def __post_init__")[0], re.MULTILINE)
+    """What --help prints: the keys with their defaults and meanings."""
     shown = []
-    for line in lines:
-        if line.startswith("# "):
-            shown.append(f"\n{line[2:]}")
-        else:
-            name, _, default, meaning = re.fullmatch(r"(\w+): (.+?) = (.+?)(?:  # (.+))?", line).groups()
+    for section, keys in documented_keys().items():
+        shown.append(f"\n{section}")
+        for name, default, meaning in keys:
             shown.append(f"  --{name} {default}".ljust(42) + (f"  {meaning}" if meaning else ""))
     short = ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items())
     short += "".join(f", {switch} = quantization_bit 4" for switch in SWITCHES)
     return "usage: train.py [--config FILE.yaml] [--KEY VALUE ...]\n" + "\n".join(shown) + f"\n\nshort names: {short}\n"
+
+
+def documented_keys() -> dict[str, list[tuple[str, str, str]]]:
+    """Section: (name, default, meaning) of each key, as they stand in this file."""
+    source = inspect.getsource(TrainConfig).partition("def __post_init__")[0]
+    sections: dict[str, list[tuple[str, str, str]]] = {}
+    for line in re.findall(r"^    (# .+|\w+: .+ = .+)$", source, re.MULTILINE):
+        if line.startswith("# "):
+            keys = sections[line[2:]] = []
+        else:
+            keys.append(re.fullmatch(r"(\w+): .+? = (.+?)(?:  # (.+))?", line).groups(default=""))
+    return sections
 
 
 def _parse_arguments(arguments: list[str]) -> dict[str, object]:
@@ -218,7 +254,8 @@ def _parse_arguments(arguments: list[str]) -> dict[str, object]:
     return given
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """The keys of a file, with underscores. Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"config {path} does not exist")
     try:
@@ -232,7 +269,7 @@ def _read_yaml(path: Path) -> dict:
 
 def _canonical(given: dict[str, object], place: str) -> dict[str, object]:
     """Aliases replaced by the names they stand for; unknown and doubled keys refused."""
-    known = {field.name for field in fields(TrainConfig)}
+    known = {field.name for field in fields(TrainConfig)} | llama_factory.KEYS
     values: dict[str, object] = {}
     for key, value in given.items():
         name = ALIASES.get(key, key)

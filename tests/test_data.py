@@ -1,99 +1,16 @@
-"""Reading rows, masks built from structure, collation, and the order of the data."""
-
-import json
+"""Masks built from structure, collation, and the order of the data."""
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import UserError
-from minilora.data import Row, collate, read_rows, split, step_batches, steps_per_epoch, tokenize
+from minilora.chat import load_chat_template
+from minilora.data import collate, document_ids, padding_share, prompt_ids, split, step_batches, steps_per_epoch, tokenize
 from minilora.loss import IGNORE, count_supervised
+from minilora.rows import Row
 from minilora.tokenizer import load_tokenizer
-
-
-def write(path, *objects, indent=None):
-    if path.suffix == ".json":
-        path.write_text(json.dumps(list(objects), indent=indent))
-    else:
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in objects))
-    return path
-
-
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
-def test_prompt_and_completion_are_read_under_their_own_names_and_under_others(tmp_path, name):
-    path = write(tmp_path / name, {"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "c", "more": 1})
-    assert read_rows(path) == [Row("a", "b"), Row("", "c")]
-    path = write(tmp_path / name, {"question": "a", "answer": "b"})
-    assert read_rows(path, "question", "answer") == [Row("a", "b")]
-
-
-def test_alpaca_rows_get_alpacas_prompt_with_and_without_an_input(tmp_path):
-    path = write(
-        tmp_path / "data.json",
-        {"instruction": "Add.", "input": "1 2", "output": "3"},
-        {"instruction": "Sing.", "input": "", "output": "la"},
-        {"instruction": "Sing.", "output": "la"},
-    )
-    with_input, without, absent = read_rows(path)
-    assert (
-        with_input.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n") and with_input.completion == "3"
-    )
-    assert without == absent and "### Input" not in without.prompt
-
-
-def test_plain_text_comes_from_a_column_or_from_a_file_with_blank_lines(tmp_path):
-    assert read_rows(write(tmp_path / "a.jsonl", {"text": "one\n\ntwo"})) == [Row(None, "one\n\ntwo")]
-    (tmp_path / "a.txt").write_text("one\nstill one\n\n\n\ntwo\n")
-    assert read_rows(tmp_path / "a.txt") == [Row(None, "one\nstill one"), Row(None, "two")]
-
-
-def test_a_byte_order_mark_windows_line_ends_and_a_json_file_of_lines_are_read(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\r\n{"prompt": "c", "completion": "d"}')
-    assert read_rows(tmp_path / "a.jsonl") == [Row("a", "b"), Row("c", "d")]
-    (tmp_path / "a.json").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
-    assert read_rows(tmp_path / "a.json") == [Row("a", "b"), Row("c", "d")]
-
-
-GOOD = '{"prompt": "a", "completion": "b"}\n'
-
-
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("a.jsonl", GOOD * 2 + "{oops\n", "a.jsonl, line 3: not valid JSON"),
-        ("a.json", '[{"prompt": "a"},\n oops]', "a.json, line 2: not valid JSON"),
-        ("a.jsonl", GOOD + "[1, 2]\n", "a.jsonl, line 2: expected an object with columns, found list"),
-        ("a.jsonl", GOOD + '{"prompt": "a"}\n', "a.jsonl, line 2: the column completion is missing"),
-        ("a.jsonl", GOOD + '{"prompt": "a", "completion": 3}\n', "line 2: the column completion holds 3, not text"),
-        ("a.json", '[{"instruction": "a", "output": "b", "input": 5}]', "item 1: the column input holds 5"),
-        (
-            "a.jsonl",
-            '{"question": "a", "answer": "b"}\n',
-            "it has question, answer; say which with prompt_column and completion_column",
-        ),
-        ("a.jsonl", "\n\n", "is empty"),
-        ("a.json", "[]", "is empty"),
-        ("a.txt", " \n\n ", "is empty"),
-        ("a.csv", "a,b", "ends in '.csv'; supported"),
-    ],
-)
-def test_malformed_data_names_the_file_the_line_and_the_column(tmp_path, name, content, said):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError) as error:
-        read_rows(tmp_path / name)
-    assert said in str(error.value) and "\n" not in str(error.value)
-
-
-def test_data_that_is_missing_a_directory_or_not_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        read_rows(tmp_path / "nowhere.jsonl")
-    with pytest.raises(UserError, match="is a directory"):
-        read_rows(tmp_path)
-    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(UserError, match="not UTF-8 text: .* at byte 12"):
-        read_rows(tmp_path / "a.jsonl")
 
 
 @given(prompt=st.text(max_size=20), completion=st.text(max_size=20))
@@ -114,6 +31,42 @@ def test_plain_text_is_learnt_whole_and_the_prompt_too_where_asked(model_dir):
     for example in (text, both):
         _, labels = collate([example], tokenizer.pad_id)
         assert (labels[0, 1:] == torch.from_numpy(example.input_ids[1:]).long()).all() and labels[0, 0] == IGNORE
+
+
+QUESTION, ANSWER = {"role": "user", "content": "the old fox"}, {"role": "assistant", "content": "lives here"}
+CONVERSATION = Row("the old fox", "lives here", (QUESTION, ANSWER, QUESTION, ANSWER), "a.jsonl, line 7")
+
+
+def test_of_a_conversation_the_template_says_what_is_learnt(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    template = load_chat_template("plain", tokenizer)
+    answer = tokenizer.encode("the old foxlives here", bos=False, eos=True)[len(tokenizer.encode("the old fox", bos=False)) :]
+    for mask_history, count in ((False, 2), (True, 1)):
+        (example,) = tokenize([CONVERSATION], tokenizer, 100, template=template, mask_history=mask_history).examples
+        input_ids, labels = collate([example], tokenizer.pad_id)
+        assert input_ids[0].tolist() == template.encode(CONVERSATION.messages)[0].tolist()
+        assert labels[0][labels[0] != IGNORE].tolist() == answer * count
+    (example,) = tokenize([CONVERSATION], tokenizer, 100, train_on_prompt=True, template=template).examples
+    assert example.supervised == len(example.input_ids) - 1
+    ours, texts = tokenize([CONVERSATION], tokenizer, 100, template=template), tokenize([Row("a", "b")], tokenizer, 100)
+    assert document_ids(ours.examples) is None and tokenize([Row("a", "b")], tokenizer, 100, template=template).rows == texts.rows
+
+
+def test_the_prompt_of_a_row_is_what_its_example_begins_with(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    template = load_chat_template("llama2", tokenizer)
+    for row in (Row("the old", "fox"), CONVERSATION):
+        (example,) = tokenize([row], tokenizer, 100, template=template, mask_history=True).examples
+        assert prompt_ids(row, tokenizer, template) == example.input_ids[: example.prompt_length].tolist()
+
+
+def test_a_conversation_without_a_template_or_refused_by_one_is_told_with_its_place(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    with pytest.raises(UserError, match="a.jsonl, line 7: the tokenizer has no chat template .*; choose one of alpaca, llama2"):
+        tokenize([CONVERSATION], tokenizer, 100)
+    alone = Row("", "a", (ANSWER,), "a.jsonl, line 9")
+    with pytest.raises(UserError, match="a.jsonl, line 9: the chat template llama2 says: roles must alternate"):
+        tokenize([CONVERSATION, alone], tokenizer, 100, template=load_chat_template("llama2", tokenizer))
 
 
 def test_padding_is_never_learnt_even_where_its_id_occurs_in_the_text(model_dir):
@@ -140,21 +93,22 @@ def test_long_examples_are_cut_and_counted_and_dropped_where_nothing_is_left(mod
 sizes = st.integers(1, 40), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**31)
 
 
-@given(*sizes)
-def test_every_epoch_is_a_permutation_cut_into_steps(count, batch_size, accumulation, seed):
+@given(*sizes, st.booleans())
+def test_every_epoch_is_a_permutation_cut_into_steps(count, batch_size, accumulation, seed, grouped):
     lengths = [i * 7 % 13 for i in range(count)]
     steps = steps_per_epoch(count, batch_size, accumulation)
     for epoch in range(2):
-        batches = [b for s in range(steps) for b in step_batches(lengths, epoch * steps + s, batch_size, accumulation, seed)]
+        numbers = range(epoch * steps, (epoch + 1) * steps)
+        batches = [batch for n in numbers for batch in step_batches(lengths, n, batch_size, accumulation, seed, grouped)]
         assert sorted(i for batch in batches for i in batch) == list(range(count))
         assert all(1 <= len(batch) <= batch_size for batch in batches)
 
 
-@given(*sizes)
-def test_a_step_holds_the_same_examples_however_it_is_accumulated(count, batch_size, accumulation, seed):
+@given(*sizes, st.booleans())
+def test_a_step_holds_the_same_examples_however_it_is_accumulated(count, batch_size, accumulation, seed, grouped):
     lengths = [i * 7 % 13 for i in range(count)]
-    one = step_batches(lengths, 1, batch_size, accumulation, seed)
-    other = step_batches(lengths, 1, batch_size * accumulation, 1, seed)
+    one = step_batches(lengths, 1, batch_size, accumulation, seed, grouped)
+    other = step_batches(lengths, 1, batch_size * accumulation, 1, seed, grouped)
     assert [i for batch in one for i in batch] == [i for batch in other for i in batch]
 
 
@@ -167,6 +121,27 @@ def test_epochs_and_seeds_give_different_orders_and_a_step_never_depends_on_earl
     assert step_batches(lengths, 10, 5, 1, 2)[0] == steps[2, 10]
 
 
+def test_batches_grouped_by_length_hold_less_padding_and_come_in_no_order_of_length():
+    lengths = [1 + i * 37 % 101 for i in range(400)]
+    shares = [padding_share(lengths, 4, 2, seed=1, group_by_length=grouped) for grouped in (False, True)]
+    assert shares[1] < 0.05 < shares[0]  # 50 steps hold all lengths several times, a step 8 neighbours of them
+    longest = [max(lengths[i] for batch in step_batches(lengths, n, 4, 2, 1, True) for i in batch) for n in range(50)]
+    assert sorted(longest) != longest and sorted(longest, reverse=True) != longest
+    assert step_batches(lengths, 3, 4, 2, 1, True) != step_batches(lengths, 53, 4, 2, 1, True)  # another epoch, another order
+
+
+@given(*sizes, st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_the_share_of_padding_is_that_of_the_tensors(model_dir, count, batch_size, accumulation, seed, grouped):
+    tokenizer = load_tokenizer(model_dir)
+    dataset = tokenize([Row(None, "a" * (1 + i * 7 % 13)) for i in range(count)], tokenizer, 100)
+    lengths = [len(example.input_ids) for example in dataset.examples]
+    steps = range(steps_per_epoch(count, batch_size, accumulation))
+    batches = [batch for n in steps for batch in step_batches(lengths, n, batch_size, accumulation, seed, grouped)]
+    numbers = sum(collate([dataset.examples[i] for i in batch], 0)[0].numel() for batch in batches)
+    assert padding_share(lengths, batch_size, accumulation, seed, grouped) == pytest.approx(1 - sum(lengths) / numbers)
+
+
 @given(st.integers(2, 60), st.floats(0.05, 0.95), st.integers(0, 100))
 def test_a_split_divides_the_rows_and_depends_only_on_the_seed(count, share, seed):
     rows = [Row("p", str(i)) for i in range(count)]
@@ -176,5 +151,5 @@ def test_a_split_divides_the_rows_and_depends_only_on_the_seed(count, share, see
             split(rows, share, seed)
         return
     train, held_out = split(rows, share, seed)
-    assert len(held_out) == expected and sorted(train + held_out) == sorted(rows)
+    assert len(held_out) == expected and sorted(map(str, train + held_out)) == sorted(map(str, rows))
     assert split(rows, share, seed) == (train, held_out) == split(rows, float(expected) if expected > 0 else share, seed)

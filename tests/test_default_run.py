@@ -8,8 +8,8 @@ import sys
 from conftest import ROOT
 
 from minilora import QuantConfig, load_adapter, load_model, load_tokenizer
-from minilora.data import read_rows
 from minilora.evaluation import answers, exact_match
+from minilora.rows import read_rows
 
 
 def test_the_default_run_turns_rambling_into_answers_about_people_never_asked_about(tmp_path):

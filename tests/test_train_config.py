@@ -1,12 +1,14 @@
 """Keys: files, overrides, aliases, types, and mistakes that name the nearest."""
 
 import re
-from dataclasses import fields
+from ast import literal_eval
+from dataclasses import asdict, fields
 
 import pytest
 
 from minilora import UserError
-from minilora.train_config import ALIASES, MAY_CHANGE, TrainConfig, load_train_config, manual
+from minilora.llama_factory import KEYS
+from minilora.train_config import ALIASES, MAY_CHANGE, TrainConfig, documented_keys, load_train_config, manual
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -61,6 +63,11 @@ def test_the_default_run_is_read_only_where_nothing_is_named(tmp_path):
         (["--config", "nowhere.yaml"], "config nowhere.yaml does not exist"),
         (["--max_grad_norm", "-1"], "max_grad_norm must be at least 0"),
         (["--loraplus_lr_ratio", "0"], "loraplus_lr_ratio must be above 0, not 0"),
+        (["--template", "alpacca"], "template = 'alpacca' is not known; choose from alpaca, llama2"),
+        (["--report_to", "mlflow,wandb"], "report_to = 'wandb' is not known; choose from none, mlflow, tensorboard"),
+        (["--max_samples", "0"], "max_samples must be above 0, not 0"),
+        (["--mask_history", "--train_on_prompt"], "mask_history and train_on_prompt exclude each other"),
+        (["--packing", "--group_by_length"], "packing and group_by_length exclude each other"),
         (["--gradient_checkpointing", "some"], "gradient_checkpointing = 'some' is not known; choose from auto, off"),
     ],
 )
@@ -121,7 +128,8 @@ def test_resume_from_checkpoint_takes_a_path_latest_and_what_people_type(written
 def test_what_may_change_on_resuming_are_keys_and_none_that_the_numbers_depend_on():
     config = TrainConfig()
     assert config.may_change() == MAY_CHANGE <= {field.name for field in fields(TrainConfig)}
-    for name in "learning_rate seed lora_rank quantization_bit cutoff_len per_device_train_batch_size max_grad_norm optim".split():
+    numbers = "learning_rate seed lora_rank quantization_bit cutoff_len per_device_train_batch_size max_grad_norm optim packing"
+    for name in numbers.split():
         assert name not in MAY_CHANGE
     assert "max_steps" in TrainConfig(lr_scheduler_type="constant").may_change()
     assert "max_steps" not in TrainConfig(lr_scheduler_type="constant", warmup_ratio=0.1).may_change()
@@ -131,6 +139,24 @@ def test_what_is_saved_is_read_back_as_the_same_run(tmp_path):
     config = load_train_config(["--lora_target", "q_proj,v_proj", "--learning_rate", "1e-5", "--val_size", "0.1"])
     (tmp_path / "training_config.yaml").write_text(config.to_yaml())
     assert load_train_config(["--config", str(tmp_path / "training_config.yaml")]) == config
+
+
+def test_trackers_are_named_with_commas_or_as_a_list(tmp_path):
+    assert TrainConfig().trackers() == load_train_config(["--report_to", "none"]).trackers() == []
+    assert load_train_config(["--report_to", "mlflow, tensorboard"]).trackers() == ["mlflow", "tensorboard"]
+    (tmp_path / "run.yaml").write_text("report_to: [tensorboard]\nrun_name: first\n")
+    assert load_train_config(["--config", str(tmp_path / "run.yaml")]).trackers() == ["tensorboard"]
+
+
+def test_the_page_of_keys_is_up_to_date_and_has_them_all():
+    import keys
+
+    page = keys.PAGE.read_text(encoding="utf-8")
+    assert page == keys.page(), "run python scripts/keys.py"
+    for name in {field.name for field in fields(TrainConfig)} | KEYS:
+        assert f"`{name}`" in page
+    defaults = {name: default for section in documented_keys().values() for name, default, _ in section}
+    assert {name: literal_eval(default) for name, default in defaults.items()} == asdict(TrainConfig())
 
 
 def test_the_manual_names_every_key():

@@ -1,0 +1,249 @@
+r"""A conversation as token ids, and which of them are learnt.
+
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
+                                                           ~~~~~~~~~~~~~~~     learnt: what the assistant writes, and its end token
+
+The wording is a Jinja template, the tokenizer's own or one of `minilora.templates`; it comes from a model's files, so it runs in a
+sandbox, which knows no files and no Python. What it sees and what comes out are as in transformers' `apply_chat_template`.
+
+The text is tokenized as a whole, and special tokens are those that the template writes: no BOS is added to its own. A token is
+learnt if one of its characters is. Which characters are, nobody searches for. A template with {% generation %} blocks says it, by
+marks that the blocks put around their text and that are taken out again. For any other template
+
+    the start of an answer   is the end of its prompt, render(messages before it, add_generation_prompt=True), where that is how
+                             the whole text begins; else where a mark put in front of the answer comes out
+    its end                  is where a mark put behind it comes out, plus the special token that follows, if there is one
+
+and a mark counts only if the text without it is the text. A template that changes an answer beyond recognition is refused.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import cached_property, lru_cache
+from itertools import chain
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from minilora.errors import UserError, nearest
+from minilora.templates import MISTRAL_V1, TEMPLATES
+from minilora.tokenizer import Tokenizer
+
+Message = dict[str, object]  # {"role": "user", "content": "Hi"}; what else is in it is for the template to read
+OWN = "tokenizer"  # the name of the template that the tokenizer's files hold
+
+
+def load_chat_template(name: str | None, tokenizer: Tokenizer, now: Callable[[], datetime] = datetime.now) -> "ChatTemplate | None":
+    """A template by its name; `tokenizer`: the tokenizer's own; None: its own if it has one, else None.
+
+    `now` is the clock of templates that tell the model the date. Raises UserError for a name that is not known, and for a
+    template that the tokenizer lacks a token for.
+    """
+    if name in (None, OWN):
+        if tokenizer.chat_template is None:
+            if name is None:
+                return None
+            raise UserError(f"template = {OWN}, but the tokenizer has no chat_template; choose from {', '.join(TEMPLATES)}")
+        return ChatTemplate(OWN, tokenizer.chat_template, tokenizer, now)
+    if name not in TEMPLATES:
+        raise UserError(f"template = {name!r} is not known{nearest(name, [*TEMPLATES, OWN])}")
+    source = MISTRAL_V1 if name == "mistral" and tokenizer.token_id("[INST]") is None else TEMPLATES[name]
+    for token in re.findall(r"<\|\w+\|>", source):
+        if tokenizer.token_id(token) is None:
+            raise UserError(f"template = {name} needs the token {token}, which the tokenizer lacks; plain and alpaca need none")
+    if "eos_token" in source and tokenizer.eos_id is None:
+        raise UserError(f"template = {name} ends answers with EOS, and the tokenizer names none; set eos_token in its config")
+    if not tokenizer.puts_bos:
+        source = "{%- set bos_token = '' %}" + source
+    space = "" if _is_text_of_its_own(tokenizer) else " "
+    return ChatTemplate(name, "{%- set space = '" + space + "' %}" + source, tokenizer, now)
+
+
+class ChatTemplate:
+    """A template and the tokenizer it writes for. Made by `load_chat_template`."""
+
+    def __init__(self, name: str, source: str, tokenizer: Tokenizer, now: Callable[[], datetime] = datetime.now):
+        self.name, self.source = name, source
+        self._tokenizer, self._now = tokenizer, now
+        _compile(source)  # a template that is no Jinja is told at once
+
+    def encode(self, messages: Sequence[Message], mask_history: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a conversation, int32 (T,), and which of them are learnt, bool (T,): all answers, or the last one only.
+
+        Raises UserError for what the template refuses, in the template's own words.
+        """
+        mark, escape, *generation = _unused_characters(messages, 4)
+        messages = self._escape(messages, escape)
+        text, spans = _take_out(generation, self._render(messages, generation=generation))
+        tokens, places = self._tokenizer.encode_with_offsets(text, escape)
+        if not spans:
+            found = self._find_answers(messages, text, mark)
+            spans = [(start, self._with_end_token(text, end, tokens, places)) for start, end in found]
+        learnt = np.zeros(len(tokens), dtype=bool)
+        begins, ends = places[:, 0], np.maximum(places[:, 1], places[:, 0] + 1)  # what stands for no character goes with the next
+        for start, end in spans[-1:] if mask_history else spans:
+            learnt |= (start < end) & (begins < end) & (ends > start)
+        return np.array(tokens, dtype=np.int32), learnt
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation up to where the assistant goes on."""
+        (escape,) = _unused_characters(messages, 1)
+        text = self._render(self._escape(messages, escape), add_generation_prompt=True)
+        return self._tokenizer.encode_with_offsets(text, escape)[0]
+
+    @cached_property
+    def end_id(self) -> int | None:
+        """The token that an answer ends with; None if it ends with text, as no good template lets it."""
+        input_ids, learnt = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        last = int(input_ids[learnt][-1])
+        return last if self._tokenizer.is_special(last) else None
+
+    def save(self, directory: str | Path) -> None:
+        """Write chat_template.jinja, where servers and `load_tokenizer` look first. {% generation %} is left out: few know it."""
+        source = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", self.source)
+        source = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", source)
+        (Path(directory) / "chat_template.jinja").write_text(source, encoding="utf-8")
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, generation: Sequence[str] = ("", "")
+    ) -> str:
+        variables = dict(self._tokenizer.special_tokens, strftime_now=lambda form: self._now().strftime(form))
+        variables |= dict(generation_marks=generation, add_generation_prompt=add_generation_prompt)
+        try:
+            return render(self.source, messages, **variables)
+        except UserError as error:
+            raise UserError(f"the chat template {self.name} says: {error}") from error
+
+    def _escape(self, messages: Sequence[Message], mark: str) -> list[Message]:
+        """What people wrote, so that special tokens in it can be told from the template's."""
+        escape = self._tokenizer.escape
+        return [
+            {key: escape(value, mark) if isinstance(value, str) and key != "role" else value for key, value in message.items()}
+            for message in messages
+        ]
+
+    def _find_answers(self, messages: list[Message], text: str, mark: str) -> list[tuple[int, int]]:
+        """The characters [start, end) of every answer in the text; see the module's docstring."""
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            words = message["content"]
+            start = self._find_mark(messages, i, (0, len(words) - len(words.lstrip())), text, mark)
+            end = self._find_mark(messages, i, (len(words), len(words.rstrip())), text, mark)
+            if (prompt_end := self._find_prompt_end(messages[:i], text, start)) is not None:
+                start = prompt_end
+            if start is None or end is None or start > end:
+                raise UserError(
+                    f"the chat template {self.name} changes answer {len(spans) + 1} so that it cannot be found in the text; "
+                    "put {% generation %} and {% endgeneration %} around answers in the template"
+                )
+            spans.append((start, end))
+        return spans
+
+    def _find_mark(self, messages: list[Message], i: int, places: Sequence[int], text: str, mark: str) -> int | None:
+        """Where a mark put into message i comes out. Templates may strip messages, so it is also put inside of their blanks."""
+        for place in places:
+            words = messages[i]["content"]
+            marked = messages[i] | {"content": words[:place] + mark + words[place:]}
+            before, *after = self._render([*messages[:i], marked, *messages[i + 1 :]]).split(mark)
+            if len(after) == 1 and before + after[0] == text:
+                return len(before)
+        return None
+
+    def _find_prompt_end(self, messages: list[Message], text: str, answer_start: int | None) -> int | None:
+        """Where the prompt ends that the model will be given. Not every template has a prompt that calls for an answer."""
+        try:
+            prompt, bare = self._render(messages, add_generation_prompt=True), self._render(messages)
+        except UserError:
+            return None
+        if not text.startswith(prompt):
+            return None
+        is_call = prompt != bare or (answer_start is not None and not text[len(prompt) : answer_start].strip())
+        return len(prompt) if is_call else None
+
+    def _with_end_token(self, text: str, end: int, tokens: Sequence[int], places: np.ndarray) -> int:
+        """The end of an answer with its end token: the next token but for blanks, if it is special."""
+        for i, (begin, stop) in zip(tokens, places, strict=True):
+            if end <= begin < stop and not text[begin:stop].isspace():
+                return int(stop) if self._tokenizer.is_special(i) else end
+        return end
+
+
+def render(source: str, messages: Sequence[Message], **variables: object) -> str:
+    """The text that a template makes of a conversation. Raises UserError with what the template says against it."""
+    try:
+        return _compile(source).render(messages=messages, tools=None, documents=None, **variables)
+    except Exception as error:  # a template is a program, and can fail in every way
+        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: the text between, inside the two marks that are given as generation_marks."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    @jinja2.pass_context
+    def _mark(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
+        start, end = context.get("generation_marks", ("", ""))
+        return start + caller() + end
+
+
+@lru_cache
+def _compile(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "dict": lambda *items, **named: dict(*items, **named)}
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from error
+
+
+def _to_json(value: object, ensure_ascii: bool = False, **options: object) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own filter writes <, > and & for HTML
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:
+    """Characters that no text of the conversation holds. Unicode keeps 32 for such a use: they never stand for anything."""
+    used = set(json.dumps(messages, ensure_ascii=False, default=str))
+    candidates = chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))
+    found = (chr(i) for i in candidates if chr(i) not in used)
+    return [next(found) for _ in range(count)]
+
+
+def _take_out(marks: Sequence[str], text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without the marks, and the [start, end) that lay between each two of them."""
+    plain, places = "", []
+    for i, part in enumerate(re.split("[" + "".join(marks) + "]", text)):
+        if i:
+            places.append(len(plain))
+        plain += part
+    return plain, list(zip(places[::2], places[1::2], strict=True))
+
+
+def _is_text_of_its_own(tokenizer: Tokenizer) -> bool:
+    """Whether what follows a special token has the tokens of a text that stands alone, "▁" in front and all."""
+    special = next(iter(tokenizer.special_tokens.values()), None)
+    if special is None:
+        return True
+    after = tokenizer.encode_with_offsets(special + "a")[0][1:]
+    return after == tokenizer.encode("a", bos=False)

@@ -1,0 +1,170 @@
+"""From records to rows: one form, whatever the columns are called.
+
+    prompt, completion                   names may be changed with prompt_column and completion_column
+    instruction, input, output           Stanford Alpaca's form; `input` may be empty or absent; `system` and `history`, a list of
+                                         [question, answer], as LLaMA-Factory has them
+    messages                             a list of {"role": "user", "content": "Hi"}; roles: system, user, assistant
+    conversations                        ShareGPT's form, a list of {"from": "human", "value": "Hi"}; from: system, human, gpt
+    text                                 every token is supervised
+
+Where a chat template words the rows, prompts and instructions are questions to the assistant: conversations of two messages.
+Where none does, prompts stand as they are written and instructions get Alpaca's wording.
+
+Several datasets are joined. With weights, `a.jsonl:0.7,b.json:0.3`, they are mixed: 7 of 10 rows are of the first, as many rows in
+all as there can be without any row twice. The seed chooses which rows of each, once for the whole training.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from minilora.chat import Message, render
+from minilora.errors import UserError
+from minilora.readers import read_records
+from minilora.templates import TEMPLATES
+
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example as text. A prompt of None means that all of the completion is plain text to learn."""
+
+    prompt: str | None
+    completion: str
+    messages: tuple[Message, ...] | None = None  # the conversation, where a chat template is to word it; it ends with `completion`
+    place: str = field(default="", compare=False, repr=False)  # "data.jsonl, line 3"
+
+
+def read_rows(
+    path: str | Path, prompt_column: str = "prompt", completion_column: str = "completion", chat: bool = False
+) -> list[Row]:
+    """Read a dataset: a file, an address or a hub dataset; `chat`: a chat template will word its prompts and instructions.
+
+    Raises UserError naming the file, the line or item, and the column that is wrong.
+    """
+    records = read_records(path)
+    place, columns = records[0][0], records[0][1].keys()  # the first record decides the form; every other one must have it too
+    if {prompt_column, completion_column} <= columns:
+        return [_prompt_and_completion(*record, prompt_column, completion_column, chat) for record in records]
+    if {"instruction", "output"} <= columns:
+        return [_alpaca(*record, chat) for record in records]
+    for column in ("messages", "conversations"):
+        if column in columns:
+            return [_conversation(*record, column) for record in records]
+    if "text" in columns:
+        return [Row(None, _text(place, record, "text"), place=place) for place, record in records]
+    raise UserError(
+        f"{place}: no columns {prompt_column} + {completion_column}, instruction + output, messages, conversations or text; it has "
+        f"{', '.join(columns) or 'none'}; say which with prompt_column and completion_column"
+    )
+
+
+def parse_datasets(datasets: str | Sequence[str]) -> list[tuple[str, Fraction | None]]:
+    """Places and weights of `a.jsonl:0.7,b.json:0.3`, or of a list of such entries. Without weights they are None."""
+    entries = datasets.split(",") if isinstance(datasets, str) else datasets
+    found = [re.fullmatch(r"(.+?)(?::(\d+\.?\d*|\.\d+))?", entry.strip()) for entry in entries]
+    if None in found:
+        raise UserError(f"dataset = {datasets!r} names nothing between two commas")
+    parsed = [(match[1], Fraction(match[2]) if match[2] else None) for match in found]
+    weights = [weight for _, weight in parsed]
+    if None in weights and any(weights):
+        raise UserError(f"dataset = {datasets!r}: some have a weight and some have none; give one to all of them, or to none")
+    if 0 in weights:
+        raise UserError(f"dataset = {datasets!r}: a weight is 0; leave that dataset out")
+    return parsed
+
+
+def mix_rows(parts: Sequence[list[Row]], weights: Sequence[Fraction | None], seed: int) -> list[Row]:
+    """Join datasets; those with weights in that proportion, the first that is used up ending it. Rows keep their order."""
+    if None in weights:
+        return [row for part in parts for row in part]
+    shares = [weight / sum(weights) for weight in weights]
+    total = min(len(part) / share for part, share in zip(parts, shares, strict=True))  # exact: shares are fractions
+    mixed = []
+    for i, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        count = max(1, math.floor(total * share))
+        order = np.random.Generator(np.random.Philox(key=[seed, i])).permutation(len(part))
+        mixed += [part[j] for j in sorted(order[:count].tolist())]
+    return mixed
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------------------
+
+
+def _prompt_and_completion(place: str, record: dict, prompt_column: str, completion_column: str, chat: bool) -> Row:
+    prompt, completion = _text(place, record, prompt_column), _text(place, record, completion_column)
+    messages = (_message("user", prompt), _message("assistant", completion)) if chat else None
+    return Row(prompt, completion, messages, place)
+
+
+def _alpaca(place: str, record: dict, chat: bool) -> Row:
+    instruction, completion = _text(place, record, "instruction"), _text(place, record, "output")
+    context, system = (_text(place, record, column) if record.get(column) else "" for column in ("input", "system"))
+    question = _message("user", f"{instruction}\n{context}" if context else instruction)
+    if context:
+        question |= {"instruction": instruction, "input": context}  # for the alpaca template, which words them apart
+    history = _history(place, record)
+    if not chat:
+        if system or history:
+            raise UserError(f"{place}: a row with system or history needs a chat template to word it, such as --template alpaca")
+        wording = dict(bos_token="", add_generation_prompt=True)
+        return Row(render(TEMPLATES["alpaca"], [question], **wording), completion, place=place)
+    messages = ([_message("system", system)] if system else []) + [*history, question, _message("assistant", completion)]
+    return Row(question["content"], completion, tuple(messages), place)
+
+
+def _history(place: str, record: dict) -> list[Message]:
+    turns = record.get("history") or []
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and list(map(type, turn)) == [str, str] for turn in turns):
+        raise UserError(f"{place}: the column history {_fault(record, 'history', 'a list of [question, answer]')}")
+    return [message for question, answer in turns for message in (_message("user", question), _message("assistant", answer))]
+
+
+def _conversation(place: str, record: dict, column: str) -> Row:
+    turns = record.get(column)
+    if not isinstance(turns, list):
+        raise UserError(f"{place}: the column {column} {_fault(record, column, 'a list of messages')}")
+    messages = [_read_message(f"{place}, message {i}", turn) for i, turn in enumerate(turns, start=1)]
+    if record.get("system") and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, _message("system", _text(place, record, "system")))
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()  # nothing is learnt from what comes after the last answer
+    if not messages:
+        raise UserError(f"{place}: the conversation has no message of the assistant, so there is nothing to learn")
+    questions = [message["content"] for message in messages if message["role"] == "user"]
+    return Row(questions[-1] if questions else "", messages[-1]["content"], tuple(messages), place)
+
+
+def _read_message(place: str, turn: object) -> Message:
+    if not isinstance(turn, dict):
+        raise UserError(f"{place}: expected an object with role and content, found {type(turn).__name__}")
+    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
+    role, content = _text(place, turn, role_key), _text(place, turn, content_key)
+    if role not in _ROLES:
+        raise UserError(f"{place}: the role {role!r} is not known; known: {', '.join(_ROLES)}")
+    more = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
+    return more | _message(_ROLES[role], content)
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _text(place: str, record: dict, column: str) -> str:
+    value = record.get(column)
+    if not isinstance(value, str):
+        raise UserError(f"{place}: the column {column} {_fault(record, column, 'text')}")
+    return value
+
+
+def _fault(record: dict, column: str, expected: str) -> str:
+    if column not in record:
+        return "is missing"
+    found = repr(record[column])
+    return f"holds {found if len(found) <= 80 else found[:77] + '...'}, not {expected}"
