@@ -32,7 +32,7 @@ _NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, _NAMES.values()))})")
 
 # Every key that PEFT 0.21 writes for a plain LoRA, with the value that means "nothing special".
-_PEFT_DEFAULTS = {
+PEFT_DEFAULTS = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
     "arrow_config": None,
@@ -99,7 +99,7 @@ def save_adapter(
         raise UserError(f"the model has no adapter called {name!r} to save")
     config = next(iter(layers.values())).configs[name]
     tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in _parameters(model, name).items()}
-    written = _PEFT_DEFAULTS | {
+    written = PEFT_DEFAULTS | {
         "base_model_name_or_path": base_model_name_or_path,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -143,7 +143,7 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
         if key == "init_lora_weights":
             if value not in _HARMLESS_INITS:
                 raise UserError(f"{path}: init_lora_weights = {value!r} changed the base weights; convert it to plain LoRA first")
-        elif value and value != _PEFT_DEFAULTS.get(key):
+        elif value and value != PEFT_DEFAULTS.get(key):
             raise UserError(f"{path}: {key} = {value!r} is not supported")
     try:
         return LoraConfig(**{key: raw[key] for key in _HONOURED & raw.keys()})

@@ -1,7 +1,9 @@
-"""Merge a LoRA adapter into its base model: out comes a plain model directory that transformers, vLLM and minilora load.
+"""Merge a LoRA adapter into its base model, for whatever is to run it.
 
-    python scripts/merge.py --adapter outputs --output merged
-    python scripts/merge.py --adapter outputs --output merged --quantize          in 4 bits again, if you must
+    python scripts/merge.py --adapter outputs --output merged                     a model directory: transformers, vLLM, minilora
+    python scripts/merge.py --adapter outputs --output merged --quantize          the same in 4 bits again, if you must
+    python scripts/merge.py --adapter outputs --output model.gguf --outtype q8_0  one file: llama.cpp, Ollama, LM Studio
+    python scripts/merge.py --adapter outputs --export_adapter plain              the adapter alone, as every server loads it
 
 An adapter corrects the weights it was trained on. QLoRA's are not W but what 4 bits leave of it, Q = dequantize(quantize(W)), so
 there are two weights to add it to:
@@ -14,7 +16,10 @@ norm, beside the adapter's own size on that scale. So it does for merged weights
 the adapter had to give: done only if asked. (An adapter trained without quantization saw W: merge it into the original weights.)
 
 Sums are taken in float32 and rounded once, to the dtype of the file. One tensor passes at a time, and one file of about 1 GB is
-held until it is written: a 7B model needs less than 4 GB of memory. The output directory appears complete or not at all.
+held until it is written: a 7B model needs less than 4 GB of memory. The output appears complete or not at all.
+
+--export_adapter merges nothing. It writes rsLoRA's scaling alpha / sqrt(r) as plain LoRA's alpha' / r, alpha' = alpha sqrt(r),
+since SGLang knows no other, and says for each server whether the adapter loads there, as scripts/lint_adapter.py does.
 """
 
 import argparse
@@ -33,14 +38,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilora import adapter as adapters
-from minilora.config import QuantConfig
+from minilora.config import LoraConfig, QuantConfig
+from minilora.dora import row_factors
 from minilora.errors import UserError, run_script
-from minilora.files import write_whole
+from minilora.files import read_json, write_whole
 from minilora.hub import resolve_model
+from minilora.lint import lint_adapter, table
 from minilora.lora import OUTPUT_HEAD, match_targets
 from minilora.model import CausalLM
 from minilora.quantization import QUANT_TYPES, quantize_4bit, to_bitsandbytes
-from minilora.tokenizer import load_tokenizer
+from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.weights import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -59,20 +66,31 @@ SHARD_BYTES = 1_000_000_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--adapter", required=True, help="its directory, or its hub id")
-    parser.add_argument("--output", required=True, help="directory to write; it must not exist yet")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", help="directory to write, or a file that ends in .gguf; it must not exist yet")
+    target.add_argument("--export_adapter", metavar="DIRECTORY", help="write the adapter as plain LoRA instead, without merging")
     parser.add_argument("--model", help="base model, directory or hub id; default: the one that the adapter names")
     parser.add_argument("--into", choices=("original", "dequantized"), help="default: original, unless the files are quantized")
+    parser.add_argument("--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16")
     parser.add_argument("--quantize", action="store_true", help="write the merged weights in 4 bits, in bitsandbytes' format")
     parser.add_argument("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
     parser.add_argument("--double_quantization", choices=("true", "false"), help="as in training; default: true")
     options = parser.parse_args()
-
-    # ---- everything that can be wrong without a weight in memory -----------------------------------------------------
-
-    output = Path(options.output)
+    output, to_gguf = Path(options.export_adapter or options.output), (options.output or "").endswith(".gguf")
+    if options.outtype and not to_gguf:
+        raise UserError("--outtype is of a .gguf file: let --output end in .gguf, or leave it out")
+    if options.quantize and to_gguf:
+        raise UserError("--quantize writes bitsandbytes' 4 bits, which no .gguf file holds: leave it out, or choose --outtype q8_0")
     if output.exists():
         raise UserError(f"output {output} exists; choose another directory, or remove it first")
     adapter = resolve_model(options.adapter)
+    if options.export_adapter:
+        return export_adapter(adapter, output, options)
+    if to_gguf:
+        from minilora.gguf_export import write_gguf
+
+    # ---- everything that can be wrong without a weight in memory -----------------------------------------------------
+
     lora, factors = adapters.read_adapter(adapter)
     base = find_base(options.model, adapter)
     config, tokenizer, stored = read_config(base), load_tokenizer(base), StoredTensors(base)
@@ -103,11 +121,9 @@ def main() -> None:
                 return to_bitsandbytes(q, name)  # what training saw to the bit; by way of dequantized weights it would not be
             return {name: weight if q is None or into == "original" else q.dequantize()}
 
-        A, B = factors[layer]
-        delta = (B @ A) * lora.scaling  # (out, in) float32, and so are its sums with weights of any dtype
-        sums = {} if weight is None else {"original": delta + weight}
+        sums = {} if weight is None else {"original": merged_weight(weight, factors[layer], lora.scaling)}
         if q is not None:
-            sums["dequantized"] = q.dequantize(torch.float32).add_(delta)
+            sums["dequantized"] = merged_weight(q.dequantize(torch.float32), factors[layer], lora.scaling)
         target, dtype = (into, q.dtype) if q is not None else ("original", weight.dtype)  # the output head is not quantized
         rounded = {choice: total.to(dtype) for choice, total in sums.items()}
         if not rounded[target].isfinite().all():
@@ -117,25 +133,33 @@ def main() -> None:
         seen, again = sums["dequantized"], replace(quantize_4bit(sums[target], *settings), dtype=dtype)
         for choice, value in (rounded | {"quantized": again.dequantize(torch.float32)}).items():
             errors.setdefault(choice, {})[layer] = ((value - seen).norm() / seen.norm()).item()
-        errors.setdefault("adapter", {})[layer] = (delta.norm() / seen.norm()).item()
+        errors.setdefault("adapter", {})[layer] = ((seen - q.dequantize(torch.float32)).norm() / seen.norm()).item()
         return to_bitsandbytes(again, name) if in_4_bits else {name: rounded[target]}
 
     print(f"merging {adapter} (r {lora.r}, scaling {lora.scaling:g}, {len(factors)} layers) into the {into} weights of {base}")
+    differences = []
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as passing:
-            part = Path(passing) / "model"
-            tokenizer.save(part)
-            if (base / "generation_config.json").is_file():
-                shutil.copyfile(base / "generation_config.json", part / "generation_config.json")
-            write_config(base, part, config.dtype, quant if options.quantize else None)
-            size = write_shards(map(merged, tqdm(wanted, unit=" tensors", leave=False, disable=None)), part)
-            os.replace(part, output)
+        if to_gguf:
+            differences = write_gguf(output, base, config, wanted, lambda name: merged(name)[name], options.outtype or "f16")
+        else:
+            entries = map(merged, tqdm(wanted, unit=" tensors", leave=False, disable=None))
+            write_directory(output, base, tokenizer, entries, config.dtype, quant if options.quantize else None)
     except (FileExistsError, NotADirectoryError) as error:  # a file in the way
         raise UserError(f"output {output} cannot be written: {error}") from error
     if errors:  # none of the head alone, which training did not quantize
         print_table(errors, quant, into, written="quantized" if options.quantize else into)
+    for difference in differences:
+        print(f"note: {difference}")
+    size = sum(file.stat().st_size for file in ([output] if to_gguf else output.glob("*.safetensors")))
     print(f"{output} holds the merged model, {size / 1e6:,.0f} MB")
+
+
+def merged_weight(weight: Tensor, factors: tuple[Tensor, ...], scaling: float) -> Tensor:
+    """W + scaling B A of one layer, for DoRA with each row of its magnitude; (out, in) in float32, whatever the dtype of W."""
+    A, B, *magnitude = factors
+    V = ((B @ A) * scaling).add_(weight)
+    return V.mul_(row_factors(V, *magnitude)) if magnitude else V
 
 
 def find_base(asked: str | None, adapter: Path) -> Path:
@@ -159,8 +183,27 @@ def choose(options: argparse.Namespace, stored: StoredTensors, wanted: dict[str,
     return "dequantized", QuantConfig(4, q.quant_type, q.nested_absmax is not None, q.blocksize)
 
 
-def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> int:
-    """Write tensors as they come, into one file or into several and an index. Returns their bytes."""
+def write_directory(
+    output: Path,
+    base: Path,
+    tokenizer: Tokenizer,
+    entries: Iterable[dict[str, Tensor]],
+    dtype: str,
+    quant: QuantConfig | None,
+) -> None:
+    """Write a model directory: everything under another name first, which becomes `output` when it is complete."""
+    with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as passing:
+        part = Path(passing) / "model"
+        tokenizer.save(part)
+        if (base / "generation_config.json").is_file():
+            shutil.copyfile(base / "generation_config.json", part / "generation_config.json")
+        write_config(base, part, dtype, quant)
+        write_shards(entries, part)
+        os.replace(part, output)
+
+
+def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> None:
+    """Write tensors as they come, into one file or into several and an index."""
     held, shards, weight_map, total = {}, [], {}, 0
     for tensors in chain(entries, [{}]):  # the empty one is the end
         if held and (not tensors or sum(t.nbytes for t in (held | tensors).values()) > SHARD_BYTES):
@@ -175,7 +218,6 @@ def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> int:
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_whole(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    return total
 
 
 def write_config(base: Path, output: Path, dtype: str, quant: QuantConfig | None) -> None:
@@ -196,6 +238,40 @@ def print_table(errors: dict[str, dict[str, float]], quant: QuantConfig, into: s
     for choice in (choice for choice in rows if choice in errors):
         worst, middle = max(errors[choice].values()), median(errors[choice].values())
         print(f"  {rows[choice]:38}{worst:>9.1e}{middle:>9.1e}" + "   <- written" * (choice == written))
+
+
+def export_adapter(adapter: Path, output: Path, options: argparse.Namespace) -> None:
+    """Write an adapter as plain LoRA with the same effect: rsLoRA's alpha times sqrt(r), all else as it was."""
+    merging = ("model", "into", "quantize", "quantization_type", "double_quantization")
+    if stray := [f"--{name}" for name in merging if getattr(options, name)]:
+        raise UserError(f"--export_adapter merges nothing: leave out {', '.join(stray)}")
+    lora, _ = adapters.read_adapter(adapter)
+    if lora.use_dora:
+        raise UserError(f"{adapter} is a DoRA adapter, which plain LoRA cannot express: merge it, with --output")
+    plain = as_plain_lora(lora)
+    raw = read_json(adapter / adapters.CONFIG_FILE) | {"use_rslora": plain.use_rslora, "lora_alpha": plain.lora_alpha}
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as passing:
+            part = Path(passing) / "adapter"
+            part.mkdir()
+            for file in adapter.iterdir():  # but no other tensors: SGLang reads every one of a directory
+                if file.is_file() and (file.suffix != ".safetensors" or file.name == adapters.WEIGHTS_FILE):
+                    write_whole(part / file.name, file.read_bytes())
+            write_whole(part / adapters.CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
+            os.replace(part, output)
+    except (FileExistsError, NotADirectoryError) as error:  # a file in the way
+        raise UserError(f"output {output} cannot be written: {error}") from error
+    print(f"{output} holds the adapter as plain LoRA: alpha {lora.lora_alpha:g} -> {plain.lora_alpha:g}, scaling {lora.scaling:g}")
+    print(table(lint_adapter(output)))
+
+
+def as_plain_lora(lora: LoraConfig) -> LoraConfig:
+    """The same scaling without rsLoRA: alpha / sqrt(r) = alpha sqrt(r) / r. A whole alpha stays a whole number."""
+    if not lora.use_rslora:
+        return lora
+    alpha = lora.lora_alpha * lora.r**0.5
+    return replace(lora, use_rslora=False, lora_alpha=int(alpha) if alpha == int(alpha) else alpha)
 
 
 if __name__ == "__main__":

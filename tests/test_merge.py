@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 from families import relative_error, transformers_model
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_lora import ids, randomize
@@ -347,3 +349,86 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(script, merge, place, monkey
     code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
     assert code == 2 and "No space left on device" in err and err.count("\n") == 1
     assert len(calls) == 2 and {path.name for path in place.iterdir()} == {"base", "adapter"}
+
+
+# ---- the adapter alone, for servers ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_an_exported_adapter_is_plain_lora_with_the_same_logits_in_peft_and_here(merge, place):
+    peft = pytest.importorskip("peft")
+    make_adapter(place / "base", place / "adapter", r=6, lora_alpha=5, use_rslora=True)
+    code, out, _ = merge("--adapter", place / "adapter", "--export_adapter", place / "new" / "plain")
+    assert code == 0 and "alpha 5 -> 12.2474, scaling 2.04124" in out and out.endswith("SGLang  loads\n")
+    before, after = (json.loads((place / name / "adapter_config.json").read_text()) for name in ("adapter", "new/plain"))
+    assert after == before | {"use_rslora": False, "lora_alpha": 5 * 6**0.5}
+    expected = adapted(place)(ids(2, 20))
+    model = load_model(place / "base")
+    load_adapter(model, place / "new" / "plain")
+    # alpha sqrt(r) / r is alpha / sqrt(r) but for the last bit of a float64: nothing of it is left in float32.
+    assert torch.equal(model(ids(2, 20)), expected)
+    for directory in ("adapter", "new/plain"):
+        theirs = peft.PeftModel.from_pretrained(in_transformers(place / "base"), place / directory).eval()
+        assert relative_error(theirs(input_ids=ids(2, 20)).logits, expected) <= TOLERANCE
+
+
+def test_an_export_copies_all_files_but_other_tensors(merge, place):
+    for name in ("README.md", "tokenizer.model", "optimizer.safetensors"):
+        (place / "adapter" / name).write_text(name)
+    (place / "adapter" / "checkpoint-1").mkdir()
+    assert merge("--adapter", place / "adapter", "--export_adapter", place / "plain")[0] == 0
+    copied = {path.name: path.read_bytes() for path in (place / "plain").iterdir()}
+    assert copied.keys() == {"README.md", "tokenizer.model", "adapter_config.json", "adapter_model.safetensors"}
+    assert copied["README.md"] == b"README.md"
+    assert copied["adapter_model.safetensors"] == (place / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@given(st.integers(1, 600), st.floats(0.01, 1000))
+def test_an_exported_scaling_is_the_adapters_whatever_rank_and_alpha(r, alpha):
+    from merge import as_plain_lora
+
+    lora = LoraConfig(r, alpha, use_rslora=True)
+    plain = as_plain_lora(lora)
+    # Roundings of 2^-53 each: root and quotient on one side, root, product and quotient on the other.
+    assert not plain.use_rslora and plain.scaling == pytest.approx(lora.scaling, rel=5 * 2**-53)
+    assert as_plain_lora(plain) == plain
+
+
+def test_plain_lora_is_exported_as_it_is(merge, place):
+    make_adapter(place / "base", place / "adapter", use_rslora=False)
+    assert merge("--adapter", place / "adapter", "--export_adapter", place / "plain")[0] == 0
+    before, after = (json.loads((place / name / "adapter_config.json").read_text()) for name in ("adapter", "plain"))
+    assert after == before
+
+
+@pytest.mark.parametrize("case", ["DoRA", "no config", "B missing", "other rank"])
+def test_an_adapter_that_cannot_be_exported_is_one_line_and_leaves_nothing(merge, place, case):
+    if case == "DoRA":
+        make_adapter(place / "base", place / "adapter", use_dora=True)
+    else:
+        DAMAGE[case][0](place)
+    before = {path.name for path in place.iterdir()}
+    code, _, err = merge("--adapter", place / "adapter", "--export_adapter", place / "plain")
+    assert code == 2 and err.count("\n") == 1
+    assert ("which plain LoRA cannot express: merge it" if case == "DoRA" else DAMAGE[case][1]) in err
+    assert {path.name for path in place.iterdir()} == before
+
+
+def test_options_of_merging_are_refused_beside_export_adapter(merge, place):
+    code, _, err = merge("--adapter", place / "adapter", "--export_adapter", place / "plain", "--quantize", "--into", "original")
+    assert code == 2 and err == "error: --export_adapter merges nothing: leave out --into, --quantize\n"
+    code, _, err = merge("--adapter", place / "adapter", "--export_adapter", place / "base")
+    assert code == 2 and "base exists; choose another directory" in err
+    code, _, err = merge("--adapter", place / "adapter")
+    assert code == 2 and "one of the arguments --output --export_adapter is required" in err
+
+
+def test_a_full_disk_leaves_no_half_of_an_exported_adapter(script, merge, place, monkeypatch):
+    def full(path, data):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script, "write_whole", full)
+    code, _, err = merge("--adapter", place / "adapter", "--export_adapter", place / "plain")
+    assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+    assert {path.name for path in place.iterdir()} == {"base", "adapter"}

@@ -1,0 +1,31 @@
+"""Will an adapter load in PEFT, vLLM and SGLang, and if not, why and what helps.
+
+    python scripts/lint_adapter.py outputs
+    python scripts/lint_adapter.py outputs --model mistralai/Mistral-7B-v0.1     names and shapes checked against the base model too
+
+Nothing of these programs is installed or started: `minilora/lint.py` knows their rules. Exits with 0 if all three load the adapter
+as it was trained, 1 if some do not, 2 if there is no adapter to look at.
+"""
+
+import argparse
+import sys
+
+from minilora.errors import run_script
+from minilora.hub import resolve_model
+from minilora.lint import lint_adapter, loads, table
+from minilora.weights import read_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("adapter", help="its directory, or its hub id")
+    parser.add_argument("--model", help="base model, directory or hub id, to compare names and shapes with")
+    options = parser.parse_args()
+    base_config = read_config(resolve_model(options.model)) if options.model else None
+    findings = lint_adapter(resolve_model(options.adapter), base_config)
+    print(table(findings))
+    sys.exit(0 if loads(findings) else 1)
+
+
+if __name__ == "__main__":
+    run_script(main)
