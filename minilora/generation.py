@@ -1,13 +1,15 @@
 """Turning logits into text, one token at a time.
 
-The prompt goes through the model once and fills the KV cache; after that every new token costs one pass over one place. Prompts of
-different lengths are padded on the left, so that all of them end at the same place, and the padding is a document of its own
-(see `minilora.model`): every row gets exactly the numbers it would get alone.
+The prompt goes through the model once and fills the KV cache; after that every new token costs one pass over one place. A cache
+that holds the beginning of the prompt already, as a conversation has it, saves that part as well. Prompts of different lengths are
+padded on the left, so that all of them end at the same place, and the padding is a document of its own (see `minilora.model`):
+every row gets exactly the numbers it would get alone.
 
 Sampling is a chain of small changes to the logits, in the order that transformers applies them: repetition penalty, temperature,
 top-k, top-p, then a draw. Temperature 0 means greedy: the most likely token, always.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -57,10 +59,11 @@ def generate_stream(
     eos_token_ids: Sequence[int] | None = None,
     pad_token_id: int = 0,
     use_cache: bool = True,
+    cache: KVCache | None = None,  # holds the first tokens of input_ids, without padding, and has room for all that come
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """The new tokens as they come, (B,) a step. Ends when every row has ended or after `max_new_tokens`."""
-    _check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     (B, T), device = input_ids.shape, input_ids.device
     eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
     eos = torch.tensor(list(eos), dtype=torch.long, device=device)
@@ -69,10 +72,12 @@ def generate_stream(
         if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
             raise ValueError("attention_mask has zeros after ones; generation wants the padding on the left")
         documents = torch.where(attention_mask.bool(), 0, PADDING)  # (B, T)
-    cache = None
-    if use_cache:
+    if use_cache and cache is None:
         cache = KVCache(model.config, B, T + max_new_tokens, model.model.norm.weight.dtype, device)
-    sequence, new = input_ids, input_ids  # the whole row so far, and the part that the model has not seen
+    sequence, new = (
+        input_ids,
+        input_ids[:, cache.length if use_cache else 0 :],
+    )  # the whole row so far, and what is new to the model
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
         hidden = model.model(new, document_ids=documents, cache=cache)  # (B, new, D)
@@ -130,13 +135,23 @@ def penalize_repetition(logits: Tensor, sequence: Tensor, penalty: float, attent
     return torch.where(said, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def generate_text(model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], batch_size: int = 32, **settings) -> list[str]:
+def end_tokens(model: CausalLM, tokenizer: Tokenizer, *more: int | None) -> set[int]:
+    """What ends an answer: the model's own EOS, the one that training put behind every completion, and, of a chat, a turn's end."""
+    return {*model.config.eos_token_ids, tokenizer.eos_id, *more} - {None}
+
+
+def generate_text(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],  # as text, or encoded
+    batch_size: int = 32,
+    **settings,
+) -> list[str]:
     """The completion of every prompt, without the prompt and without what follows its EOS. `settings` as in `generate_stream`."""
     device = model.model.embed_tokens.weight.device
-    rows = [tokenizer.encode(prompt) for prompt in prompts]
+    rows = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # neighbours of like length: little padding
-    # The model's own, and the one that training put behind every completion: they need not be the same.
-    eos = set(settings.setdefault("eos_token_ids", {*model.config.eos_token_ids, tokenizer.eos_id} - {None}))
+    eos = set(settings.setdefault("eos_token_ids", end_tokens(model, tokenizer)))
     texts = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -156,14 +171,15 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | 
     return input_ids, attention_mask
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+    """Raises UserError for a setting that `generate_stream` cannot work with."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise UserError(f"temperature must be at least 0, not {temperature}")
     if top_k < 0:
         raise UserError(f"top_k must be at least 0 (0: off), not {top_k}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if repetition_penalty <= 0:
+    if not 0 < repetition_penalty < math.inf:
         raise UserError(f"repetition_penalty must be above 0, not {repetition_penalty}")
