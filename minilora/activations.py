@@ -27,13 +27,15 @@ from minilora.loss import _WEIGHT_ROWS, places_at_a_time
 
 
 class Widths(NamedTuple):
-    """Bytes of a number."""
+    """Bytes of a number. 0: there are none of the kind."""
 
     number: int  # a weight or an activation
     product: int  # in a matrix product (see `ops.product_dtype`)
-    wide: int  # the same where the operands are copied for it, else 0
+    wide: int  # the same, of operands that are copied for it
     mask: int  # of dropout: a bool, but on a CPU a factor
     d_hidden: int  # the gradient of the hidden states
+    sums: int  # in float32, of operands that are not
+    attention_sums: int  # the same of attention's gradients, which a GPU's kernels have in memory
 
 
 def widths_of(dtype: torch.dtype, device: str) -> Widths:
@@ -41,8 +43,16 @@ def widths_of(dtype: torch.dtype, device: str) -> Widths:
     number = product = dtype.itemsize
     if device == "cpu":
         product = ops.product_dtype(torch.empty(0, dtype=dtype, device=device)).itemsize
-    wide = product if product != number else 0
-    return Widths(number, product, wide, number if device == "cpu" else 1, 4 if dtype == torch.float16 else number)
+    sums = 4 if number < 4 else 0
+    return Widths(
+        number=number,
+        product=product,
+        wide=product if product != number else 0,
+        mask=number if device == "cpu" else 1,
+        d_hidden=4 if dtype == torch.float16 else number,
+        sums=sums,
+        attention_sums=sums if device == "cuda" else 0,
+    )
 
 
 class LayerBytes(NamedTuple):
@@ -70,7 +80,7 @@ def layer_bytes(
     H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     D, HK, GK, F = (tokens * width * widths.number for width in (c.hidden_size, H * K, G * K, c.intermediate_size))
     wide_D, wide_F = (tokens * width * widths.wide for width in (c.hidden_size, c.intermediate_size))
-    sums = 0 if widths.number == 4 else row  # a number a token, where sums are in float32 and activations are not
+    sums_D, sums_F = (tokens * width * widths.sums for width in (c.hidden_size, c.intermediate_size))
 
     def adapters(x: int, outputs: dict[str, int], x_is_kept: bool = False) -> int:
         """What the adapters of products with one input of x bytes keep. `outputs`: of each product, for DoRA, which keeps them."""
@@ -95,14 +105,15 @@ def layer_bytes(
 
     at_swiglu = 3 * F - down  # down_proj has let go of what it kept
     if lora.use_dora and adapted & {"gate_proj", "up_proj"}:
-        at_swiglu = max(at_swiglu, 2 * F + (2 * sums * c.intermediate_size or F) - down)  # the gradient of up's magnitudes
+        at_swiglu = max(at_swiglu, 2 * F + (2 * sums_F or F) - down)  # the gradient of up's magnitudes
     at_down = F + wide_F + D + wide_D + (D + (twice if lora.use_dora else 0) if down else 0)
-    at_attention = 4 * HK + 3 * sums * H * K - second_half  # dy, dq, dk, dv
+    # When the second half has let go: dy, dq, dk and dv of attention; the norm's input and dy, and what it makes of them.
+    between = max(4 * HK + 3 * tokens * H * K * widths.attention_sums, 2 * D + 4 * sums_D) - second_half
     return LayerBytes(
         input=D,
         attention=attention,
         kept=first_half + second_half,
-        backward=D + max(at_swiglu, at_down, at_attention),  # D: the gradient of the residual stream
+        backward=D + max(at_swiglu, at_down, between),  # D: the gradient of the residual stream
         alone=2 * D + max(D + 3 * F, at_down),
     )
 

@@ -1,15 +1,15 @@
-"""What a run leaves to look at: a line or a bar in the terminal, metrics.jsonl, loss.png, and a model card.
+"""What a run leaves to look at: a line or a bar in the terminal, metrics.jsonl, a model card, and what it reports elsewhere.
 
 On a terminal there is one bar, redrawn in place; where output goes to a file, one line every `logging_steps`. Both hold the same:
 
     step 120/360  loss 0.412  lr 2.1e-03  18.2k tok/s  0.9 GiB  0:14 left
 """
 
-import io
 import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
 from minilora.optim import describe_optimizer
+from minilora.reporters import Reporter
 from minilora.train_config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,14 +32,24 @@ class Tracker:
     """Shows progress and appends each record to `metrics.jsonl` at once, so that a killed run keeps what it had.
 
     A resumed run hands over the `state_dict` of its earlier life: the file then begins with what was recorded up to there, and no
-    more. Without a directory nothing is shown or written, and the records are kept all the same.
+    more. Without a directory nothing is shown or written, and the records are kept all the same. Each record goes to every one of
+    the `reporters` too.
     """
 
-    def __init__(self, directory: Path | None, total_steps: int, epoch_steps: int, logging_steps: int, state: dict | None = None):
+    def __init__(
+        self,
+        directory: Path | None,
+        total_steps: int,
+        epoch_steps: int,
+        logging_steps: int,
+        state: dict | None = None,
+        reporters: Sequence[Reporter] = (),
+    ):
         self.path = None if directory is None else directory / METRICS_FILE
         self.total_steps, self.epoch_steps, self.logging_steps = total_steps, epoch_steps, logging_steps
         self.records: list[dict] = list(state["records"]) if state else []
         self.window: list = list(state["window"]) if state else []  # loss, tokens, seconds of each step since the last record
+        self.seconds = state.get("seconds", 0.0) if state else 0.0  # in optimizer steps, of earlier lives too
         self.steps_here = 0  # taken by this process, for the time that is left
         self.started = time.perf_counter()
         self.bar = None
@@ -46,10 +57,14 @@ class Tracker:
             write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, bar_format="{percentage:3.0f}% {bar:24} {desc}")
+        self.reporters = list(reporters) if self.path is not None else []
+        for reporter in self.reporters:
+            reporter.begin(self.records, (state or {}).get(reporter.place.name, {}), self.say)
 
     def state_dict(self) -> dict:
         """What a resumed run needs, as JSON."""
-        return {"records": self.records, "window": self.window}
+        reported = {reporter.place.name: reporter.place.state_dict() for reporter in self.reporters}
+        return {"records": self.records, "window": self.window, "seconds": self.seconds} | reported
 
     def log(self, **record: float) -> None:
         """Write one line of metrics. `step` counts finished optimizer steps. What is not finite is left out: JSON cannot say it."""
@@ -58,6 +73,8 @@ class Tracker:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+        for reporter in self.reporters:
+            reporter.log(record)
 
     def step(
         self,
@@ -75,6 +92,7 @@ class Tracker:
         Steps whose loss is not finite (float16 leaves them out) have no part in the mean.
         """
         self.window.append([loss, tokens, seconds])
+        self.seconds += seconds
         self.steps_here += 1
         losses, counts, times = zip(*self.window, strict=True)
         finite = [value for value in losses if math.isfinite(value)]
@@ -95,6 +113,7 @@ class Tracker:
         if due:
             epoch = round(step / self.epoch_steps, 4)
             record = dict(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=speed, memory=memory)
+            record |= dict(seconds=round(self.seconds, 3))
             if loss_scale.enabled:
                 record |= dict(loss_scale=loss_scale.scale, skipped_steps=loss_scale.skipped)
             self.log(**record)
@@ -111,6 +130,12 @@ class Tracker:
         """End the bar's line."""
         if self.bar is not None:
             self.bar.close()
+
+    def finish(self, status: str, files: Sequence[Path] = ()) -> None:
+        """Tell the reporters how it ended, FINISHED, FAILED or KILLED, and give them what came of it."""
+        self.close()
+        for reporter in self.reporters:
+            reporter.finish(status, files)
 
 
 def print_summary(
@@ -168,33 +193,6 @@ def minutes(seconds: float) -> str:
     """75 -> '1:15', 3700 -> '1:01:40'."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def plot_loss(records: list[dict], path: Path) -> None:
-    """Training and evaluation loss over the steps, as a picture. Nothing is drawn before the first record."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    training = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    held_out = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
-    if not training:
-        return
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*training, strict=True), color="#3b6ea5", linewidth=1.4, label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="#d1662f", linewidth=1.4, markersize=4, label="held out")
-    axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)")
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png")
-    pyplot.close(figure)
-    write_whole(path, picture.getvalue())
 
 
 def write_model_card(path: Path, config: TrainConfig, base_model: str, figures: dict[str, str]) -> None:

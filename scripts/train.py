@@ -18,27 +18,34 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minilora.adapter import load_adapter, save_adapter
+from minilora.chat import ChatTemplate, load_chat_template
 from minilora.config import ModelConfig
-from minilora.data import Dataset, collate, read_rows, split, step_batches, steps_per_epoch, tokenize
+from minilora.data import Dataset, collate, document_ids, padding_share, split, step_batches, steps_per_epoch, tokenize
 from minilora.device import choose_placement, memory_used, return_freed_memory
 from minilora.distributed import Processes, join_processes
 from minilora.errors import UserError, run_script
 from minilora.evaluation import answers, evaluate_loss, exact_match
 from minilora.hub import resolve_model
 from minilora.linear import describe_weights
+from minilora.lint import lint_adapter, table
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
 from minilora.memory import available_memory, choose_recompute, memory_ledger, process_memory
 from minilora.optim import learning_rate, make_optimizer, set_learning_rate
 from minilora.output_dir import check_output_dir, open_output_dir
+from minilora.packing import pack
+from minilora.plots import plot_loss, plot_training
 from minilora.recompute import set_recompute
+from minilora.reporters import make_reporters
 from minilora.resume import (
     StopSignal,
     bring_checkpoint,
@@ -52,8 +59,9 @@ from minilora.resume import (
     set_random_state,
     write_checkpoint,
 )
+from minilora.rows import Row, mix_rows, parse_datasets, read_rows
 from minilora.tokenizer import Tokenizer, load_tokenizer
-from minilora.track import Tracker, minutes, plot_loss, print_answers, print_summary, write_model_card
+from minilora.track import Tracker, minutes, print_answers, print_summary, write_model_card
 from minilora.train_config import TrainConfig, load_train_config, manual
 from minilora.weights import load_model, read_config
 
@@ -83,9 +91,12 @@ def train(config: TrainConfig, processes: Processes) -> None:
     model_dir = resolve_model(config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision)
     model_config = read_config(model_dir)
     tokenizer = load_tokenizer(model_dir)
-    train_set, eval_set = load_datasets(config, model_config, tokenizer)
+    # a template that prints today's date would give other tokens tomorrow, and no resumed run could be exact
+    template = load_chat_template(config.template, tokenizer, now=lambda: datetime(2024, 7, 26))
+    train_set, eval_set = load_datasets(config, model_config, tokenizer, template)
     lengths = [len(example.input_ids) for example in train_set.examples]
     batching = (config.per_device_train_batch_size, config.gradient_accumulation_steps * processes.count)
+    order = (config.seed, config.group_by_length)
     epoch_steps = steps_per_epoch(len(train_set), *batching)
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch_steps)
     warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
@@ -102,6 +113,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     }
     checkpoint, state = find_resumed(config, training, total_steps)
     check_output_dir(config, checkpoint)
+    reporters = make_reporters(config.trackers(), output_dir, asdict(config), config.run_name) if processes.main else []
     ledger_of = partial(
         memory_ledger, model_config, config.lora_config(), config.quant_config(), batch_size=batching[0], length=max(lengths),
         dtype=placement.dtype, optim=config.optim, device=device.type, process=process_memory() if device.type == "cpu" else 0,
@@ -125,6 +137,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     reason = reason if recompute == policy else f"{policy} needs a GPU"
     predicted = ledger_of(recompute=recompute).peak
     print_summary(config, base_model, model, placement, processes.count, train_set, eval_set, total_steps, epoch_steps)
+    print(f"padding    {padding_share(lengths, *batching, *order):.1%} of what goes through the model")
     print(f"recompute  {recompute} ({reason})\nmemory     {predicted / 2**30:.2f} GiB predicted at the peak", flush=True)
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------
@@ -137,12 +150,14 @@ def train(config: TrainConfig, processes: Processes) -> None:
         position = step - loss_scale.skipped  # in the schedule
         lr = learning_rate(position, total_steps, warmup_steps, config.learning_rate, config.lr_scheduler_type)
         set_learning_rate(optimizer, lr)
-        batches = step_batches(lengths, step, *batching, config.seed)
+        batches = step_batches(lengths, step, *batching, *order)
         supervised = sum(train_set.examples[i].supervised for chosen in batches for i in chosen)
         loss, tokens = torch.zeros((), device=device), 0
         for chosen in processes.share(batches):
-            input_ids, labels = collate([train_set.examples[i] for i in chosen], tokenizer.pad_id)  # (B, T) each
-            part = causal_lm_loss(model, input_ids.to(device), labels.to(device)) / supervised
+            examples = [train_set.examples[i] for i in chosen]
+            input_ids, labels = (t.to(device) for t in collate(examples, tokenizer.pad_id))  # (B, T) each
+            documents = document_ids(examples)  # (B, T), None where nothing is packed
+            part = causal_lm_loss(model, input_ids, labels, documents if documents is None else documents.to(device)) / supervised
             loss_scale.backward(part)
             loss, tokens = loss + part.detach(), tokens + input_ids.numel()
         loss, tokens, stopping = processes.sum_gradients(trainable.values(), loss, tokens, stop.asked)
@@ -152,7 +167,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         loss_scale.step(optimizer, finite=math.isfinite(loss) and math.isfinite(norm))
         optimizer.zero_grad(set_to_none=True)
         if loss_scale.diverged:
-            tracker.close()
+            tracker.finish("FAILED")
             good = checkpoints(output_dir, up_to=step + 1 - loss_scale.skipped_in_a_row)
             raise UserError(
                 f"loss {loss:g}, gradient norm {norm:g} at step {step + 1}: training diverged; lower learning_rate = "
@@ -195,10 +210,12 @@ def train(config: TrainConfig, processes: Processes) -> None:
     if processes.main:
         open_output_dir(config, checkpoint)
         tokenizer.save(output_dir)
+        if config.template is not None:
+            template.save(output_dir)
         if checkpoint is not None and config.load_best_model_at_end and state["best"]["step"]:
             bring_checkpoint(checkpoint.with_name(f"checkpoint-{state['best']['step']}"), output_dir)
     visible = output_dir if processes.main else None
-    tracker = Tracker(visible, total_steps, epoch_steps, config.logging_steps, state.get("tracker"))
+    tracker = Tracker(visible, total_steps, epoch_steps, config.logging_steps, state.get("tracker"), reporters)
     stop = StopSignal(tracker.say)
     first = step = state.get("step", 0)
     if processes.rank:
@@ -225,7 +242,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
             saved = save_checkpoint(step)
         if stopping:
             processes.wait_for_all()
-            tracker.close()
+            tracker.finish("KILLED")
             print(f"interrupted after step {step} of {total_steps}; to go on from {saved}: --resume_from_checkpoint latest")
             raise KeyboardInterrupt
     stop.release()
@@ -244,7 +261,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
     model.eval()
     save_adapter(model, output_dir, base_model_name_or_path=base_model)
     plot_loss(tracker.records, output_dir / "loss.png")
-    per_step = sum(map(len, step_batches(lengths, 0, *batching, config.seed)))
+    plot_training(tracker.records, output_dir / "training.png")
+    per_step = sum(map(len, step_batches(lengths, 0, *batching, *order)))
     losses = [record["loss"] for record in tracker.records if "loss" in record]
     held_out = [record["eval_loss"] for record in tracker.records if "eval_loss" in record]
     figures = {
@@ -270,23 +288,27 @@ def train(config: TrainConfig, processes: Processes) -> None:
         print(f"\nexact answers to {len(asked)} held-out prompts: {scores[0]:.1%} before, {scores[1]:.1%} after")
         figures |= {f"exact answers to {len(asked)} held-out prompts": f"{scores[1]:.1%} (base model: {scores[0]:.1%})"}
     write_model_card(output_dir / "README.md", config, base_model, figures)
+    print("\n" + table(lint_adapter(output_dir, model_config)))
+    tracker.finish("FINISHED", [path for path in sorted(output_dir.iterdir()) if path.is_file()])
     print(f"adapter, metrics, plot and model card are in {output_dir} ({minutes(time.perf_counter() - started)} in all)")
 
 
 # ---- parts of the story that are better read apart ------------------------------------------------------------------
 
 
-def load_datasets(config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+def load_datasets(
+    config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[Dataset, Dataset | None]:
     """Training and held-out examples, tokenized and checked."""
     if config.dataset is None:
-        raise UserError("dataset is missing; name a .jsonl, .json or .txt file with --dataset FILE")
+        raise UserError("dataset is missing; name a file, an address or a dataset of the hub with --dataset")
     limit = model_config.max_position_embeddings
     cutoff_len = config.cutoff_len or min(1024, limit)
     if cutoff_len > limit:
         raise UserError(f"cutoff_len = {cutoff_len} is more than the {limit} positions of the model; set --cutoff_len {limit}")
 
     def tokenized(rows: list, file: str) -> Dataset:
-        dataset = tokenize(rows, tokenizer, cutoff_len, config.train_on_prompt)
+        dataset = tokenize(rows, tokenizer, cutoff_len, config.train_on_prompt, template, config.mask_history)
         if not dataset.examples:
             raise UserError(
                 f"{file}: no token to learn is left in any of its {len(rows)} examples; raise cutoff_len = {cutoff_len}"
@@ -297,11 +319,15 @@ def load_datasets(config: TrainConfig, model_config: ModelConfig, tokenizer: Tok
             )
         return dataset
 
-    def rows_of(name: str) -> list:
-        path = Path(name)
-        if not path.exists() and (ROOT / name).exists() and name.startswith("assets/"):
-            path = ROOT / name  # the examples that come with minilora are found from every working directory
-        return read_rows(path, config.prompt_column, config.completion_column)
+    def rows_of(datasets: str | list[str]) -> list[Row]:
+        parts, weights = [], []
+        for name, weight in parse_datasets(datasets):
+            if name.startswith("assets/") and not Path(name).exists():
+                name = str(ROOT / name)  # the examples that come with minilora are found from every working directory
+            part = read_rows(name, config.prompt_column, config.completion_column, chat=config.template is not None)
+            parts.append(part[: config.max_samples])
+            weights.append(weight)
+        return mix_rows(parts, weights, config.seed)
 
     rows, held_out = rows_of(config.dataset), []
     if config.eval_dataset:
@@ -310,14 +336,15 @@ def load_datasets(config: TrainConfig, model_config: ModelConfig, tokenizer: Tok
         rows, held_out = split(rows, config.val_size, config.seed)
     train_set = tokenized(rows, config.dataset)
     eval_set = tokenized(held_out, config.eval_dataset or config.dataset) if held_out else None
-    if config.exact_match_samples and any(row.prompt is None for row in held_out):
-        raise UserError("exact_match_samples needs held-out prompts with completions, not plain text")
-    return train_set, eval_set
+    if config.exact_match_samples and any(row.prompt is None or row.messages is not None for row in held_out):
+        raise UserError("exact_match_samples needs held-out prompts with completions, not plain text or conversations")
+    return pack(train_set, cutoff_len, config.seed) if config.packing else train_set, eval_set
 
 
 def fingerprint_of(dataset: Dataset | None) -> str | None:
     """Changes with any token, and with any token's being learnt or not."""
-    return dataset and fingerprint(e.prompt_length.to_bytes(4, "little") + e.input_ids.tobytes() for e in dataset.examples)
+    parts = ((e.input_ids, e.learnt, np.array(e.document_lengths)) for e in dataset.examples) if dataset else ()
+    return dataset and fingerprint(b"".join(part.tobytes() for part in example) for example in parts)
 
 
 def find_resumed(config: TrainConfig, training: dict, total_steps: int) -> tuple[Path | None, dict]:

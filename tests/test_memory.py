@@ -6,6 +6,7 @@ import sys
 import weakref
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import memory
 import pytest
@@ -17,7 +18,7 @@ from measured_training import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minilora import PRESETS, CausalLM, LoraConfig, ModelConfig, QuantConfig, UserError, add_lora, load_model, save_model
+from minilora import PRESETS, CausalLM, LoraConfig, ModelConfig, QuantConfig, UserError, add_lora, load_model, ops, save_model
 from minilora.errors import run_script
 from minilora.linear import QuantizedLinear
 from minilora.lora import trainable_parameters
@@ -153,7 +154,7 @@ def training(draw):
         vocab_size=draw(st.sampled_from([64, 500, 5000])),
         hidden_size=64 * draw(st.integers(1, 2)),
         intermediate_size=64 * draw(st.integers(3, 5)),
-        num_hidden_layers=draw(st.integers(5, 6)),
+        num_hidden_layers=draw(st.integers(6, 7)),
         num_attention_heads=H,
         num_key_value_heads=G,
         head_dim=K,
@@ -168,11 +169,18 @@ def training(draw):
 
 
 @settings(max_examples=15, deadline=None)
-@given(training(), st.sampled_from([p for p in POLICIES if p != "offload"]), st.sampled_from(["float32", "bfloat16"]))
-def test_forward_and_backward_allocate_what_the_ledger_says(training, recompute, dtype):
-    # 10 %, which is what `fits` leaves room for. Known and not counted: the tables of RoPE, below a tenth of one of some fifty
-    # activations. Counted and not there: what the first layer, whose input needs no gradient, leaves out, at most a quarter of it.
+@given(
+    training(), st.sampled_from([p for p in POLICIES if p != "offload"]), st.sampled_from(["float32", "bfloat16"]), st.booleans()
+)
+def test_forward_and_backward_allocate_what_the_ledger_says(training, recompute, dtype, multiplies_bfloat16):
+    # 10 %, which is what `fits` leaves room for; seen in 300 such cases: 7 % below to 9 % above. Not counted are tables of RoPE and
+    # the like; counted and not there is what the first layer leaves out, as its input needs no gradient: up to half of it.
     (config, lora, sizes), dtype = training, getattr(torch, dtype)
+    with mock.patch.object(ops, "_cpu_multiplies_bfloat16", lambda: multiplies_bfloat16):
+        compare_with_allocations(config, lora, sizes, recompute, dtype)
+
+
+def compare_with_allocations(config, lora, sizes, recompute, dtype):
     model = random_model(config, dtype)
     add_lora(model, lora)
     set_recompute(model.train(), recompute)
@@ -209,11 +217,6 @@ MEASURED = {  # tensors of a megabyte and more, as in training a real model: bel
               head_dim=128, tie_word_embeddings=True),
         dict(r=16, target_modules=ALL_SEVEN),
         dict(dtype="float32", batch_size=4, length=256),
-    ),
-    "llama, bfloat16": (
-        shape("llama", vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, **EIGHT_HEADS),
-        dict(lora_dropout=0.05, target_modules=QKVO),
-        dict(dtype="bfloat16", batch_size=2, length=512),
     ),
 }  # fmt: skip
 

@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora import add_lora, load_adapter, load_model, save_adapter, save_model, trainable_parameters
-from minilora.data import read_rows, tokenize
+from minilora.data import tokenize
 from minilora.evaluation import evaluate_loss, perplexity
 from minilora.lora import lora_layers
 from minilora.loss import IGNORE
 from minilora.loss_scale import LossScale
+from minilora.rows import read_rows
 from minilora.tokenizer import load_tokenizer
 
 
@@ -30,12 +31,12 @@ def test_training_lowers_the_loss_and_leaves_everything_it_should(train):
     names = {path.name for path in directory.iterdir()}
     assert names == {
         *("adapter_config.json adapter_model.safetensors tokenizer.model training_config.yaml metrics.jsonl".split()),
-        *("loss.png README.md checkpoint-10 checkpoint-20 checkpoint-30".split()),
+        *("loss.png training.png README.md checkpoint-10 checkpoint-20 checkpoint-30".split()),
     }
     records = metrics(directory)
     losses = [r["loss"] for r in records if "loss" in r]
     assert losses[-1] < losses[0] - 0.5
-    assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens_per_second", "memory"} == next(
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens_per_second", "memory", "seconds"} == next(
         r for r in records if "loss" in r
     ).keys()
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,113 @@
+"""Pictures of training runs, drawn from the records of `metrics.jsonl`: the loss of one, its vital signs, the losses of several.
+
+A record has a `step` and some of `loss`, `eval_loss`, `lr`, `grad_norm`, `memory`; what a run did not record is not drawn.
+Matplotlib is imported when something is drawn, and draws into memory: a picture appears whole or not at all.
+"""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minilora.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE = "#3b6ea5", "#d1662f", "#4a8f5c", "#7d5ba6"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b0892b", "#c25b7a", "#3d9aa1", "#707070", "#8c564b", "#9aa83a")
+LOSS = "loss per supervised token (nats)"
+
+
+def plot_loss(records: list[dict], path: Path) -> None:
+    """Training and held-out loss over the steps. Nothing is drawn before the first record."""
+    if series(records, "loss")[0]:
+        figure = _figure(7, 4)
+        _draw_loss(figure.subplots(), records)
+        _save(figure, path)
+
+
+def plot_training(records: list[dict], path: Path) -> None:
+    """Four panels over one axis of steps: loss, learning rate, norm of the gradients before clipping, memory."""
+    if not series(records, "loss")[0]:
+        return
+    figure = _figure(10, 6)
+    ((loss, rate), (norm, memory)) = figure.subplots(2, 2, sharex=True)
+    _draw_loss(loss, records)
+    for axes, name, label, colour, unit in (
+        (rate, "lr", "learning rate", PURPLE, 1),
+        (norm, "grad_norm", "gradient norm", GREEN, 1),
+        (memory, "memory", "memory (GiB)", ORANGE, 2**30),
+    ):
+        steps, values = series(records, name)
+        axes.plot(steps, [value / unit for value in values], color=colour, linewidth=1.4, marker="o" if len(steps) == 1 else None)
+        _dress(axes, label)
+    rate.yaxis.set_major_formatter("{x:g}")
+    for axes in (loss, rate):
+        axes.set_xlabel("")
+    _save(figure, path)
+
+
+def plot_runs(runs: dict[str, list[dict]], path: Path) -> None:
+    """The losses of several runs, by name: training on the left and, where any run has them, held-out ones on the right."""
+    kinds = [("loss", "training loss")]
+    if any(series(records, "eval_loss")[0] for records in runs.values()):
+        kinds.append(("eval_loss", "held-out loss"))
+    figure = _figure(5.5 * len(kinds), 4.2)
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    lines = []
+    for axes, (name, title) in zip(panels, kinds, strict=True):
+        for i, records in enumerate(runs.values()):
+            steps, values = series(records, name)
+            style = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i // len(COLOURS) % 3], linewidth=1.4)
+            lines += axes.plot(
+                steps, values, marker="o" if name == "eval_loss" or len(steps) == 1 else None, markersize=3.5, **style
+            )
+        axes.set_title(title, fontsize=11)
+        values = [value for records in runs.values() for value in series(records, name)[1]]
+        wide = min(values, default=0) > 0 and max(values) / min(values) > 20  # then a line cannot show how the ends differ
+        _dress(axes, LOSS if axes is panels[0] else "", scale="log" if wide else "linear")
+    figure.legend(lines[: len(runs)], list(runs), loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    _save(figure, path)
+
+
+def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """The steps at which this was recorded, and its values."""
+    points = [(record["step"], record[name]) for record in records if name in record]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _draw_loss(axes: "Axes", records: list[dict]) -> None:
+    steps, losses = series(records, "loss")
+    axes.plot(steps, losses, color=BLUE, linewidth=1.4, marker="o" if len(steps) == 1 else None, label="training")
+    steps, losses = series(records, "eval_loss")
+    if steps:
+        axes.plot(steps, losses, "o-", color=ORANGE, linewidth=1.4, markersize=4, label="held out")
+    _dress(axes, LOSS)
+    axes.legend(frameon=False)
+
+
+def _dress(axes: "Axes", label: str, scale: str = "linear") -> None:
+    axes.set(xlabel="optimizer step", ylabel=label, yscale=scale)
+    if scale == "linear":
+        highest = max((max(line.get_ydata(), default=0) for line in axes.lines), default=0)
+        axes.set_ylim(bottom=0, top=1.1 * highest or 1)
+    else:
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")  # without pyplot: no window and no global state
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    return figure
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    write_whole(path, picture.getvalue())
