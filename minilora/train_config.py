@@ -25,7 +25,7 @@ from minilora.optim import OPTIMIZERS, SCHEDULES
 from minilora.recompute import POLICIES
 from minilora.templates import TEMPLATES
 
-TRACKERS = ("mlflow", "tensorboard")
+TRACKERS = ("mlflow", "tensorboard", "all")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class TrainConfig:
     model_name_or_path: str | None = None  # directory or hub id; none: the small base model that comes with minilora
     model_revision: str | None = None  # branch, tag or commit on the hub
     # data
-    dataset: str | None = None  # a file, address or hub dataset; several with weights: a.jsonl:0.7,b.json:0.3
-    eval_dataset: str | None = None  # a file of held-out examples
+    dataset: str | list[str] | None = None  # a file, address or hub dataset; several with weights: a.jsonl:0.7,b.json:0.3
+    eval_dataset: str | list[str] | None = None  # held-out examples
     val_size: float = 0.0  # or hold out a share (below 1) or a number of the training examples
     prompt_column: str = "prompt"  # what the prompt is called in the dataset
     completion_column: str = "completion"  # what the completion is called
@@ -93,6 +93,7 @@ class TrainConfig:
     exact_match_samples: int = 0  # held-out prompts to answer before and after, and to compare with the expected completion
     report_to: str | list[str] = "none"  # mlflow, tensorboard: also record there what metrics.jsonl holds
     run_name: str | None = None  # what the run is called there; none: as its output_dir
+    mlflow_tracking_uri: str | None = None  # a server or store; none: MLFLOW_TRACKING_URI, or mlflow.db beside output_dir
 
     def __post_init__(self):
         positive = "cutoff_len per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs"
@@ -193,7 +194,7 @@ MAY_CHANGE = set(  # on resuming. Model and data are compared by what is in them
     """
     model_name_or_path model_revision dataset eval_dataset output_dir overwrite_output_dir resume_from_checkpoint bf16 fp16
     per_device_eval_batch_size gradient_checkpointing logging_steps eval_steps save_steps save_total_limit early_stopping_patience
-    exact_match_samples report_to run_name
+    exact_match_samples report_to run_name mlflow_tracking_uri
     """.split()
 )
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")

@@ -5,6 +5,7 @@
 The page is made of the comments in `minilora/train_config.py` and of the tables in `minilora/llama_factory.py`; a test compares.
 """
 
+import textwrap
 from pathlib import Path
 
 from minilora.errors import run_script
@@ -32,6 +33,7 @@ def page() -> str:
     translated = [(f"`{key}`", meaning) for key, meaning in TRANSLATED.items()]
     translated += [(f"`{key}: {word}`", f"`{own}`") for key, words in VALUES.items() for word, own in words.items()]
     defaults = ", ".join(f"`{name}: {'none' if value is None else value}`" for name, value in DEFAULTS.items())
+    defaults = textwrap.fill(defaults + ".", 130, break_on_hyphens=False)
     off = ", ".join(f"`{name}`" for name, allowed in NEEDED.items() if "none" in allowed and name not in INSTEAD)
     needed = {name: "off" if "none" in allowed else f"`{allowed[0]}`" for name, allowed in NEEDED.items()}
     refused = [(f"`{name}`", must, INSTEAD.get(name, "")) for name, must in needed.items() if name in INSTEAD or must != "off"]
@@ -49,7 +51,8 @@ underscores, and the command line wins. A key that is not here is an error.
 ## LLaMA-Factory's files
 
 They run as they are: most keys are the same ones. A file with `stage` or `finetuning_type` is taken for one of them, and what it
-leaves out has LLaMA-Factory's defaults where they would change a number: {defaults}.
+leaves out has LLaMA-Factory's defaults where they would change a number:
+{defaults}
 A name in `dataset` is looked up in `dataset_dir/dataset_info.json`.
 
 {table("key | means here", translated)}

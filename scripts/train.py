@@ -41,7 +41,7 @@ from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
 from minilora.memory import available_memory, choose_recompute, memory_ledger, process_memory
 from minilora.optim import learning_rate, make_optimizer, set_learning_rate
-from minilora.output_dir import check_output_dir, open_output_dir
+from minilora.output_dir import check_output_dir, files_of_a_run, open_output_dir
 from minilora.packing import pack
 from minilora.plots import plot_loss, plot_training
 from minilora.recompute import set_recompute
@@ -113,7 +113,11 @@ def train(config: TrainConfig, processes: Processes) -> None:
     }
     checkpoint, state = find_resumed(config, training, total_steps)
     check_output_dir(config, checkpoint)
-    reporters = make_reporters(config.trackers(), output_dir, asdict(config), config.run_name) if processes.main else []
+    reporters = (
+        make_reporters(config.trackers(), output_dir, asdict(config), config.run_name, config.mlflow_tracking_uri)
+        if processes.main
+        else []
+    )
     ledger_of = partial(
         memory_ledger, model_config, config.lora_config(), config.quant_config(), batch_size=batching[0], length=max(lengths),
         dtype=placement.dtype, optim=config.optim, device=device.type, process=process_memory() if device.type == "cpu" else 0,
@@ -289,7 +293,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         figures |= {f"exact answers to {len(asked)} held-out prompts": f"{scores[1]:.1%} (base model: {scores[0]:.1%})"}
     write_model_card(output_dir / "README.md", config, base_model, figures)
     print("\n" + table(lint_adapter(output_dir, model_config)))
-    tracker.finish("FINISHED", [path for path in sorted(output_dir.iterdir()) if path.is_file()])
+    tracker.finish("FINISHED", [path for path in files_of_a_run(output_dir) if path.is_file()])
     print(f"adapter, metrics, plot and model card are in {output_dir} ({minutes(time.perf_counter() - started)} in all)")
 
 

@@ -145,6 +145,9 @@ def test_a_wrong_name_of_a_dataset_is_one_line(load, dataset, said):
 
 def test_names_stand_for_files_hub_datasets_and_themselves(load, monkeypatch, tmp_path):
     assert load("lora_24gb", "--dataset", "riddles:0.7,on_the_hub:0.3").dataset == "data/riddles.json:0.7,some/dataset:0.3"
+    (tmp_path / "run.yaml").write_text("dataset_dir: data\ndataset: [riddles, small_talk]\n")
+    listed = load_train_config(["--config", str(tmp_path / "run.yaml")])
+    assert listed.dataset == "data/riddles.json,data/small_talk.jsonl" and listed.quantization_bit == 4
     assert load("lora_24gb", "--dataset", "quiz.jsonl,owner/name").dataset == "data/quiz.jsonl,owner/name"
     assert load("lora_24gb", "--val_size", "0", "--eval_dataset", "riddles").eval_dataset == "data/riddles.json"
     monkeypatch.chdir(tmp_path)

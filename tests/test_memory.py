@@ -168,7 +168,7 @@ def training(draw):
     return config, lora, dict(batch_size=draw(st.integers(2, 4)), length=draw(st.integers(48, 96)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     training(), st.sampled_from([p for p in POLICIES if p != "offload"]), st.sampled_from(["float32", "bfloat16"]), st.booleans()
 )

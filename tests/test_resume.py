@@ -45,6 +45,7 @@ CPU = torch.device("cpu")
 def without_pictures(trainer, monkeypatch):
     """Drawing one takes longer than these trainings."""
     monkeypatch.setattr(trainer, "plot_loss", lambda *_: None)
+    monkeypatch.setattr(trainer, "plot_training", lambda *_: None)
 
 
 def numbers(directory):

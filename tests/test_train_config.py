@@ -141,6 +141,13 @@ def test_what_is_saved_is_read_back_as_the_same_run(tmp_path):
     assert load_train_config(["--config", str(tmp_path / "training_config.yaml")]) == config
 
 
+def test_several_datasets_are_named_with_commas_or_as_a_list(tmp_path):
+    assert load_train_config(["--dataset", "a.jsonl:0.7,b.json:0.3"]).dataset == "a.jsonl:0.7,b.json:0.3"
+    (tmp_path / "run.yaml").write_text("dataset: [a.jsonl, b.json]\neval_dataset: none\n")
+    config = load_train_config(["--config", str(tmp_path / "run.yaml")])
+    assert (config.dataset, config.eval_dataset) == (["a.jsonl", "b.json"], None)
+
+
 def test_trackers_are_named_with_commas_or_as_a_list(tmp_path):
     assert TrainConfig().trackers() == load_train_config(["--report_to", "none"]).trackers() == []
     assert load_train_config(["--report_to", "mlflow, tensorboard"]).trackers() == ["mlflow", "tensorboard"]
