@@ -174,6 +174,8 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
     """
     if not name or "." in name:
         raise UserError(f"adapter name {name!r} must be a word without dots")
+    if hasattr(nn.ParameterDict, name):  # PyTorch would take it for one of its own methods
+        raise UserError(f"adapter name {name!r} is a name that PyTorch uses itself; choose another")
     if name in adapter_names(model):
         raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it first")
     targets = match_targets(model, config.target_modules)

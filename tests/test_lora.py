@@ -328,6 +328,12 @@ def test_a_target_that_matches_nothing_is_an_error_that_leaves_the_model_alone(t
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["train", "half", "keys", "eval"])
+def test_a_name_that_pytorch_uses_itself_is_refused(name):
+    with pytest.raises(UserError, match=f"adapter name '{name}' is a name that PyTorch uses itself"):
+        add_lora(tiny_model(), LoraConfig(r=2), name)
+
+
 def test_mistakes_with_named_adapters_are_refused():
     model = tiny_model(tie_word_embeddings=True)
     with pytest.raises(UserError, match="lm_head"):
