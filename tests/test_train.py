@@ -314,7 +314,12 @@ def test_steps_that_overflow_for_ever_end_the_run_and_the_last_good_checkpoint_i
 def batches(trainer, monkeypatch):
     """The input_ids and labels that the trainer computes losses of."""
     seen, original = [], trainer.causal_lm_loss
-    monkeypatch.setattr(trainer, "causal_lm_loss", lambda m, ids, labels: seen.append((ids, labels)) or original(m, ids, labels))
+
+    def loss(model, input_ids, labels, document_ids):
+        seen.append((input_ids, labels))
+        return original(model, input_ids, labels, document_ids)
+
+    monkeypatch.setattr(trainer, "causal_lm_loss", loss)
     return seen
 
 
