@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from minilora import ops
+from minilora import adamw
 from minilora.activations import LayerBytes, LossBytes, layer_bytes, loss_bytes, widths_of
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.device import memory_used
@@ -269,7 +269,7 @@ def _state_bytes(n: int, optim: str, device: str) -> int:
         return 8 * n + 4  # and a step
     if n < 4096:
         return 8 * n
-    scales = 2 * 4 * -(-n // ops.MOMENT_BLOCK_SIZE)
+    scales = 2 * 4 * -(-n // adamw.MOMENT_BLOCK_SIZE)
     paged = optim == "paged_adamw_8bit" and device == "cuda" and n >= 100_000
     return scales if paged else 2 * n + scales
 

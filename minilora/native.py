@@ -74,7 +74,7 @@ def adamw_8bit(
     nearest: tuple[Tensor, Tensor],
     scalars: tuple[float, ...],
 ) -> bool:
-    """`ops.adamw_8bit` on CPU tensors, all of them in one call; False if it cannot be done here."""
+    """`adamw.adamw_8bit` on CPU tensors, all of them in one call; False if it cannot be done here."""
     function = functions().get("adamw_8bit")
     if function is None:
         return False

@@ -6,7 +6,7 @@ in the 8-bit dynamic code (Dettmers et al. 2021, arXiv:2110.02861), whose steps 
 
     m  ~  signed_code[place] * absmax        v  ~  unsigned_code[place] * absmax        2 * (1 + 4/256) = 2.03 bytes
 
-A step dequantizes a block, does in float32 what AdamW does, and quantizes it again (`ops.adamw_8bit`). Tensors of fewer than 4096
+A step dequantizes a block, does in float32 what AdamW does, and quantizes it again (`adamw.adamw_8bit`). Tensors of fewer than 4096
 elements keep float32 moments: there is next to nothing to save in them.
 
 The moments are to the bit those of bitsandbytes on a CPU. That takes over a fault of its quantizer there: it rounds values to one
@@ -30,7 +30,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from minilora import ops
+from minilora import adamw, ops
 from minilora.errors import UserError
 from minilora.quantization import dynamic_code
 
@@ -179,9 +179,9 @@ class AdamW8bit(torch.optim.Optimizer):
             settings = group["lr"], group["betas"], group["eps"], group["weight_decay"]
             for (quantized, device, step), tensors in batches.items():
                 if quantized:
-                    ops.adamw_8bit(tensors, *_codebooks(device), *settings, step)
+                    adamw.adamw_8bit(tensors, *_codebooks(device), *settings, step)
                 else:
-                    ops.adamw(*map(list, zip(*tensors, strict=True)), *settings, step)
+                    adamw.adamw(*map(list, zip(*tensors, strict=True)), *settings, step)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -206,6 +206,6 @@ def _zero_state(parameter: nn.Parameter, min_8bit_size: int) -> dict[str, Tensor
     if parameter.numel() < min_8bit_size:
         return dict(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
     places = torch.zeros_like(parameter, dtype=torch.uint8)
-    absmax = parameter.new_zeros(-(-parameter.numel() // ops.MOMENT_BLOCK_SIZE))
+    absmax = parameter.new_zeros(-(-parameter.numel() // adamw.MOMENT_BLOCK_SIZE))
     first = dict(exp_avg=places, exp_avg_absmax=absmax)
     return dict(step=0, **first, exp_avg_sq=places.clone(), exp_avg_sq_absmax=absmax.clone())

@@ -24,11 +24,10 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_adapted_tokenizer, load_run_config
-from minilora.chat import ChatTemplate, load_chat_template
+from minilora.chat import ChatTemplate, load_chat_template, training_clock
 from minilora.config import ModelConfig
 from minilora.data import Dataset, tokenize
 from minilora.errors import UserError, run_script
@@ -73,7 +72,7 @@ def main() -> None:
     config = load_run_config(adapters, keys)
     base = find_base(options.model, adapters.values())
     tokenizer = load_adapted_tokenizer(base, adapters)
-    template = load_chat_template(config.template, tokenizer, now=lambda: datetime(2024, 7, 26))  # the day it is in training
+    template = load_chat_template(config.template, tokenizer, now=training_clock)
     place = options.dataset or config.eval_dataset
     if place is None:
         raise UserError("dataset is missing; name the examples to evaluate on with --dataset FILE")

@@ -18,7 +18,6 @@ import math
 import sys
 import time
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 from minilora.adapter import load_adapter, save_adapter
-from minilora.chat import ChatTemplate, load_chat_template
+from minilora.chat import ChatTemplate, load_chat_template, training_clock
 from minilora.config import ModelConfig
 from minilora.data import Dataset, collate, document_ids, padding_share, split, step_batches, steps_per_epoch, tokenize
 from minilora.device import choose_placement, memory_used, return_freed_memory
@@ -91,8 +90,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     model_dir = resolve_model(config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision)
     model_config = read_config(model_dir)
     tokenizer = load_tokenizer(model_dir)
-    # a template that prints today's date would give other tokens tomorrow, and no resumed run could be exact
-    template = load_chat_template(config.template, tokenizer, now=lambda: datetime(2024, 7, 26))
+    template = load_chat_template(config.template, tokenizer, now=training_clock)
     train_set, eval_set = load_datasets(config, model_config, tokenizer, template)
     lengths = [len(example.input_ids) for example in train_set.examples]
     batching = (config.per_device_train_batch_size, config.gradient_accumulation_steps * processes.count)

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from minilora import ops
+from minilora import adamw, ops
 from minilora.kernels import nf4
 from minilora.kernels.adamw_8bit import adamw_8bit
 from minilora.kernels.rms_norm import rms_norm
@@ -168,8 +168,8 @@ def test_8bit_adamw_is_the_definition_to_the_bit():
             mine[1].copy_(g)
             other[1].copy_(g)
         settings = 1e-2 / step, (0.9, 0.999), 1e-8, 0.1, step
-        adamw_8bit(sides[0], codes, nearest, ops._adamw_scalars(*settings))
-        ops.adamw_8bit(sides[1], codes, nearest, *settings)
+        adamw_8bit(sides[0], codes, nearest, adamw._adamw_scalars(*settings))
+        adamw.adamw_8bit(sides[1], codes, nearest, *settings)
         for mine, other in zip(*sides, strict=True):
             assert all(torch.equal(one, two) for one, two in zip(mine, other, strict=True))
     for parts in sides[0]:

@@ -11,7 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
-from minilora import ops  # noqa: E402
+from minilora import adamw, ops  # noqa: E402
 from minilora.quantization import dynamic_code, four_bit_code, quantize_4bit  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,7 +263,7 @@ def test_8bit_adamw_on_the_gpu_is_the_definition_to_the_bit(monkeypatch):
         for i, (mine, other) in enumerate(zip(*sides, strict=True)):
             mine[1].normal_().mul_(10.0 ** (-3 * i))[512:600] = 0
             other[1].copy_(mine[1])
-        ops.adamw_8bit(sides[0], codes, nearest, *settings)
-        adamw_8bit(sides[1], *on_gpu, ops._adamw_scalars(*settings))
+        adamw.adamw_8bit(sides[0], codes, nearest, *settings)
+        adamw_8bit(sides[1], *on_gpu, adamw._adamw_scalars(*settings))
     for mine, other in zip(*sides, strict=True):
         assert all(torch.equal(one, two.cpu()) for one, two in zip(mine, other, strict=True))

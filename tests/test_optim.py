@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from minilora import UserError, native, ops
+from minilora import UserError, adamw, native
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.optim import (
@@ -54,7 +54,7 @@ def path(request, monkeypatch):
     """Both ways of a CPU. Where PyTorch rounds otherwise than the compiled functions do, only one is left."""
     if request.param == "definition":
         monkeypatch.setenv("MINILORA_BACKEND", "torch")
-    elif not ops._native_adamw_agrees():
+    elif not adamw._native_adamw_agrees():
         pytest.skip("no C compiler, or a CPU without FMA: the definition is all there is")
     return request.param
 
@@ -238,19 +238,19 @@ def test_parameters_that_are_not_contiguous_float32_are_refused(parameter):
 
 
 def test_a_compiled_adamw_with_other_bits_is_not_used(monkeypatch, tmp_path):
-    if not ops._native_adamw_agrees():
+    if not adamw._native_adamw_agrees():
         pytest.skip("no C compiler, or a CPU without FMA: the definition is all there is")
     spoilt = tmp_path / "native.c"
     spoilt.write_text(native._SOURCE.read_text().replace("fmaf(a.rest1, g, ", "(a.rest1 * g + "))
     assert spoilt.read_text() != native._SOURCE.read_text()
-    caches = native.functions, ops._native_adamw_agrees
+    caches = native.functions, adamw._native_adamw_agrees
     try:
         with monkeypatch.context() as patch:
             patch.setattr(native, "_SOURCE", spoilt)
             patch.setenv("XDG_CACHE_HOME", str(tmp_path))
             for cache in caches:
                 cache.cache_clear()
-            assert native.functions() and not ops._native_adamw_agrees()
+            assert native.functions() and not adamw._native_adamw_agrees()
     finally:
         for cache in caches:
             cache.cache_clear()
