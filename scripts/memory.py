@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from minilora.adapted import EMBEDDED_MODEL
 from minilora.config import ModelConfig
 from minilora.device import choose_placement
 from minilora.errors import UserError, run_script
@@ -31,7 +32,6 @@ from minilora.weights import CONFIG_FILE, read_config
 
 GB = 10**9
 CUDA_CONTEXT = 0.5 * GB  # what a process has on a GPU before its first tensor
-EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "base"
 
 
 def _shape(model_type: str, V: int, D: int, F: int, layers: int, H: int, G: int) -> ModelConfig:

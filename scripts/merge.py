@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilora import adapter as adapters
+from minilora.adapted import find_base
 from minilora.config import LoraConfig, QuantConfig
 from minilora.dora import row_factors
 from minilora.errors import UserError, run_script
@@ -59,7 +60,6 @@ from minilora.weights import (
     save_tensors,
 )
 
-EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "base"
 SHARD_BYTES = 1_000_000_000
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     # ---- everything that can be wrong without a weight in memory -----------------------------------------------------
 
     lora, factors = adapters.read_adapter(adapter)
-    base = find_base(options.model, adapter)
+    base = find_base(options.model, [adapter])
     config, tokenizer, stored = read_config(base), load_tokenizer(base), StoredTensors(base)
     if OUTPUT_HEAD in factors and config.tie_word_embeddings:
         raise UserError(f"{adapter} adapts {OUTPUT_HEAD}, whose weight is also the embedding in {base}: use the adapter unmerged")
@@ -160,15 +160,6 @@ def merged_weight(weight: Tensor, factors: tuple[Tensor, ...], scaling: float) -
     A, B, *magnitude = factors
     V = ((B @ A) * scaling).add_(weight)
     return V.mul_(row_factors(V, *magnitude)) if magnitude else V
-
-
-def find_base(asked: str | None, adapter: Path) -> Path:
-    """The directory of the base model: the one asked for, or the one that the adapter was trained on."""
-    raw = json.loads((adapter / adapters.CONFIG_FILE).read_text(encoding="utf-8"))
-    name = asked or raw.get("base_model_name_or_path")
-    if not name:
-        raise UserError(f"{adapter} does not say which model it was trained on; name it with --model")
-    return EMBEDDED_MODEL if name == "assets/base" else resolve_model(name, None if asked else raw.get("revision"))
 
 
 def choose(options: argparse.Namespace, stored: StoredTensors, wanted: dict[str, tuple[int, ...]]) -> tuple[str, QuantConfig]:
