@@ -9,7 +9,7 @@ The order is a pure function of (seed, epoch, position): no iterator has a state
 without the steps before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minilora.chat import ChatTemplate
-from minilora.errors import UserError
+from minilora.errors import UserError, raise_error
 from minilora.loss import IGNORE
 from minilora.model import PADDING
 from minilora.rows import Row
@@ -55,6 +55,7 @@ class Dataset:
     examples: list[Example]  # one a row, until they are packed
     truncated: int = 0  # cut at cutoff_len; they have no EOS to learn
     dropped: int = 0  # nothing to learn was left of them
+    uncut_lengths: tuple[int, ...] = ()  # tokens of each row before it was cut
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -66,10 +67,11 @@ class Dataset:
         text = f"{len(self.rows):,} examples, {tokens:,} tokens, {learnt:,} of them supervised ({learnt / max(tokens, 1):.0%})"
         if len(self.rows) != len(self):
             text += f", packed into {len(self):,} rows"
-        if self.truncated or self.dropped:
-            total = len(self.rows) + self.dropped
+        total = len(self.rows) + self.dropped
+        if self.truncated:
             text += f"; cut at cutoff_len: {self.truncated:,} ({self.truncated / total:.1%})"
-            text += f", dropped with nothing left to learn: {self.dropped:,} ({self.dropped / total:.1%})"
+        if self.dropped:
+            text += f"; dropped with nothing left to learn: {self.dropped:,} ({self.dropped / total:.1%})"
         return text
 
 
@@ -80,25 +82,31 @@ def tokenize(
     train_on_prompt: bool = False,
     template: ChatTemplate | None = None,
     mask_history: bool = False,
+    on_error: Callable[[UserError], None] = raise_error,
 ) -> Dataset:
     """Encode rows. What is longer than `cutoff_len` tokens is cut at its end, and dropped if nothing to learn is left.
 
     Conversations are worded by `template`; `mask_history`: of each only the last answer is learnt. Raises UserError, with the
-    row's place, for a conversation where there is no template, or that the template refuses.
+    row's place, for a conversation where there is no template, or that the template refuses; or `on_error` does something else.
     """
-    kept, examples, truncated, dropped = [], [], 0, 0
+    kept, examples, truncated, dropped, uncut_lengths = [], [], 0, 0, []
     for row in rows:
-        input_ids, learnt = _encode(row, tokenizer, template, mask_history)
-        too_long = len(input_ids) > cutoff_len
+        try:
+            input_ids, learnt = _encode(row, tokenizer, template, mask_history)
+        except UserError as error:
+            on_error(error)
+            continue
+        length = len(input_ids)
         input_ids, learnt = input_ids[:cutoff_len].copy(), learnt[:cutoff_len] | train_on_prompt
         learnt[:1] = False
         if not learnt.any():
             dropped += 1
             continue
-        truncated += too_long
+        truncated += length > cutoff_len
+        uncut_lengths.append(length)
         kept.append(row)
         examples.append(Example(input_ids, learnt, (len(input_ids),)))
-    return Dataset(kept, examples, truncated, dropped)
+    return Dataset(kept, examples, truncated, dropped, tuple(uncut_lengths))
 
 
 def _encode(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, mask_history: bool) -> tuple[np.ndarray, np.ndarray]:

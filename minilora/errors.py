@@ -17,6 +17,11 @@ class UserError(ValueError):
     """A mistake the user can mend. The message says what is wrong, where, and what to do about it."""
 
 
+def raise_error(error: UserError) -> None:
+    """What readers of many rows do with a fault unless they are given something else to do, such as `list.append`."""
+    raise error
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name closest to `name`, as the tail of an error message: "; nearest: 'v_proj'", or all of the known ones."""
     known = list(known)

@@ -1,7 +1,9 @@
-"""Files that appear whole or not at all, and JSON that says where it is broken."""
+"""Files that appear whole or not at all, JSON that says where it is broken, and a fingerprint to tell contents apart."""
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,11 @@ def write_whole(path: Path, data: bytes | str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def fingerprint(chunks: Iterable[bytes]) -> str:
+    """Twelve hexadecimal digits that stand for a sequence of bytes strings."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(len(chunk).to_bytes(8, "little") + chunk)
+    return digest.hexdigest()[:12]

@@ -39,6 +39,7 @@ TRANSLATED = {
     "evaluation_strategy": "`eval_strategy`",
     "disable_gradient_checkpointing": "`gradient_checkpointing: off`",
     "pure_bf16": "`bf16`; adapters are float32 all the same",
+    "hub_model_id": "the name for `push_to_hub: true`, which is `push_to_hub: NAME` here",
 }
 VALUES = {  # other words for the same thing
     "optim": {"adamw_torch_fused": "adamw_torch"},
@@ -57,7 +58,7 @@ NO_EFFECT = {  # why: which
     ),
     "norms and the loss are computed in float32 anyway": "upcast_layernorm upcast_lmhead_output",
     "code that comes with a model is never run": "trust_remote_code",
-    "the settings of huggingface-hub hold: HF_HOME, HF_TOKEN": "cache_dir hf_hub_token",
+    "the settings of huggingface-hub hold: HF_HOME, HF_TOKEN": "cache_dir hf_hub_token hub_token",
     "loss.png and metrics.jsonl are always written": (
         "plot_loss logging_strategy logging_first_step logging_dir log_level disable_tqdm include_num_input_tokens_seen "
         "include_effective_tokens_per_second print_param_status compute_accuracy"
@@ -83,7 +84,7 @@ NEEDED = {  # what these must be
     "metric_for_best_model": ("eval_loss", "loss"),
 } | dict.fromkeys(  # and these must be off
     (
-        "deepspeed fsdp fsdp_config use_ray do_predict predict_with_generate push_to_hub streaming tokenized_path interleave_probs "
+        "deepspeed fsdp fsdp_config use_ray do_predict predict_with_generate streaming tokenized_path interleave_probs "
         "tool_format eval_on_each_dataset adapter_name_or_path additional_target pissa_init pissa_convert use_galore use_apollo "
         "use_badam use_muon use_adam_mini use_llama_pro use_dft_loss use_asft_loss use_swanlab neftune_noise_alpha "
         "label_smoothing_factor shift_attn mixture_of_depths moe_aux_loss_coef rope_scaling resize_vocab add_tokens "
@@ -130,6 +131,12 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
     ):
         if _word(theirs.get(name)) in _TRUE:
             values[own] = meant
+    if _word(values.get("push_to_hub")) in _TRUE:
+        if not (name := theirs.get("hub_model_id")):
+            raise UserError("push_to_hub = true does not say where to; name a repository of yours: push_to_hub: owner/name")
+        values["push_to_hub"] = name
+    elif _word(values.get("push_to_hub")) in _OFF:
+        values.pop("push_to_hub", None)
     strategy = _word(theirs.get("eval_strategy", theirs.get("evaluation_strategy", "no")))
     if strategy not in ("steps", "epoch", *_OFF):
         raise UserError(f"eval_strategy = {strategy!r} is not known; choose from steps, epoch, no")

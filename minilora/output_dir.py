@@ -15,12 +15,12 @@ from minilora.track import METRICS_FILE
 from minilora.train_config import TrainConfig
 
 SETTINGS_FILE = "training_config.yaml"
+RUN_FILES = (SETTINGS_FILE, METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, "loss.png", "training.png", "README.md")
 
 
 def files_of_a_run(directory: Path) -> list[Path]:
     """What a run writes under names that another one would overwrite."""
-    names = (SETTINGS_FILE, METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, "loss.png", "training.png", "README.md")
-    return [path for name in names if (path := directory / name).exists()] + checkpoints(directory)
+    return [path for name in RUN_FILES if (path := directory / name).exists()] + checkpoints(directory)
 
 
 def check_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:

@@ -1,10 +1,12 @@
-"""Pictures of training runs, drawn from the records of `metrics.jsonl`: the loss of one, its vital signs, the losses of several.
+"""Pictures of training runs, drawn from the records of `metrics.jsonl`: the loss of one, its vital signs, the losses of several;
+and of the lengths of what they are trained on.
 
 A record has a `step` and some of `loss`, `eval_loss`, `lr`, `grad_norm`, `memory`; what a run did not record is not drawn.
 Matplotlib is imported when something is drawn, and draws into memory: a picture appears whole or not at all.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +73,25 @@ def plot_runs(runs: dict[str, list[dict]], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_lengths(lengths: Sequence[int], supervised: Sequence[int], cutoff_len: int, path: Path) -> None:
+    """How long examples are, before any is cut, and how many of their tokens are learnt. The last bar gathers a long tail."""
+    figure = _figure(10, 4)
+    whole, learnt = figure.subplots(1, 2)
+    over = sum(length > cutoff_len for length in lengths) / len(lengths)
+    for axes, values, label in ((whole, lengths, "tokens of an example"), (learnt, supervised, "supervised tokens of an example")):
+        top = sorted(values)[int(0.99 * (len(values) - 1))] * 1.25  # a few very long ones would make the others a single bar
+        top = max(min(top, max(values)), 1)
+        edges = [top * i / 50 for i in range(51)]
+        bars = axes.hist([min(value, top) for value in values], edges, color=BLUE)[2]
+        beyond = sum(value > top for value in values)
+        _dress(axes, "examples", xlabel=label + (f"; {beyond:,} above {top:,.0f} in the last bar" if beyond else ""))
+        axes.set_ylim(top=1.1 * max(bar.get_height() for bar in bars))
+        if axes is whole and cutoff_len < top:
+            axes.axvline(cutoff_len, color=ORANGE, linewidth=1.4, label=f"cutoff_len {cutoff_len:,}: {over:.1%} are longer")
+            axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
     """The steps at which this was recorded, and its values."""
     points = [(record["step"], record[name]) for record in records if name in record]
@@ -87,8 +108,8 @@ def _draw_loss(axes: "Axes", records: list[dict]) -> None:
     axes.legend(frameon=False)
 
 
-def _dress(axes: "Axes", label: str, scale: str = "linear") -> None:
-    axes.set(xlabel="optimizer step", ylabel=label, yscale=scale)
+def _dress(axes: "Axes", label: str, scale: str = "linear", xlabel: str = "optimizer step") -> None:
+    axes.set(xlabel=xlabel, ylabel=label, yscale=scale)
     if scale == "linear":
         highest = max((max(line.get_ydata(), default=0) for line in axes.lines), default=0)
         axes.set_ylim(bottom=0, top=1.1 * highest or 1)

@@ -1,40 +1,41 @@
 """From a place to records: data files of the common formats, on this machine or elsewhere.
 
     data.jsonl, .json, .csv, .tsv, .parquet, .txt       a file; data.jsonl.gz: compressed
-    https://host/data.jsonl                             a file on a web server, read by Python's own client
-    s3://bucket/data.csv, hf://datasets/owner/name/f    a file in whatever fsspec knows
+    https://host/data.jsonl                             a file on a web server
+    s3://bucket/data.csv, hf://datasets/owner/name/f    a file in whatever fsspec knows; see `minilora.remote`
     owner/name, owner/name/folder                       a dataset on the Hugging Face hub: its training files, or all where none is
                                                         called so; downloaded once, then taken from the cache
 
-A record is a dict of columns. Its place, "data.jsonl, line 3", goes with it, for whoever finds a fault in it. An address may hold a
-password or a signature, so places are shown without them.
+A record is a dict of columns. Its place, "data.jsonl, line 3", goes with it, for whoever finds a fault in it.
 """
 
 import csv
 import gzip
-import http.client
 import io
 import json
 import re
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
-from minilora.errors import UserError
+from minilora.errors import UserError, raise_error
+from minilora.remote import is_address, kind_of, read_file, shown
 
 Record = tuple[str, dict]  # its place, its columns
 _NOT_DATA = re.compile(r"(.*/)?(dataset_(infos?|dict)|state)\.json")  # what the datasets library keeps beside its files
 
 
-def read_records(place: str | Path) -> list[Record]:
-    """All records of a file, an address or a hub dataset. Raises UserError with the place and the line of what is wrong."""
-    place = str(place)
-    records = [record for name, file in _files(place) for record in _parse(name, file)]
-    if not records:
-        raise UserError(f"dataset {_shown(place)} is empty")
+def read_records(place: str | Path, on_error: Callable[[UserError], None] = raise_error) -> list[Record]:
+    """All records of a file, an address or a hub dataset. Raises UserError with the place and the line of what is wrong.
+
+    Where single records are wrong, `on_error` may do something else; they are left out.
+    """
+    place, faults = str(place), []
+    records = [record for name, file in _files(place) for record in _parse(name, file, faults)]
+    for fault in faults:
+        on_error(fault)
+    if not records and not faults:
+        raise UserError(f"dataset {shown(place)} is empty")
     return records
 
 
@@ -43,8 +44,8 @@ def read_records(place: str | Path) -> list[Record]:
 
 def _files(place: str) -> list[tuple[str, str]]:
     """The files at a place: what to call each one, and where it is."""
-    if "://" in place:
-        return [(_shown(place), place)]
+    if is_address(place):
+        return [(shown(place), place)]
     if Path(place).is_dir():
         raise UserError(f"dataset {place} is a directory; name a {', '.join(_FORMATS)} file in it")
     if not Path(place).exists():
@@ -73,7 +74,7 @@ def _hub_files(dataset: str) -> list[tuple[str, str]]:
     except errors.HFValidationError as error:
         raise UserError(f"dataset {dataset} does not exist, nor can it be a hub id, which is owner/name") from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
-        raise UserError(f"dataset {repo_id} cannot be fetched from {constants.ENDPOINT}: {_kind(error)}") from error
+        raise UserError(f"dataset {repo_id} cannot be fetched from {constants.ENDPOINT}: {kind_of(error)}") from error
     return [(f"{repo_id}/{name}", path) for name, path in zip(chosen, paths, strict=True)]
 
 
@@ -90,73 +91,32 @@ def _choose(names: list[str], repo_id: str, folder: str) -> list[str]:
     return names
 
 
-def _read(name: str, place: str) -> bytes:
-    if "://" not in place:
-        return Path(place).read_bytes()
-    scheme = place.partition("://")[0]
-    try:
-        if scheme in ("http", "https"):
-            with urllib.request.urlopen(place, timeout=60) as answer:
-                return answer.read()
-        import fsspec
-
-        with fsspec.open(place, "rb") as file:
-            return file.read()
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise UserError(f"dataset {name} cannot be read: the server answers {error.code} {error.reason}") from error
-    except (urllib.error.URLError, http.client.HTTPException) as error:
-        raise UserError(
-            f"dataset {name} cannot be read: {_kind(getattr(error, 'reason', error))}; is the address right?"
-        ) from error
-    except ImportError as error:
-        mend = "pip install 'minilora[s3]'" if scheme == "s3" else " ".join(str(error).split())
-        raise UserError(f"dataset {name}: a package for {scheme}:// is missing: {mend}") from error
-    except FileNotFoundError as error:
-        raise UserError(f"dataset {name} does not exist") from error
-    except Exception as error:  # every file system has its own
-        known = f"; {error}" if "Protocol not known" in str(error) else ""
-        raise UserError(f"dataset {name} cannot be read: {_kind(error)}{known}") from error
-
-
-def _kind(error: object) -> str:
-    """An error without its text, which may hold what belongs to nobody else: headers, keys."""
-    if not isinstance(error, Exception):
-        return str(error)
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return f"the answer is {status}" if status else getattr(error, "strerror", None) or type(error).__name__
-
-
-def _shown(place: str) -> str:
-    if "://" not in place:
-        return place
-    parts = urlsplit(place)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 def _suffix(place: str) -> tuple[str, bool]:
     """The format's suffix, and whether the file is compressed."""
-    path = PurePosixPath(_shown(place))
+    path = PurePosixPath(shown(place))
     return (PurePosixPath(path.stem).suffix, True) if path.suffix == ".gz" else (path.suffix, False)
 
 
-# ---- formats ---------------------------------------------------------------------------------------------------------------
+# ---- formats: each gives what stands at every place of a file, or the UserError that stands there instead -------------------
 
 
-def _parse(name: str, file: str) -> Iterator[Record]:
+def _parse(name: str, file: str, faults: list[UserError]) -> Iterator[Record]:
     suffix, compressed = _suffix(name)
     if suffix not in _FORMATS:
         raise UserError(f"dataset {name} ends in {suffix!r}; supported: {', '.join(_FORMATS)}, and .gz behind them")
-    data = _read(name, file)
+    data = read_file(file) if is_address(file) else Path(file).read_bytes()
     if compressed:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"dataset {name} is not a whole gzip file: {error}") from error
     for place, record in _FORMATS[suffix](name, data):
-        if not isinstance(record, dict):
-            raise UserError(f"{place}: expected an object with columns, found {type(record).__name__}")
-        yield place, record
+        if isinstance(record, UserError):
+            faults.append(record)
+        elif not isinstance(record, dict):
+            faults.append(UserError(f"{place}: expected an object with columns, found {type(record).__name__}"))
+        else:
+            yield place, record
 
 
 def _text(name: str, data: bytes) -> str:
@@ -172,7 +132,7 @@ def _jsonl(name: str, data: bytes) -> Iterator[tuple[str, object]]:
             try:
                 yield f"{name}, line {number}", json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{name}, line {number}: not valid JSON: {error.msg}") from error
+                yield f"{name}, line {number}", UserError(f"{name}, line {number}: not valid JSON: {error.msg}")
 
 
 def _json(name: str, data: bytes) -> Iterator[tuple[str, object]]:
@@ -196,7 +156,8 @@ def _csv(name: str, data: bytes, delimiter: str = ",") -> Iterator[tuple[str, ob
         for record in reader:
             line, place = reader.line_num, f"{name}, line {line + 1}"
             if None in record:
-                raise UserError(f"{place}: more cells than the header has columns; is a comma not in quotes?")
+                yield place, UserError(f"{place}: more cells than the header has columns; is a comma not in quotes?")
+                continue
             yield place, {column: cell for column, cell in record.items() if cell is not None}
     except csv.Error as error:
         raise UserError(f"{name}, line {line + 1}: not valid CSV: {error}") from error

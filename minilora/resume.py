@@ -25,7 +25,7 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -249,14 +249,6 @@ def _bits(value: float) -> int:
 
 def _number(bits: int) -> float:
     return float(np.int64(bits).view(np.float64))
-
-
-def fingerprint(chunks: Iterable[bytes]) -> str:
-    """Twelve hexadecimal digits that stand for a sequence of bytes strings."""
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(len(chunk).to_bytes(8, "little") + chunk)
-    return digest.hexdigest()[:12]
 
 
 def sample_model(directory: Path, samples: int = 64, size: int = 4096) -> Iterator[bytes]:

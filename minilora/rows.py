@@ -16,15 +16,16 @@ all as there can be without any row twice. The seed chooses which rows of each, 
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from minilora.chat import Message, render
-from minilora.errors import UserError
+from minilora.errors import UserError, raise_error
 from minilora.readers import read_records
 from minilora.templates import TEMPLATES
 
@@ -42,27 +43,48 @@ class Row:
 
 
 def read_rows(
-    path: str | Path, prompt_column: str = "prompt", completion_column: str = "completion", chat: bool = False
+    path: str | Path,
+    prompt_column: str = "prompt",
+    completion_column: str = "completion",
+    chat: bool = False,
+    on_error: Callable[[UserError], None] = raise_error,
 ) -> list[Row]:
     """Read a dataset: a file, an address or a hub dataset; `chat`: a chat template will word its prompts and instructions.
 
-    Raises UserError naming the file, the line or item, and the column that is wrong.
+    Raises UserError naming the file, the line or item, and the column that is wrong. Where single rows are wrong, `on_error` may
+    do something else; they are left out.
     """
-    records = read_records(path)
+    records = read_records(path, on_error)
+    if not records:
+        return []
     place, columns = records[0][0], records[0][1].keys()  # the first record decides the form; every other one must have it too
     if {prompt_column, completion_column} <= columns:
-        return [_prompt_and_completion(*record, prompt_column, completion_column, chat) for record in records]
-    if {"instruction", "output"} <= columns:
-        return [_alpaca(*record, chat) for record in records]
-    for column in ("messages", "conversations"):
-        if column in columns:
-            return [_conversation(*record, column) for record in records]
-    if "text" in columns:
-        return [Row(None, _text(place, record, "text"), place=place) for place, record in records]
-    raise UserError(
-        f"{place}: no columns {prompt_column} + {completion_column}, instruction + output, messages, conversations or text; it has "
-        f"{', '.join(columns) or 'none'}; say which with prompt_column and completion_column"
-    )
+        read = partial(_prompt_and_completion, prompt_column=prompt_column, completion_column=completion_column, chat=chat)
+    elif {"instruction", "output"} <= columns:
+        read = partial(_alpaca, chat=chat)
+    elif column := next((name for name in ("messages", "conversations") if name in columns), None):
+        read = partial(_conversation, column=column)
+    elif "text" in columns:
+        read = _plain_text
+    else:
+        raise UserError(
+            f"{place}: no columns {prompt_column} + {completion_column}, instruction + output, messages, conversations or text; "
+            f"it has {', '.join(columns) or 'none'}; say which with prompt_column and completion_column"
+        )
+    rows = []
+    for record in records:
+        try:
+            rows.append(read(*record))
+        except UserError as error:
+            on_error(error)
+    return rows
+
+
+def record_of(row: Row) -> dict[str, object]:
+    """The columns that `read_rows` makes this row of."""
+    if row.messages is not None:
+        return {"messages": list(row.messages)}
+    return {"text": row.completion} if row.prompt is None else {"prompt": row.prompt, "completion": row.completion}
 
 
 def parse_datasets(datasets: str | Sequence[str]) -> list[tuple[str, Fraction | None]]:
@@ -124,6 +146,10 @@ def _history(place: str, record: dict) -> list[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, list) and list(map(type, turn)) == [str, str] for turn in turns):
         raise UserError(f"{place}: the column history {_fault(record, 'history', 'a list of [question, answer]')}")
     return [message for question, answer in turns for message in (_message("user", question), _message("assistant", answer))]
+
+
+def _plain_text(place: str, record: dict) -> Row:
+    return Row(None, _text(place, record, "text"), place=place)
 
 
 def _conversation(place: str, record: dict, column: str) -> Row:

@@ -36,8 +36,9 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from minilora.errors import UserError
+from minilora.files import fingerprint
 
-_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -144,11 +145,20 @@ class Tokenizer:
         """The id of a token by its name, such as "<|im_end|>" or "[INST]". None if the vocabulary has no such token."""
         return self._backend.token_id(token)
 
+    def token(self, i: int) -> str:
+        """The name of a token by its id, as it stands in the vocabulary: special ones are called as they are written."""
+        return self._backend.token(i)
+
+    def fingerprint(self) -> str:
+        """Changes with any byte of the files that decide what `encode` gives. The chat template is not among them."""
+        paths = (self._directory / name for name in TOKENIZER_FILES if name != "chat_template.jinja")
+        return fingerprint(path.name.encode() + path.read_bytes() for path in paths if path.is_file())
+
     def save(self, directory: str | Path) -> None:
         """Copy the tokenizer's files, unchanged, to another directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
+        for name in TOKENIZER_FILES:
             source, target = self._directory / name, directory / name
             if source.is_file() and not (target.exists() and source.samefile(target)):
                 shutil.copyfile(source, target)

@@ -94,6 +94,11 @@ class TrainConfig:
     report_to: str | list[str] = "none"  # mlflow, tensorboard: also record there what metrics.jsonl holds
     run_name: str | None = None  # what the run is called there; none: as its output_dir
     mlflow_tracking_uri: str | None = None  # a server or store; none: MLFLOW_TRACKING_URI, or mlflow.db beside output_dir
+    # sharing
+    push_to_hub: str | None = None  # a repository on the hub, owner/name, for adapter, model card and metrics; made if need be
+    hub_private_repo: bool = False  # whether it is private where it has to be made
+    upload: str | None = None  # an address for the same files: s3://bucket/folder
+    hub_strategy: str = "end"  # when both are sent: end, or every_save, with each checkpoint too
 
     def __post_init__(self):
         positive = "cutoff_len per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs"
@@ -111,6 +116,7 @@ class TrainConfig:
             ("lr_scheduler_type", SCHEDULES),
             ("optim", OPTIMIZERS),
             ("gradient_checkpointing", ("auto", *POLICIES)),
+            ("hub_strategy", ("end", "every_save")),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not known; choose from {', '.join(allowed)}")
@@ -194,7 +200,7 @@ MAY_CHANGE = set(  # on resuming. Model and data are compared by what is in them
     """
     model_name_or_path model_revision dataset eval_dataset output_dir overwrite_output_dir resume_from_checkpoint bf16 fp16
     per_device_eval_batch_size gradient_checkpointing logging_steps eval_steps save_steps save_total_limit early_stopping_patience
-    exact_match_samples report_to run_name mlflow_tracking_uri
+    exact_match_samples report_to run_name mlflow_tracking_uri push_to_hub hub_private_repo upload hub_strategy
     """.split()
 )
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")

@@ -27,16 +27,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_adapted_tokenizer, load_run_config
-from minilora.chat import ChatTemplate, load_chat_template, training_clock
-from minilora.config import ModelConfig
-from minilora.data import Dataset, tokenize
+from minilora.chat import load_chat_template, training_clock
 from minilora.errors import UserError, run_script
 from minilora.evaluation import answers, evaluate_loss, exact_match, load_metric
 from minilora.files import write_whole
 from minilora.lora import set_adapter
-from minilora.rows import Row, read_rows
-from minilora.tokenizer import Tokenizer
-from minilora.train_config import TrainConfig
+from minilora.rows import Row
+from minilora.training_data import read_mixed, token_settings, tokenize_rows
 from minilora.weights import read_config
 
 COLUMNS = {  # what is printed of each model: key of the JSON -> heading, format
@@ -69,14 +66,16 @@ def main() -> None:
     check(options)
     metrics = {name.strip(): load_metric(name.strip()) for name in options.metrics.split(",") if name.strip()}
     adapters = find_adapters(options.adapter)
-    config = load_run_config(adapters, keys)
+    config = load_run_config(adapters, ["--max_samples=none", *keys])  # a short try of a training is no short evaluation
     base = find_base(options.model, adapters.values())
     tokenizer = load_adapted_tokenizer(base, adapters)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     place = options.dataset or config.eval_dataset
     if place is None:
         raise UserError("dataset is missing; name the examples to evaluate on with --dataset FILE")
-    dataset = load_dataset(place, config, read_config(base), tokenizer, template)
+    model_config = read_config(base)
+    settings = token_settings(config, model_config)
+    dataset = tokenize_rows(read_mixed(place, config), place, settings, model_config, tokenizer, template)
     asked = dataset.rows[: max(options.exact_match_samples, options.samples)]
     if any(row.prompt is None for row in asked):
         raise UserError(f"{place} is plain text: without prompts there are no answers to compare")
@@ -122,27 +121,6 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--metrics {options.metrics} compares answers: say how many to give with --exact_match_samples N")
     if options.output and not os.access(Path(options.output).absolute().parent, os.W_OK):
         raise UserError(f"--output {options.output}: {Path(options.output).absolute().parent} is no directory that may be written")
-
-
-def load_dataset(
-    place: str, config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> Dataset:
-    """The set as tokens, worded, cut and supervised as in training."""
-    positions = model_config.max_position_embeddings
-    cutoff_len = config.cutoff_len or min(1024, positions)
-    if cutoff_len > positions:
-        raise UserError(
-            f"cutoff_len = {cutoff_len} is more than the {positions} positions of the model; set --cutoff_len {positions}"
-        )
-    rows = read_rows(place, config.prompt_column, config.completion_column, chat=config.template is not None)
-    dataset = tokenize(rows, tokenizer, cutoff_len, config.train_on_prompt, template, config.mask_history)
-    if not dataset.examples:
-        raise UserError(f"{place}: no token to learn is left in any of its {len(rows)} examples; raise cutoff_len = {cutoff_len}")
-    if (largest := max(int(e.input_ids.max()) for e in dataset.examples)) >= model_config.vocab_size:
-        raise UserError(
-            f"the tokenizer gives token {largest}, the model knows {model_config.vocab_size}: they are not of one model"
-        )
-    return dataset
 
 
 def print_table(results: dict[str, dict[str, float]], answered: int) -> None:

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 
 from minilora.adapter import load_adapter, save_adapter
-from minilora.chat import ChatTemplate, load_chat_template, training_clock
-from minilora.config import ModelConfig
-from minilora.data import Dataset, collate, document_ids, padding_share, split, step_batches, steps_per_epoch, tokenize
+from minilora.chat import load_chat_template, training_clock
+from minilora.data import Dataset, collate, document_ids, padding_share, step_batches, steps_per_epoch
 from minilora.device import choose_placement, memory_used, return_freed_memory
 from minilora.distributed import Processes, join_processes
 from minilora.errors import UserError, run_script
 from minilora.evaluation import answers, evaluate_loss, exact_match
+from minilora.files import fingerprint
 from minilora.hub import resolve_model
 from minilora.linear import describe_weights
 from minilora.lint import lint_adapter, table
@@ -40,11 +40,11 @@ from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
 from minilora.memory import available_memory, choose_recompute, memory_ledger, process_memory
 from minilora.optim import learning_rate, make_optimizer, set_learning_rate
-from minilora.output_dir import check_output_dir, files_of_a_run, open_output_dir
+from minilora.output_dir import SETTINGS_FILE, check_output_dir, files_of_a_run, open_output_dir
 from minilora.packing import pack
 from minilora.plots import plot_loss, plot_training
 from minilora.recompute import set_recompute
-from minilora.reporters import make_reporters
+from minilora.reporters import make_reporters, without_secrets
 from minilora.resume import (
     StopSignal,
     bring_checkpoint,
@@ -52,16 +52,16 @@ from minilora.resume import (
     checkpoints,
     delete_old_checkpoints,
     find_checkpoint,
-    fingerprint,
     random_state,
     sample_model,
     set_random_state,
     write_checkpoint,
 )
-from minilora.rows import Row, mix_rows, parse_datasets, read_rows
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.sharing import destinations, files_to_share, send_to_all
+from minilora.tokenizer import load_tokenizer
 from minilora.track import Tracker, minutes, print_answers, print_summary, write_model_card
 from minilora.train_config import TrainConfig, load_train_config, manual
+from minilora.training_data import load_datasets, token_settings
 from minilora.weights import load_model, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +92,11 @@ def train(config: TrainConfig, processes: Processes) -> None:
     tokenizer = load_tokenizer(model_dir)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     train_set, eval_set = load_datasets(config, model_config, tokenizer, template)
+    if config.packing:
+        train_set = pack(train_set, token_settings(config, model_config)["cutoff_len"], config.seed)
+    asked = eval_set.rows[: config.exact_match_samples] if eval_set else []
+    if any(row.prompt is None for row in asked):
+        raise UserError("exact_match_samples needs held-out prompts, and the held-out examples are plain text; set it to 0")
     lengths = [len(example.input_ids) for example in train_set.examples]
     batching = (config.per_device_train_batch_size, config.gradient_accumulation_steps * processes.count)
     order = (config.seed, config.group_by_length)
@@ -111,6 +116,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     }
     checkpoint, state = find_resumed(config, training, total_steps)
     check_output_dir(config, checkpoint)
+    shares = destinations(config.push_to_hub, config.hub_private_repo, config.upload) if processes.main else []
     reporters = (
         make_reporters(config.trackers(), output_dir, asdict(config), config.run_name, config.mlflow_tracking_uri)
         if processes.main
@@ -124,6 +130,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
     policy, reason = config.gradient_checkpointing, "as asked"
     if policy == "auto":
         policy, reason = choose_recompute(available_memory(device), ledger_of)
+
+    for destination in shares:  # who may not write there learns it now
+        destination.send({SETTINGS_FILE: without_secrets(config.to_yaml()).encode()}, "Begin training")
 
     # ---- model and adapter -------------------------------------------------------------------------------------------
 
@@ -201,10 +210,41 @@ def train(config: TrainConfig, processes: Processes) -> None:
             state = dict(step=step, training=training, best=best, seconds=time.perf_counter() - started, random=generators)
             state |= {"optimizer": optimizer.state_dict(), "loss_scale": loss_scale.state_dict(), "tracker": tracker.state_dict()}
             write_checkpoint(directory, partial(save_adapter, model, base_model_name_or_path=base_model), state)
+            if shares and config.hub_strategy == "every_save":
+                share(step, directory)
             if config.save_total_limit is not None:
                 spare = best["step"] if config.load_best_model_at_end else None
                 delete_old_checkpoints(output_dir, step, config.save_total_limit, spare)
         return directory
+
+    def figures(step: int) -> dict[str, str]:
+        """What the model card says of the training so far."""
+        losses = [record["loss"] for record in tracker.records if "loss" in record]
+        held_out = [record["eval_loss"] for record in tracker.records if "eval_loss" in record]
+        said = {
+            "examples": f"{len(train_set):,}",
+            "steps": f"{step} of {sum(map(len, step_batches(lengths, 0, *batching, *order)))} examples" + loss_scale.summary(),
+            "trainable parameters": f"{sum(p.numel() for p in trainable.values()):,}",
+            "final training loss": f"{losses[-1]:.4f}" if losses else "not finite",
+            "computed on": str(placement),
+            "frozen weights": describe_weights(model),
+            "peak memory": f"{memory_used(device) / 2**30:.2f} GiB ({predicted / 2**30:.2f} GiB predicted)",
+            "training time": minutes(time.perf_counter() - started),
+        }
+        if held_out:
+            said |= {"held-out loss, base model": f"{held_out[0]:.4f}"}
+            said |= {"held-out loss, lowest": f"{best['loss']:.4f} (step {best['step']})"}
+        return said
+
+    def share(step: int, adapter: Path) -> None:
+        """Send an adapter and what belongs to it, in the middle of the training: what fails is a warning."""
+        plot_loss(tracker.records, output_dir / "loss.png")
+        write_model_card(output_dir / "README.md", config, base_model, figures(step))
+        for destination in shares:
+            try:
+                destination.send(files_to_share(output_dir, adapter), f"Step {step} of {total_steps}")
+            except UserError as error:
+                tracker.say(f"warning: {error}; training goes on")
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -252,7 +292,6 @@ def train(config: TrainConfig, processes: Processes) -> None:
     processes.leave()
     if not processes.main:
         return
-    peak = memory_used(device)
 
     # ---- the end: best adapter, files, what was learnt ---------------------------------------------------------------
 
@@ -264,83 +303,26 @@ def train(config: TrainConfig, processes: Processes) -> None:
     save_adapter(model, output_dir, base_model_name_or_path=base_model)
     plot_loss(tracker.records, output_dir / "loss.png")
     plot_training(tracker.records, output_dir / "training.png")
-    per_step = sum(map(len, step_batches(lengths, 0, *batching, *order)))
-    losses = [record["loss"] for record in tracker.records if "loss" in record]
-    held_out = [record["eval_loss"] for record in tracker.records if "eval_loss" in record]
-    figures = {
-        "examples": f"{len(train_set):,}",
-        "steps": f"{step} of {per_step} examples" + loss_scale.summary(),
-        "trainable parameters": f"{sum(p.numel() for p in trainable.values()):,}",
-        "final training loss": f"{losses[-1]:.4f}" if losses else "not finite",
-        "computed on": str(placement),
-        "frozen weights": describe_weights(model),
-        "peak memory": f"{peak / 2**30:.2f} GiB ({predicted / 2**30:.2f} GiB predicted)",
-        "training time": minutes(time.perf_counter() - started),
-    }
-    if held_out:
-        figures |= {"held-out loss, base model": f"{held_out[0]:.4f}"}
-        figures |= {"held-out loss, lowest": f"{best['loss']:.4f} (step {best['step']})"}
-    if config.exact_match_samples:
-        asked = eval_set.rows[: config.exact_match_samples]
-        after = answers(model, tokenizer, asked)
+    card = figures(step)
+    if asked:
+        after = answers(model, tokenizer, asked, template=template)
         set_adapter(model, None)
-        before = answers(model, tokenizer, asked)
+        before = answers(model, tokenizer, asked, template=template)
         scores = exact_match(before, asked), exact_match(after, asked)
         print_answers(asked, before, after)
         print(f"\nexact answers to {len(asked)} held-out prompts: {scores[0]:.1%} before, {scores[1]:.1%} after")
-        figures |= {f"exact answers to {len(asked)} held-out prompts": f"{scores[1]:.1%} (base model: {scores[0]:.1%})"}
-    write_model_card(output_dir / "README.md", config, base_model, figures)
+        card |= {f"exact answers to {len(asked)} held-out prompts": f"{scores[1]:.1%} (base model: {scores[0]:.1%})"}
+    write_model_card(output_dir / "README.md", config, base_model, card)
     print("\n" + table(lint_adapter(output_dir, model_config)))
     tracker.finish("FINISHED", [path for path in files_of_a_run(output_dir) if path.is_file()])
     print(f"adapter, metrics, plot and model card are in {output_dir} ({minutes(time.perf_counter() - started)} in all)")
+    try:
+        send_to_all(shares, files_to_share(output_dir), f"Trained for {step} steps")
+    except UserError as error:
+        raise UserError(f"{error}; all is in {output_dir}, and scripts/share.py sends it again") from error
 
 
 # ---- parts of the story that are better read apart ------------------------------------------------------------------
-
-
-def load_datasets(
-    config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out examples, tokenized and checked."""
-    if config.dataset is None:
-        raise UserError("dataset is missing; name a file, an address or a dataset of the hub with --dataset")
-    limit = model_config.max_position_embeddings
-    cutoff_len = config.cutoff_len or min(1024, limit)
-    if cutoff_len > limit:
-        raise UserError(f"cutoff_len = {cutoff_len} is more than the {limit} positions of the model; set --cutoff_len {limit}")
-
-    def tokenized(rows: list, file: str) -> Dataset:
-        dataset = tokenize(rows, tokenizer, cutoff_len, config.train_on_prompt, template, config.mask_history)
-        if not dataset.examples:
-            raise UserError(
-                f"{file}: no token to learn is left in any of its {len(rows)} examples; raise cutoff_len = {cutoff_len}"
-            )
-        if (largest := max(int(e.input_ids.max()) for e in dataset.examples)) >= model_config.vocab_size:
-            raise UserError(
-                f"the tokenizer gives token {largest}, the model knows {model_config.vocab_size}: they are not of one model"
-            )
-        return dataset
-
-    def rows_of(datasets: str | list[str]) -> list[Row]:
-        parts, weights = [], []
-        for name, weight in parse_datasets(datasets):
-            if name.startswith("assets/") and not Path(name).exists():
-                name = str(ROOT / name)  # the examples that come with minilora are found from every working directory
-            part = read_rows(name, config.prompt_column, config.completion_column, chat=config.template is not None)
-            parts.append(part[: config.max_samples])
-            weights.append(weight)
-        return mix_rows(parts, weights, config.seed)
-
-    rows, held_out = rows_of(config.dataset), []
-    if config.eval_dataset:
-        held_out = rows_of(config.eval_dataset)
-    elif config.val_size:
-        rows, held_out = split(rows, config.val_size, config.seed)
-    train_set = tokenized(rows, config.dataset)
-    eval_set = tokenized(held_out, config.eval_dataset or config.dataset) if held_out else None
-    if config.exact_match_samples and any(row.prompt is None or row.messages is not None for row in held_out):
-        raise UserError("exact_match_samples needs held-out prompts with completions, not plain text or conversations")
-    return pack(train_set, cutoff_len, config.seed) if config.packing else train_set, eval_set
 
 
 def fingerprint_of(dataset: Dataset | None) -> str | None:

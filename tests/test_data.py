@@ -87,7 +87,7 @@ def test_long_examples_are_cut_and_counted_and_dropped_where_nothing_is_left(mod
     assert (len(dataset), dataset.truncated, dataset.dropped) == (2, 1, 1)
     assert dataset.examples[1].supervised == 4 and tokenizer.eos_id not in dataset.examples[1].input_ids
     assert dataset.rows == rows[:2]
-    assert "cut at cutoff_len: 1 (33.3%), dropped with nothing left to learn: 1 (33.3%)" in dataset.summary()
+    assert "cut at cutoff_len: 1 (33.3%); dropped with nothing left to learn: 1 (33.3%)" in dataset.summary()
 
 
 sizes = st.integers(1, 40), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**31)

@@ -172,7 +172,7 @@ def test_a_web_address_is_read_and_shown_without_its_signature(server):
         ("http://no host/b.jsonl", "cannot be read: InvalidURL; is the address right?"),
         ("{server}/data", "ends in ''; supported"),
         ("mars://base/a.jsonl", "mars://base/a.jsonl cannot be read: ValueError; Protocol not known: mars"),
-        ("memory://nowhere/a.jsonl", "memory://nowhere/a.jsonl does not exist"),
+        ("memory://nowhere/a.jsonl", "memory://nowhere/a.jsonl cannot be read: it does not exist"),
     ],
 )
 def test_an_address_that_leads_nowhere_is_told_without_its_secrets(server, address, said):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from minilora import UserError
 from minilora.device import Placement
+from minilora.files import fingerprint
 from minilora.resume import (
     DIGESTS_FILE,
     STATE_FILE,
@@ -28,7 +29,6 @@ from minilora.resume import (
     checkpoints,
     delete_old_checkpoints,
     find_checkpoint,
-    fingerprint,
     pack,
     random_state,
     read_checkpoint,
