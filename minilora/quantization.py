@@ -18,7 +18,7 @@ Their code is the dynamic one (arXiv:2110.02861, section 2), whose steps grow wi
 Everything here is bitsandbytes' arithmetic to the bit, and its format on disk to the byte: checkpoints go both ways. Its numbers on
 a CPU are the reference; PyTorch's mean and bitsandbytes' own CUDA kernels may differ from them in the last bit. Two things of
 bitsandbytes 0.50 are not followed. On CPUs with AVX-512 it gives the wrong scale to a block that spans rows of a matrix whose width
-is a multiple of 16 and not of the block. And fp4's second zero, symbol 8, reads as -0 or +0 depending on the width; here it is +0.
+is a multiple of 16 and not of the block. And fp4's second zero, symbol 8, reads as -0 or +0 depending on CPU and width; here as +0.
 """
 
 import json

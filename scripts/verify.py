@@ -327,7 +327,8 @@ def weights_in_4_bits(case: Case, part: str) -> Pairs:
                 "codebooks": [(four_bit_code(quant_type), state.code)],
                 "bytes": [(ours.packed, packed.view(-1))],
                 "scales": [(ours.absmax, state.absmax), (ours.nested_absmax, state.state2.absmax), (ours.offset, state.offset)],
-                "values": [(ours.dequantize(), functional.dequantize_4bit(packed, state))],
+                # + 0.0 turns -0 into 0: which of them FP4's second zero is depends on the CPU with bitsandbytes
+                "values": [(ours.dequantize() + 0.0, functional.dequantize_4bit(packed, state) + 0.0)],
             }
             yield from parts[part]
 
