@@ -45,6 +45,17 @@ def shown(place: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def check_address(key: str, address: str) -> None:
+    """Refuse what is given for `key` if it is no address, or holds a password, which settings would keep and logs show."""
+    if not is_address(address):
+        raise UserError(f"{key} = {address!r} is no address; write it as s3://bucket/folder")
+    if urlsplit(address).password or urlsplit(address).query:
+        raise UserError(
+            f"{key} = {shown(address)} holds a password or a signature, which would be saved with the settings; "
+            "put credentials into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+        )
+
+
 def read_file(address: str) -> bytes:
     """What lies at an address. Raises UserError."""
     with _told(address, "read"):

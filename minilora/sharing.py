@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from minilora.adapter import CONFIG_FILE, WEIGHTS_FILE
 from minilora.errors import UserError, describe
 from minilora.hub import push_files
 from minilora.output_dir import RUN_FILES, SETTINGS_FILE
-from minilora.remote import is_address, shown, write_files
+from minilora.remote import check_address, shown, write_files
 from minilora.reporters import without_secrets
 from minilora.tokenizer import TOKENIZER_FILES
 
@@ -59,13 +58,7 @@ def destinations(push_to_hub: str | None, private: bool, upload: str | None) -> 
     """Those that are named. Raises UserError for an address that is none, or that holds a password."""
     found: list[Destination] = [HubRepository(push_to_hub, private)] if push_to_hub else []
     if upload:
-        if not is_address(upload):
-            raise UserError(f"upload = {upload!r} is no address; write it as s3://bucket/folder")
-        if urlsplit(upload).password or urlsplit(upload).query:
-            raise UserError(
-                f"upload = {shown(upload)} holds a password or a signature, which would be saved with the settings; "
-                "put credentials into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
-            )
+        check_address("upload", upload)
         found.append(RemoteFolder(upload))
     return found
 

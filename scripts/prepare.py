@@ -45,7 +45,7 @@ from minilora.hub import resolve_model
 from minilora.mask_view import view
 from minilora.plots import plot_lengths
 from minilora.prepared import save_tokens, tokens_file, tokens_key
-from minilora.remote import is_address, shown, write_files
+from minilora.remote import check_address, shown, write_files
 from minilora.rows import Row, record_of
 from minilora.tokenizer import Tokenizer, load_tokenizer
 from minilora.train_config import TrainConfig, load_train_config
@@ -142,8 +142,8 @@ def check(options: argparse.Namespace) -> None:
     output = options.output
     if options.show < 0:
         raise UserError(f"--show must be at least 0, not {options.show}")
-    if options.to and not is_address(options.to):
-        raise UserError(f"--to {options.to} is no address; write it as s3://bucket/folder, or say --output for a directory here")
+    if options.to:
+        check_address("--to", options.to)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file, not a directory")
     if not os.access(output if output.exists() else output.absolute().parent, os.W_OK):
@@ -202,7 +202,7 @@ def print_statistics(
     """A column a set, a row a figure."""
     print(f"dataset    {config.dataset}, for {config.model_name_or_path or 'assets/base'}, {wording}, cutoff_len {cutoff_len:,}")
     if faults:
-        print(f"left out   {len(faults):,} rows that are wrong; the first: {faults[0]}")
+        print(f"left out   {len(faults):,} rows that are wrong; the first: {min(faults, key=_natural_order)}")
     print("\n" + " " * 30 + "".join(f"{name:>14}" for name in statistics))
     for key, (words, form) in ROWS.items():
         if any(key in figures for figures in statistics.values()):
