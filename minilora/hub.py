@@ -99,11 +99,9 @@ def push_files(repo_id: str, files: Mapping[str, Path | bytes], message: str, pr
         raise UserError(f"{repo_id!r} cannot be the name of a repository on the hub, which is owner/name") from error
     except (errors.LocalTokenNotFoundError, errors.RepositoryNotFoundError) as error:
         raise UserError(f"{repo_id} cannot be written: nobody is logged in who may; log in with `hf auth login`") from error
-    except errors.HTTPError as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status == 403:
-            raise UserError(f"{repo_id} cannot be written: the token may not; use one with write access to it") from error
-        raise UserError(f"{repo_id} cannot be written: {_obstacle(error)}") from error
+    except (errors.HTTPError, RuntimeError) as error:  # a large file that fails is a RuntimeError, with the reason as its cause
+        reason = error.__cause__ if isinstance(error, RuntimeError) else error
+        raise UserError(f"{repo_id} cannot be written: {_obstacle(reason)}") from error
     return f"{constants.ENDPOINT}/{repository.repo_id}"
 
 
@@ -116,5 +114,9 @@ def _obstacle(error: BaseException | None) -> str:
     if not isinstance(error, errors.HfHubHTTPError):
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the network and try again"
     status = error.response.status_code
-    mend = {401: "the token is not accepted; log in with `hf auth login`", 429: "too many requests; wait a while, or log in"}
+    mend = {
+        401: "the token is not accepted; log in with `hf auth login`",
+        403: "the token may not do this; use one that has write access",
+        429: "too many requests; wait a while, or log in",
+    }
     return f"{constants.ENDPOINT} answers {status}: {mend.get(status, 'try again later')}"

@@ -7,6 +7,7 @@ On a terminal there is one bar, redrawn in place; where output goes to a file, o
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -196,7 +197,13 @@ def minutes(seconds: float) -> str:
 
 
 def write_model_card(path: Path, config: TrainConfig, base_model: str, figures: dict[str, str]) -> None:
-    """A README.md that the hub shows: what the adapter is for, how to load it, and the figures of its training."""
+    """A README.md that the hub shows: what the adapter is for, how to load it, and the figures of its training.
+
+    The hub links to the base model if it is one of its own; a directory is named in the text alone.
+    """
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith("assets/") and not Path(base_model).exists()
+    link = f"base_model: {base_model}\n" if on_hub else ""
+    place = config.push_to_hub or "path/to/this/directory"
     lora = config.lora_config()
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     scaling = "alpha / sqrt(r)" if lora.use_rslora else "alpha / r"
@@ -204,8 +211,7 @@ def write_model_card(path: Path, config: TrainConfig, base_model: str, figures: 
     write_whole(
         path,
         f"""---
-base_model: {base_model}
-library_name: peft
+{link}library_name: peft
 pipeline_tag: text-generation
 tags:
 - lora
@@ -228,7 +234,7 @@ Trained with minilora. Rank {lora.r}, alpha {lora.lora_alpha:g} (scaling {scalin
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_model!r}), "path/to/this/directory")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_model!r}), {place!r})
 ```
 
 All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.

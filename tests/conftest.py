@@ -14,6 +14,7 @@ from minilora.device import Placement
 from minilora.errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
+S3_SECRET = "secretsecretsecret"
 WORDS = "the old fox and a young owl live by the river in a small blue house near the mill where bread is baked".split()
 
 
@@ -113,6 +114,35 @@ def train(run_trainer, model_dir, dataset, tmp_path):
         return (tmp_path / name, out) if code != 2 else (tmp_path / name, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """moto's S3 server on loopback, with one bucket, called bucket; its address."""
+    pytest.importorskip("s3fs", reason="an extra: S3")
+    server = pytest.importorskip("moto.server", reason="an S3 server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, tmp_path):
+    """The environment in which s3:// is that server, and one empty bucket; a function that lists the names in it."""
+    import boto3
+    import s3fs
+
+    for name, value in dict(
+        AWS_ENDPOINT_URL=s3_server, AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY=S3_SECRET, AWS_DEFAULT_REGION="us-east-1",
+        AWS_CONFIG_FILE=str(tmp_path / "none"), AWS_SHARED_CREDENTIALS_FILE=str(tmp_path / "none"), NO_PROXY="127.0.0.1",
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    ).items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # its clients remember the environment
+    bucket = boto3.resource("s3").Bucket("bucket")
+    bucket.create()
+    bucket.objects.all().delete()
+    return lambda: sorted(entry.key for entry in bucket.objects.all())
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import http.server
 import json
 import sys
 import threading
-from importlib.util import find_spec
 
+import fsspec.registry  # noqa: F401
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -189,8 +189,9 @@ def test_what_fsspec_knows_is_read_through_it():
     assert read_records("memory://bucket/a.jsonl")[0] == ("memory://bucket/a.jsonl, line 1", RECORDS[0])
 
 
-@pytest.mark.skipif(find_spec("s3fs") is not None, reason="s3fs is installed")
-def test_s3_without_its_package_says_what_to_install():
+def test_s3_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # what fsspec has imported before
     with pytest.raises(UserError, match=r"s3://bucket/a.jsonl: .*pip install 'minilora\[s3\]'"):
         read_records("s3://bucket/a.jsonl")
 

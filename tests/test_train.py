@@ -41,7 +41,7 @@ def test_training_lowers_the_loss_and_leaves_everything_it_should(train):
     ).keys()
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (directory / "README.md").read_text()
-    assert card.startswith("---\nbase_model: ") and "library_name: peft" in card and "| peak memory |" in card
+    assert card.startswith("---\nlibrary_name: peft\n") and "# LoRA adapter for /" in card and "| peak memory |" in card
     for said in ("model ", "device ", "trainable ", "training ", "steps ", "supervised"):
         assert said in out
 

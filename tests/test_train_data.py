@@ -19,6 +19,16 @@ def chats(tmp_path):
     return path
 
 
+def test_exact_answers_are_counted_on_conversations_too(train, tmp_path):
+    path = tmp_path / "fox.jsonl"
+    turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the old fox"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    keys = dict(dataset=path, eval_dataset=path, template="plain", exact_match_samples=1, gradient_accumulation_steps=1)
+    _, out = train(max_steps=30, learning_rate=2e-2, **keys)
+    assert "exact answers to 1 held-out prompts: 0.0% before, 100.0% after" in out
+    assert "\nwho?\n" in out and "  adapted   the old fox\n  expected  the old fox\n" in out
+
+
 @pytest.mark.parametrize("template", ["plain", "llama2", "alpaca"])
 def test_conversations_are_learnt_through_a_template_which_is_saved_beside_the_adapter(train, chats, template):
     directory, out = train(dataset=chats, template=template, max_steps=12, learning_rate=1e-2, logging_steps=1)
