@@ -1,7 +1,10 @@
 """A tiny model directory, a small dataset, and a way to run the trainer as the command line does."""
 
+import importlib
+import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,19 +83,28 @@ def trainer():
 
 
 @pytest.fixture
-def run_trainer(trainer, monkeypatch, capsys):
-    """Run `train.py ARGUMENTS` in this process: (exit code, stdout, stderr)."""
+def call(monkeypatch, capsys):
+    """Run a script as the command line does, but in this process, with lines typed: (exit code, stdout, stderr)."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    def run(name: str, *arguments: object, typed: str = "") -> tuple[int, str, str]:
+        script = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        capsys.readouterr()
         try:
-            run_script(trainer.main)
+            run_script(script.main)
             code = 0
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def run_trainer(call):
+    """Run `train.py ARGUMENTS`: (exit code, stdout, stderr)."""
+    return partial(call, "train")
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """scripts/chat.py: the conversation, one question, a file of them; and that a cache carried over changes nothing but the time."""
 
-import io
 import json
 import shutil
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from test_evaluate import adapters  # noqa: F401  a fixture
 from minilora import UserError, generate, load_adapter, load_model, load_tokenizer
 from minilora.assistant import Assistant, Settings, carry_over
 from minilora.chat import load_chat_template
-from minilora.errors import run_script
 from minilora.generation import generate_stream, generate_text
 
 TEMPLATE = r"""{{- bos_token }}
@@ -23,22 +21,9 @@ GREEDY = ("--temperature", "0", "--max_new_tokens", "6", "--quantization_bit", "
 
 
 @pytest.fixture
-def chat(monkeypatch, capsys):
-    """Run `chat.py ARGUMENTS` in this process, with lines typed: (exit code, stdout, stderr)."""
-    import chat
-
-    def run(*arguments: object, typed: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        capsys.readouterr()
-        try:
-            run_script(chat.main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def chat(call):
+    """Run `chat.py ARGUMENTS`, with lines typed: (exit code, stdout, stderr)."""
+    return partial(call, "chat")
 
 
 def expected_answer(model_dir, prompt, adapter=None, **changes):

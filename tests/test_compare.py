@@ -1,7 +1,7 @@
 """scripts/compare.py: several runs in one table and one picture."""
 
 import json
-import sys
+from functools import partial
 
 import compare
 import pytest
@@ -9,24 +9,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.errors import run_script
-
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(call, tmp_path, monkeypatch):
     """Run `compare.py ARGUMENTS` in tmp_path: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
-        try:
-            run_script(compare.main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+    monkeypatch.chdir(tmp_path)
+    return partial(call, "compare")
 
 
 def record(step, loss, **more):

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from test_lora import randomize
 from minilora import LoraConfig, add_lora, load_model, load_tokenizer, save_adapter
 from minilora.chat import load_chat_template
 from minilora.data import tokenize
-from minilora.errors import UserError, run_script
+from minilora.errors import UserError
 from minilora.evaluation import load_metric
 from minilora.rows import Row, read_rows
 
@@ -21,21 +22,9 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """Run `evaluate.py ARGUMENTS` in this process: (exit code, stdout, stderr)."""
-    import evaluate
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            run_script(evaluate.main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def evaluate(call):
+    """Run `evaluate.py ARGUMENTS`: (exit code, stdout, stderr)."""
+    return partial(call, "evaluate")
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from test_merge import TOLERANCE, adapted, change_config, change_tensors, make_adapter, make_base
 
 from minilora import UserError
-from minilora.errors import run_script
 from minilora.lint import LOADS_WRONGLY, NEEDS_OPTION, SERVERS, WILL_NOT_LOAD, Finding, lint_adapter, loads, table
 from minilora.weights import read_config
 
@@ -328,18 +327,9 @@ def test_vllm_honours_rslora_and_patterns(place, change):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `lint_adapter.py ARGUMENTS` in this process: (exit code, stdout, stderr)."""
-    import lint_adapter as script
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lint_adapter.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run_script(script.main)
-        return end.value.code, *capsys.readouterr()
-
-    return run
+def command(call):
+    """Run `lint_adapter.py ARGUMENTS`: (exit code, stdout, stderr)."""
+    return partial(call, "lint_adapter")
 
 
 def test_the_command_prints_a_line_for_each_server_and_exits_with_0_if_all_load(command, place):

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora import PRESETS, CausalLM, LoraConfig, ModelConfig, QuantConfig, UserError, add_lora, load_model, ops, save_model
-from minilora.errors import run_script
 from minilora.linear import QuantizedLinear
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
@@ -432,18 +431,10 @@ def test_the_memory_that_is_free_is_told():
 
 
 @pytest.fixture
-def ask(monkeypatch, capsys, tmp_path):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["memory.py", *arguments])
-        code = 0
-        try:
-            run_script(memory.main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def ask(call, tmp_path, monkeypatch):
+    """Run `memory.py ARGUMENTS` in tmp_path: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    return partial(call, "memory")
 
 
 def test_the_script_says_what_fits_a_t4_without_any_file(ask, tmp_path):

@@ -4,7 +4,7 @@ import errno
 import json
 import re
 import shutil
-import sys
+from functools import partial
 from statistics import median
 
 import pytest
@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from test_lora import ids, randomize
 
 from minilora import LoraConfig, QuantConfig, add_lora, load_adapter, load_model, quantize_4bit, save_adapter, save_model, weights
-from minilora.errors import run_script
 from minilora.lora import lora_layers
 from minilora.weights import StoredTensors
 
@@ -42,20 +41,9 @@ def script():
 
 
 @pytest.fixture
-def merge(script, monkeypatch, capsys):
-    """Run `merge.py ARGUMENTS` in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            run_script(script.main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def merge(call):
+    """Run `merge.py ARGUMENTS`: (exit code, stdout, stderr)."""
+    return partial(call, "merge")
 
 
 @pytest.fixture

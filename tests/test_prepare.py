@@ -2,8 +2,8 @@
 
 import errno
 import json
-import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from minilora import load_tokenizer
 from minilora.chat import load_chat_template
 from minilora.data import tokenize
-from minilora.errors import run_script
 from minilora.mask_view import view
 from minilora.prepared import load_tokens, save_tokens, tokens_file, tokens_key
 from minilora.rows import Row, read_rows, record_of
@@ -24,23 +23,10 @@ SETTINGS = dict(cutoff_len=64, train_on_prompt=False, mask_history=False)
 
 
 @pytest.fixture
-def prepare(monkeypatch, capsys, model_dir, tmp_path):
-    """Run `prepare.py` on the tiny model, in tmp_path: (exit code, stdout, stderr)."""
-    import prepare
-
+def prepare(call, monkeypatch, model_dir, tmp_path):
+    """Run `prepare.py ARGUMENTS` on the tiny model, in tmp_path: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prepare.py", "--model", str(model_dir), *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            run_script(prepare.main)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(call, "prepare", "--model", model_dir)
 
 
 @pytest.fixture

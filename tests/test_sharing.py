@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from minilora import UserError, remote
-from minilora.errors import run_script
 from minilora.hub import push_files, resolve_model
 from minilora.readers import read_records
 from minilora.remote import fetch_folder, read_file, shown, write_files
@@ -122,13 +121,10 @@ def test_an_upload_that_fails_costs_a_warning_and_at_the_end_exit_code_2_and_not
     assert {path.name for path in directory.iterdir()} == SHARED | {"checkpoint-2", "checkpoint-4"}
 
 
-def test_share_sends_what_lies_ready(train, s3, monkeypatch, capsys):
-    import share
-
+def test_share_sends_what_lies_ready(train, s3, call):
     directory, _ = train(max_steps=1)
-    monkeypatch.setattr("sys.argv", ["share.py", "--adapter", str(directory), "--upload", "s3://bucket/later"])
-    run_script(share.main)
-    assert capsys.readouterr().out == "sent to s3://bucket/later\n" and set(s3()) == {f"later/{name}" for name in SHARED}
+    assert call("share", "--adapter", directory, "--upload", "s3://bucket/later") == (0, "sent to s3://bucket/later\n", "")
+    assert set(s3()) == {f"later/{name}" for name in SHARED}
 
 
 @pytest.mark.parametrize(
@@ -145,16 +141,11 @@ def test_share_sends_what_lies_ready(train, s3, monkeypatch, capsys):
         ),
     ],
 )
-def test_mistakes_in_sharing_are_one_line_and_exit_2(train, monkeypatch, capsys, tmp_path, arguments, said):
-    import share
-
+def test_mistakes_in_sharing_are_one_line_and_exit_2(train, call, monkeypatch, tmp_path, arguments, said):
     directory, _ = train(max_steps=1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["share.py", *(word.format(run=directory) for word in arguments)])
-    with pytest.raises(SystemExit) as end:
-        run_script(share.main)
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and said in err and err.count("\n") == 1 and "hidden" not in err
+    code, _, err = call("share", *(word.format(run=directory) for word in arguments))
+    assert code == 2 and said in err and err.count("\n") == 1 and "hidden" not in err
 
 
 def test_without_credentials_the_mend_is_told(s3, monkeypatch):
@@ -328,16 +319,11 @@ def test_a_hub_that_is_out_of_order_or_out_of_reach_is_told(hub, monkeypatch):
         push_files("me/adapter", {"a.txt": b""}, "x")
 
 
-def test_all_destinations_are_tried_even_if_one_fails(hub, s3, train, monkeypatch, capsys):
-    import share
-
+def test_all_destinations_are_tried_even_if_one_fails(hub, s3, train, call):
     directory, _ = train(max_steps=1)
-    where = ["--push_to_hub", "others/adapter", "--upload", "s3://bucket/x"]
-    monkeypatch.setattr("sys.argv", ["share.py", "--adapter", str(directory), *where])
-    with pytest.raises(SystemExit):
-        run_script(share.main)
-    out, err = capsys.readouterr()
-    assert out == "sent to s3://bucket/x\n" and "others/adapter cannot be written" in err and S3_SECRET not in out + err
+    code, out, err = call("share", "--adapter", directory, "--push_to_hub", "others/adapter", "--upload", "s3://bucket/x")
+    assert code == 2 and out == "sent to s3://bucket/x\n" and "others/adapter cannot be written" in err
+    assert S3_SECRET not in out + err
 
 
 def test_nothing_is_sent_where_nothing_is_named():

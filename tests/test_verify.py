@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from functools import partial
 from importlib.metadata import version
 
 import pytest
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import LoraConfig, QuantConfig, load_model, ops, quantize_4bit, save_model
-from minilora.errors import run_script
 from minilora.optim import AdamW8bit
 
 for oracle in ("transformers", "peft", "bitsandbytes"):
@@ -28,17 +28,9 @@ def small_models(monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `verify.py ARGUMENTS` in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run_script(verify.main)
-        return end.value.code, *capsys.readouterr()
-
-    return run
+def run(call):
+    """Run `verify.py ARGUMENTS`: (exit code, stdout, stderr)."""
+    return partial(call, "verify")
 
 
 def tables(report: str) -> dict[str, list[list[str]]]:
