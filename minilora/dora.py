@@ -95,7 +95,7 @@ class RowNorms:
 
     def _weight_squares(self, weight: Weight) -> Tensor:
         def compute() -> Tensor:
-            W = weight if isinstance(weight, Tensor) else weight.dequantize()
+            W = weight if isinstance(weight, Tensor) else weight.dequantize(torch.float32)  # not in the dtype of the files
             return torch.linalg.vector_norm(W, dim=1, dtype=torch.float32).square()
 
         return self._keep("W", compute, weight)
