@@ -71,6 +71,15 @@ def load_chat_template(name: str | None, tokenizer: Tokenizer, now: Callable[[],
     return ChatTemplate(name, "{%- set space = '" + space + "' %}" + source, tokenizer, now)
 
 
+def answer_end(tokenizer: Tokenizer) -> int | None:
+    """The token that answers end with under the tokenizer's own template; None if there is no template, or none that says."""
+    try:
+        template = load_chat_template(None, tokenizer)
+        return template and template.end_id
+    except UserError:  # it takes no such conversation: who uses it finds out where one is given
+        return None
+
+
 class ChatTemplate:
     """A template and the tokenizer it writes for. Made by `load_chat_template`."""
 
@@ -105,7 +114,10 @@ class ChatTemplate:
 
     @cached_property
     def end_id(self) -> int | None:
-        """The token that an answer ends with; None if it ends with text, as no good template lets it."""
+        """The token that an answer ends with; None if it ends with text, as no good template lets it.
+
+        Raises UserError for a template that refuses the simplest conversation.
+        """
         input_ids, learnt = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         last = int(input_ids[learnt][-1])
         return last if self._tokenizer.is_special(last) else None

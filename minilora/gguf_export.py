@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minilora.chat import answer_end
 from minilora.config import ModelConfig
 from minilora.errors import UserError
-from minilora.files import read_json
 from minilora.gguf_vocabulary import CONTROL, Vocabulary, read_vocabulary
 from minilora.model import rope_frequencies
 from minilora.tokenizer import Tokenizer, load_tokenizer
@@ -73,8 +73,8 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_model(writer, config, architecture)
         _add_vocabulary(writer, vocabulary, tokenizer, config)
-        if (template := _chat_template(directory)) is not None:
-            writer.add_chat_template(template)
+        if tokenizer.chat_template is not None:
+            writer.add_chat_template(tokenizer.chat_template)
         for name, (shape, kind, _) in tensors.items():
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
             writer.add_tensor_info(name, shape, None, math.prod(shape) // per_block * block_bytes, raw_dtype=kind)
@@ -174,7 +174,8 @@ def _context_length(config: ModelConfig) -> int:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer: Tokenizer, config: ModelConfig) -> None:
-    special = {tokenizer.bos_id, tokenizer.eos_id, *config.eos_token_ids}
+    ends = [i for i in dict.fromkeys((answer_end(tokenizer), *config.eos_token_ids)) if i not in (None, tokenizer.eos_id)]
+    special = {tokenizer.bos_id, tokenizer.eos_id, *ends}
     writer.add_tokenizer_model(vocabulary.kind)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -184,25 +185,12 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer: 
         writer.add_add_space_prefix(vocabulary.space_prefix)
     else:
         writer.add_token_merges(vocabulary.merges)
-    others = [i for i in config.eos_token_ids if i != tokenizer.eos_id]
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "eot": next(iter(others), None), "unk": vocabulary.unknown_id}
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "eot": next(iter(ends), None), "unk": vocabulary.unknown_id}
     for role, i in (ids | {"pad": tokenizer.pad_id}).items():
         if i is not None:
             getattr(writer, f"add_{role}_token_id")(i)
     writer.add_add_bos_token(tokenizer.encode("") == [tokenizer.bos_id])
     writer.add_add_eos_token(False)
-
-
-def _chat_template(directory: Path) -> str | None:
-    """The tokenizer's own Jinja template: in a file of its own, or in tokenizer_config.json."""
-    if (path := directory / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
-    if not (path := directory / "tokenizer_config.json").is_file():
-        return None
-    template = read_json(path).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
 
 
 def _differences(config: ModelConfig, vocabulary: Vocabulary, tensors: dict, outtype: str) -> list[str]:

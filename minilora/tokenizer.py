@@ -102,6 +102,11 @@ class Tokenizer:
         self.chat_template = templates
 
     @property
+    def directory(self) -> Path:
+        """Where its files lie."""
+        return self._directory
+
+    @property
     def puts_bos(self) -> bool:
         """Whether `encode` puts a BOS in front: a model may name one and be trained without."""
         return bool(self._prefix)

@@ -13,7 +13,7 @@ there are two weights to add it to:
 
 Neither is right in all cases, so the table shows how far each lies from Q + scaling B A, as the norm of the difference over the
 norm, beside the adapter's own size on that scale. So it does for merged weights that are quantized anew, which may lose more than
-the adapter had to give: done only if asked. (An adapter trained without quantization saw W: merge it into the original weights.)
+the adapter had to give: done only if asked. (An adapter trained without quantization saw W, and goes into the original weights.)
 
 Sums are taken in float32 and rounded once, to the dtype of the file. One tensor passes at a time, and one file of about 1 GB is
 held until it is written: a 7B model needs less than 4 GB of memory. The output appears complete or not at all.
@@ -25,7 +25,6 @@ since SGLang knows no other, and says for each server whether the adapter loads 
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
@@ -38,7 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilora import adapter as adapters
-from minilora.adapted import find_base
+from minilora.adapted import find_base, load_adapted_tokenizer
+from minilora.chat import answer_end
 from minilora.config import LoraConfig, QuantConfig
 from minilora.dora import row_factors
 from minilora.errors import UserError, run_script
@@ -47,8 +47,10 @@ from minilora.hub import resolve_model
 from minilora.lint import lint_adapter, table
 from minilora.lora import OUTPUT_HEAD, match_targets
 from minilora.model import CausalLM
+from minilora.output_dir import SETTINGS_FILE
 from minilora.quantization import QUANT_TYPES, quantize_4bit, to_bitsandbytes
-from minilora.tokenizer import Tokenizer, load_tokenizer
+from minilora.tokenizer import Tokenizer
+from minilora.train_config import read_yaml
 from minilora.weights import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -93,7 +95,8 @@ def main() -> None:
 
     lora, factors = adapters.read_adapter(adapter)
     base = find_base(options.model, [adapter])
-    config, tokenizer, stored = read_config(base), load_tokenizer(base), StoredTensors(base)
+    config, stored = read_config(base), StoredTensors(base)
+    tokenizer = load_adapted_tokenizer(base, {"adapter": adapter})  # with the chat template that training worded rows by
     if OUTPUT_HEAD in factors and config.tie_word_embeddings:
         raise UserError(f"{adapter} adapts {OUTPUT_HEAD}, whose weight is also the embedding in {base}: use the adapter unmerged")
     with torch.device("meta"):
@@ -102,7 +105,7 @@ def main() -> None:
     linear = {f"{layer}.weight" for layer in match_targets(model, "all-linear")}  # what QLoRA quantizes
     adapters.load_adapter(model, adapter)  # onto weights without memory: finds every name and shape that does not fit
     stored.check(wanted, ignore=is_redundant(config))
-    into, quant = choose(options, stored, wanted)
+    trained, into, quant = choose(options, stored, wanted, adapter)
 
     # ---- one tensor, then all of them --------------------------------------------------------------------------------
 
@@ -114,7 +117,7 @@ def main() -> None:
         layer, in_4_bits = name.removesuffix(".weight"), options.quantize and name in linear
         q = stored.read_quantized(name, wanted[name], "cpu") if name in stored.quantized else None
         weight = stored.read(name, None, "cpu") if q is None else None
-        if q is None and name in linear and (layer in factors or in_4_bits or into == "dequantized"):
+        if q is None and name in linear and (in_4_bits or into == "dequantized" or (trained and layer in factors)):
             q = quantize_4bit(weight, *settings)
         if layer not in factors:
             if in_4_bits:
@@ -141,7 +144,9 @@ def main() -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if to_gguf:
-            differences = write_gguf(output, base, config, wanted, lambda name: merged(name)[name], options.outtype or "f16")
+            differences = write_gguf(
+                output, tokenizer.directory, config, wanted, lambda name: merged(name)[name], options.outtype or "f16"
+            )
         else:
             entries = map(merged, tqdm(wanted, unit=" tensors", leave=False, disable=None))
             write_directory(output, base, tokenizer, entries, config.dtype, quant if options.quantize else None)
@@ -149,6 +154,8 @@ def main() -> None:
         raise UserError(f"output {output} cannot be written: {error}") from error
     if errors:  # none of the head alone, which training did not quantize
         print_table(errors, quant, into, written="quantized" if options.quantize else into)
+    elif not trained:
+        print("training saw the original weights, unquantized: what is written is exactly that with the adapter, rounded once")
     for difference in differences:
         print(f"note: {difference}")
     size = sum(file.stat().st_size for file in ([output] if to_gguf else output.glob("*.safetensors")))
@@ -162,16 +169,29 @@ def merged_weight(weight: Tensor, factors: tuple[Tensor, ...], scaling: float) -
     return V.mul_(row_factors(V, *magnitude)) if magnitude else V
 
 
-def choose(options: argparse.Namespace, stored: StoredTensors, wanted: dict[str, tuple[int, ...]]) -> tuple[str, QuantConfig]:
-    """Which weights to merge into, and how training quantized them: as asked, but files in 4 bits leave no choice."""
+def choose(
+    options: argparse.Namespace, stored: StoredTensors, wanted: dict[str, tuple[int, ...]], adapter: Path
+) -> tuple[bool, str, QuantConfig]:
+    """Whether training saw weights in 4 bits, which ones to merge into, and how 4 bits are made of them.
+
+    As asked, else as the run's settings beside the adapter say, else as QLoRA does it. Files in 4 bits leave no choice.
+    """
     if not (names := [name for name in wanted if name in stored.quantized]):
-        quant = QuantConfig(4, options.quantization_type or "nf4", options.double_quantization != "false")
-        return options.into or "original", quant
+        run = read_yaml(adapter / SETTINGS_FILE) if (adapter / SETTINGS_FILE).is_file() else {}
+        asked = options.quantization_type is not None or options.double_quantization is not None
+        trained = asked or run.get("quantization_bit", 4) == 4
+        if options.into == "dequantized" and not trained:
+            raise UserError(
+                f"{adapter} was not trained on weights in 4 bits (see its {SETTINGS_FILE}): leave out --into dequantized"
+            )
+        quant_type = options.quantization_type or run.get("quantization_type", "nf4")
+        double_quant = options.double_quantization or run.get("double_quantization", True)
+        return trained, options.into or "original", QuantConfig(4, quant_type, str(double_quant).lower() == "true")
     if options.into == "original" or options.quantization_type or options.double_quantization:
         raise UserError(f"the files in {stored.directory} hold 4 bits a weight: leave out --into original and how to quantize")
     print("the base model's files hold 4 bits a weight, so only merging into the dequantized weights is possible")
     q = stored.read_quantized(names[0], wanted[names[0]], "cpu")
-    return "dequantized", QuantConfig(4, q.quant_type, q.nested_absmax is not None, q.blocksize)
+    return True, "dequantized", QuantConfig(4, q.quant_type, q.nested_absmax is not None, q.blocksize)
 
 
 def write_directory(
@@ -186,8 +206,7 @@ def write_directory(
     with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as passing:
         part = Path(passing) / "model"
         tokenizer.save(part)
-        if (base / "generation_config.json").is_file():
-            shutil.copyfile(base / "generation_config.json", part / "generation_config.json")
+        write_generation_config(base, part, tokenizer)
         write_config(base, part, dtype, quant)
         write_shards(entries, part)
         os.replace(part, output)
@@ -209,6 +228,18 @@ def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> None:
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_whole(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+
+
+def write_generation_config(base: Path, output: Path, tokenizer: Tokenizer) -> None:
+    """The base model's `generation_config.json`, and in it the token that answers end with under the chat template."""
+    path = base / "generation_config.json"
+    raw = read_json(path) if path.is_file() else {}
+    ends = raw.get("eos_token_id") or list(read_config(base).eos_token_ids) or [tokenizer.eos_id]
+    ends = ends if isinstance(ends, list) else [ends]
+    if (end := answer_end(tokenizer)) is not None and end not in ends:
+        raw["eos_token_id"] = [*ends, end]
+    if raw:
+        write_whole(output / path.name, json.dumps(raw, indent=2) + "\n")
 
 
 def write_config(base: Path, output: Path, dtype: str, quant: QuantConfig | None) -> None:

@@ -32,6 +32,9 @@ CHOICES = {
 }
 
 
+INTO_FP4 = ("--into", "dequantized", "--quantization_type", "fp4", "--double_quantization", "false")
+
+
 @pytest.fixture
 def script():
     """scripts/merge.py as a module."""
@@ -242,6 +245,40 @@ def test_an_adapter_of_the_embedded_model_finds_it(merge, tmp_path):
     path.write_text(path.read_text().replace(str(ROOT / "assets" / "base"), "assets/base"))
     assert merge("--adapter", tmp_path / "adapter", "--output", tmp_path / "new" / "merged")[0] == 0
     assert load_model(tmp_path / "new" / "merged").config == load_model(ROOT / "assets" / "base").config
+
+
+def test_a_merged_model_words_chats_as_training_did_and_knows_the_token_that_answers_end_with(merge, place):
+    template = "{% for m in messages %}{{ m.content + ('<s>' if m.role == 'assistant' else '?') }}{% endfor %}"
+    shutil.copy(place / "base" / "tokenizer.model", place / "adapter")
+    (place / "adapter" / "chat_template.jinja").write_text(template)
+    code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
+    assert code == 0, err
+    assert (place / "merged" / "chat_template.jinja").read_text() == template
+    generation = json.loads((place / "merged" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 1] and generation["max_length"] == 33, "one token more, and all else as it was"
+    gguf = pytest.importorskip("gguf", reason="an extra: llama.cpp's files")
+    assert merge("--adapter", place / "adapter", "--output", place / "merged.gguf")[0] == 0
+    fields = gguf.GGUFReader(place / "merged.gguf").fields
+    said = {name: fields[f"tokenizer.{name}"].contents() for name in ("chat_template", "ggml.eos_token_id", "ggml.eot_token_id")}
+    assert said == {"chat_template": template, "ggml.eos_token_id": 2, "ggml.eot_token_id": 1}
+
+
+def test_an_adapter_of_a_run_without_quantization_goes_into_the_original_weights(merge, place):
+    (place / "adapter" / "training_config.yaml").write_text("quantization_bit: null\n")
+    code, out, err = merge("--adapter", place / "adapter", "--output", place / "merged")
+    assert code == 0, err
+    assert "training saw the original weights, unquantized" in out and "nf4" not in out
+    code, _, err = merge("--adapter", place / "adapter", "--output", place / "other", "--into", "dequantized")
+    assert code == 2 and "was not trained on weights in 4 bits" in err and not (place / "other").exists()
+
+
+def test_weights_are_dequantized_as_the_run_quantized_them(merge, place):
+    assert merge("--adapter", place / "adapter", "--output", place / "asked", *INTO_FP4)[0] == 0
+    (place / "adapter" / "training_config.yaml").write_text("quantization_type: fp4\ndouble_quantization: false\n")
+    code, out, err = merge("--adapter", place / "adapter", "--output", place / "found", "--into", "dequantized")
+    assert code == 0, err
+    asked, found = stored(place / "asked"), stored(place / "found")
+    assert "against what training saw: fp4\n" in out and all(torch.equal(asked[name], found[name]) for name in asked)
 
 
 def change_config(place, **changes):

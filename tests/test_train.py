@@ -166,7 +166,7 @@ def test_pain_9_cut_and_dropped_examples_are_counted_and_reported(train, dataset
     path.write_text(dataset.read_text() + json.dumps({"prompt": "the old fox " * 20, "completion": "x"}) + "\n")
     _, out = train(dataset=path, cutoff_len=24)
     said = re.search(
-        r"^training +(\d+) examples, .+; cut at cutoff_len: (\d+) \(.+\), dropped .+: (\d+) \(4.0%\)$", out, re.MULTILINE
+        r"^training +(\d+) examples, .+; cut at cutoff_len: (\d+) \(.+\); dropped .+: (\d+) \(4.0%\)$", out, re.MULTILINE
     )
     kept, cut, dropped = map(int, said.groups())
     assert (kept, dropped) == (24, 1) and 0 < cut < 24
