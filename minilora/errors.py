@@ -14,7 +14,10 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The message says what is wrong, where, and what to do about it."""
+    """A mistake the user can mend. The message says what is wrong, where, and what to do about it; in one line, always."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # values and names of files may hold line ends of any kind
 
 
 def raise_error(error: UserError) -> None:

@@ -4,6 +4,8 @@ import errno
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minilora.errors import UserError, describe, nearest, run_script
 from minilora.files import write_whole
@@ -37,6 +39,11 @@ def test_mistakes_and_interruptions_have_their_exit_codes_and_one_line(error, co
     with pytest.raises(SystemExit) as end:
         run_script(main)
     assert end.value.code == code and capsys.readouterr().err == said
+
+
+@given(st.text(alphabet="a \r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029"))
+def test_a_mistake_is_one_line_whatever_line_ends_its_value_has(value):
+    assert len(str(UserError(f"dataset {value} does not exist")).splitlines()) == 1
 
 
 def test_faults_of_the_program_keep_their_traceback():
