@@ -7,6 +7,8 @@
     conversations                        ShareGPT's form, a list of {"from": "human", "value": "Hi"}; from: system, human, gpt
     text                                 every token is supervised
 
+Tools are not taught: a row that calls them or is offered some is refused, as what is left of it would teach silence.
+
 Where a chat template words the rows, prompts and instructions are questions to the assistant: conversations of two messages.
 Where none does, prompts stand as they are written and instructions get Alpaca's wording.
 
@@ -153,6 +155,7 @@ def _plain_text(place: str, record: dict) -> Row:
 
 
 def _conversation(place: str, record: dict, column: str) -> Row:
+    _refuse_tools(place, record, ("tools", "functions"))
     turns = record.get(column)
     if not isinstance(turns, list):
         raise UserError(f"{place}: the column {column} {_fault(record, column, 'a list of messages')}")
@@ -170,12 +173,23 @@ def _conversation(place: str, record: dict, column: str) -> Row:
 def _read_message(place: str, turn: object) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{place}: expected an object with role and content, found {type(turn).__name__}")
+    _refuse_tools(place, turn, ("tool_calls", "function_call"))
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
     role, content = _text(place, turn, role_key), _text(place, turn, content_key)
     if role not in _ROLES:
         raise UserError(f"{place}: the role {role!r} is not known; known: {', '.join(_ROLES)}")
+    if _ROLES[role] == "assistant" and turn.get("weight") not in (None, 1):
+        mend = "leave its row out, or end the row with the answer to learn and say --mask_history"
+        raise UserError(f"{place}: the answer has weight {turn['weight']!r}, and every answer counts alike here; {mend}")
     more = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
     return more | _message(_ROLES[role], content)
+
+
+def _refuse_tools(place: str, holder: dict, names: Sequence[str]) -> None:
+    for name in names:
+        if holder.get(name) not in (None, "", "[]", [], {}):
+            mend = "leave the row out, or write what is to be learnt into the content of its messages"
+            raise UserError(f"{place}: {name} {_fault(holder, name, 'empty')}, and tools are not taught here; {mend}")
 
 
 def _message(role: str, content: str) -> Message:

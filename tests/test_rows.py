@@ -78,6 +78,13 @@ def test_what_else_a_message_holds_is_kept_for_the_template(tmp_path):
     assert row.messages == ({"role": "user", "content": "a"}, messages[1])
 
 
+def test_tools_and_weights_that_ask_for_nothing_are_no_reason_to_refuse_a_row(tmp_path):
+    nothing = {"tool_calls": [], "function_call": None}
+    row = {"messages": [A | nothing | {"weight": 0}, B | nothing | {"weight": 1}], "tools": "[]", "functions": None}
+    (read,) = read_rows(write(tmp_path / "a.jsonl", row))
+    assert read.completion == "b" and len(read.messages) == 2
+
+
 def test_plain_text_is_a_row_without_a_prompt(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "one\n\ntwo"})
     assert read_rows(path) == read_rows(path, chat=True) == [Row(None, "one\n\ntwo")]
@@ -128,6 +135,11 @@ A, B = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
             "the role 'robot' is not known; known: system, user, human, assistant",
         ),
         ({"conversations": [{"from": "human"}, B]}, "message 1: the column value is missing"),
+        ({"messages": [A, B | {"content": "", "tool_calls": [{"id": "1"}]}]}, "tool_calls holds [{'id': '1'}], not empty"),
+        ({"messages": [A, B | {"content": None, "function_call": {"name": "f"}}]}, "message 2: function_call holds {'name': 'f'}"),
+        ({"messages": [A, B], "tools": [{"type": "function"}]}, "tools holds [{'type': 'function'}], not empty, and tools are not"),
+        ({"conversations": [A, B], "functions": [1]}, "functions holds [1], not empty, and tools are not taught here; leave"),
+        ({"messages": [A, B | {"weight": 0}, A, B]}, "message 2: the answer has weight 0, and every answer counts alike here"),
     ],
 )
 def test_a_row_of_no_form_and_a_broken_conversation_are_told_with_file_and_line(tmp_path, row, message):
