@@ -10,10 +10,11 @@ What a file leaves out counts as well. LLaMA-Factory without `quantization_bit` 
 So a file with `stage` or `finetuning_type` is taken for one of LLaMA-Factory's, and gets that trainer's defaults wherever they
 would change a number. What is said explicitly, in the file or on the command line, holds.
 
-`dataset: alpaca_en_demo` is a name in LLaMA-Factory, looked up in `dataset_dir/dataset_info.json`; file, hub dataset and names of
-columns are read from there. Paths are relative to the working directory in both.
+`dataset: alpaca_en_demo` is a name in LLaMA-Factory, looked up in `dataset_dir/dataset_info.json`; where it lies, its form
+and what its columns are called is read from there. Paths are relative to the working directory in both.
 """
 
+import os
 from pathlib import Path
 
 from minilora.errors import UserError, nearest
@@ -49,7 +50,7 @@ VALUES = {  # other words for the same thing
 NO_EFFECT = {  # why: which
     "examples are tokenized at the start, in this process": (
         "overwrite_cache preprocessing_num_workers preprocessing_batch_size dataloader_num_workers dataloader_pin_memory "
-        "dataloader_prefetch_factor dataloader_persistent_workers remove_unused_columns"
+        "dataloader_prefetch_factor dataloader_persistent_workers remove_unused_columns data_shared_file_system"
     ),
     "the order of the examples comes from seed": "data_seed",
     "kernels are chosen by what the machine has": (
@@ -57,6 +58,10 @@ NO_EFFECT = {  # why: which
         "torch_compile use_fast_tokenizer low_cpu_mem_usage quantization_device_map"
     ),
     "norms and the loss are computed in float32 anyway": "upcast_layernorm upcast_lmhead_output",
+    "what is in float32 is multiplied in float32": "tf32",
+    "rows are text, and nothing else is loaded": "media_dir",
+    "only inference asks for it": "infer_dtype",
+    "nothing is fetched from ModelScope": "ms_hub_token",
     "code that comes with a model is never run": "trust_remote_code",
     "the settings of huggingface-hub hold: HF_HOME, HF_TOKEN": "cache_dir hf_hub_token hub_token",
     "loss.png and metrics.jsonl are always written": (
@@ -78,6 +83,7 @@ NEEDED = {  # what these must be
     "quantization_method": ("bnb", "bitsandbytes"),
     "mix_strategy": ("concat",),
     "ignore_pad_token_for_loss": _TRUE,
+    "enable_thinking": _TRUE,
     "adam_beta1": ("0.9",),
     "adam_beta2": ("0.999",),
     "adam_epsilon": ("1e-08",),
@@ -89,7 +95,7 @@ NEEDED = {  # what these must be
         "use_badam use_muon use_adam_mini use_llama_pro use_dft_loss use_asft_loss use_swanlab neftune_noise_alpha "
         "label_smoothing_factor shift_attn mixture_of_depths moe_aux_loss_coef rope_scaling resize_vocab add_tokens "
         "add_special_tokens new_special_tokens_config split_special_tokens train_from_scratch fp8 auto_find_batch_size use_cpu "
-        "lr_scheduler_kwargs greater_is_better"
+        "lr_scheduler_kwargs greater_is_better default_system"
     ).split(),
     _OFF,
 )
@@ -101,6 +107,8 @@ INSTEAD = {
     "mix_strategy": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
     "interleave_probs": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
     "adapter_name_or_path": "resume_from_checkpoint goes on with a run of this trainer's",
+    "enable_thinking": "leave it out, as template: qwen3 learns to write <think> </think>; or choose template: chatml, without",
+    "default_system": "give the rows a system message, or a column system",
     "do_predict": "scripts/evaluate.py does this after the training",
 }
 KEYS = {*TRANSLATED, *NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())}
@@ -170,13 +178,30 @@ def _given(names: str, values: dict[str, object]) -> list[str]:
 
 # ---- datasets by name ------------------------------------------------------------------------------------------------------
 
-_ENTRY = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "formatting", "columns", "tags"}
+_ENTRY = {
+    "file_name": str,
+    "hf_hub_url": str,
+    "ms_hub_url": str,
+    "om_hub_url": str,
+    "formatting": str,
+    "columns": dict,
+    "tags": dict,
+}
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
+_TAGS = {  # roles that are named as here; those of tools may have any name, as messages that have them are refused
+    "role_tag": ("from", "role"),
+    "content_tag": ("value", "content"),
+    "user_tag": ("human", "user"),
+    "assistant_tag": ("gpt", "assistant"),
+    "system_tag": ("system",),
+}
 
 
 def _look_up(values: dict[str, object], index: Path) -> dict[str, object]:
     """Places for the names of datasets, and what their columns are called where it is unusual."""
-    known = read_json(index) if index.is_file() else {}
+    known = read_json(index) if os.path.isfile(index) else {}
+    if not isinstance(known, dict):
+        raise UserError(f'{index} must hold an object, {{"name": {{"file_name": "my.json"}}}}, not {type(known).__name__}')
     found, columns = {}, {}
     for key in ("dataset", "eval_dataset"):
         if values.get(key) in (None, "none", "null"):
@@ -184,32 +209,56 @@ def _look_up(values: dict[str, object], index: Path) -> dict[str, object]:
         places = []
         for name, weight in parse_datasets(values[key]):
             place, renamed = _read_entry(name, known, index)
-            if columns and renamed and columns != renamed:
+            if any(columns.get(what, column) != column for what, column in renamed.items()):
                 raise UserError(f"{key} {name}: {index} calls its columns otherwise than another's; make them alike in the files")
-            columns = columns or renamed
+            columns |= renamed
             places.append(place if weight is None else f"{place}:{float(weight):g}")
-        found[key] = ",".join(places)
+        found[key] = places if len(places) > 1 or "," in places[0] else places[0]
     return found | {name: column for name, column in columns.items() if name not in values}
 
 
 def _read_entry(name: str, known: dict, index: Path) -> tuple[str, dict[str, str]]:
-    entry = known.get(name)
+    """The place of a dataset, and what its columns are called where its rows are to be read by them."""
+    entry, place = known.get(name), f"{index}, {name}"
     if entry is None:
-        if (index.parent / name).is_file():
+        if os.path.isfile(index.parent / name):
             return str(index.parent / name), {}
-        if "/" in name or Path(name).exists():
+        if "/" in name or os.path.exists(name):
             return name, {}
         fault = f"not in {index}{nearest(name, known)}" if known else f"and there is no {index}; set dataset_dir, or name a file"
         raise UserError(f"dataset {name!r} is no file, {fault}")
-    columns = entry.get("columns") or {}
+    if not isinstance(entry, dict):
+        raise UserError(f'{place} must hold an object such as {{"file_name": "my.json"}}, not {entry!r}')
+    for field, kind in _ENTRY.items():
+        if not isinstance(value := entry.get(field), kind | None):
+            raise UserError(f"{place}: {field} must be {'text' if kind is str else 'an object'}, not {value!r}")
+    form = entry.get("formatting") or "alpaca"
+    columns = {what: column for what, column in (entry.get("columns") or {}).items() if column is not None}
     odd = [field for field, value in entry.items() if field not in _ENTRY and value not in (None, False)]
-    odd += [column for column in columns if column not in _COLUMNS and column != "messages"]
+    odd += [what for what in columns if what not in _COLUMNS and what != "messages"]
+    odd += [f"formatting {form}"] if form not in ("alpaca", "sharegpt", "openai") else []
     if odd:
-        raise UserError(f"{index}, {name}: {', '.join(odd)} is not supported; write the examples into a file of their own")
-    place = entry.get("hf_hub_url") or str(index.parent / entry.get("file_name", name))
-    if columns.keys() >= {"prompt", "response"}:
-        if len(columns) == 2:
-            return place, {"prompt_column": columns["prompt"], "completion_column": columns["response"]}
-        if odd := [column for what, column in columns.items() if _COLUMNS[what] != column]:
-            raise UserError(f"{index}, {name}: call the columns {', '.join(odd)} instruction, input, output, system and history")
-    return place, {}
+        raise UserError(f"{place}: {', '.join(odd)} is not supported; write the examples into a file of their own")
+    path = entry.get("hf_hub_url") or str(index.parent / (entry.get("file_name") or name))
+    if form in ("sharegpt", "openai") or "messages" in columns:
+        _check_tags(entry.get("tags") or {}, place)
+        if columns.get("system", "system") != "system":
+            raise UserError(f"{place}: call the column {columns['system']} system")
+        return path, {"messages_column": columns.get("messages", "conversations")}
+    if columns and not columns.keys() >= {"prompt", "response"}:
+        raise UserError(f"{place}: columns {', '.join(columns)} are no whole example; name prompt and response")
+    if len(columns) == 2:
+        return path, {"prompt_column": columns["prompt"], "completion_column": columns["response"]}
+    if odd := [str(column) for what, column in columns.items() if _COLUMNS[what] != column]:
+        raise UserError(f"{place}: call the columns {', '.join(odd)} instruction, input, output, system and history")
+    return path, {}
+
+
+def _check_tags(tags: dict[str, object], place: str) -> None:
+    """Messages are {"role", "content"} or {"from", "value"}, and roles have the names they have everywhere."""
+    for tag, value in tags.items():
+        if tag in _TAGS and value is not None and value not in _TAGS[tag]:
+            raise UserError(f"{place}: {tag} is {value!r}, and must be {' or '.join(_TAGS[tag])}; call it so in the file")
+    role, content = (tags.get(tag) or _TAGS[tag][0] for tag in ("role_tag", "content_tag"))
+    if (role == "role") != (content == "content"):
+        raise UserError(f"{place}: role_tag {role} goes with content_tag {'content' if role == 'role' else 'value'}, not {content}")

@@ -1,11 +1,14 @@
 """From records to rows: one form, whatever the columns are called.
 
-    prompt, completion                   names may be changed with prompt_column and completion_column
     instruction, input, output           Stanford Alpaca's form; `input` may be empty or absent; `system` and `history`, a list of
                                          [question, answer], as LLaMA-Factory has them
+    prompt, completion                   names may be changed with prompt_column and completion_column
     messages                             a list of {"role": "user", "content": "Hi"}; roles: system, user, assistant
-    conversations                        ShareGPT's form, a list of {"from": "human", "value": "Hi"}; from: system, human, gpt
+    conversations                        ShareGPT's form, a list of {"from": "human", "value": "Hi"}; from: system, human, gpt;
+                                         a list of either kind may have another name, messages_column
     text                                 every token is supervised
+
+The first of these that a dataset has is read; but before all others one whose names were changed, as it was asked for.
 
 Tools are not taught: a row that calls them or is offered some is refused, as what is left of it would teach silence.
 
@@ -48,6 +51,7 @@ def read_rows(
     path: str | Path,
     prompt_column: str = "prompt",
     completion_column: str = "completion",
+    messages_column: str | None = None,
     chat: bool = False,
     on_error: Callable[[UserError], None] = raise_error,
 ) -> list[Row]:
@@ -60,9 +64,12 @@ def read_rows(
     if not records:
         return []
     place, columns = records[0][0], records[0][1].keys()  # the first record decides the form; every other one must have it too
-    if {prompt_column, completion_column} <= columns:
+    pair, alpaca = {prompt_column, completion_column}, {"instruction", "output"}
+    if messages_column in columns:
+        read = partial(_conversation, column=messages_column)
+    elif pair <= columns and (pair != {"prompt", "completion"} or not alpaca <= columns):
         read = partial(_prompt_and_completion, prompt_column=prompt_column, completion_column=completion_column, chat=chat)
-    elif {"instruction", "output"} <= columns:
+    elif alpaca <= columns:
         read = partial(_alpaca, chat=chat)
     elif column := next((name for name in ("messages", "conversations") if name in columns), None):
         read = partial(_conversation, column=column)
@@ -71,7 +78,7 @@ def read_rows(
     else:
         raise UserError(
             f"{place}: no columns {prompt_column} + {completion_column}, instruction + output, messages, conversations or text; "
-            f"it has {', '.join(columns) or 'none'}; say which with prompt_column and completion_column"
+            f"it has {', '.join(columns) or 'none'}; say which with prompt_column and completion_column, or messages_column"
         )
     rows = []
     for record in records:
@@ -92,6 +99,8 @@ def record_of(row: Row) -> dict[str, object]:
 def parse_datasets(datasets: str | Sequence[str]) -> list[tuple[str, Fraction | None]]:
     """Places and weights of `a.jsonl:0.7,b.json:0.3`, or of a list of such entries. Without weights they are None."""
     entries = datasets.split(",") if isinstance(datasets, str) else datasets
+    if not isinstance(entries, Sequence) or not entries or not all(isinstance(entry, str) for entry in entries):
+        raise UserError(f"dataset = {datasets!r} must be the name of a dataset, or a list of names")
     found = [re.fullmatch(r"(.+?)(?::(\d+\.?\d*|\.\d+))?", entry.strip()) for entry in entries]
     if None in found:
         raise UserError(f"dataset = {datasets!r} names nothing between two commas")

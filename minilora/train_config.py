@@ -41,6 +41,7 @@ class TrainConfig:
     val_size: float = 0.0  # or hold out a share (below 1) or a number of the training examples
     prompt_column: str = "prompt"  # what the prompt is called in the dataset
     completion_column: str = "completion"  # what the completion is called
+    messages_column: str | None = None  # what the list of messages is called; none: messages or conversations
     cutoff_len: int | None = None  # longer examples are cut, and counted; none: 1024, or what the model can where that is less
     max_samples: int | None = None  # the first examples of each dataset alone, to try something
     template: str | None = None  # alpaca, llama2, llama3, mistral, chatml, qwen3, plain, tokenizer: its own; none: its own if any
@@ -300,7 +301,9 @@ def _coerce(name: str, value: object, kind: object) -> object:
             return None
         raise UserError(f"{name} has no value")
     if list[str] in kinds and isinstance(value, list):
-        return [str(entry) for entry in value]
+        if not value or not all(isinstance(entry, str) for entry in value):
+            raise UserError(f"{name} must be text or a list of texts, not {value!r}")
+        return value
     if bool in kinds:
         word = str(value).lower()
         if word in _TRUE + _FALSE:

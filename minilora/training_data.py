@@ -47,7 +47,8 @@ def read_mixed(places: Places, config: TrainConfig, on_error: Callable[[UserErro
     for place, weight in parse_datasets(places):
         if place.startswith("assets/") and not Path(place).exists():
             place = str(ROOT / place)  # the examples that come with minilora are found from every working directory
-        rows = read_rows(place, config.prompt_column, config.completion_column, config.template is not None, on_error)
+        columns = config.prompt_column, config.completion_column, config.messages_column
+        rows = read_rows(place, *columns, chat=config.template is not None, on_error=on_error)
         parts.append(rows[: config.max_samples])
         weights.append(weight)
     return mix_rows(parts, weights, config.seed)

@@ -54,7 +54,9 @@ from minilora.weights import read_config
 
 DEFAULT_RUN = Path(__file__).resolve().parents[1] / "assets" / "default.yaml"
 LISTED = 20  # wrong rows that are listed one by one
-DONE_HERE = "eval_dataset val_size prompt_column completion_column max_samples".split()  # keys that the saved rows make up for
+DONE_HERE = (  # keys that the saved rows make up for
+    "eval_dataset val_size prompt_column completion_column messages_column max_samples".split()
+)
 RUN_FILE = "train.yaml"
 FILES = "train.jsonl train.safetensors validation.jsonl validation.safetensors statistics.json lengths.png train.yaml".split()
 ROWS = {  # what is printed of each set: key of statistics.json -> words, format

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minilora import UserError
 from minilora.llama_factory import DEFAULTS, INSTEAD, KEYS, MARKS, NEEDED, NO_EFFECT, TRANSLATED, VALUES, translate
-from minilora.rows import read_rows
+from minilora.rows import parse_datasets, read_rows
 from minilora.train_config import ALIASES, SWITCHES, TrainConfig, load_train_config
 
 FILES = ROOT / "tests" / "llama_factory"
@@ -35,7 +35,7 @@ def test_a_qlora_file_for_16_gb_means_what_it_says(load, capsys):
     said(config, lora_dropout=0.05, lora_target="q_proj,v_proj", cutoff_len=1024, max_samples=1000, template="mistral")
     said(config, per_device_train_batch_size=1, gradient_accumulation_steps=16, learning_rate=2e-4, warmup_ratio=0.03)
     said(config, optim="paged_adamw_8bit", fp16=True, gradient_checkpointing="full", eval_steps=100, val_size=0.1, save_steps=200)
-    said(config, report_to="none", resume_from_checkpoint=None, dataset="data/riddles.json,data/small_talk.jsonl")
+    said(config, report_to="none", resume_from_checkpoint=None, dataset=["data/riddles.json", "data/small_talk.jsonl"])
     lora = config.lora_config()
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (8, 16, ("q_proj", "v_proj"))
     out = capsys.readouterr().out
@@ -108,6 +108,8 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
         ("template", "gemma", "choose from alpaca"),
         ("report_to", "wandb", "choose from none, mlflow, tensorboard"),
         ("optim", "lion_32bit", "choose from adamw_torch"),
+        ("enable_thinking", False, "template: chatml"),
+        ("default_system", "Be kind.", "give the rows a system message"),
     ],
 )
 def test_what_would_train_otherwise_is_refused_in_one_line(tmp_path, key, value, mend):
@@ -144,20 +146,97 @@ def test_a_wrong_name_of_a_dataset_is_one_line(load, dataset, said):
 
 
 def test_names_stand_for_files_hub_datasets_and_themselves(load, monkeypatch, tmp_path):
-    assert load("lora_24gb", "--dataset", "riddles:0.7,on_the_hub:0.3").dataset == "data/riddles.json:0.7,some/dataset:0.3"
+    assert load("lora_24gb", "--dataset", "riddles:0.7,on_the_hub:0.3").dataset == ["data/riddles.json:0.7", "some/dataset:0.3"]
     (tmp_path / "run.yaml").write_text("dataset_dir: data\ndataset: [riddles, small_talk]\n")
     listed = load_train_config(["--config", str(tmp_path / "run.yaml")])
-    assert listed.dataset == "data/riddles.json,data/small_talk.jsonl" and listed.quantization_bit == 4
-    assert load("lora_24gb", "--dataset", "quiz.jsonl,owner/name").dataset == "data/quiz.jsonl,owner/name"
+    assert listed.dataset == ["data/riddles.json", "data/small_talk.jsonl"] and listed.quantization_bit == 4
+    assert load("lora_24gb", "--dataset", "quiz.jsonl,owner/name").dataset == ["data/quiz.jsonl", "owner/name"]
     assert load("lora_24gb", "--val_size", "0", "--eval_dataset", "riddles").eval_dataset == "data/riddles.json"
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="there is no data/dataset_info.json; set dataset_dir"):
         load_train_config(["--stage", "sft", "--dataset", "riddles"])
 
 
+@pytest.fixture
+def entry(tmp_path, monkeypatch):
+    """Read rows by an entry of dataset_info.json, which is a dataset of its own or one of several."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(row: dict, **entry) -> list:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / "a,b.json").write_text(json.dumps([row]))
+        (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a,b.json"} | entry}))
+        config = load_train_config(["--stage", "sft", "--dataset", "mine", "--template", "chatml"])
+        ((place, _),) = parse_datasets(config.dataset)
+        return read_rows(place, config.prompt_column, config.completion_column, config.messages_column, chat=True)
+
+    return read
+
+
+SAID = [{"from": "human", "value": "said"}, {"from": "gpt", "value": "there"}]
+ROW = {"prompt": "p", "completion": "c", "instruction": "i", "output": "o", "messages": SAID, "conversations": SAID, "chat": SAID}
+
+
+@pytest.mark.parametrize(
+    "asked, question",
+    [
+        ({}, "i"),
+        ({"formatting": "alpaca"}, "i"),
+        ({"columns": {"prompt": "instruction", "query": "input", "response": "output", "history": None}}, "i"),
+        ({"columns": {"prompt": "prompt", "response": "output"}}, "p"),
+        ({"formatting": "sharegpt"}, "said"),
+        ({"formatting": "sharegpt", "columns": {"messages": "messages"}}, "said"),
+        (
+            {"columns": {"messages": "chat"}, "tags": {"role_tag": "from", "observation_tag": "tool", "system_tag": "system"}},
+            "said",
+        ),
+    ],
+)
+def test_what_an_entry_asks_for_is_read_whatever_other_columns_a_row_has(entry, asked, question):
+    row = ROW | {"chat": ROW["chat"] if "columns" in asked else "not this"}
+    assert [row.prompt for row in entry(row, **asked)] == [question]
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"columns": {"messages": "chat"}, "tags": {"user_tag": "customer"}}, "user_tag is 'customer', and must be human or user"),
+        ({"formatting": "sharegpt", "tags": {"role_tag": "speaker"}}, "role_tag is 'speaker', and must be from or role"),
+        ({"formatting": "sharegpt", "tags": {"role_tag": "role"}}, "role_tag role goes with content_tag content, not value"),
+        ({"formatting": "sharegpt", "columns": {"system": "preface"}}, "call the column preface system"),
+        ({"formatting": "xml"}, "formatting xml is not supported"),
+        ({"columns": {"prompt": "text"}}, "columns prompt are no whole example; name prompt and response"),
+        ({"columns": {"prompt": "q", "query": "input", "response": "a"}}, "call the columns q, a instruction, input, output"),
+        ({"columns": ["prompt", "response"]}, "columns must be an object, not ['prompt', 'response']"),
+        ({"tags": "human"}, "tags must be an object, not 'human'"),
+        ({"file_name": 5}, "file_name must be text, not 5"),
+    ],
+)
+def test_an_entry_that_asks_for_what_is_not_done_is_one_line(entry, wrong, said):
+    with pytest.raises(UserError) as error:
+        entry(ROW, **wrong)
+    assert f"data/dataset_info.json, mine: {said}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "index, said",
+    [
+        ("[1]", "dataset_info.json must hold an object, .*, not list"),
+        ('{"mine": "a.json"}', "dataset_info.json, mine must hold an object such as .*, not 'a.json'"),
+        ("{", "dataset_info.json is not valid JSON"),
+    ],
+)
+def test_an_index_of_another_shape_is_one_line(monkeypatch, tmp_path, index, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset_info.json").write_text(index)
+    with pytest.raises(UserError, match=said):
+        load_train_config(["--dataset_dir", ".", "--dataset", "mine"])
+
+
 @given(
     st.dictionaries(
-        st.sampled_from(sorted({field.name for field in fields(TrainConfig)} - VALUES.keys())), st.integers() | st.text(max_size=9)
+        st.sampled_from(sorted({field.name for field in fields(TrainConfig)} - VALUES.keys() - {"push_to_hub"})),
+        st.integers() | st.text(max_size=9),
     )
 )
 def test_our_own_keys_pass_unchanged_where_no_other_is_there(values):

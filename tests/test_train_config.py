@@ -5,6 +5,7 @@ from ast import literal_eval
 from dataclasses import asdict, fields
 
 import pytest
+import yaml
 
 from minilora import UserError
 from minilora.llama_factory import KEYS
@@ -146,6 +147,15 @@ def test_several_datasets_are_named_with_commas_or_as_a_list(tmp_path):
     (tmp_path / "run.yaml").write_text("dataset: [a.jsonl, b.json]\neval_dataset: none\n")
     config = load_train_config(["--config", str(tmp_path / "run.yaml")])
     assert (config.dataset, config.eval_dataset) == (["a.jsonl", "b.json"], None)
+
+
+@pytest.mark.parametrize("stage", ["", "stage: sft\n"])
+@pytest.mark.parametrize("key", ["dataset", "eval_dataset"])
+@pytest.mark.parametrize("value", ["[]", "[1]", "[a.json, null]", "[2024-01-01]", "{a: b}", "[{a: b}]", "true"])
+def test_a_dataset_that_is_no_name_is_one_line(tmp_path, stage, key, value):
+    (tmp_path / "run.yaml").write_text(f"{stage}{key}: {value}\n")
+    with pytest.raises(UserError, match=f"dataset .*{re.escape(repr(yaml.safe_load(value)))}"):
+        load_train_config(["--config", str(tmp_path / "run.yaml")])
 
 
 def test_trackers_are_named_with_commas_or_as_a_list(tmp_path):
