@@ -65,10 +65,16 @@ def find_base(asked: str | None, adapters: Iterable[Path]) -> Path:
     return EMBEDDED_MODEL if name == "assets/base" else resolve_model(name, revision)
 
 
-def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str]) -> TrainConfig:
-    """The settings that the first adapter was trained with, or the trainer's defaults, changed by keys of the command line."""
-    files = [directory / SETTINGS_FILE for directory in [*adapters.values()][:1] if (directory / SETTINGS_FILE).is_file()]
-    return load_train_config([*(f"--config={file}" for file in files), *keys])
+def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **instead: str) -> TrainConfig:
+    """The settings that the first adapter was trained with, or the trainer's defaults, changed by keys of the command line.
+
+    `instead` stands for keys of that training which do not hold here, unless the command line says so.
+    """
+    for directory in [*adapters.values()][:1]:
+        if (directory / SETTINGS_FILE).is_file():
+            instead = {"config": str(directory / SETTINGS_FILE)} | instead
+    given = {key[2:].partition("=")[0].replace("-", "_") for key in keys}
+    return load_train_config([*(f"--{name}={value}" for name, value in instead.items() if name not in given), *keys])
 
 
 def load_adapted_tokenizer(base: Path, adapters: Mapping[str, Path]) -> Tokenizer:

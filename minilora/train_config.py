@@ -5,10 +5,13 @@
 A YAML file first, then overrides. Names are those of Hugging Face's TrainingArguments and of LLaMA-Factory; hyphens work like
 underscores, and the usual short names are aliases. What only LLaMA-Factory has, `minilora.llama_factory` puts into these words. A
 key that is not known is an error that names the nearest one: a misspelt key that is silently ignored costs a night of training.
+So is a key that one place sets twice, where YAML would take the last.
 """
 
+import contextlib
 import inspect
 import math
+import os
 import re
 import types
 import typing
@@ -113,6 +116,8 @@ class TrainConfig:
         for name in "val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples".split():
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, not {getattr(self, name):g}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be below 2**63, not {self.seed}")
         for name, allowed in (
             ("lr_scheduler_type", SCHEDULES),
             ("optim", OPTIMIZERS),
@@ -211,6 +216,8 @@ def load_train_config(arguments: list[str], default_file: Path | None = None) ->
     """From a command line, without the program's name. `default_file` is read if it names no config, model or dataset."""
     given = _parse_arguments(arguments)
     file = given.pop("config", None)
+    if file in (True, ""):
+        raise UserError("--config names no file; write --config run.yaml")
     values = _canonical(given, "the command line")
     if file is None and default_file is not None and not {"model_name_or_path", "dataset"} & values.keys():
         file = default_file
@@ -258,20 +265,27 @@ def _parse_arguments(arguments: list[str]) -> dict[str, object]:
         key, equals, value = word[2:].partition("=")
         if not equals:
             value = True if not rest or rest[0].startswith("--") else rest.pop(0)
-        given[key.replace("-", "_")] = value
+        key = key.replace("-", "_")
+        if key in given:
+            raise UserError(f"{key} is set twice in the command line; leave one of them out")
+        given[key] = value
     return given
 
 
 def read_yaml(path: Path) -> dict:
     """The keys of a file, with underscores. Raises UserError naming the file."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own method raises for a name that is too long
         raise UserError(f"config {path} does not exist")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a day that no month has is a ValueError
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path} must hold `key: value` lines")
+    keys = [str(key.value).replace("-", "_") for key, _ in tree.value]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"config {path} sets {twice[0]} twice; leave one of them out")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
@@ -311,15 +325,26 @@ def _coerce(name: str, value: object, kind: object) -> object:
         raise UserError(f"{name} must be true or false, not {value!r}")
     if int in kinds or float in kinds:
         try:
-            number = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number) or (float not in kinds and not number.is_integer()):
-            raise UserError(f"{name} must be a {'number' if float in kinds else 'whole number'}, not {value!r}")
-        return number if float in kinds else int(number)
+            return _number(value, whole=float not in kinds)
+        except (TypeError, ValueError, OverflowError) as error:
+            kind = "number" if float in kinds else "whole number"
+            raise UserError(f"{name} must be a {kind}, not {value!r}") from error
     if isinstance(value, (bool, list, dict)):
         raise UserError(f"{name} must be text, not {value!r}")
     return str(value)
+
+
+def _number(value: object, whole: bool) -> int | float:
+    """Raises ValueError, TypeError or OverflowError. Whole numbers keep all their digits: a float has 16 of them."""
+    if isinstance(value, bool):
+        raise TypeError
+    if whole and isinstance(value, int | str):
+        with contextlib.suppress(ValueError):  # 1e3 is a whole number too
+            return int(value)
+    number = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(number) or (whole and not number.is_integer()):
+        raise ValueError
+    return int(number) if whole else number
 
 
 def _targets(value: str | list[str]) -> tuple[str, ...] | str:

@@ -66,7 +66,7 @@ def main() -> None:
     check(options)
     metrics = {name.strip(): load_metric(name.strip()) for name in options.metrics.split(",") if name.strip()}
     adapters = find_adapters(options.adapter)
-    config = load_run_config(adapters, ["--max_samples=none", *keys])  # a short try of a training is no short evaluation
+    config = load_run_config(adapters, keys, max_samples="none")  # a short try of a training is no short evaluation
     base = find_base(options.model, adapters.values())
     tokenizer = load_adapted_tokenizer(base, adapters)
     template = load_chat_template(config.template, tokenizer, now=training_clock)

@@ -130,6 +130,16 @@ def test_the_settings_of_the_run_hold_unless_others_are_given(evaluate, train, d
     assert settings[0]["dataset"] == str(dataset)
 
 
+def test_a_short_try_of_a_training_is_no_short_evaluation_unless_it_is_asked_for(evaluate, train, dataset, tmp_path):
+    directory, _ = train(dataset=dataset, max_steps=1, max_samples=3)
+    examples = []
+    for keys in ((), ("--max-samples=2",), ("--max_samples", 2)):
+        code, _, err = evaluate("--adapter", directory, "--dataset", dataset, *keys, "--output", tmp_path / "r.json")
+        assert code == 0, err
+        examples.append(json.loads((tmp_path / "r.json").read_text())["examples"])
+    assert examples[0] > 3 and examples[1:] == [2, 2]
+
+
 def test_conversations_are_worded_by_the_template(evaluate, model_dir, tmp_path):
     dataset, turns = tmp_path / "chat.jsonl", [("user", "where is the fox"), ("assistant", "by the mill")]
     dataset.write_text(json.dumps({"messages": [dict(role=role, content=content) for role, content in turns]}) + "\n")

@@ -6,6 +6,8 @@ from dataclasses import asdict, fields
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minilora import UserError
 from minilora.llama_factory import KEYS
@@ -44,6 +46,13 @@ def test_the_default_run_is_read_only_where_nothing_is_named(tmp_path):
         (["--lora-rnak", "4"], "nearest: 'lora_rank'"),
         (["run.yaml"], "'run.yaml' is not a key; write --key value"),
         (["--r", "4", "--lora_rank", "8"], "lora_rank is set twice"),
+        (["--lora-rank", "4", "--lora_rank=8"], "lora_rank is set twice in the command line; leave one of them out"),
+        (["--config"], "--config names no file; write --config run.yaml"),
+        (["--config=", "--seed", "1"], "--config names no file"),
+        (["--config", "x" * 5000], "does not exist"),
+        (["--seed", str(2**63)], "seed must be below 2**63, not 9223372036854775808"),
+        (["--seed", "9" * 5000], "seed must be a whole number"),
+        (["--learning_rate", "1e999"], "learning_rate must be a number, not '1e999'"),
         (["--lora_rank", "0"], "lora_rank must be above 0, not 0"),
         (["--lora_rank", "4.5"], "lora_rank must be a whole number, not '4.5'"),
         (["--learning_rate", "-1e-4"], "learning_rate must be above 0, not -0.0001"),
@@ -79,7 +88,16 @@ def test_mistakes_are_one_line_that_names_the_key_and_the_mend(arguments, said):
 
 
 @pytest.mark.parametrize(
-    "content, said", [("a: [", "not valid YAML"), ("- a\n- b\n", "must hold `key: value` lines"), ("lr: 3", "unknown key 'lr'")]
+    "content, said",
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n- b\n", "must hold `key: value` lines"),
+        ("lr: 3", "unknown key 'lr'"),
+        ("seed: 1\nlora_rank: 4\nseed: 2\n", "sets seed twice; leave one of them out"),
+        ("lora-rank: 4\nlora_rank: 4\n", "sets lora_rank twice"),
+        ("run_name: 2024-02-30\n", "not valid YAML: day is out of range"),
+        ("dataset: " + 5000 * "[", "not valid YAML"),
+    ],
 )
 def test_a_broken_config_file_is_named(tmp_path, content, said):
     path = tmp_path / "run.yaml"
@@ -87,6 +105,22 @@ def test_a_broken_config_file_is_named(tmp_path, content, said):
     with pytest.raises(UserError, match=re.escape(said)) as error:
         load_train_config(["--config", str(path)])
     assert "run.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_number_that_is_beyond_all_floats_is_one_line(tmp_path):
+    (tmp_path / "run.yaml").write_text(f"learning_rate: 1{400 * '0'}\n")
+    with pytest.raises(UserError, match="learning_rate must be a number, not 1000"):
+        load_train_config(["--config", str(tmp_path / "run.yaml")])
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_a_seed_keeps_all_its_digits(seed):
+    assert load_train_config(["--seed", str(seed)]).seed == seed == load_train_config([f"--seed={seed:_}"]).seed
+
+
+@pytest.mark.parametrize("written", ["1e3", "1000.0", "1_000", " 1000 "])
+def test_a_whole_number_may_be_written_as_people_write_them(written):
+    assert load_train_config(["--max_steps", written]).max_steps == 1000
 
 
 @pytest.mark.parametrize(
