@@ -13,9 +13,24 @@ from minilora.errors import UserError
 def read_json(path: str | Path) -> Any:
     """The contents of a JSON file. Raises UserError naming the file and what is wrong with it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path} is {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says. Raises UserError with what the text is instead: "not valid JSON: ..."."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text else ""
+        raise UserError(f"not valid JSON: {error.msg}, {line}column {error.colno}") from error
+    except RecursionError as error:
+        raise UserError("nested too deeply") from error
+    except ValueError as error:  # Python's guard against numbers that take ages to read
+        raise UserError("more than can be read: a whole number in it has over 4300 digits") from error
 
 
 def write_whole(path: Path, data: bytes | str) -> None:

@@ -24,7 +24,6 @@ A Python string may hold halves of a surrogate pair, which are no text and have 
 a half by U+FFFD, as every UTF-8 decoder does.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -36,7 +35,7 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from minilora.errors import UserError
-from minilora.files import fingerprint
+from minilora.files import fingerprint, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -96,10 +95,7 @@ class Tokenizer:
         self.pad_id = next(i for i in (ids.get("pad_token"), ids.get("unk_token"), 0, 1) if i not in (None, self.eos_id))
         self._prefix = backend.prefix(self.bos_id)  # what bos=True puts in front: [bos_id] or nothing
         self.special_tokens = {role: backend.token(i) for role, i in ids.items()}
-        templates = config.get("chat_template")
-        if isinstance(templates, list):  # several, by name
-            templates = {entry["name"]: entry["template"] for entry in templates}.get("default")
-        self.chat_template = templates
+        self.chat_template = _read_template(config.get("chat_template"), directory)
 
     @property
     def directory(self) -> Path:
@@ -336,10 +332,7 @@ def _read_json(path: Path) -> dict:
     """The object in a JSON file; an empty one if there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
@@ -355,6 +348,18 @@ def _read_text(path: Path) -> str:
 def _text_of(token: str | dict | None) -> str | None:
     """A token's text: Hugging Face writes a token as its text, or as a dict with the text under "content"."""
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_template(template: object, directory: Path) -> str | None:
+    """The chat template, of several by name the default one."""
+    if isinstance(template, list) and all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in template):
+        template = {entry["name"]: entry.get("template") for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        found = repr(template)[:80]
+        raise UserError(
+            f"{directory}: chat_template is {found}, not text or a list of texts by name; correct tokenizer_config.json"
+        )
+    return template
 
 
 def _well_formed(text: str) -> str:

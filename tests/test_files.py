@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.errors import UserError, describe, nearest, run_script
-from minilora.files import write_whole
+from minilora.files import read_json, write_whole
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -22,6 +22,23 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b'{"a": 1', "a.json is not valid JSON: Expecting ',' delimiter, column 8"),
+        (b'{"a":\n\n oops}', "a.json is not valid JSON: Expecting value, line 3 column 2"),
+        (b"\xff", "a.json is not valid JSON: 'utf-8' codec can't decode"),
+        (b"[" * 100_000, "a.json is nested too deeply"),
+        (b"9" * 5000, "a.json is more than can be read: a whole number in it has over 4300 digits"),
+    ],
+)
+def test_json_that_cannot_be_read_is_one_line_that_names_the_file(tmp_path, content, said):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_json(tmp_path / "a.json")
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -370,6 +370,16 @@ def test_a_damaged_file_is_told_in_one_line_that_names_it(tmp_path, name, conten
 
 
 @pytest.mark.parametrize(
+    "template", [5, {"a": "b"}, ["{{ messages }}"], [{"name": "default"}, 5], [{"name": "default", "template": 5}], [{"name": []}]]
+)
+def test_a_chat_template_that_is_no_text_is_one_line(directories, tmp_path, template):
+    (tmp_path / "tokenizer.json").write_bytes((directories["llama3"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(UserError, match="chat_template is .*, not text or a list of texts by name; correct tokenizer_config"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
     "files",
     [
         {"added_tokens": {"<|im_end|>": 32000}},
