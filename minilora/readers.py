@@ -4,7 +4,8 @@
     https://host/data.jsonl                             a file on a web server
     s3://bucket/data.csv, hf://datasets/owner/name/f    a file in whatever fsspec knows; see `minilora.remote`
     owner/name, owner/name/folder                       a dataset on the Hugging Face hub: its training files, or all where none is
-                                                        called so; downloaded once, then taken from the cache
+                                                        called so, in one format, the first of those that it has: .jsonl, .parquet,
+                                                        .csv, .tsv, .json, .txt; downloaded once, then taken from the cache
 
 A record is a dict of columns. Its place, "data.jsonl, line 3", goes with it, for whoever finds a fault in it.
 """
@@ -12,16 +13,18 @@ A record is a dict of columns. Its place, "data.jsonl, line 3", goes with it, fo
 import csv
 import gzip
 import io
-import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from minilora.errors import UserError, raise_error
+from minilora.files import parse_json
 from minilora.remote import is_address, kind_of, read_file, shown
 
 Record = tuple[str, dict]  # its place, its columns
+_PREFERRED = [".jsonl", ".parquet", ".csv", ".tsv", ".json", ".txt"]  # what is least likely to be something else goes first
 _NOT_DATA = re.compile(r"(.*/)?(dataset_(infos?|dict)|state)\.json")  # what the datasets library keeps beside its files
 
 
@@ -46,9 +49,9 @@ def _files(place: str) -> list[tuple[str, str]]:
     """The files at a place: what to call each one, and where it is."""
     if is_address(place):
         return [(shown(place), place)]
-    if Path(place).is_dir():
+    if os.path.isdir(place):  # Path's own methods raise for a name that is too long
         raise UserError(f"dataset {place} is a directory; name a {', '.join(_FORMATS)} file in it")
-    if not Path(place).exists():
+    if not os.path.exists(place):
         if _suffix(place)[0] not in _FORMATS and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)*", place):
             return _hub_files(place)
         raise UserError(f"dataset {place} does not exist")
@@ -79,16 +82,20 @@ def _hub_files(dataset: str) -> list[tuple[str, str]]:
 
 
 def _choose(names: list[str], repo_id: str, folder: str) -> list[str]:
-    """The training files in a folder of a dataset repository."""
+    """The training files in a folder of a dataset repository, or those that begin with its name; of several formats one."""
     names = [name for name in sorted(names) if _suffix(name)[0] in _FORMATS and not _NOT_DATA.fullmatch(name)]
-    names = [name for name in names if name.startswith(folder)]
+    names = [name for name in names if re.fullmatch(rf"{re.escape(folder)}(/.*|[-.][^/]*)", name) or not folder]
     names = [name for name in names if re.search(r"(^|[/_.-])train", name)] or names
     if not names:
         raise UserError(f"dataset {repo_id}: no {', '.join(_FORMATS)} file is there" + (f" in {folder}" if folder else ""))
-    folders = sorted({str(PurePosixPath(name).parent) for name in names})
+    folders = sorted({name.rpartition("/")[0] for name in names})
     if len(folders) > 1:
-        raise UserError(f"dataset {repo_id} holds several, in {', '.join(folders)}; choose one, as in {repo_id}/{folders[0]}")
-    return names
+        first = next(name for name in folders if name)
+        beside = [f"; or a file beside the folders, as in hf://datasets/{repo_id}/{name}" for name in names if "/" not in name]
+        found = ", ".join(name or "no folder" for name in folders)
+        raise UserError(f"dataset {repo_id} holds several, in {found}; choose one, as in {repo_id}/{first}{''.join(beside[:1])}")
+    first = min(map(_suffix, names), key=lambda kind: (_PREFERRED.index(kind[0]), kind[1]))
+    return [name for name in names if _suffix(name) == first]
 
 
 def _suffix(place: str) -> tuple[str, bool]:
@@ -130,22 +137,34 @@ def _jsonl(name: str, data: bytes) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(_text(name, data).split("\n"), start=1):
         if line.strip():
             try:
-                yield f"{name}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"{name}, line {number}", UserError(f"{name}, line {number}: not valid JSON: {error.msg}")
+                yield f"{name}, line {number}", parse_json(line)
+            except UserError as error:
+                yield f"{name}, line {number}", UserError(f"{name}, line {number}: {error}")
 
 
 def _json(name: str, data: bytes) -> Iterator[tuple[str, object]]:
-    """A list of objects; or, as many do, one object a line."""
+    """A list of objects; or an object that holds one such list, {"data": [...]}; or, as many do, one object a line."""
     text = _text(name, data)
-    if not text.lstrip().startswith("["):
+    first = text.strip().partition("\n")[0].strip()
+    if not first or (first[0], first[-1]) == ("{", "}"):
         yield from _jsonl(name, data)
         return
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    yield from ((f"{name}, item {i}", record) for i, record in enumerate(records, start=1))
+        records, key = parse_json(text), ""
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    if isinstance(records, dict):
+        lists = [key for key, value in records.items() if isinstance(value, list)]
+        full = [key for key in lists if records[key] and all(isinstance(entry, dict) for entry in records[key])]
+        if len(full) != 1:
+            found = f"lists lie under {', '.join(lists)}" if lists else "there is no list in it"
+            raise UserError(
+                f"{name} is an object and should hold one list of objects; {found}; write that list into a file of its own"
+            )
+        records, key = records[full[0]], f", {full[0]}"
+    if not isinstance(records, list):
+        raise UserError(f"{name}: expected a list of objects, found {type(records).__name__}")
+    yield from ((f"{name}{key}, item {i}", record) for i, record in enumerate(records, start=1))
 
 
 def _csv(name: str, data: bytes, delimiter: str = ",") -> Iterator[tuple[str, object]]:
@@ -175,14 +194,15 @@ def _parquet(name: str, data: bytes) -> Iterator[tuple[str, object]]:
         raise UserError(f"dataset {name}: Parquet needs a package that is missing: pip install 'minilora[parquet]'") from error
     try:
         records = parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # bytes that are no text are a ValueError
         raise UserError(f"dataset {name} is not a whole Parquet file: {' '.join(str(error).split())}") from error
     yield from ((f"{name}, row {i}", record) for i, record in enumerate(records, start=1))
 
 
 def _txt(name: str, data: bytes) -> Iterator[tuple[str, object]]:
     """Documents between blank lines."""
-    documents = (document.strip("\n") for document in _text(name, data).split("\n\n") if document.strip())
+    text = re.sub(r"\r\n?", "\n", _text(name, data))
+    documents = (document.strip("\n") for document in re.split(r"\n(?:[^\S\n]*\n)+", text) if document.strip())
     yield from ((f"{name}, document {i}", {"text": document}) for i, document in enumerate(documents, start=1))
 
 

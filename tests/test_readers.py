@@ -3,13 +3,14 @@
 import csv
 import gzip
 import http.server
+import io
 import json
 import sys
 import threading
 
 import fsspec.registry  # noqa: F401
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minilora import UserError
@@ -34,6 +35,8 @@ def columns(place) -> list[dict]:
         ("a.jsonl", "\ufeff" + LINES.replace("\n", "\r\n\r\n")),  # byte order mark, Windows line ends, empty lines
         ("a.json", json.dumps(RECORDS)),
         ("a.json", json.dumps(RECORDS, indent=2)),
+        ("a.json", json.dumps({"version": [1, 2], "data": RECORDS}, indent=2)),
+        ("a.json", '{"data": ' + json.dumps(RECORDS).replace("},", "},\n") + ', "empty": []\n}'),
         ("a.json", LINES),
         ("a.csv", CSV),
         ("a.tsv", CSV.replace("prompt,", "prompt\t").replace("a,b", "a\tb").replace('",\n', '"\t\n')),
@@ -58,6 +61,27 @@ def test_parquet_gives_the_same_records_and_nested_columns(tmp_path):
         read_records(tmp_path / "a.parquet")
 
 
+@pytest.fixture(scope="module")
+def parquet_bytes():
+    pyarrow = pytest.importorskip("pyarrow", reason="an extra: reads Parquet")
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS * 3), file)
+    return file.getvalue()
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_parquet_with_a_wrong_byte_is_read_or_told_in_one_line(parquet_bytes, tmp_path, data):
+    place, value = data.draw(st.integers(0, len(parquet_bytes) - 1)), data.draw(st.integers(0, 255))
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes[:place] + bytes([value]) + parquet_bytes[place + 1 :])
+    try:
+        assert all(isinstance(record, dict) for record in columns(tmp_path / "a.parquet"))
+    except UserError as error:
+        assert "a.parquet" in str(error) and "\n" not in str(error)
+
+
 def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"")
@@ -72,6 +96,19 @@ def test_a_text_file_holds_documents_between_blank_lines(tmp_path):
         (f"{place}, document 1", {"text": "one\nstill one"}),
         (f"{place}, document 2", {"text": "two"}),
     ]
+
+
+lines = st.text(alphabet="ab é", min_size=1).filter(str.strip)
+blank = st.text(alphabet=" \t\xa0", max_size=2)
+
+
+@given(st.lists(st.lists(lines, min_size=1, max_size=3), min_size=1, max_size=4), st.lists(blank, min_size=1), st.data())
+def test_documents_are_the_same_whatever_ends_their_lines_and_stands_on_blank_ones(tmp_path_factory, documents, blanks, data):
+    end = data.draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    path = tmp_path_factory.mktemp("txt") / "a.txt"
+    between = end + "".join(blank + end for blank in blanks)
+    path.write_bytes((between.join(end.join(document) for document in documents) + end).encode())
+    assert columns(path) == [{"text": "\n".join(document)} for document in documents]
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=9)  # Python 3.10 takes no NUL
@@ -89,8 +126,16 @@ def test_what_pythons_csv_writer_writes_is_read_back(tmp_path_factory, rows):
     ("name", "content", "said"),
     [
         ("a.jsonl", LINES + "{oops\n", "a.jsonl, line 3: not valid JSON"),
-        ("a.json", '[{"prompt": "a"},\n oops]', "a.json, line 2: not valid JSON"),
-        ("a.json", '{"prompt":\n "a"}', "a.json, line 1: not valid JSON"),
+        ("a.json", '[{"prompt": "a"},\n oops]', "a.json: not valid JSON: Expecting value, line 2 column 2"),
+        ("a.json", '{"prompt":\n "a"}', "a.json is an object and should hold one list of objects; there is no list in it"),
+        ("a.json", '{"train": [{}],\n "test": [{}], "n": 1}', "should hold one list of objects; lists lie under train, test;"),
+        ("a.json", '{"data": [1],\n "more": []}', "should hold one list of objects; lists lie under data, more; write that list"),
+        ("a.json", "5", "a.json: expected a list of objects, found int"),
+        ("a.jsonl", LINES + "[" * 100_000, "a.jsonl, line 3: nested too deeply"),
+        ("a.json", LINES + '{"a": ' * 100_000 + "}", "a.json, line 3: nested too deeply"),
+        ("a.json", "[" * 100_000, "a.json: nested too deeply"),
+        ("a.jsonl", LINES + '{"a": ' + "9" * 5000 + "}", "a.jsonl, line 3: more than can be read: a whole number in it has over"),
+        ("a.json", '[{"a": ' + "9" * 5000 + "}]", "a.json: more than can be read"),
         ("a.jsonl", LINES + "[1, 2]\n", "a.jsonl, line 3: expected an object with columns, found list"),
         ("a.csv", CSV + "a,b,c\n", "a.csv, line 5: more cells than the header has columns"),
         ("a.csv", CSV + 'a,"b\n', "a.csv, line 5: not valid CSV"),
@@ -121,6 +166,8 @@ def test_a_missing_cell_is_a_missing_column_and_long_cells_are_read(tmp_path):
 def test_a_file_that_is_missing_a_directory_cut_short_or_not_text_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere.jsonl does not exist"):
         read_records(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match="x.jsonl does not exist"):
+        read_records(5000 * "x" + ".jsonl")
     with pytest.raises(UserError, match="is a directory; name a .jsonl"):
         read_records(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}')
@@ -240,6 +287,15 @@ def hub(tmp_path, monkeypatch):
         (["train.jsonl", "dataset_infos.json", "sub/state.json"], "me/mine", ["train.jsonl"]),
         (["main/train.jsonl", "main/test.jsonl", "more/train.jsonl"], "me/mine/main", ["main/train.jsonl"]),
         (["main/train.jsonl", "main/test.jsonl"], "me/mine/main/test", ["main/test.jsonl"]),
+        (["en/train.jsonl", "en-us/train.jsonl", "english.jsonl"], "me/mine/en", ["en/train.jsonl"]),
+        (
+            ["data/test-0.jsonl", "data/test-1.jsonl", "data/tests.jsonl"],
+            "me/mine/data/test",
+            ["data/test-0.jsonl", "data/test-1.jsonl"],
+        ),
+        (["train.jsonl", "train.jsonl.gz", "train.json", "train.csv", "train.txt", "train.parquet"], "me/mine", ["train.jsonl"]),
+        (["test.jsonl", "train-0.json", "train-1.json", "train.txt"], "me/mine", ["train-0.json", "train-1.json"]),
+        (["a.jsonl", "sub/b.jsonl"], "me/mine/a", ["a.jsonl"]),
     ],
 )
 def test_of_a_hub_dataset_the_training_files_are_read(hub, names, place, chosen):
@@ -260,6 +316,7 @@ def test_a_hub_dataset_without_a_network_comes_from_the_cache(hub):
         (["main/train.jsonl", "more/train.jsonl"], "me/mine", "holds several, in main, more; choose one, as in me/mine/main"),
         (["README.md", "weights.safetensors"], "me/mine", "dataset me/mine: no .jsonl, .json"),
         (["train.jsonl"], "me/mine/main", "file is there in main"),
+        (["a.jsonl", "s/b.jsonl"], "me/mine", "in no folder, s; choose one, as in me/mine/s; or .* hf://datasets/me/mine/a.jsonl$"),
     ],
 )
 def test_a_hub_dataset_in_which_there_is_no_one_choice_is_refused(hub, names, place, said):
