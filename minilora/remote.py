@@ -4,13 +4,16 @@
     s3://bucket/folder, hf://datasets/owner/x    read and written by whatever package fsspec knows for it
 
 Credentials come from where these packages look for them: for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws (and
-AWS_ENDPOINT_URL for stores that are not Amazon's), for the hub HF_TOKEN or `hf auth login`. An address may hold a password or a
-signature all the same, and an error's text a header, so neither is ever shown whole.
+AWS_ENDPOINT_URL for stores that are not Amazon's), for the hub HF_TOKEN or `hf auth login`, for a web server the address itself,
+https://user:password@host/. An address may hold a password or a signature, and an error's text a header, so neither is ever shown
+whole.
 """
 
+import base64
 import contextlib
 import http.client
 import os
+import re
 import shutil
 import tempfile
 import urllib.error
@@ -18,11 +21,12 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from minilora.errors import UserError
 from minilora.files import fingerprint
 
+_KEPT = "/%?=&:;,@!$'()*+~"  # what stands in addresses as it is; a % begins what is quoted already
 _MENDS = {  # by the name of an exception's type
     "NoCredentialsError": "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run `aws configure`",
     "PartialCredentialsError": "a part of the credentials is missing; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -41,15 +45,20 @@ def shown(place: str) -> str:
     """An address without what may be secret in it: user, password, query."""
     if not is_address(place):
         return place
-    parts = urlsplit(place)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = place.partition("://")  # an address that is malformed is to be shown too
+    host, slash, path = re.split("[?#]", rest)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def check_address(key: str, address: str) -> None:
     """Refuse what is given for `key` if it is no address, or holds a password, which settings would keep and logs show."""
-    if not is_address(address):
-        raise UserError(f"{key} = {address!r} is no address; write it as s3://bucket/folder")
-    if urlsplit(address).password or urlsplit(address).query:
+    try:
+        parts = urlsplit(address) if is_address(address) else None
+    except ValueError:  # a bracket that is never closed
+        parts = None
+    if parts is None:
+        raise UserError(f"{key} = {shown(address)!r} is no address; write it as s3://bucket/folder")
+    if parts.password or parts.query:
         raise UserError(
             f"{key} = {shown(address)} holds a password or a signature, which would be saved with the settings; "
             "put credentials into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
@@ -59,13 +68,28 @@ def check_address(key: str, address: str) -> None:
 def read_file(address: str) -> bytes:
     """What lies at an address. Raises UserError."""
     with _told(address, "read"):
-        if urlsplit(address).scheme in ("http", "https"):
-            with urllib.request.urlopen(address, timeout=60) as answer:
+        if address.lower().startswith(("http://", "https://")):
+            with urllib.request.urlopen(_request(address), timeout=60) as answer:
                 return answer.read()
         import fsspec
 
         with fsspec.open(address, "rb") as file:
             return file.read()
+
+
+def _request(address: str) -> urllib.request.Request:
+    """Spaces and letters beyond ASCII as servers want them, and user and password in a header."""
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:  # a bracket that is never closed
+        raise http.client.InvalidURL from error
+    user, at, host = parts.netloc.rpartition("@")
+    path, query = quote(parts.path, safe=_KEPT), quote(parts.query, safe=_KEPT)
+    request = urllib.request.Request(parts._replace(netloc=host, path=path, query=query, fragment="").geturl())
+    if at:  # for this server, and for none that it points to
+        name_and_password = base64.b64encode(unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {name_and_password}")
+    return request
 
 
 def write_files(address: str, files: Mapping[str, Path | bytes]) -> None:
@@ -113,7 +137,7 @@ def _open(address: str):
 @contextlib.contextmanager
 def _told(address: str, done: str) -> Iterator[None]:
     """Whatever goes wrong with an address as a UserError. `done`: read or written."""
-    name, scheme = shown(address), urlsplit(address).scheme
+    name, scheme = shown(address), address.partition("://")[0]
     try:
         yield
     except urllib.error.HTTPError as error:

@@ -253,6 +253,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(prepare, dataset, tmp_path, 
     [
         (("--show", "-1"), "--show must be at least 0, not -1"),
         (("--to", "elsewhere"), "--to = 'elsewhere' is no address; write it as s3://bucket/folder"),
+        (("--to", "s3://me:secret@[::1/x"), "--to = 's3://[::1/x' is no address"),
         (("--to", "s3://me:secret@bucket/x"), "--to = s3://bucket/x holds a password"),
         (("--output", "a/b"), "is no directory that may be written"),
         (("--output", "rows.jsonl"), "--output rows.jsonl is a file"),

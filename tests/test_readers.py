@@ -1,5 +1,6 @@
 """Files of every format, from every kind of place; and what is wrong with them told with file and line."""
 
+import base64
 import csv
 import gzip
 import http.server
@@ -183,14 +184,23 @@ def test_a_file_that_is_missing_a_directory_cut_short_or_not_text_is_refused(tmp
 
 @pytest.fixture(scope="module")
 def server():
-    """A web server on this machine that knows two files; its address."""
+    """A web server on this machine that knows a few files, one of them for a user with a password; its address."""
     files = {"/data/a.jsonl": LINES.encode(), "/data/a.csv.gz": gzip.compress(CSV.encode())}
+    files |= {"/my%20d%C3%A4ta/a.jsonl": LINES.encode(), "/private/a.jsonl": LINES.encode()}
+    password = "Basic " + base64.b64encode("me@home:sécret".encode()).decode()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            found = files.get(self.path.partition("?")[0])
-            self.send_response(200 if found is not None else 404)
+            found, given = files.get(self.path.partition("?")[0]), self.headers.get("Authorization")
+            refused = self.path.startswith("/private") and given != password
+            if self.path.startswith("/moved"):  # to a server that the password is not for
+                self.send_response(302)
+                self.send_header("Location", "/private/a.jsonl")
+            else:
+                self.send_response(401 if refused else 200 if found is not None else 404)
             self.end_headers()
+            if refused:
+                return
             self.wfile.write(found or b"")
 
         def log_message(self, *_):
@@ -210,9 +220,27 @@ def test_a_web_address_is_read_and_shown_without_its_signature(server):
     assert columns(f"{server}/data/a.csv.gz") == RECORDS
 
 
+def test_a_web_address_may_hold_a_password_blanks_and_any_letter(server):
+    host = server.removeprefix("http://")
+    assert columns(f"http://me%40home:s%C3%A9cret@{host}/private/a.jsonl") == RECORDS
+    assert read_records(f"http://me@home:sécret@{host}/private/a.jsonl#x")[0] == (f"{server}/private/a.jsonl, line 1", RECORDS[0])
+    for path in ("my däta/a.jsonl?q=ä b", "my%20d%C3%A4ta/a.jsonl"):
+        assert columns(f"{server}/{path}") == RECORDS
+
+
+def test_a_password_goes_to_no_server_that_an_address_points_to(server):
+    with pytest.raises(UserError, match="the server answers 401") as error:
+        read_records(f"http://me%40home:s%C3%A9cret@{server.removeprefix('http://')}/moved/a.jsonl")
+    assert "cret" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [
+        ("http://me:secret@[::1/x.jsonl?key=secret", "http://[::1/x.jsonl cannot be read: InvalidURL; is the address right?"),
+        ("https://[secret@/x.jsonl", "https:///x.jsonl cannot be read: InvalidURL; is the address right?"),
+        ("http://h:port/x.jsonl", "http://h:port/x.jsonl cannot be read: InvalidURL; is the address right?"),
+        ("{server}/private/a.jsonl", "/private/a.jsonl cannot be read: the server answers 401"),
         ("{server}/data/b.jsonl?key=secret", "/data/b.jsonl cannot be read: the server answers 404"),
         ("http://127.0.0.1:9/b.jsonl?key=secret", "http://127.0.0.1:9/b.jsonl cannot be read: Connection refused"),
         ("http://me:secret@127.0.0.1:9/b.jsonl", "http://127.0.0.1:9/b.jsonl cannot be read"),
