@@ -51,7 +51,7 @@ _LLAMA2 = r"""
     {%- if message.role == 'assistant' %}
         {%- generation %}{{ ' ' + message.content | trim + ' ' + eos_token }}{% endgeneration %}
     {%- else %}
-        {%- set prefix = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if system and loop.first else '' %}
+        {%- set prefix = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if messages[0].role == 'system' and loop.first else '' %}
         {{- bos_token + space + '[INST] ' + (prefix + message.content) | trim + ' [/INST]' }}
     {%- endif %}
 {%- endfor %}
@@ -124,13 +124,13 @@ _QWEN3 = r"""
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
     {%- if message.role == 'assistant' %}
-        {%- set words, thoughts = message.content, message.reasoning_content or '' %}
-        {%- if not thoughts and '</think>' in words %}
+        {%- set words, thoughts = message.content, message.reasoning_content %}
+        {%- if thoughts is not string and '</think>' in words %}
             {%- set thoughts = words.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
             {%- set words = words.split('</think>')[-1].lstrip('\n') %}
         {%- endif %}
         {%- if loop.index0 > last.question and (loop.last or thoughts) %}
-            {%- set words = '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + words.lstrip('\n') %}
+            {%- set words = '<think>\n' + (thoughts or '').strip('\n') + '\n</think>\n\n' + words.lstrip('\n') %}
         {%- endif %}
         {%- generation %}{{ words + '<|im_end|>' }}{% endgeneration %}
     {%- else %}
