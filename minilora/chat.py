@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import jinja2
@@ -93,16 +93,19 @@ class ChatTemplate:
 
         Raises UserError for what the template refuses, in the template's own words.
         """
-        mark, escape, *generation = _unused_characters(messages, 4)
+        escape, *generation = _unused_characters(messages, 3)
         messages = self._escape(messages, escape)
-        text, spans = _take_out(generation, self._render(messages, generation=generation))
+        text, spans = self._find_blocks(messages, generation)
         tokens, places = self._tokenizer.encode_with_offsets(text, escape)
         if not spans:
-            found = self._find_answers(messages, text, mark)
+            found = self._find_answers(messages, text)
             spans = [(start, self._with_end_token(text, end, tokens, places)) for start, end in found]
+        if mask_history:  # an answer may have several blocks
+            history = self._find_end_of_history(messages, text)
+            spans = [span for span in spans if span[0] >= history] or spans[-1:]
         learnt = np.zeros(len(tokens), dtype=bool)
         begins, ends = places[:, 0], np.maximum(places[:, 1], places[:, 0] + 1)  # what stands for no character goes with the next
-        for start, end in spans[-1:] if mask_history else spans:
+        for start, end in spans:
             learnt |= (start < end) & (begins < end) & (ends > start)
         return np.array(tokens, dtype=np.int32), learnt
 
@@ -146,15 +149,36 @@ class ChatTemplate:
             for message in messages
         ]
 
-    def _find_answers(self, messages: list[Message], text: str, mark: str) -> list[tuple[int, int]]:
+    def _find_blocks(self, messages: Sequence[Message], marks: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the characters [start, end) of its {% generation %} blocks."""
+        text, found = _take_out(marks, self._render(messages, generation=marks))
+        if [mark for mark, _ in found] != [*marks] * (len(found) // 2):
+            raise UserError(
+                f"the chat template {self.name} cuts a {{% generation %}} block, or puts one into another; let it print each whole"
+            )
+        places = [place for _, place in found]
+        return text, list(zip(places[::2], places[1::2], strict=True))
+
+    def _find_end_of_history(self, messages: list[Message], text: str) -> int:
+        """The character behind the message before the last answer; behind the text, if that message cannot be found in it."""
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        if last == 0:
+            return 0
+        words = messages[last - 1]["content"]
+        places = {last - 1: (len(words), len(words.rstrip()))}
+        (end,) = self._find_marks(messages, places, text, _unused_characters(messages, 1))
+        return len(text) if end is None else end
+
+    def _find_answers(self, messages: list[Message], text: str) -> list[tuple[int, int]]:
         """The characters [start, end) of every answer in the text; see the module's docstring."""
+        answers = {i: message["content"] for i, message in enumerate(messages) if message["role"] == "assistant"}
+        if not answers:
+            return []
+        marks = _unused_characters(messages, len(answers))
+        starts = self._find_marks(messages, {i: (0, len(words) - len(words.lstrip())) for i, words in answers.items()}, text, marks)
+        ends = self._find_marks(messages, {i: (len(words), len(words.rstrip())) for i, words in answers.items()}, text, marks)
         spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            words = message["content"]
-            start = self._find_mark(messages, i, (0, len(words) - len(words.lstrip())), text, mark)
-            end = self._find_mark(messages, i, (len(words), len(words.rstrip())), text, mark)
+        for i, start, end in zip(answers, starts, ends, strict=True):
             if (prompt_end := self._find_prompt_end(messages[:i], text, start)) is not None:
                 start = prompt_end
             if start is None or end is None or start > end:
@@ -165,32 +189,47 @@ class ChatTemplate:
             spans.append((start, end))
         return spans
 
-    def _find_mark(self, messages: list[Message], i: int, places: Sequence[int], text: str, mark: str) -> int | None:
-        """Where a mark put into message i comes out. Templates may strip messages, so it is also put inside of their blanks."""
-        for place in places:
-            words = messages[i]["content"]
-            marked = messages[i] | {"content": words[:place] + mark + words[place:]}
-            before, *after = self._render([*messages[:i], marked, *messages[i + 1 :]]).split(mark)
-            if len(after) == 1 and before + after[0] == text:
-                return len(before)
-        return None
+    def _find_marks(
+        self, messages: list[Message], places: dict[int, tuple[int, int]], text: str, marks: Sequence[str]
+    ) -> list[int | None]:
+        """Where marks come out that are put into messages, {message: (place, place inside of its blanks)}, if at all.
+
+        All at once where that works, else one half and the other. Templates may strip messages: for a mark that is alone and does
+        not come out of the first place, there is the second.
+        """
+        for choice in range(2 if len(places) == 1 else 1):
+            marked = list(messages)
+            for (i, choices), mark in zip(places.items(), marks, strict=True):
+                words, place = messages[i]["content"], choices[choice]
+                marked[i] = messages[i] | {"content": words[:place] + mark + words[place:]}
+            plain, found = _take_out(marks, self._render(marked))
+            if plain == text and [mark for mark, _ in found] == list(marks):
+                return [place for _, place in found]
+        if len(places) == 1:
+            return [None]
+        half, items = len(places) // 2, list(places.items())
+        return [
+            *self._find_marks(messages, dict(items[:half]), text, marks[:half]),
+            *self._find_marks(messages, dict(items[half:]), text, marks[half:]),
+        ]
 
     def _find_prompt_end(self, messages: list[Message], text: str, answer_start: int | None) -> int | None:
         """Where the prompt ends that the model will be given. Not every template has a prompt that calls for an answer."""
         try:
-            prompt, bare = self._render(messages, add_generation_prompt=True), self._render(messages)
+            prompt = self._render(messages, add_generation_prompt=True)
+            if not text.startswith(prompt):
+                return None
+            is_call = answer_start is not None and not text[len(prompt) : answer_start].strip()
+            return len(prompt) if is_call or prompt != self._render(messages) else None
         except UserError:
             return None
-        if not text.startswith(prompt):
-            return None
-        is_call = prompt != bare or (answer_start is not None and not text[len(prompt) : answer_start].strip())
-        return len(prompt) if is_call else None
 
     def _with_end_token(self, text: str, end: int, tokens: Sequence[int], places: np.ndarray) -> int:
         """The end of an answer with its end token: the next token but for blanks, if it is special."""
-        for i, (begin, stop) in zip(tokens, places, strict=True):
-            if end <= begin < stop and not text[begin:stop].isspace():
-                return int(stop) if self._tokenizer.is_special(i) else end
+        for i in range(int(np.searchsorted(places[:, 0], end)), len(tokens)):
+            begin, stop = places[i].tolist()
+            if begin < stop and not text[begin:stop].isspace():
+                return stop if self._tokenizer.is_special(tokens[i]) else end
         return end
 
 
@@ -229,6 +268,8 @@ def _compile(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from error
+    except Exception as error:  # nested too deeply, numbers that are too long, names that Python keeps for itself
+        raise UserError(f"the chat template cannot be compiled: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _to_json(value: object, ensure_ascii: bool = False, **options: object) -> str:
@@ -247,14 +288,10 @@ def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:
     return [next(found) for _ in range(count)]
 
 
-def _take_out(marks: Sequence[str], text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without the marks, and the [start, end) that lay between each two of them."""
-    plain, places = "", []
-    for i, part in enumerate(re.split("[" + "".join(marks) + "]", text)):
-        if i:
-            places.append(len(plain))
-        plain += part
-    return plain, list(zip(places[::2], places[1::2], strict=True))
+def _take_out(marks: Sequence[str], text: str) -> tuple[str, list[tuple[str, int]]]:
+    """The text without the marks; and the marks that were in it, with their places in the text without."""
+    parts = re.split("([" + "".join(marks) + "])", text)  # text, mark, text, ..., text
+    return "".join(parts[::2]), list(zip(parts[1::2], accumulate(map(len, parts[::2])), strict=False))
 
 
 def _is_text_of_its_own(tokenizer: Tokenizer) -> bool:

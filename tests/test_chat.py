@@ -165,7 +165,7 @@ def turns_of(system, questions, answers):
 
 
 def llama2_format(system, questions, answers):
-    if system:
+    if system is not None:
         questions = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{questions[0]}", *questions[1:]]
     return "".join(f"<s>[INST] {q} [/INST] {a} </s>" for q, a in zip(questions, answers, strict=True))
 
@@ -216,6 +216,12 @@ def test_named_templates_write_the_format_they_are_named_after(ours, template, d
     assert load_chat_template(template, tokenizer).encode(messages)[0].tolist() == ids
 
 
+def test_an_empty_system_message_is_written_as_llama2s_own_code_does(ours):
+    said = [{"role": role, "content": text} for role, text in turns_of("", ["Hello"], ["a"])]
+    ids, _ = ours["llama2"].encode_with_offsets(llama2_format("", ["Hello"], ["a"]))
+    assert load_chat_template("llama2", ours["llama2"]).encode(said)[0].tolist() == ids
+
+
 def test_an_alpaca_row_with_an_input_gets_alpacas_wording(ours):
     chat = load_chat_template("alpaca", ours["llama2"])
     row = {"role": "user", "content": "Add.\n1 2", "instruction": "Add.", "input": "1 2"}
@@ -234,6 +240,24 @@ def test_qwen3_keeps_the_thoughts_before_the_last_answer_and_drops_older_ones(ou
     input_ids, learnt = chat.encode(messages)
     assert input_ids.tolist() == chat.encode([messages[0], apart, messages[2], apart])[0].tolist()
     assert ours["qwen"].decode(input_ids[learnt]) == "yes<think>\nhm\n</think>\n\nyes"
+
+
+@given(thoughts=st.none() | texts, words=texts | st.just("<think>\nhm\n</think>\n\nyes"))
+@settings(max_examples=50, deadline=None)
+def test_qwen3_takes_the_thoughts_that_are_given_apart_even_if_there_are_none(ours, theirs, thoughts, words):
+    """Against the part of Qwen3's own template that says so, written down here."""
+    source = (
+        "{%- set message = messages[1] %}{%- set content = message.content %}{%- set reasoning_content = '' %}"
+        "{%- if message.reasoning_content is string %}{%- set reasoning_content = message.reasoning_content %}"
+        "{%- elif '</think>' in content %}"
+        "{%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+        "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
+        "{{- '<|im_start|>user\\n' + messages[0].content + '<|im_end|>\\n<|im_start|>assistant\\n<think>\\n' }}"
+        "{{- reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') + '<|im_end|>\\n' }}"
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words, "reasoning_content": thoughts}]
+    ids, _ = written(source, theirs["qwen"], messages)
+    assert load_chat_template("qwen3", ours["qwen"]).encode(messages)[0].tolist() == ids
 
 
 @pytest.fixture(scope="session")
@@ -301,6 +325,39 @@ def test_exactly_the_answers_and_their_end_tokens_are_learnt(ours, name, templat
     assert (first.strip(), second.strip()) == ("two", thoughts + "four")
     last_ids, last = chat.encode(messages, mask_history=True)
     assert last_ids.tolist() == input_ids.tolist() and last.sum() == len(runs[1]) and (learnt[last]).all()
+
+
+TWO_BLOCKS = (  # as templates that put what the model thinks apart; older thoughts are left out
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% if loop.index > messages | length - 2 %}{% generation %}<think>{% endgeneration %}hm{% endif %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@given(messages=conversations(st.sampled_from(["one", "two\n", "three"])))
+@settings(max_examples=30, deadline=None)
+def test_of_the_last_answer_all_blocks_are_learnt_and_of_the_history_none(ours, messages):
+    chat = ChatTemplate("two", TWO_BLOCKS, ours["qwen"])
+    input_ids, learnt = chat.encode(messages, mask_history=True)
+    assert ours["qwen"].decode(input_ids[learnt]) == "<think>" + messages[-1]["content"]
+    assert (input_ids[learnt] == ours["qwen"].token_id("<|im_end|>")).sum() == 1
+    answers = "".join(message["content"] for message in messages[:-1] if message["role"] == "assistant")
+    input_ids, learnt = chat.encode(messages)
+    assert ours["qwen"].decode(input_ids[learnt]) == answers + "<think>" + messages[-1]["content"]
+
+
+def test_the_answers_of_a_long_conversation_are_found_together(ours, monkeypatch):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"{i}"} for i in range(400)]
+    chat = without_generation(load_chat_template("chatml", ours["qwen"]), ours["qwen"])
+    rendered, render = [], chat._render
+    monkeypatch.setattr(chat, "_render", lambda messages, *given, **named: rendered.append(1) or render(messages, *given, **named))
+    input_ids, learnt = chat.encode(messages)
+    assert ours["qwen"].decode(input_ids[learnt]) == "".join(message["content"] for message in messages[1::2])
+    assert (
+        len(rendered) <= 200 + 3
+    )  # a prompt for each answer; the text, and the text with marks in front of and behind all answers
 
 
 OLD_CHATML = (  # as templates were before add_generation_prompt
@@ -476,11 +533,31 @@ def test_turns_in_an_order_that_the_format_has_no_words_for_are_refused(ours, te
         ("{{ messages.append(1) }}", "says: .*is not safely callable|says: access to attribute 'append'"),
         ("{% include '/etc/hostname' %}", "says: no loader"),
         ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "changes answer 1"),
+        ("{% set a %}{% generation %}b{% endgeneration %}{% endset %}{{ a[1:] }}", "cuts a {% generation %} block"),
+        ("{% set a %}{% generation %}b{% endgeneration %}{% endset %}{{ a | reverse }}", "cuts a {% generation %} block"),
+        ("{% generation %}{% generation %}b{% endgeneration %}{% endgeneration %}", "cuts a {% generation %} block, or puts"),
     ],
 )
 def test_a_template_that_fails_is_told_in_its_own_words_and_one_line(ours, source, said):
     with pytest.raises(UserError, match=f"the chat template mine .*{said}|the chat template mine {said}") as error:
         ChatTemplate("mine", source, ours["qwen"]).encode(HELLO)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}",
+        "{% if a %}" * 200 + "{% endif %}" * 200,
+        "{{ " + "9" * 5000 + " }}",
+        "{{ a" + "|upper" * 5000 + " }}",
+        "{% for a.b in messages %}{% endfor %}",
+        "{{ f(a=1, a=2) }}",
+    ],
+)
+def test_a_template_that_cannot_be_compiled_is_one_line(ours, source):
+    with pytest.raises(UserError, match="the chat template (cannot be compiled|is not valid Jinja)") as error:
+        ChatTemplate("mine", source, ours["qwen"])
     assert "\n" not in str(error.value)
 
 
