@@ -2,7 +2,7 @@
 
 A mistake of the user's is a `UserError`: its text names the value, the place and the mend. Scripts run their `main` through
 `run_script`, which prints that one line to stderr and exits with code 2, without a traceback. So it does for a disk that is full
-or may not be written. Every other exception is a fault of this program and keeps its traceback.
+or may not be written, and for a name that is too long. Every other exception is a fault of this program and keeps its traceback.
 """
 
 import difflib
@@ -10,7 +10,7 @@ import errno
 import sys
 from collections.abc import Callable, Iterable
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):

@@ -101,7 +101,7 @@ def parse_datasets(datasets: str | Sequence[str]) -> list[tuple[str, Fraction | 
     entries = datasets.split(",") if isinstance(datasets, str) else datasets
     if not isinstance(entries, Sequence) or not entries or not all(isinstance(entry, str) for entry in entries):
         raise UserError(f"dataset = {datasets!r} must be the name of a dataset, or a list of names")
-    found = [re.fullmatch(r"(.+?)(?::(\d+\.?\d*|\.\d+))?", entry.strip()) for entry in entries]
+    found = [re.fullmatch(r"(?s)(.+?)(?::(\d+\.?\d*|\.\d+))?", entry.strip()) for entry in entries]
     if None in found:
         raise UserError(f"dataset = {datasets!r} names nothing between two commas")
     parsed = [(match[1], Fraction(match[2]) if match[2] else None) for match in found]

@@ -46,6 +46,7 @@ def test_json_that_cannot_be_read_is_one_line_that_names_the_file(tmp_path, cont
     [
         (UserError("lora_rank must be above 0"), 2, "error: lora_rank must be above 0\n"),
         (OSError(errno.ENOSPC, "No space left on device", "out/a"), 2, "error: out/a: No space left on device\n"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), 2, "error: xx: File name too long\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

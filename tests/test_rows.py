@@ -85,6 +85,15 @@ def test_tools_and_weights_that_ask_for_nothing_are_no_reason_to_refuse_a_row(tm
     assert read.completion == "b" and len(read.messages) == 2
 
 
+def test_the_column_that_is_asked_for_is_read_before_what_else_a_row_has(tmp_path):
+    messages = list(said("said", "there"))
+    row = {"prompt": "p", "completion": "c", "instruction": "i", "output": "o", "messages": messages, "chat": messages, "text": "t"}
+    path = write(tmp_path / "a.jsonl", row)
+    asked = [({}, "i"), ({"prompt_column": "text"}, "t"), ({"messages_column": "chat"}, "said"), ({"messages_column": "no"}, "i")]
+    for columns, prompt in asked:
+        assert [row.prompt for row in read_rows(path, **columns, chat=True)] == [prompt]
+
+
 def test_plain_text_is_a_row_without_a_prompt(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "one\n\ntwo"})
     assert read_rows(path) == read_rows(path, chat=True) == [Row(None, "one\n\ntwo")]
@@ -157,6 +166,7 @@ def test_datasets_are_parsed_with_and_without_weights():
     assert parse_datasets("a.jsonl") == [("a.jsonl", None)]
     assert parse_datasets("a.jsonl, s3://b/c.json") == [("a.jsonl", None), ("s3://b/c.json", None)]
     assert parse_datasets("https://h:80/a.jsonl:.5,me/mine:3") == [("https://h:80/a.jsonl", half), ("me/mine", Fraction(3))]
+    assert parse_datasets("a\nb.jsonl:.5") == [("a\nb.jsonl", half)]
     assert parse_datasets(["a,b.jsonl:0.5", "c.json:1.0"]) == [("a,b.jsonl", half), ("c.json", Fraction(1))]
 
 
