@@ -14,7 +14,6 @@ from pathlib import Path
 from torch import nn
 
 from minilora.adapter import CONFIG_FILE, load_adapter, read_adapter_config
-from minilora.config import QuantConfig
 from minilora.device import choose_placement
 from minilora.errors import UserError
 from minilora.files import read_json
@@ -74,6 +73,7 @@ def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **instead
         if (directory / SETTINGS_FILE).is_file():
             instead = {"config": str(directory / SETTINGS_FILE)} | instead
     given = {key[2:].partition("=")[0].replace("-", "_") for key in keys}
+    instead |= dict(bf16="false", fp16="false")  # what is fast is this machine's affair, not that of the one that trained
     return load_train_config([*(f"--{name}={value}" for name, value in instead.items() if name not in given), *keys])
 
 
@@ -84,10 +84,10 @@ def load_adapted_tokenizer(base: Path, adapters: Mapping[str, Path]) -> Tokenize
     return load_tokenizer(first if has_one else base)
 
 
-def load_adapted(base: Path, adapters: Mapping[str, Path], quant: QuantConfig | None) -> CausalLM:
+def load_adapted(base: Path, adapters: Mapping[str, Path], config: TrainConfig) -> CausalLM:
     """The model on the device that there is, in evaluation mode, with all adapters on it and the first one active."""
-    placement = choose_placement()
-    model = load_model(base, quant, placement.dtype, placement.device)
+    placement = choose_placement(config.bf16, config.fp16)
+    model = load_model(base, config.quant_config(), placement.dtype, placement.device)
     for name, directory in adapters.items():
         load_adapter(model, directory, name)
     set_adapter(model, next(iter(adapters), None))

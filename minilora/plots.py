@@ -66,10 +66,9 @@ def plot_runs(runs: dict[str, list[dict]], path: Path) -> None:
                 steps, values, marker="o" if name == "eval_loss" or len(steps) == 1 else None, markersize=3.5, **style
             )
         axes.set_title(title, fontsize=11)
-        values = [value for records in runs.values() for value in series(records, name)[1]]
-        wide = min(values, default=0) > 0 and max(values) / min(values) > 20  # then a line cannot show how the ends differ
-        _dress(axes, LOSS if axes is panels[0] else "", scale="log" if wide else "linear")
-    figure.legend(lines[: len(runs)], list(runs), loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+        _dress(axes, LOSS if axes is panels[0] else "")
+    columns = int(11 * figure.get_figwidth() / (max(map(len, runs)) + 6))  # eleven letters of the legend take an inch
+    figure.legend(lines[: len(runs)], list(runs), loc="outside lower center", ncols=max(1, min(4, columns)), frameon=False)
     _save(figure, path)
 
 
@@ -108,13 +107,16 @@ def _draw_loss(axes: "Axes", records: list[dict]) -> None:
     axes.legend(frameon=False)
 
 
-def _dress(axes: "Axes", label: str, scale: str = "linear", xlabel: str = "optimizer step") -> None:
-    axes.set(xlabel=xlabel, ylabel=label, yscale=scale)
-    if scale == "linear":
-        highest = max((max(line.get_ydata(), default=0) for line in axes.lines), default=0)
-        axes.set_ylim(bottom=0, top=1.1 * highest or 1)
-    else:
+def _dress(axes: "Axes", label: str, xlabel: str = "optimizer step") -> None:
+    """Labels, scales and a grid, once all lines are drawn. Logarithmic where a linear scale could not show how the ends differ."""
+    values = [value for line in axes.lines for value in line.get_ydata()]
+    wide = min(values, default=0) > 0 and max(values) / min(values) > 20
+    axes.set(xlabel=xlabel, ylabel=label, yscale="log" if wide else "linear")
+    if wide:
         axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0, top=1.1 * max(values, default=0) or 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

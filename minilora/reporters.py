@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ MLFLOW_DEFAULTS = dict(  # where the environment does not say otherwise
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
     MLFLOW_DISABLE_TELEMETRY="true",
 )
+SQLITE = "sqlite:///"
 EXPERIMENT = "minilora"
 DIRECTORY_TAG = "minilora.output_dir"
 
@@ -168,6 +170,8 @@ class MlflowRun:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        if self.tracking_uri.startswith(SQLITE):  # MLflow would try ten times, for a minute and a half
+            sqlite3.connect(self.tracking_uri.removeprefix(SQLITE)).close()
         client = MlflowClient(self.tracking_uri)
         run = self._earlier_run(client)
         if run is None:

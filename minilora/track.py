@@ -8,6 +8,7 @@ On a terminal there is one bar, redrawn in place; where output goes to a file, o
 import json
 import math
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -53,11 +54,11 @@ class Tracker:
         self.seconds = state.get("seconds", 0.0) if state else 0.0  # in optimizer steps, of earlier lives too
         self.steps_here = 0  # taken by this process, for the time that is left
         self.started = time.perf_counter()
-        self.bar = None
+        self.bar, self.finished = None, False
         if self.path is not None:
             write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
             if sys.stderr.isatty():
-                self.bar = tqdm(total=total_steps, bar_format="{percentage:3.0f}% {bar:24} {desc}")
+                self.bar = tqdm(total=total_steps, bar_format="{percentage:3.0f}%")
         self.reporters = list(reporters) if self.path is not None else []
         for reporter in self.reporters:
             reporter.begin(self.records, (state or {}).get(reporter.place.name, {}), self.say)
@@ -107,6 +108,8 @@ class Tracker:
             text += f"  {loss_scale.skipped} skipped, loss scale {loss_scale.scale:g}"
         due = step % self.logging_steps == 0 or step in (1, self.total_steps)
         if self.bar is not None:
+            room = min(24, shutil.get_terminal_size().columns - len(text) - 8)  # the text goes first, and the bar has the rest
+            self.bar.bar_format = f"{{percentage:3.0f}}% {f'{{bar:{room}}} ' if room > 3 else ''}{{desc}}"
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
         elif due and self.path is not None:
@@ -127,6 +130,14 @@ class Tracker:
         elif self.path is not None:
             print(text, flush=True)
 
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """What ends a training early ends its reports: FAILED, unless they were told otherwise."""
+        if kind is not None and not self.finished:
+            self.finish("FAILED")
+
     def close(self) -> None:
         """End the bar's line."""
         if self.bar is not None:
@@ -135,6 +146,7 @@ class Tracker:
     def finish(self, status: str, files: Sequence[Path] = ()) -> None:
         """Tell the reporters how it ended, FINISHED, FAILED or KILLED, and give them what came of it."""
         self.close()
+        self.finished = True
         for reporter in self.reporters:
             reporter.finish(status, files)
 

@@ -81,7 +81,7 @@ def main() -> None:
     system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
     conversations = [system + question(*record) for record in records]
 
-    model = load_adapted(base, adapters, config.quant_config())
+    model = load_adapted(base, adapters, config)
     assistant = Assistant(model, tokenizer, template, settings, next(iter(adapters), None))
     if options.instruction is not None:
         for _ in shown(assistant.stream([*system, {"role": "user", "content": options.instruction}])):

@@ -84,7 +84,7 @@ def main() -> None:
 
     # ---- the base model, then each adapter on it ---------------------------------------------------------------------
 
-    model, batch_size = load_adapted(base, adapters, config.quant_config()), config.per_device_eval_batch_size
+    model, batch_size = load_adapted(base, adapters, config), config.per_device_eval_batch_size
     results: dict[str, dict[str, float]] = {}
     texts: dict[str, list[str]] = {}
     for name in (BASE, *adapters):

@@ -178,7 +178,6 @@ def train(config: TrainConfig, processes: Processes) -> None:
         loss_scale.step(optimizer, finite=math.isfinite(loss) and math.isfinite(norm))
         optimizer.zero_grad(set_to_none=True)
         if loss_scale.diverged:
-            tracker.finish("FAILED")
             good = checkpoints(output_dir, up_to=step + 1 - loss_scale.skipped_in_a_row)
             raise UserError(
                 f"loss {loss:g}, gradient norm {norm:g} at step {step + 1}: training diverged; lower learning_rate = "
@@ -267,26 +266,27 @@ def train(config: TrainConfig, processes: Processes) -> None:
         optimizer.load_state_dict(state["optimizer"])
         loss_scale.load_state_dict(state["loss_scale"])
         set_random_state(state["random"][processes.rank], device)
-    elif eval_set:
-        evaluate(step=0)
     model.train()
-    for step in range(first + 1, total_steps + 1):
-        start = time.perf_counter()
-        loss, lr, norm, tokens, stopping = optimizer_step(step - 1)
-        tracker.step(step, loss, lr, norm, tokens, time.perf_counter() - start, memory_used(device), loss_scale)
-        wanted = stopping or step % config.save_steps == 0
-        if eval_set and (step % eval_steps == 0 or step == total_steps):
-            wanted |= evaluate(step) and config.load_best_model_at_end
-            if config.early_stopping_patience and best["waited"] >= config.early_stopping_patience:
-                tracker.say(f"stopping early: no lower held-out loss in {best['waited']} evaluations")
-                break
-        if wanted:
-            saved = save_checkpoint(step)
-        if stopping:
-            processes.wait_for_all()
-            tracker.finish("KILLED")
-            print(f"interrupted after step {step} of {total_steps}; to go on from {saved}: --resume_from_checkpoint latest")
-            raise KeyboardInterrupt
+    with tracker:
+        if checkpoint is None and eval_set:
+            evaluate(step=0)
+        for step in range(first + 1, total_steps + 1):
+            start = time.perf_counter()
+            loss, lr, norm, tokens, stopping = optimizer_step(step - 1)
+            tracker.step(step, loss, lr, norm, tokens, time.perf_counter() - start, memory_used(device), loss_scale)
+            wanted = stopping or step % config.save_steps == 0
+            if eval_set and (step % eval_steps == 0 or step == total_steps):
+                wanted |= evaluate(step) and config.load_best_model_at_end
+                if config.early_stopping_patience and best["waited"] >= config.early_stopping_patience:
+                    tracker.say(f"stopping early: no lower held-out loss in {best['waited']} evaluations")
+                    break
+            if wanted:
+                saved = save_checkpoint(step)
+            if stopping:
+                processes.wait_for_all()
+                tracker.finish("KILLED")
+                print(f"interrupted after step {step} of {total_steps}; to go on from {saved}: --resume_from_checkpoint latest")
+                raise KeyboardInterrupt
     stop.release()
     tracker.close()
     processes.leave()

@@ -2,18 +2,23 @@
 
 import json
 import math
+import os
+import signal
 import socket
+import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 import torch
+from conftest import metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import UserError, reporters
+from minilora import UserError, plots, reporters
 from minilora.loss_scale import LossScale
-from minilora.plots import plot_loss, plot_training
+from minilora.plots import plot_loss, plot_runs, plot_training
 from minilora.reporters import Reporter, make_reporters, without_secrets
 from minilora.track import Tracker
 
@@ -159,6 +164,38 @@ def test_text_without_secrets_stays_as_it_is():
         assert without_secrets(text) == text
 
 
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_line_beside_the_bar_is_whole_on_every_terminal_it_fits_on(tmp_path, monkeypatch, columns):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    tracker = tracker_of(tmp_path, total_steps=12345)
+    take_steps(tracker, 12343, 12344)
+    shown = str(tracker.bar)
+    tracker.close()
+    assert "GiB" in shown and shown.endswith(" left") and (len(shown) <= columns or columns == 40)
+
+
+def test_a_loss_that_falls_by_more_than_twenty_is_drawn_on_a_logarithmic_scale_with_whole_steps(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    for last in (0.5, 0.01):
+        plot_loss([{"step": 1, "loss": 4.0}, {"step": 3, "loss": last}], tmp_path / "a.png")
+    assert [axes.get_yscale() for axes in drawn] == ["linear", "log"]
+    assert all(tick == int(tick) for axes in drawn for tick in axes.get_xticks())
+
+
+@pytest.mark.parametrize("length", [4, 40, 90])
+def test_every_name_of_a_run_is_whole_in_the_picture(tmp_path, monkeypatch, length):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    names = [f"{i}".ljust(length, "x") for i in range(8)]
+    plot_runs({name: [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}] for name in names}, tmp_path / "a.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 or length == 90, "as long as one name fits beside its line"
+
+
 def test_pictures_are_drawn_of_whatever_was_recorded(tmp_path):
     plot_loss([{"step": 0, "eval_loss": 1.0}], tmp_path / "nothing.png")
     plot_training([], tmp_path / "nothing.png")
@@ -247,6 +284,92 @@ def test_an_mlflow_server_that_is_dead_or_hangs_costs_a_line_and_one_timeout(tmp
     warnings = [line for line in out.splitlines() if not line.startswith("step")]
     assert len(warnings) == 1 and warnings[0].startswith(f"warning: MLflow at {uri} does not record (")
     assert "SecretToken" not in out + err and err == "" and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+@OTHERS_WARN
+def test_a_store_that_cannot_be_opened_costs_a_line_and_no_time(tmp_path, capsys):
+    pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path}/nowhere/mlflow.db"
+    tracker = tracker_of(tmp_path, *make_reporters(["mlflow"], tmp_path, {}, tracking_uri=uri))
+    started = time.perf_counter()
+    take_steps(tracker, 1, 2)
+    tracker.finish("FINISHED")
+    assert time.perf_counter() - started < 5  # MLflow itself would try for a minute and a half
+    assert capsys.readouterr().out.count("warning: MLflow at") == 1
+
+
+@OTHERS_WARN
+def test_a_training_is_a_run_in_mlflows_store_with_the_metrics_of_metrics_jsonl_and_its_files(train, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    directory, _ = train(max_steps=4, val_size=4, logging_steps=1, report_to="mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("minilora").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.params["max_steps"] == "4" and run.info.run_name == directory.name
+    for metric in ("loss", "lr", "grad_norm", "memory", "eval_loss"):
+        kept = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
+        assert kept == [(record["step"], record[metric]) for record in metrics(directory) if metric in record], metric
+    files = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "loss.png", "training_config.yaml"} <= files
+
+
+@OTHERS_WARN
+def test_a_training_that_fails_is_told_to_mlflow(train, trainer, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def full(*_):
+        raise UserError("checkpoint-2 could not be saved: No space left on device")
+
+    monkeypatch.setattr(trainer, "write_checkpoint", full)
+    train(code=2, save_steps=2, report_to="mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("minilora").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+@OTHERS_WARN
+def test_a_training_whose_mlflow_server_is_killed_goes_on_to_its_end(train, trainer, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "artifacts")]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        uri, patience = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while not answers(uri + "/health"):
+            assert server.poll() is None and time.monotonic() < patience, (tmp_path / "server.log").read_text()
+            time.sleep(0.2)
+        take_step, seen = Tracker.step, []
+
+        def kill_after_step_3(self, step, *arguments):
+            take_step(self, step, *arguments)
+            if step == 3:
+                client = mlflow.MlflowClient(uri)
+                (run,) = client.search_runs([client.get_experiment_by_name("minilora").experiment_id])
+                seen.extend(point.step for point in client.get_metric_history(run.info.run_id, "loss"))
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+
+        monkeypatch.setattr(Tracker, "step", kill_after_step_3)
+        directory, out = train(max_steps=8, logging_steps=1, report_to="mlflow", mlflow_tracking_uri=uri)
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    assert seen == [1, 2, 3] and out.count("warning: MLflow at") == 1
+    assert [record["step"] for record in metrics(directory)] == list(range(1, 9)) and (directory / "README.md").is_file()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 @OTHERS_WARN
