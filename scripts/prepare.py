@@ -123,16 +123,18 @@ def main() -> None:
     with TemporaryDirectory(dir=options.output.absolute().parent, prefix=options.output.name + ".") as passing:
         part = Path(passing)
         for name, dataset in sets.items():
-            lines = (json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in dataset.rows)
-            write_whole(part / f"{name}.jsonl", "".join(lines))
+            write_whole(part / f"{name}.jsonl", "".join(map(line_of, dataset.rows)))
             save_tokens(tokens_file(part / f"{name}.jsonl"), dataset, tokens_key(dataset.rows, tokenizer, template, settings))
         write_whole(part / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         write_whole(part / RUN_FILE, run_settings(config, options.output, settings["cutoff_len"], set(sets)))
         supervised = [example.supervised for example in sets["train"].examples]
         plot_lengths(sets["train"].uncut_lengths, supervised, settings["cutoff_len"], part / "lengths.png")
         options.output.mkdir(exist_ok=True)
-        for path in part.iterdir():
-            os.replace(path, options.output / path.name)
+        for name in FILES:
+            if (part / name).exists():
+                os.replace(part / name, options.output / name)
+            else:
+                (options.output / name).unlink(missing_ok=True)  # held-out rows of an earlier time
     print(f"\nprepared: {options.output}\nto train: python scripts/train.py --config {options.output / RUN_FILE}")
     if options.to:
         write_files(options.to, {name: options.output / name for name in FILES if (options.output / name).is_file()})
@@ -152,6 +154,13 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--output {output}: {output.absolute().parent} is no directory that may be written")
     if not options.overwrite_output_dir and (found := [name for name in FILES if (output / name).exists()]):
         raise UserError(f"--output {output} already holds {found[0]}; choose another, or add --overwrite_output_dir")
+
+
+def line_of(row: Row) -> str:
+    """A row as a line of JSON, readable in every script; half a surrogate pair, which has no UTF-8, stays written out."""
+    record = record_of(row)
+    text = json.dumps(record, ensure_ascii=False)
+    return (json.dumps(record) if re.search("[\ud800-\udfff]", text) else text) + "\n"
 
 
 def refuse(faults: list[UserError], dataset: str | Sequence[str]) -> None:

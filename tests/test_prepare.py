@@ -210,6 +210,21 @@ def test_every_wrong_row_is_listed_and_nothing_is_saved(prepare, write, tmp_path
     assert len((tmp_path / "prepared" / "train.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_row_with_half_a_character_is_saved_as_it_was(prepare, write, tmp_path):
+    rows = [{"prompt": "é \U0001f600", "completion": "\ud800 \U0001f600"}, {"prompt": "ü", "completion": "b"}]
+    path = write(*rows)
+    assert prepare("--dataset", path)[0] == 0
+    saved = tmp_path / "prepared" / "train.jsonl"
+    assert read_rows(saved) == read_rows(path) and '"ü"' in saved.read_text(encoding="utf-8")
+
+
+def test_held_out_rows_of_an_earlier_time_do_not_stay(prepare, dataset, tmp_path):
+    assert prepare("--dataset", dataset, "--val_size", 4)[0] == 0
+    assert (tmp_path / "prepared" / "validation.safetensors").exists()
+    assert prepare("--dataset", dataset, "--overwrite_output_dir")[0] == 0
+    assert not list((tmp_path / "prepared").glob("validation.*"))
+
+
 def test_of_many_wrong_rows_the_first_ones_are_listed(prepare, write):
     code, _, err = prepare("--dataset", write({"prompt": "a", "completion": "b"}, *["{"] * 99))
     *listed, last = err.splitlines()
