@@ -4,7 +4,11 @@ import importlib
 import io
 import json
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -126,6 +130,20 @@ def train(run_trainer, model_dir, dataset, tmp_path):
         return (tmp_path / name, out) if code != 2 else (tmp_path / name, err)
 
     return run
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPServer]:
+    """A web server on this machine, in a thread; `address` is where."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.address = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from conftest import serving
 
 from minilora import UserError
 from minilora.hub import resolve_model
@@ -107,19 +107,15 @@ def etag(data: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    with serving(StandIn) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     """The client, pointed at the stand-in and at an empty cache. It reads its environment on import, hence its constants."""
     server.requests = []
-    point_to(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+    point_to(monkeypatch, server.address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

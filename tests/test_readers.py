@@ -7,10 +7,10 @@ import http.server
 import io
 import json
 import sys
-import threading
 
 import fsspec.registry  # noqa: F401
 import pytest
+from conftest import serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -206,12 +206,8 @@ def server():
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-        thread.join()
+    with serving(Handler) as running:
+        yield running.address
 
 
 def test_a_web_address_is_read_and_shown_without_its_signature(server):

@@ -3,14 +3,13 @@
 import base64
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import S3_SECRET, adapter
+from conftest import S3_SECRET, adapter, serving
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
@@ -247,13 +246,8 @@ class StandIn(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as server:
-        server.address = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    with serving(StandIn) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
