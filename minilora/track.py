@@ -52,8 +52,8 @@ class Tracker:
         self.records: list[dict] = list(state["records"]) if state else []
         self.window: list = list(state["window"]) if state else []  # loss, tokens, seconds of each step since the last record
         self.seconds = state.get("seconds", 0.0) if state else 0.0  # in optimizer steps, of earlier lives too
-        self.steps_here = 0  # taken by this process, for the time that is left
-        self.started = time.perf_counter()
+        self.steps_here = 0  # taken by this process since `started`, for the time that is left
+        self.started = 0.0
         self.bar, self.finished = None, False
         if self.path is not None:
             write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
@@ -93,6 +93,8 @@ class Tracker:
 
         Steps whose loss is not finite (float16 leaves them out) have no part in the mean.
         """
+        if self.steps_here == 0:
+            self.started = time.perf_counter() - seconds  # an evaluation before the first step is not repeated at every step
         self.window.append([loss, tokens, seconds])
         self.seconds += seconds
         self.steps_here += 1

@@ -164,6 +164,16 @@ def test_text_without_secrets_stays_as_it_is():
         assert without_secrets(text) == text
 
 
+def test_the_time_that_is_left_is_that_of_steps_not_of_what_came_before_them(tmp_path, monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr("minilora.track.time.perf_counter", lambda: now[0])
+    tracker = tracker_of(tmp_path)
+    now[0] += 500  # an evaluation
+    now[0] += 2
+    tracker.step(1, 1.0, 1e-3, 2.0, 100, 2.0, 2**30, NO_SCALE)
+    assert capsys.readouterr().out.endswith("0:10 left\n")  # five more steps of two seconds
+
+
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_the_line_beside_the_bar_is_whole_on_every_terminal_it_fits_on(tmp_path, monkeypatch, columns):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
