@@ -5,12 +5,16 @@ A mistake of the user's is a `UserError`: its text names the value, the place an
 or may not be written, and for a name that is too long. Every other exception is a fault of this program and keeps its traceback.
 """
 
+import argparse
 import difflib
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
@@ -18,6 +22,16 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return " ".join(super().__str__().splitlines())  # values and names of files may hold line ends of any kind
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with names in full, and its complaints as a UserError instead of a line behind a block of usage."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def raise_error(error: UserError) -> None:
@@ -39,16 +53,21 @@ def describe(problems: list[str], most: int = 8) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main` and exit: 0 done, 2 a mistake of the user's, 130 interrupted with Ctrl-C."""
+    """Run a script's `main` and exit: 0 done, 2 a mistake of the user's, 130 Ctrl-C, 141 nobody reads on (| head)."""
     try:
         main()
+        print(end="", flush=True)  # a pipe that is closed is found out here, not after the last line of Python
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is printed still, and for the flush at exit
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        place = error.filename2 or error.filename or "writing"  # of a copy or a new name the second is the one that is written
+        print(f"error: {place}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

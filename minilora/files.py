@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from minilora.errors import UserError
@@ -36,7 +37,7 @@ def parse_json(text: str) -> Any:
 def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file under a passing name and rename it when it is complete, so that a kill or a full disk leaves the old one.
 
-    Raises OSError as `open` and `write` do; what was written so far is then removed.
+    Raises OSError as `open` and `write` do, with the file's name; what was written so far is then removed.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -45,8 +46,28 @@ def write_whole(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # `write` names none
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(name: str, path: Path, parents: bool = False) -> None:
+    """Find out whether a file can be written, before the work is done that it is for. Nothing stays behind.
+
+    name: of the option that says so, as in "--output". parents: whether directories above the file will be made where they are
+    missing. Raises UserError.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{name} {path} exists and is no file; choose another name")
+    above = path.absolute().parents
+    parent = next(place for place in above if place.exists()) if parents else above[0]
+    try:
+        with TemporaryFile(dir=parent):  # permissions alone do not tell: root has all of them, on a read-only disk too
+            pass
+    except OSError as error:
+        raise UserError(f"{name} {path}: {parent} is no directory that may be written ({error.strerror})") from error
 
 
 def fingerprint(chunks: Iterable[bytes]) -> str:

@@ -41,7 +41,7 @@ from minilora import (
     trainable_parameters,
 )
 from minilora.device import Placement, choose_placement, memory_used, return_freed_memory
-from minilora.errors import run_script
+from minilora.errors import ArgumentParser, run_script
 from minilora.files import write_whole
 from minilora.loss import causal_lm_loss
 from minilora.ops import product_dtype
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="directory of a model; default: a Llama of random weights and these sizes")
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")

@@ -20,7 +20,6 @@ Answers appear as they are made. Of a conversation only what is new goes through
 there from the last answer.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -32,7 +31,7 @@ from pathlib import Path
 from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_adapted_tokenizer, load_run_config
 from minilora.assistant import Assistant, Settings
 from minilora.chat import Message, load_chat_template
-from minilora.errors import UserError, nearest, run_script
+from minilora.errors import ArgumentParser, UserError, nearest, run_script
 from minilora.files import write_whole
 from minilora.lora import adapter_names
 from minilora.readers import read_records
@@ -50,7 +49,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__, end="")
         return
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = ArgumentParser()
     parser.add_argument("--model", "--model_name_or_path")
     parser.add_argument("--adapter", action="append", default=[])
     for name in ("instruction", "system", "input", "output"):

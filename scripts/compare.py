@@ -8,7 +8,6 @@ was recorded, so that a slow first step has no say), its peak memory, the time i
 A dash stands for what a run did not record. Nothing but `metrics.jsonl` and `training_config.yaml` is read.
 """
 
-import argparse
 import json
 import statistics
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from minilora.errors import UserError, run_script
+from minilora.errors import ArgumentParser, UserError, run_script
 from minilora.output_dir import SETTINGS_FILE
 from minilora.plots import plot_runs, series
 from minilora.track import METRICS_FILE, minutes, short_number
@@ -33,7 +32,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directories", nargs="+", metavar="DIRECTORY", help="output_dir of a training run")
     parser.add_argument("--output", default="compare.png", help="where the picture goes (default: %(default)s)")
     options = parser.parse_args()

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_adapted_tokenizer, load_run_config
 from minilora.chat import load_chat_template, training_clock
-from minilora.errors import UserError, run_script
+from minilora.errors import ArgumentParser, UserError, run_script
 from minilora.evaluation import answers, evaluate_loss, exact_match, load_metric
 from minilora.files import write_whole
 from minilora.lora import set_adapter
@@ -54,7 +54,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__, end="")
         return
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = ArgumentParser()
     parser.add_argument("--model", "--model_name_or_path")
     parser.add_argument("--adapter", action="append", default=[])
     for name in ("dataset", "output"):

@@ -7,17 +7,16 @@ Nothing of these programs is installed or started: `minilora/lint.py` knows thei
 as it was trained, 1 if some do not, 2 if there is no adapter to look at.
 """
 
-import argparse
 import sys
 
-from minilora.errors import run_script
+from minilora.errors import ArgumentParser, run_script
 from minilora.hub import resolve_model
 from minilora.lint import lint_adapter, loads, table
 from minilora.weights import read_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", help="its directory, or its hub id")
     parser.add_argument("--model", help="base model, directory or hub id, to compare names and shapes with")
     options = parser.parse_args()

@@ -11,7 +11,6 @@ Keys are the trainer's (`python scripts/train.py --help`), and besides
 --model is a directory, a hub id, or one of a few well-known shapes: mistral-7b, llama-2-7b, llama-3-8b, qwen2.5-7b, tinyllama-1.1b.
 """
 
-import argparse
 import io
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import torch
 from minilora.adapted import EMBEDDED_MODEL
 from minilora.config import ModelConfig
 from minilora.device import choose_placement
-from minilora.errors import UserError, run_script
+from minilora.errors import ArgumentParser, UserError, run_script
 from minilora.files import write_whole
 from minilora.memory import CATEGORIES, MARGIN, Ledger, advise, available_memory, memory_ledger, process_memory
 from minilora.recompute import POLICIES
@@ -54,7 +53,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__, end="")
         return
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = ArgumentParser()
     parser.add_argument("--gpu", type=float)
     parser.add_argument("--picture", default="memory.png")
     options, keys = parser.parse_known_args()

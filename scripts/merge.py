@@ -41,7 +41,7 @@ from minilora.adapted import find_base, load_adapted_tokenizer
 from minilora.chat import answer_end
 from minilora.config import LoraConfig, QuantConfig
 from minilora.dora import row_factors
-from minilora.errors import UserError, run_script
+from minilora.errors import ArgumentParser, UserError, run_script
 from minilora.files import read_json, write_whole
 from minilora.hub import resolve_model
 from minilora.lint import lint_adapter, table
@@ -66,7 +66,7 @@ SHARD_BYTES = 1_000_000_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", required=True, help="its directory, or its hub id")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", help="directory to write, or a file that ends in .gguf; it must not exist yet")

@@ -10,7 +10,6 @@
 Every number is computed by minilora's own functions while the picture is drawn, on a seeded weight or a model without memory.
 """
 
-import argparse
 import io
 import math
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from minilora import PRESETS, LoraConfig, QuantConfig, UserError, add_lora, ops, quantize_4bit, trainable_parameters
 from minilora.config import ModelConfig
-from minilora.errors import run_script
+from minilora.errors import ArgumentParser, run_script
 from minilora.files import write_whole
 from minilora.memory import MARGIN, memory_ledger
 from minilora.model import CausalLM
@@ -37,7 +36,7 @@ MISTRAL_7B = dict(model_type="mistral", vocab_size=32000, hidden_size=4096, inte
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="docs/pictures", help="directory of the PNG files (default: %(default)s)")
     directory = Path(parser.parse_args().output)
     try:

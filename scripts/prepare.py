@@ -39,7 +39,7 @@ import yaml
 from minilora.adapted import EMBEDDED_MODEL
 from minilora.chat import load_chat_template, training_clock
 from minilora.data import Dataset
-from minilora.errors import UserError, run_script
+from minilora.errors import ArgumentParser, UserError, run_script
 from minilora.files import write_whole
 from minilora.hub import resolve_model
 from minilora.mask_view import view
@@ -80,7 +80,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__, end="")
         return
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = ArgumentParser()
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--skip_invalid", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("prepared"))

@@ -30,7 +30,7 @@ from torch import Tensor
 from world import Person, documents, people, questions
 
 from minilora.config import ModelConfig
-from minilora.errors import UserError, run_script
+from minilora.errors import ArgumentParser, UserError, run_script
 from minilora.files import write_whole
 from minilora.model import CausalLM
 from minilora.weights import save_model
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="assets", help="folder to write to (default: assets)")
     parser.add_argument("--steps", type=int, default=2400, help=f"steps of {ROW * ROWS} tokens (default: 2400)")
     parser.add_argument("--seed", type=int, default=0, help="of the world, the texts and the initial weights (default: 0)")

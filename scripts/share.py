@@ -9,12 +9,11 @@ given --push_to_hub or --upload. Afterwards the adapter is found there: scripts/
 --lora-modules name=owner/name.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from minilora.adapter import read_adapter_config
-from minilora.errors import UserError, run_script
+from minilora.errors import ArgumentParser, UserError, run_script
 from minilora.sharing import destinations, files_to_share, send_to_all
 
 
@@ -22,7 +21,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__, end="")
         return
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = ArgumentParser()
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--push_to_hub")
     parser.add_argument("--hub_private_repo", action="store_true")

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import yaml
 
-from minilora.errors import UserError, describe, run_script
+from minilora.errors import ArgumentParser, UserError, describe, run_script
 from minilora.files import write_whole
 from minilora.output_dir import SETTINGS_FILE
 from minilora.track import METRICS_FILE
@@ -62,7 +62,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path)
     place = parser.parse_args().config
     settings = read_yaml(place)

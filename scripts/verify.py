@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import minilora
 from minilora import LoraConfig, QuantConfig, UserError
-from minilora.errors import run_script
+from minilora.errors import ArgumentParser, run_script
 from minilora.files import write_whole
 from minilora.lora import OUTPUT_HEAD, lora_layers
 from minilora.loss import IGNORE, causal_lm_loss, count_supervised
@@ -62,7 +62,7 @@ FAMILIES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     subject = parser.add_mutually_exclusive_group()
     subject.add_argument("--family", choices=(*FAMILIES, "all"), default="llama", help="of the random model; default: llama")
     subject.add_argument("--model", help="directory with unquantized weights, instead of a random model")

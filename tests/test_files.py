@@ -2,13 +2,20 @@
 
 import errno
 import os
+import resource
+import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.errors import UserError, describe, nearest, run_script
-from minilora.files import read_json, write_whole
+from minilora.files import check_writable, read_json, write_whole
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "ArgumentParser" in path.read_text())
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -22,6 +29,36 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("write", [lambda old, new: write_whole(new, old.read_bytes()), shutil.copyfile])
+def test_a_disk_that_takes_no_more_is_one_line_that_names_the_file_to_be_written(tmp_path, capsys, write):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(bytes(5000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_script(lambda: write(old, new))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: {new}: File too large\n"
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+    for place, parents, said in (
+        ("directory", False, "--output .*/directory exists and is no file"),
+        ("none/new", False, r"--output .*/none/new: .*/none is no directory that may be written \(No such file"),
+        ("file/new", False, r"--output .*/file/new: .*/file is no directory that may be written \(Not a directory"),
+        ("file/none/new", True, "--output .*/file/none/new: .*/file is no directory"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_writable("--output", tmp_path / place, parents)
+    for place, parents in (("file", False), ("directory/new", False), ("none/none/new", True)):
+        check_writable("--output", tmp_path / place, parents)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["directory", "file"]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +99,23 @@ def test_mistakes_and_interruptions_have_their_exit_codes_and_one_line(error, co
 @given(st.text(alphabet="a \r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029"))
 def test_a_mistake_is_one_line_whatever_line_ends_its_value_has(value):
     assert len(str(UserError(f"dataset {value} does not exist")).splitlines()) == 1
+
+
+@pytest.mark.parametrize("count", [1, 10**6])  # written at the end, and while the script is at work
+def test_a_reader_that_goes_away_ends_a_script_quietly(count):
+    code = f"from minilora.errors import run_script; run_script(lambda: print('x' * {count}))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_option_that_no_script_knows_is_one_line(call, name):
+    given = {"compare": ["a"], "lint_adapter": ["a"], "merge": ["--adapter", "a", "--output", "b"], "share": ["--adapter", "a"]}
+    code, out, err = call(name, *given.get(name, ["--config", "a"] if name == "sweep" else []), "--no-such-option")
+    assert (
+        code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and "no-such-option" in err.replace("_", "-")
+    )
 
 
 def test_faults_of_the_program_keep_their_traceback():
