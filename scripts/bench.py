@@ -42,7 +42,7 @@ from minilora import (
 )
 from minilora.device import Placement, choose_placement, memory_used, return_freed_memory
 from minilora.errors import ArgumentParser, run_script
-from minilora.files import write_whole
+from minilora.files import check_writable, write_whole
 from minilora.loss import causal_lm_loss
 from minilora.ops import product_dtype
 from minilora.optim import OPTIMIZERS, make_optimizer
@@ -89,6 +89,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if min(getattr(options, name) for name in SIZES) < 1 or options.width % 64:
         raise UserError("sizes must be at least 1 and --width a multiple of 64")
+    if options.output:
+        check_writable("--output", Path(options.output))
     return options
 
 

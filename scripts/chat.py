@@ -22,7 +22,6 @@ there from the last answer.
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -32,7 +31,7 @@ from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_
 from minilora.assistant import Assistant, Settings
 from minilora.chat import Message, load_chat_template
 from minilora.errors import ArgumentParser, UserError, nearest, run_script
-from minilora.files import write_whole
+from minilora.files import check_writable, write_whole
 from minilora.lora import adapter_names
 from minilora.readers import read_records
 
@@ -62,8 +61,8 @@ def main() -> None:
         raise UserError("--instruction and --input are both given; choose one")
     if bool(options.input) != bool(options.output):
         raise UserError("--input and --output go together: the file of questions, and the file for answers")
-    if options.output and not os.access(Path(options.output).absolute().parent, os.W_OK):
-        raise UserError(f"--output {options.output}: {Path(options.output).absolute().parent} is no directory that may be written")
+    if options.output:
+        check_writable("--output", Path(options.output))
     adapters = find_adapters(options.adapter)
     config = load_run_config(adapters, keys)
     base = find_base(options.model, adapters.values())

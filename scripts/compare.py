@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from minilora.errors import ArgumentParser, UserError, run_script
+from minilora.files import check_writable
 from minilora.output_dir import SETTINGS_FILE
 from minilora.plots import plot_runs, series
 from minilora.track import METRICS_FILE, minutes, short_number
@@ -36,11 +37,10 @@ def main() -> None:
     parser.add_argument("directories", nargs="+", metavar="DIRECTORY", help="output_dir of a training run")
     parser.add_argument("--output", default="compare.png", help="where the picture goes (default: %(default)s)")
     options = parser.parse_args()
+    output = Path(options.output)
+    check_writable("--output", output)
     runs = read_runs([Path(directory) for directory in options.directories])
     print(comparison(runs))
-    output = Path(options.output)
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: the directory {output.parent} does not exist")
     plot_runs({name: run.records for name, run in runs.items()}, output)
     print(f"\npicture: {output}")
 

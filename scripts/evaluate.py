@@ -21,7 +21,6 @@ adapters are loaded onto one copy of the base model, and everybody reads the sam
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_
 from minilora.chat import load_chat_template, training_clock
 from minilora.errors import ArgumentParser, UserError, run_script
 from minilora.evaluation import answers, evaluate_loss, exact_match, load_metric
-from minilora.files import write_whole
+from minilora.files import check_writable, write_whole
 from minilora.lora import set_adapter
 from minilora.rows import Row
 from minilora.training_data import read_mixed, token_settings, tokenize_rows
@@ -119,8 +118,8 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least 0, not {getattr(options, name)}")
     if options.metrics and not options.exact_match_samples:
         raise UserError(f"--metrics {options.metrics} compares answers: say how many to give with --exact_match_samples N")
-    if options.output and not os.access(Path(options.output).absolute().parent, os.W_OK):
-        raise UserError(f"--output {options.output}: {Path(options.output).absolute().parent} is no directory that may be written")
+    if options.output:
+        check_writable("--output", Path(options.output))
 
 
 def print_table(results: dict[str, dict[str, float]], answered: int) -> None:

@@ -23,7 +23,7 @@ from minilora.adapted import EMBEDDED_MODEL
 from minilora.config import ModelConfig
 from minilora.device import choose_placement
 from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.files import write_whole
+from minilora.files import check_writable, write_whole
 from minilora.memory import CATEGORIES, MARGIN, Ledger, advise, available_memory, memory_ledger, process_memory
 from minilora.recompute import POLICIES
 from minilora.train_config import TrainConfig, load_train_config
@@ -59,6 +59,7 @@ def main() -> None:
     options, keys = parser.parse_known_args()
     if options.gpu is not None and not options.gpu > 0:
         raise UserError(f"--gpu must be a number of gigabytes above 0, not {options.gpu:g}")
+    check_writable("--picture", Path(options.picture))
     config = load_train_config(keys)
     model_config = config_of(config.model_name_or_path or str(EMBEDDED_MODEL), config.model_revision)
     if options.gpu is not None:

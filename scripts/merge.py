@@ -42,7 +42,7 @@ from minilora.chat import answer_end
 from minilora.config import LoraConfig, QuantConfig
 from minilora.dora import row_factors
 from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.files import read_json, write_whole
+from minilora.files import check_writable, read_json, write_whole
 from minilora.hub import resolve_model
 from minilora.lint import lint_adapter, table
 from minilora.lora import OUTPUT_HEAD, match_targets
@@ -85,6 +85,7 @@ def main() -> None:
         raise UserError("--quantize writes bitsandbytes' 4 bits, which no .gguf file holds: leave it out, or choose --outtype q8_0")
     if output.exists():
         raise UserError(f"output {output} exists; choose another directory, or remove it first")
+    check_writable("output", output, parents=True)
     adapter = resolve_model(options.adapter)
     if options.export_adapter:
         return export_adapter(adapter, output, options)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import minilora
 from minilora import LoraConfig, QuantConfig, UserError
 from minilora.errors import ArgumentParser, run_script
-from minilora.files import write_whole
+from minilora.files import check_writable, write_whole
 from minilora.lora import OUTPUT_HEAD, lora_layers
 from minilora.loss import IGNORE, causal_lm_loss, count_supervised
 from minilora.optim import AdamW8bit, learning_rate, make_optimizer, set_learning_rate
@@ -106,8 +106,8 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"{oracle}, with which this script compares, cannot be imported ({error}): {mend}") from error
     if options.steps < 2 or options.seed < 0:
         raise UserError(f"--steps {options.steps} must be at least 2, --seed {options.seed} at least 0")
-    if options.output and (Path(options.output).is_dir() or not Path(options.output).parent.is_dir()):
-        raise UserError(f"--output {options.output} must be a file in a directory that exists")
+    if options.output:
+        check_writable("--output", Path(options.output))
     if options.model:
         read_config(Path(options.model))
         stored = StoredTensors(Path(options.model))

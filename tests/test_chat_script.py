@@ -151,6 +151,7 @@ def test_prompts_in_a_file_stay_as_they_are_where_training_left_them_so(chat, mo
     [
         (("--input", "in.jsonl"), "--input and --output go together"),
         (("--input", "in.jsonl", "--output", "no/such/out.jsonl"), "no/such is no directory"),
+        (("--input", "in.jsonl", "--output", "."), "--output . exists and is no file"),
         (("--input", "in.jsonl", "--output", "out.jsonl"), "in.jsonl, line 2: no text in prompt, instruction or messages"),
         (("--input", "absent.jsonl", "--output", "out.jsonl"), "absent.jsonl does not exist"),
         (("--temperature", "-1"), "temperature must be at least 0, not -1.0"),

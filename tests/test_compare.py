@@ -95,9 +95,13 @@ def test_a_directory_without_a_readable_run_is_one_line_and_exit_2(run, make_run
 
 def test_a_path_that_is_no_directory_is_one_line_and_exit_2(run, make_run):
     make_run("good", [record(1, 1.0)])
-    for arguments, said in ((["nowhere"], "nowhere is not a directory"), (["good", "--output", "no/a.png"], "no does not exist")):
-        code, _, err = run(*arguments)
-        assert code == 2 and said in err and err.count("\n") == 1
+    for arguments, said in (
+        (["nowhere"], "nowhere is not a directory"),
+        (["good", "--output", "no/a.png"], "no is no directory that may be written"),
+        (["good", "--output", "good"], "--output good exists and is no file"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2 and said in err and err.count("\n") == 1 and out == ""
 
 
 SETTINGS = st.dictionaries(st.sampled_from("abcd"), st.none() | st.integers(0, 2) | st.sampled_from(["x", [1, 2]]))

@@ -195,6 +195,7 @@ def test_a_missing_package_is_named_with_its_mend(monkeypatch, package, name):
         ({"--metrics": "bleu"}, "--exact_match_samples N"),
         ({"--template": "llama9"}, "template = 'llama9' is not known"),
         ({"--output": "no/such/place.json"}, "no/such is no directory"),
+        ({"--output": "."}, "--output . exists and is no file"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(evaluate, model_dir, dataset, tmp_path, monkeypatch, changes, message):

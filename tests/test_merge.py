@@ -344,9 +344,11 @@ def test_an_output_that_exists_or_cannot_be_is_refused_and_left_alone(merge, pla
     code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
     assert code == 2 and "merged exists; choose another directory" in err and not list((place / "merged").iterdir())
     (place / "file").write_text("mine")
-    for output in (place / "file", place / "file" / "merged", place / "file" / "deep" / "merged"):
-        code, _, err = merge("--adapter", place / "adapter", "--output", output)
-        assert code == 2 and str(output) in err and err.count("\n") == 1
+    (place / "adapter" / "adapter_model.safetensors").unlink()  # so it is found before anything is read
+    for output in (place / "file", place / "file" / "merged", place / "file" / "deep" / "merged", place / "file" / "m.gguf"):
+        for key in ("--output", "--export_adapter"):
+            code, _, err = merge("--adapter", place / "adapter", key, output)
+            assert code == 2 and str(output) in err and err.count("\n") == 1
     assert (place / "file").read_text() == "mine"
 
 

@@ -142,7 +142,7 @@ def test_an_oracle_that_is_missing_is_a_mistake_of_one_line_that_names_the_mend(
     [
         (["--steps", 1], "--steps 1"),
         (["--output", "{}/absent/report.md"], "absent/report.md"),
-        (["--output", "{}"], "must be a file"),
+        (["--output", "{}"], "exists and is no file"),
         (["--model", "{}/absent"], "config.json"),
         (["--model", "{}/narrow"], "wide, no multiple of 64"),
         (["--model", "{}/quantized"], "are quantized already"),
