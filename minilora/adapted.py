@@ -3,10 +3,12 @@
 Adapters are loaded side by side, each under a name, onto one copy of the base model; `set_adapter` switches between them and the
 base alone. A name is what stands in front of `=` in NAME=DIRECTORY, else the last part of the directory or hub id.
 
-Training leaves its tokenizer, its chat template and its settings beside the adapter. Those of the first adapter hold for all that
-is done with it and the others (how the weights are quantized, how rows are worded and cut), but for keys that are given anew.
+Training leaves its tokenizer, its chat template and its settings beside the adapter; those of a checkpoint-N are the run's, one
+directory above. Those of the first adapter hold for all that is done with it and the others (how the weights are quantized, how
+rows are worded and cut), but for keys that are given anew.
 """
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -69,19 +71,23 @@ def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **instead
 
     `instead` stands for keys of that training which do not hold here, unless the command line says so.
     """
-    for directory in [*adapters.values()][:1]:
-        if (directory / SETTINGS_FILE).is_file():
-            instead = {"config": str(directory / SETTINGS_FILE)} | instead
-    given = {key[2:].partition("=")[0].replace("-", "_") for key in keys}
     instead |= dict(bf16="false", fp16="false")  # what is fast is this machine's affair, not that of the one that trained
+    if files := [place / SETTINGS_FILE for place in places_of(adapters) if (place / SETTINGS_FILE).is_file()]:
+        instead["config"] = str(files[0])
+    given = {key[2:].partition("=")[0].replace("-", "_") for key in keys}
     return load_train_config([*(f"--{name}={value}" for name, value in instead.items() if name not in given), *keys])
 
 
 def load_adapted_tokenizer(base: Path, adapters: Mapping[str, Path]) -> Tokenizer:
     """The first adapter's tokenizer, where there is one, else the base model's."""
-    first = next(iter(adapters.values()), base)
-    has_one = (first / "tokenizer.json").is_file() or (first / "tokenizer.model").is_file()
-    return load_tokenizer(first if has_one else base)
+    names = ("tokenizer.json", "tokenizer.model")
+    return load_tokenizer(next((place for place in places_of(adapters) if any((place / name).is_file() for name in names)), base))
+
+
+def places_of(adapters: Mapping[str, Path]) -> list[Path]:
+    """Where what belongs to the first adapter lies: beside it, else, for a checkpoint, with the run's own adapter."""
+    places = [*adapters.values()][:1]
+    return places + [whole.parent for whole in map(Path.resolve, places) if re.fullmatch(r"checkpoint-\d+", whole.name)]
 
 
 def load_adapted(base: Path, adapters: Mapping[str, Path], config: TrainConfig) -> CausalLM:

@@ -11,6 +11,7 @@ from conftest import WORDS
 from test_lora import randomize
 
 from minilora import LoraConfig, add_lora, load_model, load_tokenizer, save_adapter
+from minilora.adapted import load_adapted_tokenizer
 from minilora.chat import load_chat_template
 from minilora.data import tokenize
 from minilora.errors import UserError
@@ -119,12 +120,17 @@ def test_a_trained_adapter_is_an_improvement_and_its_exact_answers_are_counted(e
 
 
 def test_the_settings_of_the_run_hold_unless_others_are_given(evaluate, train, dataset, tmp_path):
-    directory, _ = train(dataset=dataset, max_steps=1, template="alpaca", eval_dataset=dataset, cutoff_len=200)
+    directory, _ = train(dataset=dataset, max_steps=2, save_steps=1, template="alpaca", eval_dataset=dataset, cutoff_len=200)
     settings = []
-    for keys in ((), ("--template", "plain", "--quantization_bit", 8, "--dataset", dataset)):
-        code, _, err = evaluate("--adapter", directory, *keys, "--output", tmp_path / "r.json")
+    for adapter, *keys in (
+        [directory],
+        [directory, "--template", "plain", "--quantization_bit", 8, "--dataset", dataset],
+        [directory / "checkpoint-1"],
+    ):
+        code, _, err = evaluate("--adapter", adapter, *keys, "--output", tmp_path / "r.json")
         assert code == 0, err
         settings.append(json.loads((tmp_path / "r.json").read_text())["settings"])
+    assert settings[2] | {"adapters": {}} == settings[0] | {"adapters": {}}  # those of a checkpoint are the run's
     assert (settings[0]["template"], settings[0]["cutoff_len"], settings[0]["quantization_bit"]) == ("alpaca", 200, None)
     assert (settings[1]["template"], settings[1]["cutoff_len"], settings[1]["quantization_bit"]) == ("plain", 200, 8)
     assert settings[0]["dataset"] == str(dataset)
@@ -138,6 +144,17 @@ def test_a_short_try_of_a_training_is_no_short_evaluation_unless_it_is_asked_for
         assert code == 0, err
         examples.append(json.loads((tmp_path / "r.json").read_text())["examples"])
     assert examples[0] > 3 and examples[1:] == [2, 2]
+
+
+def test_a_checkpoint_speaks_with_the_tokenizer_of_its_run_unless_it_has_its_own(model_dir, tmp_path):
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-5"
+    for directory, words in ((model_dir, None), (run, "the run's"), (checkpoint, "its own")):
+        if words is not None:
+            load_tokenizer(model_dir).save(directory)
+            (directory / "chat_template.jinja").write_text(words)
+        for adapter in (checkpoint, tmp_path / "run" / "other"):
+            found = load_adapted_tokenizer(model_dir, {"default": adapter}).chat_template
+            assert found == (words if adapter == checkpoint else None)
 
 
 def test_conversations_are_worded_by_the_template(evaluate, model_dir, tmp_path):
