@@ -132,11 +132,16 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
     if not path.is_file():
         raise UserError(f"{directory} is not an adapter: it has no {CONFIG_FILE}")
     raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object")
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; it must be 'LORA'")
     for key in ("r", "lora_alpha", "target_modules"):
         if raw.get(key) is None:
             raise UserError(f"{path}: the key {key} is missing")
+    for key in ("base_model_name_or_path", "revision"):
+        if raw.get(key) is not None and not isinstance(raw[key], str):
+            raise UserError(f"{path}: {key} must be text, not {raw[key]!r}")
     for key, value in raw.items():
         if key in _HONOURED | _CHANGES_NOTHING:
             continue
@@ -208,6 +213,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path.parent} has no {path.name}{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or corrupt: {error}") from error
+    problems = [f"{key} is {tensor.dtype}, not floating point" for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    problems = problems or [f"{key} is infinite or NaN in places" for key, t in tensors.items() if not t.float().isfinite().all()]
+    if problems:
+        raise UserError(f"{path} is damaged or of a training that diverged: {describe(problems, 3)}")
+    return tensors

@@ -9,6 +9,7 @@ The rule for fields: a field is honoured, or known to change nothing, or refused
 would give a model that runs and is wrong, which is the most expensive kind of bug.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -317,6 +318,10 @@ class LoraConfig:
                 raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise UserError(f"lora_rank must be a whole number of at least 1, not {self.r!r}")
+        for name in ("lora_alpha", "lora_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number, not {value!r}")
         if not self.lora_alpha > 0:
             raise UserError(f"lora_alpha must be above 0, not {self.lora_alpha!r}")
         if not 0 <= self.lora_dropout < 1:
@@ -324,6 +329,8 @@ class LoraConfig:
         if not self.target_modules:
             raise UserError("lora_target is empty; name layers such as q_proj,v_proj, or say all-linear")
         if not isinstance(self.target_modules, str):
+            if not isinstance(self.target_modules, (list, tuple, set)) or not all(isinstance(n, str) for n in self.target_modules):
+                raise UserError(f"lora_target must be text or a list of texts, not {self.target_modules!r}")
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
     @property

@@ -108,6 +108,13 @@ def saved(tmp_path, **config):
         (dict(use_dora=True), "missing base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
         (dict(use_dora="yes"), "adapter_config.json: use_dora must be true or false, not 'yes'"),
         (dict(r="4"), "adapter_config.json: lora_rank must be a whole number of at least 1, not '4'"),
+        (dict(lora_alpha="16"), "adapter_config.json: lora_alpha must be a finite number, not '16'"),
+        (dict(lora_alpha=float("nan")), "adapter_config.json: lora_alpha must be a finite number, not nan"),
+        (dict(lora_alpha=float("inf")), "adapter_config.json: lora_alpha must be a finite number, not inf"),
+        (dict(lora_dropout="x"), "adapter_config.json: lora_dropout must be a finite number, not 'x'"),
+        (dict(target_modules=3), "adapter_config.json: lora_target must be text or a list of texts, not 3"),
+        (dict(target_modules=["q_proj", 3]), "adapter_config.json: lora_target must be text or a list of texts, not ['q_proj', 3]"),
+        (dict(base_model_name_or_path=3), "adapter_config.json: base_model_name_or_path must be text, not 3"),
         (dict(bias="all"), "bias = 'all'"),
         (dict(peft_type="IA3"), "peft_type 'IA3'"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
@@ -159,6 +166,30 @@ def test_a_dora_adapter_that_is_not_sound_is_refused_with_and_without_a_model(ch
     with pytest.raises(UserError, match="does not fit the model"):
         load_adapter(model, tmp_path)
     assert not lora_layers(model)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda tensor: tensor.to(torch.int32), "is torch.int32, not floating point"),
+        (lambda tensor: tensor.fill_(torch.nan), "is infinite or NaN in places"),
+    ],
+)
+def test_tensors_that_are_no_numbers_to_compute_with_are_refused(spoil, said, tmp_path):
+    path = saved(tmp_path) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    save_file(tensors | {key: spoil(tensors[key])}, path)
+    for read in (read_adapter, lambda directory: load_adapter(tiny_model(), directory)):
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        assert f"{key} {said}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_configuration_that_is_no_object_is_refused(tmp_path):
+    (saved(tmp_path) / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match="adapter_config.json holds no JSON object"):
+        read_adapter(tmp_path)
 
 
 def test_magnitudes_without_use_dora_are_refused(tmp_path):

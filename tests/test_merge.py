@@ -322,9 +322,13 @@ DAMAGE = {
         "is (4, 47), the model needs (4, 48)",
     ),
     "other rank": (lambda place: change_config(place, r=5), "not of rank r = 5"),
+    "overflow": (
+        lambda place: change_tensors(place, lambda t: [t[KEY.format(1, x)].fill_(1e30) for x in "AB"]),
+        "model.layers.1.self_attn.q_proj.weight is infinite or NaN once merged",
+    ),
     "diverged": (
         lambda place: change_tensors(place, lambda t: t[KEY.format(1, "B")].fill_(torch.inf)),
-        "model.layers.1.self_attn.q_proj.weight is infinite or NaN once merged",
+        KEY.format(1, "B") + " is infinite or NaN in places",
     ),
 }
 
