@@ -43,8 +43,12 @@ def evaluate_loss(model: CausalLM, examples: Sequence[Example], batch_size: int 
 
 def perplexity(model: CausalLM, examples: Sequence[Example], batch_size: int = 8, pad_id: int = 0) -> float:
     """exp of the mean loss per supervised token: 1 is certainty, V a blind guess. Infinite where exp overflows."""
-    loss = evaluate_loss(model, examples, batch_size, pad_id)
-    return math.exp(loss) if loss < 700 else math.inf
+    return perplexity_of(evaluate_loss(model, examples, batch_size, pad_id))
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss): infinite where that overflows, NaN where the loss is."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def answers(

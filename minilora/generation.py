@@ -19,6 +19,10 @@ from minilora.errors import UserError
 from minilora.model import PADDING, CausalLM, KVCache
 from minilora.tokenizer import Tokenizer
 
+# Logits are tens, and divided by less than this they are so far apart that one token has all the probability: nothing is left to
+# draw. Divided by much less they leave float32, and what is infinite has no probabilities at all.
+LEAST_DIVISOR = 1e-6
+
 
 def generate(
     model: CausalLM,
@@ -175,11 +179,12 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: f
     """Raises UserError for a setting that `generate_stream` cannot work with."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature must be at least 0, not {temperature}")
+    if not (temperature == 0 or LEAST_DIVISOR <= temperature < math.inf):
+        raise UserError(f"temperature must be 0 (the most likely token) or at least {LEAST_DIVISOR:g}, not {temperature}")
     if top_k < 0:
         raise UserError(f"top_k must be at least 0 (0: off), not {top_k}")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if not 0 < repetition_penalty < math.inf:
-        raise UserError(f"repetition_penalty must be above 0, not {repetition_penalty}")
+    if not LEAST_DIVISOR <= repetition_penalty <= 1 / LEAST_DIVISOR:
+        bounds = f"at least {LEAST_DIVISOR:g} and at most {1 / LEAST_DIVISOR:g}"
+        raise UserError(f"repetition_penalty must be {bounds} (1: off), not {repetition_penalty}")

@@ -28,7 +28,7 @@ from pathlib import Path
 from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_adapted_tokenizer, load_run_config
 from minilora.chat import load_chat_template, training_clock
 from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.evaluation import answers, evaluate_loss, exact_match, load_metric
+from minilora.evaluation import answers, evaluate_loss, exact_match, load_metric, perplexity_of
 from minilora.files import check_writable, write_whole
 from minilora.lora import set_adapter
 from minilora.rows import Row
@@ -89,7 +89,7 @@ def main() -> None:
     for name in (BASE, *adapters):
         set_adapter(model, None if name == BASE else name)
         results[name] = figures = {"loss": evaluate_loss(model, dataset.examples, batch_size, tokenizer.pad_id)}
-        figures["perplexity"] = math.exp(figures["loss"]) if figures["loss"] < 700 else math.inf
+        figures["perplexity"] = perplexity_of(figures["loss"])
         if name != BASE:
             figures["loss_change"] = figures["loss"] - results[BASE]["loss"]
             figures["perplexity_change"] = math.expm1(min(figures["loss_change"], 700))

@@ -10,7 +10,7 @@ import torch
 from conftest import WORDS
 from test_lora import randomize
 
-from minilora import LoraConfig, add_lora, load_model, load_tokenizer, save_adapter
+from minilora import LoraConfig, add_lora, load_model, load_tokenizer, save_adapter, save_model
 from minilora.adapted import load_adapted_tokenizer
 from minilora.chat import load_chat_template
 from minilora.data import tokenize
@@ -170,6 +170,17 @@ def test_conversations_are_worded_by_the_template(evaluate, model_dir, tmp_path)
     assert written["supervised_tokens"] == template.encode(messages)[1].sum()
     assert written["settings"]["template"] == "alpaca"
     assert (written["answers"][0]["prompt"], written["answers"][0]["expected"]) == ("where is the fox", "by the mill")
+
+
+def test_a_damaged_models_figures_are_not_a_number(evaluate, model_dir, dataset, tmp_path):
+    model = load_model(model_dir, dtype=torch.float32)
+    model.model.norm.weight.data[3] = torch.nan
+    save_model(model, tmp_path / "damaged")
+    load_tokenizer(model_dir).save(tmp_path / "damaged")
+    keys = ("--model", tmp_path / "damaged", "--dataset", dataset, "--output", tmp_path / "r.json")
+    code, out, err = evaluate(*keys, "--quantization_bit", "none")
+    assert code == 0 and out.splitlines()[-2].split() == ["base", "nan", "nan"], err
+    assert json.loads((tmp_path / "r.json").read_text())["results"] == {"base": {"loss": None, "perplexity": None}}
 
 
 @pytest.mark.parametrize("package, name", [("rouge_score.rouge_scorer", "rouge"), ("sacrebleu", "bleu")])

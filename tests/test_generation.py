@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_lora import ids, tiny_model
 
 from minilora import UserError, generate
-from minilora.generation import generate_stream, keep_top_k, keep_top_p, pad_left, penalize_repetition, sample
+from minilora.generation import LEAST_DIVISOR, generate_stream, keep_top_k, keep_top_p, pad_left, penalize_repetition, sample
 
 logits = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12).map(lambda row: torch.tensor([row]))
 
@@ -117,9 +117,21 @@ def test_the_same_generator_gives_the_same_text():
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize("temperature, penalty", [(LEAST_DIVISOR, LEAST_DIVISOR), (LEAST_DIVISOR, 1 / LEAST_DIVISOR)])
+def test_at_the_least_divisors_the_draw_is_what_is_most_likely(temperature, penalty):
+    model, prompt = tiny_model(), ids(2, 10)
+    drawn = generate(model, prompt, max_new_tokens=8, temperature=temperature, repetition_penalty=penalty)
+    assert torch.equal(drawn, generate(model, prompt, max_new_tokens=8, repetition_penalty=penalty))
+
+
 @pytest.mark.parametrize(
-    "setting", [dict(temperature=-1), dict(top_p=0), dict(top_k=-1), dict(repetition_penalty=0), dict(max_new_tokens=0)]
-)
+    "setting",
+    [
+        *(dict(temperature=value) for value in (-1, 1e-320, 1e-7)),
+        *(dict(repetition_penalty=value) for value in (0, 1e-300, 1e300)),
+        dict(top_p=0), dict(top_k=-1), dict(max_new_tokens=0),
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused_by_name(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         generate(tiny_model(), ids(1, 3), **setting)
