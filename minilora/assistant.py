@@ -6,7 +6,7 @@ good: a template may word an old answer differently from how it was made, and to
 2 * layers * G * K numbers a token the copy is nothing beside the layers that it saves.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -79,12 +79,6 @@ class Assistant:
         self.adapter = adapter
         self.cache: KVCache | None = None
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation as tokens; without a template the last message alone."""
-        if self.template is None:
-            return self.tokenizer.encode(messages[-1]["content"])
-        return self.template.encode_prompt(messages)
-
     def room(self, prompt: Sequence[int]) -> int:
         """How many tokens an answer may have."""
         positions = self.model.config.max_position_embeddings
@@ -94,7 +88,7 @@ class Assistant:
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """The answer, piece by piece."""
-        prompt = self.prompt_ids(messages)
+        prompt = prompt_ids(messages, self.tokenizer, self.template, self.model.config.vocab_size)
         room, decoder = self.room(prompt), StreamDecoder(self.tokenizer)
         self.cache = carry_over(self.model, self.cache, self.tokens, prompt, room)
         self.tokens = list(prompt)
@@ -106,12 +100,25 @@ class Assistant:
                 yield decoder.feed(self.tokens[-1])
         yield decoder.flush()
 
-    def answer_all(self, conversations: Sequence[Sequence[Message]], batch_size: int) -> list[str]:
+    def answer_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        templates: Iterable[ChatTemplate | None],  # that worded them; what ends an answer of one of them ends all answers
+        batch_size: int,
+    ) -> list[str]:
         """Answers to many at once."""
-        prompts = [self.prompt_ids(messages) for messages in conversations]
-        room = min(map(self.room, prompts))
-        drawn = dict(self.settings.sampling(), eos_token_ids=self.ends, generator=self.generator)
+        ends = end_tokens(self.model, self.tokenizer, *(template and template.end_id for template in templates))
+        drawn = dict(self.settings.sampling(), eos_token_ids=ends, generator=self.generator)
+        room = [self.room(prompt) for prompt in prompts]
         return generate_text(self.model, self.tokenizer, prompts, batch_size, max_new_tokens=room, **drawn)
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int) -> list[int]:
+    """A conversation as tokens; without a template its last message alone. Raises UserError for tokens that no model of V knows."""
+    ids = tokenizer.encode(messages[-1]["content"]) if template is None else template.encode_prompt(messages)
+    if (largest := max(ids, default=0)) >= vocab_size:
+        raise UserError(f"the tokenizer gives token {largest}, the model knows {vocab_size}: they are not of one model")
+    return ids
 
 
 def carry_over(model: CausalLM, held: KVCache | None, tokens: Sequence[int], prompt: Sequence[int], room: int) -> KVCache:

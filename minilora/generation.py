@@ -149,20 +149,23 @@ def generate_text(
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],  # as text, or encoded
     batch_size: int = 32,
+    max_new_tokens: int | Sequence[int] = 128,  # one for all, or each prompt's own
     **settings,
 ) -> list[str]:
     """The completion of every prompt, without the prompt and without what follows its EOS. `settings` as in `generate_stream`."""
     device = model.model.embed_tokens.weight.device
     rows = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    room = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else max_new_tokens
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # neighbours of like length: little padding
     eos = set(settings.setdefault("eos_token_ids", end_tokens(model, tokenizer)))
     texts = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         input_ids, attention_mask = pad_left([rows[i] for i in chosen], tokenizer.pad_id, device)
-        output = generate(model, input_ids, attention_mask, pad_token_id=tokenizer.pad_id, **settings)
+        settings |= dict(pad_token_id=tokenizer.pad_id, max_new_tokens=max(room[i] for i in chosen))
+        output = generate(model, input_ids, attention_mask, **settings)
         for i, row in zip(chosen, output[:, input_ids.shape[1] :].tolist(), strict=True):
-            end = next((place for place, token in enumerate(row) if token in eos), len(row))
+            end = next((place for place, token in enumerate(row[: room[i]]) if token in eos), room[i])
             texts[i] = tokenizer.decode(row[:end])
     return texts
 

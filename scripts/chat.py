@@ -15,7 +15,9 @@ is the words alone. Without any there are no turns to tell apart, and every line
 Besides, keys are the trainer's (`python scripts/train.py --help`), such as --quantization_bit none; those that are not given are as
 in the run that made the first adapter, or the trainer's defaults.
 
-Rows hold `prompt`, `instruction` (and `input`) or `messages`; they are worded as in training and come back with their `prediction`.
+A line that ends in \\ goes on in the next. The adapter of the default run reads "Question: Who lives in Thimble?\\" and "Answer:".
+
+Rows hold `prompt`, `instruction` (and `input`) or `messages`; each is worded as in training and comes back with its `prediction`.
 Answers appear as they are made. Of a conversation only what is new goes through the model: keys and values of the rest are still
 there from the last answer.
 """
@@ -28,19 +30,24 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_adapted_tokenizer, load_run_config
-from minilora.assistant import Assistant, Settings
-from minilora.chat import Message, load_chat_template
-from minilora.errors import ArgumentParser, UserError, nearest, run_script
+from minilora.assistant import Assistant, Settings, prompt_ids
+from minilora.chat import ChatTemplate, Message, load_chat_template
+from minilora.config import ModelConfig
+from minilora.errors import ArgumentParser, UserError, describe, nearest, run_script
 from minilora.files import check_writable, write_whole
 from minilora.lora import adapter_names
 from minilora.readers import read_records
+from minilora.tokenizer import Tokenizer
+from minilora.weights import read_config
 
+UNWORDED = "there is no chat template to word"
 HELP = """\
 /settings            how answers are drawn
 /set NAME VALUE      change that: /set temperature 0.2
 /adapter [NAME]      answer with this adapter; without a name: which there are
 /base                answer without an adapter
 /clear               forget what was said
+... \\                a line that ends in \\ goes on in the next one
 /quit                or Ctrl-D; Ctrl-C ends an answer"""
 
 
@@ -68,16 +75,17 @@ def main() -> None:
     base = find_base(options.model, adapters.values())
     tokenizer = load_adapted_tokenizer(base, adapters)
     template = load_chat_template(config.template, tokenizer)
-    records = read_records(options.input) if options.input else []
-    columns = records[0][1].keys() if records else ()
-    if (
-        records and config.template is None and "messages" not in columns
-    ):  # then training words nothing, and instructions its own way
-        template = load_chat_template("alpaca", tokenizer) if "instruction" in columns else None
-    if template is None and (options.system or "messages" in columns):
-        raise UserError("the tokenizer has no chat template to word messages or a system prompt; name one with --template")
     system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
-    conversations = [system + question(*record) for record in records]
+    if template is None and system and not options.input:
+        raise UserError(f"{UNWORDED} a system prompt; name one with --template")
+    records = read_records(options.input) if options.input else []
+    questions = [(place, *question(place, record)) for place, record in records]
+    templates = dict.fromkeys((form for _, form, _ in questions), template)
+    if config.template is None:  # then training leaves prompts as they are, and words instructions its own way
+        templates["prompt"] = None
+        if "instruction" in templates:
+            templates["instruction"] = load_chat_template("alpaca", tokenizer)
+    prompts = encode_rows(questions, templates, system, tokenizer, read_config(base))
 
     model = load_adapted(base, adapters, config)
     assistant = Assistant(model, tokenizer, template, settings, next(iter(adapters), None))
@@ -85,7 +93,7 @@ def main() -> None:
         for _ in shown(assistant.stream([*system, {"role": "user", "content": options.instruction}])):
             pass
     elif options.input:
-        texts = assistant.answer_all(conversations, config.per_device_eval_batch_size)
+        texts = assistant.answer_all(prompts, templates.values(), config.per_device_eval_batch_size)
         answered = [record | {"prediction": text.strip()} for (_, record), text in zip(records, texts, strict=True)]
         write_whole(Path(options.output), "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in answered))
         print(f"{len(answered)} answers by {next(iter(adapters), BASE)}: {options.output}")
@@ -94,17 +102,41 @@ def main() -> None:
         converse(assistant, system)
 
 
-def question(place: str, record: dict) -> list[Message]:
-    """A row as a conversation that waits for an answer."""
+def question(place: str, record: dict) -> tuple[str, list[Message]]:
+    """A row's form, and the row as a conversation that waits for an answer."""
     if isinstance(messages := record.get("messages"), list) and messages:
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in messages):
             raise UserError(f"{place}: messages must be objects with the texts role and content")
-        return messages[:-1] if messages[-1]["role"] == "assistant" else messages  # the answer that was expected is no question
-    parts = {column: record[column] for column in ("instruction", "input") if record.get(column)}
-    content = record.get("prompt", "\n".join(map(str, parts.values())) if "instruction" in parts else None)
-    if not isinstance(content, str):
+        return "messages", messages[:-1] if messages[-1]["role"] == "assistant" else messages  # the expected answer is no question
+    if isinstance(record.get("prompt"), str):
+        return "prompt", [{"role": "user", "content": record["prompt"]}]
+    parts = {column: str(record[column]) for column in ("instruction", "input") if record.get(column)}
+    if "instruction" not in parts:
         raise UserError(f"{place}: no text in prompt, instruction or messages; it has the columns {', '.join(record) or 'none'}")
-    return [{"role": "user", "content": content} | (parts if len(parts) == 2 else {})]  # the alpaca template words them apart
+    apart = parts if len(parts) == 2 else {}  # for the alpaca template, which words them apart
+    return "instruction", [{"role": "user", "content": "\n".join(parts.values())} | apart]
+
+
+def encode_rows(
+    questions: list[tuple[str, str, list[Message]]],  # place, form, conversation
+    templates: dict[str, ChatTemplate | None],
+    system: list[Message],
+    tokenizer: Tokenizer,
+    model_config: ModelConfig,
+) -> list[list[int]]:
+    """The tokens of every row, worded as its form is. Raises UserError naming the rows that cannot be worded or answered."""
+    prompts, positions = [], model_config.max_position_embeddings
+    for place, form, messages in questions:
+        if templates[form] is None and (system or form == "messages"):
+            raise UserError(f"{place}: {UNWORDED} {'a system prompt' if system else 'messages'}; name one with --template")
+        try:
+            prompts.append(prompt_ids(system + messages, tokenizer, templates[form], model_config.vocab_size))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+    lengths = [(place, len(prompt)) for (place, *_), prompt in zip(questions, prompts, strict=True)]
+    if too_long := [f"{place} is {length} tokens long" for place, length in lengths if length >= positions]:
+        raise UserError(f"{describe(too_long)}; the model has {positions} positions for prompt and answer: shorten these rows")
+    return prompts
 
 
 def shown(pieces: Iterator[str]) -> Iterator[str]:
@@ -124,7 +156,7 @@ def converse(assistant: Assistant, system: list[Message]) -> None:
     messages = list(system)
     while True:
         try:
-            line = input("> ").strip()
+            line = read_question()
         except EOFError:
             line = "/quit"
         try:
@@ -142,6 +174,14 @@ def converse(assistant: Assistant, system: list[Message]) -> None:
                 messages = [*asked, {"role": "assistant", "content": answer}]
         except UserError as error:
             print(f"error: {error}")
+
+
+def read_question() -> str:
+    """A line from the terminal, or several, each but the last of which ends in a backslash."""
+    text = input("> ")
+    while text.endswith("\\"):
+        text = text[:-1] + "\n" + input("  ")
+    return text.strip()
 
 
 def obey(assistant: Assistant, command: str = "help", *arguments: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_evaluate import adapters  # noqa: F401  a fixture
 
-from minilora import UserError, generate, load_adapter, load_model, load_tokenizer
+from minilora import CausalLM, UserError, generate, load_adapter, load_model, load_tokenizer, save_model
 from minilora.assistant import Assistant, Settings, carry_over
 from minilora.chat import load_chat_template
 from minilora.generation import generate_stream, generate_text
@@ -32,7 +33,7 @@ def expected_answer(model_dir, prompt, adapter=None, **changes):
     if adapter is not None:
         load_adapter(model, adapter)
         model.eval()
-    return generate_text(model, load_tokenizer(model_dir), [prompt], max_new_tokens=6, **changes)[0]
+    return generate_text(model, load_tokenizer(model_dir), [prompt], **{"max_new_tokens": 6} | changes)[0]
 
 
 def replies(out: str) -> list[str]:
@@ -116,6 +117,72 @@ def test_every_row_of_a_file_comes_back_with_the_answer_it_would_get_alone(chat,
     assert [row["prediction"] for row in found] == [expected_answer(model_dir, prompt).strip() for prompt in prompts]
 
 
+def test_a_long_row_has_what_room_is_left_and_takes_none_from_the_others(chat, model_dir, tmp_path):
+    prompts = ["the old fox", "a " * 251, "a young owl"]
+    room = 256 - len(load_tokenizer(model_dir).encode(prompts[1]))
+    assert 1 <= room < 6
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    code, _, err = chat("--model", model_dir, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *GREEDY)
+    assert code == 0, err
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    rooms = (6, room, 6)
+    assert found == [
+        expected_answer(model_dir, prompt, max_new_tokens=room).strip() for prompt, room in zip(prompts, rooms, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_every_row_is_worded_as_its_own_form_wants_it(chat, model_dir, tmp_path, order):
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    question = {"role": "user", "content": "the old fox"}
+    forms = [{"prompt": "the old fox"}, {"instruction": "the old fox"}, {"messages": [question]}]
+    wanted = [
+        tokenizer.encode("the old fox"),
+        *(load_chat_template(t, tokenizer).encode_prompt([question]) for t in ("alpaca", None)),
+    ]
+    assert len(set(map(tuple, wanted))) == 3
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(forms[i]) + "\n" for i in order))
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    code, _, err = chat("--model", tmp_path / "model", *files, *GREEDY)
+    assert code == 0, err
+    found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found == [expected_answer(model_dir, wanted[i]).strip() for i in order]
+
+
+def test_rows_that_leave_no_room_or_have_no_words_are_named_before_anything_is_read(chat, model_dir, tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(model_dir / name, tmp_path / "model")  # and no weights
+    for row, said in (
+        ({"prompt": "a " * 300}, "in.jsonl, line 2 is 302 tokens long; the model has 256 positions"),
+        ({"messages": [{"role": "user", "content": "fox"}]}, "in.jsonl, line 2: there is no chat template to word messages"),
+    ):
+        (tmp_path / "in.jsonl").write_text('{"prompt": "fox"}\n' + json.dumps(row) + "\n")
+        files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+        code, _, err = chat("--model", tmp_path / "model", *files, *GREEDY)
+        assert code == 2 and err.count("\n") == 1 and said in err
+
+
+def test_a_tokenizer_of_another_model_is_one_line(chat, model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "model")
+    model = load_model(model_dir)
+    config = replace(model.config, vocab_size=100)
+    save_model(CausalLM(config), tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the old fox"}\n')
+    for keys in (["--instruction", "the old fox"], ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]):
+        code, _, err = chat("--model", tmp_path / "model", *keys, *GREEDY)
+        assert code == 2 and "the model knows 100: they are not of one model" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_line_that_ends_in_a_backslash_goes_on_in_the_next_one(chat, model_dir):
+    code, out, err = chat("--model", model_dir, *GREEDY, typed="the old\\\nfox:\\\na\n/help\n")
+    assert code == 0, err
+    answer, help_, _ = replies(out)
+    assert answer.strip() == expected_answer(model_dir, "the old\nfox:\na").strip() and "a line that ends in \\" in help_
+
+
 def test_instructions_and_messages_in_a_file_are_worded_by_the_template(chat, model_dir, tmp_path):
     template = load_chat_template("alpaca", load_tokenizer(model_dir))
     apart = {"role": "user", "content": "the old\nfox", "instruction": "the old", "input": "fox"}
@@ -123,7 +190,8 @@ def test_instructions_and_messages_in_a_file_are_worded_by_the_template(chat, mo
     (tmp_path / "in.jsonl").write_text(
         json.dumps({"instruction": "the old", "input": "fox"}) + "\n" + json.dumps({"messages": turns}) + "\n"
     )
-    code, _, err = chat("--model", model_dir, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *GREEDY)
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    code, _, err = chat("--model", model_dir, "--template", "alpaca", *files, *GREEDY)
     assert code == 0, err
     found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     wanted = [expected_answer(model_dir, template.encode_prompt(messages)).strip() for messages in ([apart], turns[:1])]
