@@ -34,6 +34,21 @@ def parse_json(text: str) -> Any:
         raise UserError("more than can be read: a whole number in it has over 4300 digits") from error
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """What stands on each line of a JSON Lines file, but for a last line that is being written, or was when its writer was killed.
+
+    Raises UserError naming the line that is no JSON.
+    """
+    values, lines = [], path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines) or line.endswith(b"\n"):
+                raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
+    return values
+
+
 def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file under a passing name and rename it when it is complete, so that a kill or a full disk leaves the old one.
 

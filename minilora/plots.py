@@ -6,6 +6,7 @@ Matplotlib is imported when something is drawn, and draws into memory: a picture
 """
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,8 +93,9 @@ def plot_lengths(lengths: Sequence[int], supervised: Sequence[int], cutoff_len: 
 
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """The steps at which this was recorded, and its values."""
+    """The steps at which this was recorded, and its values; what is infinite or not a number is no point of a line."""
     points = [(record["step"], record[name]) for record in records if name in record]
+    points = [point for point in points if all(map(math.isfinite, point))]
     return [step for step, _ in points], [value for _, value in points]
 
 

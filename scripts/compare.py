@@ -5,18 +5,19 @@
 
 A line for each run: how far it went, its last training loss, its lowest held-out loss and where, its speed (the median of what
 was recorded, so that a slow first step has no say), its peak memory, the time its steps took, and the settings that differ.
-A dash stands for what a run did not record. Nothing but `metrics.jsonl` and `training_config.yaml` is read.
+A dash stands for what a run did not record. Nothing but `metrics.jsonl` and `training_config.yaml` is read, and what has no
+`metrics.jsonl` is passed over.
 """
 
-import json
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.files import check_writable
+from minilora.files import check_writable, read_json_lines
 from minilora.output_dir import SETTINGS_FILE
 from minilora.plots import plot_runs, series
 from minilora.track import METRICS_FILE, minutes, short_number
@@ -46,8 +47,20 @@ def main() -> None:
 
 
 def read_runs(directories: list[Path]) -> dict[str, Run]:
-    """The runs by name: the shortest tail of the path that tells them apart. The same directory twice is one run."""
-    found = {directory.resolve(): read_run(directory) for directory in directories}
+    """The runs by name: the shortest tail of the path that tells them apart. The same directory twice is one run.
+
+    Raises UserError where there is none.
+    """
+    found = {}
+    for directory in directories:
+        if not directory.exists():
+            raise UserError(f"{directory} does not exist; name the output_dir of a training run")
+        if (directory / METRICS_FILE).is_file():
+            found[directory.resolve()] = read_run(directory)
+        else:  # runs/* names pictures and other things too
+            print(f"note: {directory} is passed over: it holds no {METRICS_FILE}", file=sys.stderr)
+    if not found:
+        raise UserError(f"no training run is there; name the output_dir of one, in which {METRICS_FILE} lies")
     for length in range(1, max(len(path.parts) for path in found) + 1):
         names = ["/".join(path.parts[-length:]) for path in found]
         if len(set(names)) == len(names):
@@ -56,24 +69,12 @@ def read_runs(directories: list[Path]) -> dict[str, Run]:
 
 
 def read_run(directory: Path) -> Run:
-    """Raises UserError if there is no run in the directory, or if what is there cannot be read."""
+    """Raises UserError if what is there cannot be read."""
     path, settings_path = directory / METRICS_FILE, directory / SETTINGS_FILE
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory; name the output_dir of a training run")
-    if not path.is_file():
-        raise UserError(f"{directory} holds no training run: {METRICS_FILE} is missing")
-    lines = path.read_bytes().splitlines(keepends=True)
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                break  # the run was killed, or is just writing
-            raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
+    records = read_json_lines(path)
+    for number, record in enumerate(records, start=1):
         if not (isinstance(record, dict) and "step" in record and all(isinstance(v, (int, float)) for v in record.values())):
             raise UserError(f"{path}, line {number} is not a record: a step and numbers are expected")
-        records.append(record)
     if not records:
         raise UserError(f"{path} is empty: the run has recorded nothing yet")
     try:

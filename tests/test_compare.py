@@ -74,7 +74,6 @@ def broken(name, text):
 @pytest.mark.parametrize(
     "spoil, said",
     [
-        (lambda directory: (directory / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
         (broken("metrics.jsonl", ""), "recorded nothing yet"),
         (broken("metrics.jsonl", '{"step": 1}\n{"step": \n{"step": 3}\n'), "metrics.jsonl, line 2 is not valid JSON"),
         (broken("metrics.jsonl", '{"step": 1}\n[1]\n'), "metrics.jsonl, line 2 is not a record"),
@@ -96,12 +95,32 @@ def test_a_directory_without_a_readable_run_is_one_line_and_exit_2(run, make_run
 def test_a_path_that_is_no_directory_is_one_line_and_exit_2(run, make_run):
     make_run("good", [record(1, 1.0)])
     for arguments, said in (
-        (["nowhere"], "nowhere is not a directory"),
+        (["good", "nowhere"], "nowhere does not exist"),
         (["good", "--output", "no/a.png"], "no is no directory that may be written"),
         (["good", "--output", "good"], "--output good exists and is no file"),
     ):
         code, out, err = run(*arguments)
         assert code == 2 and said in err and err.count("\n") == 1 and out == ""
+
+
+def test_what_is_no_run_is_passed_over_with_a_note_unless_nothing_else_is_named(run, make_run, tmp_path):
+    make_run("runs/a", [record(1, 1.0)])
+    (tmp_path / "runs" / "compare.png").touch()
+    (tmp_path / "runs" / "logs").mkdir()
+    others = ["runs/compare.png", "runs/logs"]
+    code, out, err = run("runs/a", *others)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[:2]] == ["run", "a"]
+    assert err == "".join(f"note: {name} is passed over: it holds no metrics.jsonl\n" for name in others)
+    code, out, err = run(*others)
+    assert code == 2 and out == "" and "no training run is there" in err.splitlines()[-1]
+
+
+def test_values_that_are_no_numbers_are_left_out_of_table_and_picture(run, make_run):
+    nan, inf = float("nan"), float("inf")
+    make_run("a", [record(1, 3.0), record(2, nan, eval_loss=inf), record(3, inf), record(4, 2.0, eval_loss=5.0), record(5, nan)])
+    code, out, err = run("a", "--output", "a.png")
+    assert code == 0, err
+    assert out.splitlines()[1].split()[:5] == "a 5 2.0000 5.0000 4".split()
 
 
 SETTINGS = st.dictionaries(st.sampled_from("abcd"), st.none() | st.integers(0, 2) | st.sampled_from(["x", [1, 2]]))
