@@ -21,7 +21,6 @@ Exit codes: 0 all runs are finished, 2 a mistake of yours or runs that failed, 1
 import argparse
 import io
 import itertools
-import json
 import math
 import re
 import signal
@@ -30,11 +29,12 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
 
 from minilora.errors import ArgumentParser, UserError, describe, run_script
-from minilora.files import write_whole
+from minilora.files import check_writable, read_json_lines, write_whole
 from minilora.output_dir import SETTINGS_FILE
 from minilora.track import METRICS_FILE
 from minilora.train_config import TrainConfig, load_train_config, read_yaml
@@ -69,10 +69,12 @@ def main() -> None:
     grid = combinations(settings.pop("sweep", None), place)
     parent = Path(settings.pop("output", None) or settings.pop("output_dir", None) or TrainConfig.output_dir)
     runs = [Run(parent / name, chosen) for name, chosen in grid.items()]
+    texts = [yaml.safe_dump(settings | run.chosen | {"output_dir": str(run.directory)}, sort_keys=False) for run in runs]
+    for run, text in zip(runs, texts, strict=True):
+        check(run, text, place)
     parent.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        write_whole(run.file, yaml.safe_dump(settings | run.chosen | {"output_dir": str(run.directory)}, sort_keys=False))
-        check(run)
+    for run, text in zip(runs, texts, strict=True):
+        write_whole(run.file, text)
 
     failed = []
     for i, run in enumerate(runs, start=1):
@@ -119,15 +121,21 @@ def short(value: object) -> str:
     return re.sub(r"[^\w.+-]+", "-", text)
 
 
-def check(run: Run) -> None:
-    """Raise UserError for a run that cannot be, or that was finished with other settings."""
-    try:
-        with redirect_stdout(io.StringIO()):  # the run itself will say what there is to say about its keys
-            config = load_train_config(["--config", str(run.file)])
-    except UserError as error:
-        raise UserError(f"{run.directory.name}: {error}") from error
+def check(run: Run, text: str, place: Path) -> None:
+    """Raise UserError for a run that cannot be, or that was finished with other settings. Nothing is written where it will be."""
+    check_writable("output_dir", run.file, parents=True)
+    with TemporaryDirectory() as passing, redirect_stdout(io.StringIO()):  # the run will say what there is to say about its keys
+        file = Path(passing) / run.file.name
+        file.write_text(text, encoding="utf-8")
+        try:
+            config = load_train_config(["--config", str(file)])
+        except UserError as error:
+            raise UserError(f"{run.directory.name}: {str(error).replace(str(file), str(place))}") from error
     if run.finished:
-        saved = yaml.safe_load((run.directory / SETTINGS_FILE).read_text(encoding="utf-8"))
+        try:
+            saved = read_yaml(run.directory / SETTINGS_FILE)
+        except UserError as error:
+            raise UserError(f"{run.directory} is finished, but {error}; choose another output_dir, or remove it") from error
         free = config.may_change() - {"model_name_or_path", "model_revision", "dataset", "eval_dataset"}
         wanted = {key: value for key, value in asdict(config).items() if key not in free}
         changed = [f"{key} {saved.get(key)!r}" for key, value in wanted.items() if saved.get(key) != value]
@@ -136,16 +144,30 @@ def check(run: Run) -> None:
 
 
 def train(run: Run) -> int:
-    """The exit code of the trainer. Ctrl-C reaches it from the terminal; SIGTERM is passed on. It saves, and then ends."""
+    """The exit code of the trainer, or 130 if the sweep is to end.
+
+    Ctrl-C reaches the trainer from the terminal; SIGTERM is passed on. It saves, and then ends; but while it is starting yet it
+    ends as any program does, with another exit code than 130.
+    """
     command = [sys.executable, str(TRAINER), "--config", str(run.file), "--resume_from_checkpoint", "latest"]
-    with subprocess.Popen(command) as trainer:
-        handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda *_: trainer.terminate()}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            return trainer.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    received: list[int] = []
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        if number == signal.SIGTERM and trainer is not None:
+            trainer.terminate()
+
+    trainer = None
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        trainer = subprocess.Popen(command)
+        if received:  # in between
+            trainer.terminate()
+        code = trainer.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 130 if received else code
 
 
 def print_table(runs: list[Run]) -> None:
@@ -153,7 +175,7 @@ def print_table(runs: list[Run]) -> None:
     keys, rows = list(runs[0].chosen), []
     for run in runs:
         metrics = run.directory / METRICS_FILE
-        records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
+        records = read_json_lines(metrics) if metrics.is_file() else []
         training = [record["loss"] for record in records if "loss" in record]
         held_out = [record["eval_loss"] for record in records if "eval_loss" in record and record["step"] > 0]
         order = (not run.finished, min(held_out, default=math.inf), training[-1] if training else math.inf)

@@ -98,19 +98,25 @@ def test_two_real_runs_train_and_are_compared(run_sweep, model_dir, dataset, tmp
     assert out.count("  finished\n") == 2 and "lowest held-out loss" in out
 
 
+STARTING = 'import time; print("starting", flush=True); time.sleep(60)'  # no signal is caught yet
+
+
+@pytest.mark.parametrize("trainer, word", [(SAVING, "training"), (STARTING, "starting")], ids=["training", "starting"])
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_sweep_lets_the_trainer_save_and_tells_how_to_go_on(tmp_path, sent):
-    (tmp_path / "trainer.py").write_text(SAVING)
+def test_a_stopped_sweep_lets_the_trainer_save_and_tells_how_to_go_on(tmp_path, sent, trainer, word):
+    (tmp_path / "trainer.py").write_text(trainer)
     (tmp_path / "sweep.yaml").write_text("output_dir: out\nsweep:\n  seed: [1, 2]\n")
     code = "import sweep; from pathlib import Path; sweep.TRAINER = Path('trainer.py'); sweep.run_script(sweep.main)"
     words = [sys.executable, "-c", code, "--config", "sweep.yaml"]
-    kind = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")}, text=True, start_new_session=True)
+    path = os.pathsep.join(map(str, (ROOT / "scripts", ROOT)))
+    kind = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, text=True, start_new_session=True)
     with subprocess.Popen(words, stdout=subprocess.PIPE, **kind) as process:
-        assert any(line == "training\n" for line in process.stdout)  # reads up to there
+        assert any(line == f"{word}\n" for line in process.stdout)  # reads up to there
         # Ctrl-C in a terminal goes to both programs, SIGTERM to the one that is named.
         os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
         out = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "saved\n" in out and "to go on: python scripts/sweep.py --config sweep.yaml" in out
+    assert process.returncode == 130 and "to go on: python scripts/sweep.py --config sweep.yaml" in out
+    assert ("saved\n" in out) == (trainer is SAVING) and "run 2 of 2" not in out
 
 
 def test_finished_runs_are_passed_over_failed_ones_named_and_started_again(run_sweep, stand_in, tmp_path):
@@ -161,9 +167,29 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(run_sweep, s
         ({"lora_r": [4]}, {"lora_rank": 8}, "lora_rank is set twice"),
     ],
 )
-def test_mistakes_are_one_line_before_the_first_run(run_sweep, stand_in, swept, keys, said):
+def test_mistakes_are_one_line_before_the_first_run_and_nothing_is_written(run_sweep, stand_in, tmp_path, swept, keys, said):
     code, _, err = run_sweep(swept, **keys)
     assert code == 2 and said in err and err.count("\n") == 1 and not stand_in
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_an_output_dir_that_cannot_be_made_is_one_line(run_sweep, stand_in, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = run_sweep({"lora_rank": [4]}, output_dir=str(tmp_path / "file" / "out"))
+    assert code == 2 and f"{tmp_path / 'file'} is no directory that may be written" in err and err.count("\n") == 1
+
+
+def test_a_torn_line_of_metrics_is_left_out_and_lost_settings_are_told(run_sweep, stand_in, tmp_path):
+    assert run_sweep({"lora_rank": [4]})[0] == 0
+    directory = tmp_path / "out" / "lora_rank-4"
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    code, out, err = run_sweep({"lora_rank": [4]})
+    assert code == 0 and out.splitlines()[-1].split()[:3] == ["4", "7", "0.2500"], err
+    (directory / "training_config.yaml").unlink()
+    code, _, err = run_sweep({"lora_rank": [4]})
+    assert code == 2 and "training_config.yaml does not exist; choose another output_dir, or remove it" in err
+    assert err.count("\n") == 1
 
 
 values = st.integers(1, 99) | st.sampled_from(["1e-4", "all", "q_proj,v_proj"]) | st.lists(st.sampled_from(["q_proj", "v_proj"]))
