@@ -21,6 +21,7 @@ not add, say) is refused by name; what it does otherwise is returned in sentence
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,10 +88,12 @@ def write_gguf(
         os.replace(part, path)
     except OSError as error:
         if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
             raise
         raise UserError(f"{path} cannot be written: {error}; is the disk full?") from error  # numpy forgets the reason
     finally:
-        writer.close()
+        with suppress(OSError):  # what is buffered still finds the disk as full
+            writer.close()
         part.unlink(missing_ok=True)
     return _differences(config, vocabulary, tensors, outtype)
 

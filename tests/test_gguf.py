@@ -603,3 +603,16 @@ def test_a_file_that_cannot_be_finished_leaves_nothing_and_an_old_one_as_it_was(
         export(model_dir, tmp_path / "model.gguf")
     assert len(written) == 5
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"model.gguf": "old"}
+
+
+def test_a_disk_that_is_full_at_the_last_bytes_is_named_and_leaves_nothing(tmp_path, model_dir, monkeypatch):
+    close = gguf.GGUFWriter.close
+
+    def fail(writer):
+        close(writer)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", fail)
+    with pytest.raises(OSError, match="No space left") as error:
+        export(model_dir, tmp_path / "model.gguf")
+    assert error.value.filename == str(tmp_path / "model.gguf") and not list(tmp_path.iterdir())
