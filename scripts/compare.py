@@ -21,8 +21,10 @@ from minilora.files import check_writable, read_json_lines
 from minilora.output_dir import SETTINGS_FILE
 from minilora.plots import plot_runs, series
 from minilora.track import METRICS_FILE, minutes, short_number
+from minilora.train_config import MAY_CHANGE
 
-IRRELEVANT = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name"}  # settings that differ and mean nothing
+TELLING = set("model_name_or_path model_revision dataset eval_dataset bf16 fp16 gradient_checkpointing".split())
+IRRELEVANT = MAY_CHANGE - TELLING  # where a run leaves what, and how often: settings that differ and change no number
 
 
 @dataclass(frozen=True)

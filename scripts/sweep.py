@@ -181,7 +181,8 @@ def print_table(runs: list[Run]) -> None:
         order = (not run.finished, min(held_out, default=math.inf), training[-1] if training else math.inf)
         steps = max((record["step"] for record in records), default=0)
         losses = [f"{values[-1]:.4f}" if values else "" for values in (training, sorted(held_out, reverse=True))]
-        rows.append((order, [*map(str, run.chosen.values()), str(steps), *losses, "finished" if run.finished else "not finished"]))
+        chosen = [",".join(map(str, value)) if isinstance(value, list) else str(value) for value in run.chosen.values()]
+        rows.append((order, [*chosen, str(steps), *losses, "finished" if run.finished else "not finished"]))
     table = [[*keys, "steps", "training loss", "lowest held-out loss", ""], *(cells for _, cells in sorted(rows))]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()

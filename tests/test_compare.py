@@ -36,7 +36,12 @@ def make_run(tmp_path):
 def test_the_table_has_each_runs_figures_and_the_settings_that_differ(run, make_run, tmp_path):
     held_out = [{"step": 0, "eval_loss": 4.0}, {"step": 2, "eval_loss": 0.5}, {"step": 3, "eval_loss": 0.75}]
     make_run(
-        "a", [held_out[0], record(1, 3.0), record(2, 2.0), *held_out[1:], record(3, 1.0)], lora_rank=8, seed=1, lora_target="all"
+        "a",
+        [held_out[0], record(1, 3.0), record(2, 2.0), *held_out[1:], record(3, 1.0)],
+        lora_rank=8,
+        seed=1,
+        lora_target="all",
+        save_steps=9,
     )
     make_run("b", [record(1, 2.5)], lora_rank=None, seed=1, lora_target=["q_proj", "v_proj"])
     code, out, err = run("a", "b")
