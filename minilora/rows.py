@@ -137,19 +137,23 @@ def _prompt_and_completion(place: str, record: dict, prompt_column: str, complet
 
 
 def _alpaca(place: str, record: dict, chat: bool) -> Row:
-    instruction, completion = _text(place, record, "instruction"), _text(place, record, "output")
+    messages, completion = alpaca_question(place, record), _text(place, record, "output")
+    if chat:
+        return Row(messages[-1]["content"], completion, (*messages, _message("assistant", completion)), place)
+    if len(messages) > 1:
+        raise UserError(f"{place}: a row with system or history needs a chat template to word it, such as --template alpaca")
+    wording = dict(bos_token="", add_generation_prompt=True)
+    return Row(render(TEMPLATES["alpaca"], messages, **wording), completion, place=place)
+
+
+def alpaca_question(place: str, record: dict) -> list[Message]:
+    """Columns of Alpaca's form, but for the output, as a conversation that waits for an answer: system, history, question."""
+    instruction = _text(place, record, "instruction")
     context, system = (_text(place, record, column) if record.get(column) else "" for column in ("input", "system"))
     question = _message("user", f"{instruction}\n{context}" if context else instruction)
     if context:
         question |= {"instruction": instruction, "input": context}  # for the alpaca template, which words them apart
-    history = _history(place, record)
-    if not chat:
-        if system or history:
-            raise UserError(f"{place}: a row with system or history needs a chat template to word it, such as --template alpaca")
-        wording = dict(bos_token="", add_generation_prompt=True)
-        return Row(render(TEMPLATES["alpaca"], [question], **wording), completion, place=place)
-    messages = ([_message("system", system)] if system else []) + [*history, question, _message("assistant", completion)]
-    return Row(question["content"], completion, tuple(messages), place)
+    return ([_message("system", system)] if system else []) + [*_history(place, record), question]
 
 
 def _history(place: str, record: dict) -> list[Message]:

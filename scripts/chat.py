@@ -37,6 +37,7 @@ from minilora.errors import ArgumentParser, UserError, describe, nearest, run_sc
 from minilora.files import check_writable, write_whole
 from minilora.lora import adapter_names
 from minilora.readers import read_records
+from minilora.rows import alpaca_question
 from minilora.tokenizer import Tokenizer
 from minilora.weights import read_config
 
@@ -110,11 +111,9 @@ def question(place: str, record: dict) -> tuple[str, list[Message]]:
         return "messages", messages[:-1] if messages[-1]["role"] == "assistant" else messages  # the expected answer is no question
     if isinstance(record.get("prompt"), str):
         return "prompt", [{"role": "user", "content": record["prompt"]}]
-    parts = {column: str(record[column]) for column in ("instruction", "input") if record.get(column)}
-    if "instruction" not in parts:
+    if not record.get("instruction"):
         raise UserError(f"{place}: no text in prompt, instruction or messages; it has the columns {', '.join(record) or 'none'}")
-    apart = parts if len(parts) == 2 else {}  # for the alpaca template, which words them apart
-    return "instruction", [{"role": "user", "content": "\n".join(parts.values())} | apart]
+    return "instruction", alpaca_question(place, record)
 
 
 def encode_rows(

@@ -142,17 +142,13 @@ def main() -> None:
 
     print(f"merging {adapter} (r {lora.r}, scaling {lora.scaling:g}, {len(factors)} layers) into the {into} weights of {base}")
     differences = []
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if to_gguf:
-            differences = write_gguf(
-                output, tokenizer.directory, config, wanted, lambda name: merged(name)[name], options.outtype or "f16"
-            )
-        else:
-            entries = map(merged, tqdm(wanted, unit=" tensors", leave=False, disable=None))
-            write_directory(output, base, tokenizer, entries, config.dtype, quant if options.quantize else None)
-    except (FileExistsError, NotADirectoryError) as error:  # a file in the way
-        raise UserError(f"output {output} cannot be written: {error}") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if to_gguf:
+        read, outtype = (lambda name: merged(name)[name]), options.outtype or "f16"
+        differences = write_gguf(output, tokenizer.directory, config, wanted, read, outtype)
+    else:
+        entries = map(merged, tqdm(wanted, unit=" tensors", leave=False, disable=None))
+        write_directory(output, base, tokenizer, entries, config.dtype, quant if options.quantize else None)
     if errors:  # none of the head alone, which training did not quantize
         print_table(errors, quant, into, written="quantized" if options.quantize else into)
     elif not trained:
@@ -273,18 +269,15 @@ def export_adapter(adapter: Path, output: Path, options: argparse.Namespace) -> 
         raise UserError(f"{adapter} is a DoRA adapter, which plain LoRA cannot express: merge it, with --output")
     plain = as_plain_lora(lora)
     raw = read_json(adapter / adapters.CONFIG_FILE) | {"use_rslora": plain.use_rslora, "lora_alpha": plain.lora_alpha}
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as passing:
-            part = Path(passing) / "adapter"
-            part.mkdir()
-            for file in adapter.iterdir():  # but no other tensors: SGLang reads every one of a directory
-                if file.is_file() and (file.suffix != ".safetensors" or file.name == adapters.WEIGHTS_FILE):
-                    write_whole(part / file.name, file.read_bytes())
-            write_whole(part / adapters.CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
-            os.replace(part, output)
-    except (FileExistsError, NotADirectoryError) as error:  # a file in the way
-        raise UserError(f"output {output} cannot be written: {error}") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as passing:
+        part = Path(passing) / "adapter"
+        part.mkdir()
+        for file in adapter.iterdir():  # but no other tensors: SGLang reads every one of a directory
+            if file.is_file() and (file.suffix != ".safetensors" or file.name == adapters.WEIGHTS_FILE):
+                write_whole(part / file.name, file.read_bytes())
+        write_whole(part / adapters.CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
+        os.replace(part, output)
     print(f"{output} holds the adapter as plain LoRA: alpha {lora.lora_alpha:g} -> {plain.lora_alpha:g}, scaling {lora.scaling:g}")
     print(table(lint_adapter(output)))
 

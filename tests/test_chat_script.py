@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from chat import question
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_evaluate import adapters  # noqa: F401  a fixture
@@ -187,15 +188,17 @@ def test_instructions_and_messages_in_a_file_are_worded_by_the_template(chat, mo
     template = load_chat_template("alpaca", load_tokenizer(model_dir))
     apart = {"role": "user", "content": "the old\nfox", "instruction": "the old", "input": "fox"}
     turns = [{"role": "user", "content": "the owl"}, {"role": "assistant", "content": "expected"}]
-    (tmp_path / "in.jsonl").write_text(
-        json.dumps({"instruction": "the old", "input": "fox"}) + "\n" + json.dumps({"messages": turns}) + "\n"
-    )
+    row = {"instruction": "the old", "input": "fox"}
+    rows = [row, {"messages": turns}, row | {"system": "be short", "history": [["the owl", "expected"]]}]
+    asked = [[apart], turns[:1], [{"role": "system", "content": "be short"}, *turns, apart]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     code, _, err = chat("--model", model_dir, "--template", "alpaca", *files, *GREEDY)
     assert code == 0, err
     found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    wanted = [expected_answer(model_dir, template.encode_prompt(messages)).strip() for messages in ([apart], turns[:1])]
+    wanted = [expected_answer(model_dir, template.encode_prompt(messages)).strip() for messages in asked]
     assert found == wanted
+    assert [question("in.jsonl", row)[1] for row in rows] == asked  # a random model may answer two of them alike
     assert found[0] != expected_answer(model_dir, "the old\nfox").strip()
 
 
