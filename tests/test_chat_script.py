@@ -5,9 +5,9 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
+import chat as chat_script
 import pytest
 import torch
-from chat import question
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_evaluate import adapters  # noqa: F401  a fixture
@@ -198,7 +198,7 @@ def test_instructions_and_messages_in_a_file_are_worded_by_the_template(chat, mo
     found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     wanted = [expected_answer(model_dir, template.encode_prompt(messages)).strip() for messages in asked]
     assert found == wanted
-    assert [question("in.jsonl", row)[1] for row in rows] == asked  # a random model may answer two of them alike
+    assert [chat_script.question("in.jsonl", row)[1] for row in rows] == asked  # a random model may answer two of them alike
     assert found[0] != expected_answer(model_dir, "the old\nfox").strip()
 
 
