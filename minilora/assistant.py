@@ -16,7 +16,8 @@ from minilora.errors import UserError, nearest
 from minilora.generation import check_sampling, end_tokens, generate_stream, generate_text
 from minilora.lora import set_adapter
 from minilora.model import CausalLM, KVCache
-from minilora.tokenizer import StreamDecoder, Tokenizer
+from minilora.stream_decoder import StreamDecoder
+from minilora.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

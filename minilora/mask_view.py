@@ -13,7 +13,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from minilora.data import Example
-from minilora.tokenizer import StreamDecoder, Tokenizer
+from minilora.stream_decoder import StreamDecoder
+from minilora.tokenizer import Tokenizer
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[39m"
 _REVERSED, _UPRIGHT = "\x1b[7m", "\x1b[27m"

@@ -138,9 +138,17 @@ class Tokenizer:
         """Whether an id is a special token's: one that says nothing when decoded."""
         return i in self._backend.special_ids
 
+    def is_text(self, i: int) -> bool:
+        """Whether an id says anything when decoded: it is in the vocabulary, and no special token's."""
+        return 0 <= i < self.vocab_size and i not in self._backend.special_ids
+
+    def is_open(self, i: int) -> bool:
+        """Whether what an id says is known only with the ids behind it."""
+        return i in self._backend.open_ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids. Special tokens and ids outside of the vocabulary say nothing."""
-        return self._backend.decode([i for i in map(int, ids) if self._is_text(i)])
+        return self._backend.decode([i for i in map(int, ids) if self.is_text(i)])
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name, such as "<|im_end|>" or "[INST]". None if the vocabulary has no such token."""
@@ -163,45 +171,6 @@ class Tokenizer:
             source, target = self._directory / name, directory / name
             if source.is_file() and not (target.exists() and source.samefile(target)):
                 shutil.copyfile(source, target)
-
-    def _is_text(self, i: int) -> bool:
-        return 0 <= i < self.vocab_size and i not in self._backend.special_ids
-
-
-class StreamDecoder:
-    """Text of ids that come one at a time. What `feed` and `flush` return, joined, is `decode` of all ids.
-
-    A token need not be whole characters: an emoji may be four tokens of one byte. And what a token says depends on the one
-    before it: sentencepiece's "▁Hello" is "Hello" at the start of a text and " Hello" elsewhere. So tokens wait until their
-    text is whole, and are decoded together with the ones that came out last, whose own text is then cut off in front.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._context: list[int] = []  # tokens whose text was returned last
-        self._waiting: list[int] = []  # tokens whose text is not whole yet
-
-    def feed(self, token_id: int) -> str:
-        """The text that became whole with this token, often all of its own, sometimes none."""
-        token_id = int(token_id)
-        if not self._tokenizer._is_text(token_id):
-            return ""
-        self._waiting.append(token_id)
-        text = self._text()
-        if text.endswith("\ufffd") or token_id in self._tokenizer._backend.open_ids:
-            return ""
-        self._context, self._waiting = self._waiting, []
-        return text
-
-    def flush(self) -> str:
-        """The text still waiting, broken characters as U+FFFD. The next `feed` begins another text."""
-        text = self._text()
-        self._context, self._waiting = [], []
-        return text
-
-    def _text(self) -> str:
-        known = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._waiting)[len(known) :]
 
 
 class _TokenizerJson:

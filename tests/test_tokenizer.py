@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minilora import UserError
-from minilora.tokenizer import StreamDecoder, load_tokenizer
+from minilora.stream_decoder import StreamDecoder
+from minilora.tokenizer import load_tokenizer
 
 MISTRAL_FILES = {"mistral-v1": "tokenizer.model.v1", "mistral-v3": "mistral_instruct_tokenizer_240323.model.v3"}
 MISTRAL_COMMON = find_spec("mistral_common")  # carries the real Mistral tokenizers, and is the reference for them
