@@ -5,10 +5,10 @@ For its backward a decoder layer needs, in numbers a token,
     2 D      its input, and the sum after attention
     4 HK     q, and k and v repeated to H heads, and attention's output
     2 F      gate and up
-    D        after each norm, if a product with it is adapted; under dropout a copy and a mask for every adapted product
+    D        after each norm, if a product with it is adapted; under dropout also a mask, a byte a number, for every adapted product
 
 and a few single ones: 1 / rms a norm, log-sum-exp a head, x A^T. For Mistral-7B with LoRA on q, k, v and o that is 14 D, with
-dropout 19 D. LoRA-FA keeps no inputs of products, DoRA outputs too.
+dropout in 16 bits 16 D. LoRA-FA keeps no inputs of products, DoRA outputs too.
 
 Backward makes more, and most within SwiGLU's: three tensors of width F, beside gate and up. A layer's forward never needs more than
 its backward. The loss holds the hidden states twice, their gradient, and two chunks of float32 logits.
@@ -32,7 +32,6 @@ class Widths(NamedTuple):
     number: int  # a weight or an activation
     product: int  # in a matrix product (see `ops.product_dtype`)
     wide: int  # the same, of operands that are copied for it
-    mask: int  # of dropout: a bool, but on a CPU a factor
     d_hidden: int  # the gradient of the hidden states
     sums: int  # in float32, of operands that are not
     attention_sums: int  # the same of attention's gradients, which a GPU's kernels have in memory
@@ -48,7 +47,6 @@ def widths_of(dtype: torch.dtype, device: str) -> Widths:
         number=number,
         product=product,
         wide=product if product != number else 0,
-        mask=number if device == "cpu" else 1,
         d_hidden=4 if dtype == torch.float16 else number,
         sums=sums,
         attention_sums=sums if device == "cuda" else 0,
@@ -87,8 +85,8 @@ def layer_bytes(
         names = adapted & outputs.keys()
         kept = len(names) * tokens * lora.r * widths.product  # x A^T
         if lora.lora_dropout:
-            kept += len(names) * (x // widths.number * widths.mask + (0 if lora.lora_fa else x))
-        elif names and not (lora.lora_fa or x_is_kept):
+            kept += len(names) * x // widths.number  # the masks
+        if names and not (lora.lora_fa or x_is_kept):
             kept += x
         return kept + (sum(outputs[name] for name in names) if lora.use_dora else 0)
 
@@ -105,7 +103,7 @@ def layer_bytes(
 
     at_swiglu = 3 * F - down  # down_proj has let go of what it kept
     if lora.use_dora and adapted & {"gate_proj", "up_proj"}:
-        at_swiglu = max(at_swiglu, 2 * F + (2 * sums_F or F) - down)  # the gradient of up's magnitudes
+        at_swiglu = max(at_swiglu, 2 * (F - twice) + (2 * sums_F or F) - down)  # the gradient of up's magnitudes
     at_down = F + wide_F + D + wide_D + (D + (twice if lora.use_dora else 0) if down else 0)
     # When the second half has let go: dy, dq, dk and dv of attention; the norm's input and dy, and what it makes of them.
     between = max(4 * HK + 3 * tokens * H * K * widths.attention_sums, 2 * D + 4 * sums_D) - second_half

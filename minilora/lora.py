@@ -36,35 +36,43 @@ OUTPUT_HEAD = "lm_head"
 
 
 class _LowRankUpdate(torch.autograd.Function):
-    """y + scaling * (x A^T) B^T, added to y in place. With g = scaling * dy B, (..., r):
+    """y + scaling * (x' A^T) B^T, added to y in place. x' is x, or under dropout x * mask. With g = scaling * dy B, (..., r):
 
-    dx = g A        dA = g^T x        dB = scaling * dy^T (x A^T)
+    dx = g A * mask        dA = g^T x'        dB = scaling * dy^T (x' A^T)
 
-    Written by hand, it keeps x, which its neighbours q, k, v or gate, up share, and x A^T of r columns, and no other activation;
-    where A is frozen, not even x.
+    Written by hand, it keeps x, which its neighbours q, k, v or gate, up share, the mask, a byte a number, and x' A^T of r columns,
+    but neither x' nor any other activation; where A is frozen, not even x.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
         dtype = ops.product_dtype(x)
-        narrow = F.linear(x.to(dtype), A.to(dtype))  # (..., r)
+        narrow = F.linear(_masked(x, mask).to(dtype), A.to(dtype))  # (..., r)
         y.add_(F.linear(narrow, B.to(dtype)), alpha=scaling)  # (..., out)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, narrow, A, B)
+        _, needs_dx, needs_dA, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_dA else None, mask if needs_dx or needs_dA else None, narrow, A, B)
         ctx.scaling, ctx.dtype = scaling, x.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, narrow, A, B = ctx.saved_tensors
+        x, mask, narrow, A, B = ctx.saved_tensors
         dtype = narrow.dtype
         wide = dy.to(dtype)
         g = (wide @ B.to(dtype)) * ctx.scaling  # (..., r)
-        dx = (g @ A.to(dtype)).to(ctx.dtype) if ctx.needs_input_grad[1] else None  # (..., in)
-        dA = (_rows(g).T @ _rows(x.to(dtype))).to(A.dtype) if x is not None else None  # (r, in)
+        dA = (_rows(g).T @ _rows(_masked(x, mask).to(dtype))).to(A.dtype) if x is not None else None  # (r, in)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = g @ A.to(dtype)  # (..., in)
+            dx = (dx if mask is None else dx.mul_(mask)).to(ctx.dtype)
         dB = _rows(wide).T @ _rows(narrow)  # (out, r)
-        return dy, dx, dA, dB.to(B.dtype) * ctx.scaling, None
+        return dy, dx, dA, dB.to(B.dtype) * ctx.scaling, None, None
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -118,9 +126,9 @@ class LoraLinear(nn.Module):
         config = self.configs[self.active]
         if config.use_dora:
             return self._decomposed(x, product)
+        mask, gain = self._dropout(x)
         y = product(self.base_layer, x)
-        x = F.dropout(x, config.lora_dropout, self.training)
-        return _LowRankUpdate.apply(y, x, self.lora_A[self.active], self.lora_B[self.active], config.scaling)
+        return _LowRankUpdate.apply(y, x, self.lora_A[self.active], self.lora_B[self.active], config.scaling * gain, mask)
 
     def _decomposed(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         """The same for DoRA (see `minilora.dora`). The magnitudes' gradient reads values, so a replay computes them too."""
@@ -128,13 +136,22 @@ class LoraLinear(nn.Module):
         A, B, magnitude = (part[self.active] for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector))
         keep = not (self.training or torch.is_grad_enabled())
         norms = self._row_norms.of_sum(self.base_layer.weight, A, B, config.scaling, ops.product_dtype(x), keep)
-        seen = F.dropout(x, config.lora_dropout, self.training)
+        mask, gain = self._dropout(x)
+        seen = _masked(x, mask)  # but for the gain
         y = frozen_linear(self.base_layer, seen)
         y = y if bias is None else y - bias.to(y.dtype)
-        y = Magnitude.apply(_LowRankUpdate.apply(y, seen, A, B, config.scaling), magnitude, norms)  # (..., out)
-        if self.training and config.lora_dropout:
-            return y + product(self.base_layer, x - seen)
+        y = Magnitude.apply(_LowRankUpdate.apply(y, x, A, B, config.scaling, mask), magnitude, norms / gain)  # (..., out)
+        if mask is not None:
+            return y + product(self.base_layer, torch.sub(x, seen, alpha=gain))
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _dropout(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """dropout(x) / x in two parts: a mask of ones and zeros, (..., in), and 1 / (1 - p). None and 1: nothing is dropped."""
+        p = self.configs[self.active].lora_dropout if self.training else 0.0
+        if p == 0:
+            return None, 1.0
+        # F.dropout's draws on a CPU. Bytes, not booleans, with which PyTorch multiplies at half the speed.
+        return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p), 1 / (1 - p)
 
     def delta_weight(self, name: str) -> Tensor:
         """scaling * B A, float32 (out, in): what merging adds to the weight."""

@@ -1,9 +1,11 @@
 """LoRA against PEFT, and its algebra as properties."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES, relative_error, same_model_here, transformers_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -299,6 +301,61 @@ def test_dropout_acts_on_the_adapters_input_in_training_only():
     # Inverted dropout keeps the expectation. 4000 draws of an update whose deviation is about its own size: 4 standard errors.
     update = (layer(x) - layer.base_layer(x)).abs().max()
     assert (mean - layer(x)).abs().max() < 4 * 2 * update / 4000**0.5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_under_dropout_values_and_gradients_are_those_of_autograd_through_the_same_mask(dtype, tolerance):
+    # Relative to the largest. In float64 A and B are float32 still, and their gradients are rounded to it; in bfloat16 some ten
+    # roundings of 2^-9 each. Half of the numbers dropped: a wrong mask or factor is off by about 1.
+    layer = adapted_layer(48, 20, 4, 8.0, False, dtype).train()
+    layer.configs["a"] = replace(layer.configs["a"], lora_dropout=0.5)
+    layer.base_layer.requires_grad_(False)
+    x, dy = torch.randn(3, 7, 48).to(dtype).requires_grad_(), torch.randn(3, 7, 20).to(dtype)
+    tensors = [x, *layer.parts("a").values()]
+    torch.manual_seed(9)
+    y = layer(x)
+    torch.manual_seed(9)
+    mask = F.dropout(torch.ones(3, 7, 48), 0.5).double()  # the same draws, times 1 / (1 - p)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected = wide[0] @ layer.base_layer.weight.double().T + 2.0 * (wide[0] * mask) @ wide[1].T @ wide[2].T
+    found = torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, wide, dy.double())
+    assert relative_error(y.double(), expected) <= tolerance
+    assert all(relative_error(mine.double(), other) <= tolerance for mine, other in zip(*found, strict=True))
+
+
+def test_under_dropout_every_gradient_equals_pefts_with_the_same_draws():
+    ours, theirs = pair_with_peft("llama-gqa", **CASES["all-linear"], lora_dropout=0.3)
+    batch = ids(2, 20, vocab=97)
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(5)
+        if model is ours:
+            (causal_lm_loss(model, batch, batch) / (2 * 19)).backward()
+        else:
+            model(input_ids=batch, labels=batch).loss.backward()
+    for name, mine, other in adapter_pairs(ours, theirs):
+        assert other.grad.any() and relative_error(mine.grad, other.grad) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("lora_fa", [False, True])
+def test_under_dropout_neighbours_keep_one_x_and_a_byte_a_number_each(lora_fa):
+    x = torch.randn(5, 48, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = []
+        for seed in range(2):
+            layer = adapted_layer(48, 20, 4, 8.0, False, torch.float32, seed=2 * seed).train()
+            layer.configs["a"] = replace(layer.configs["a"], lora_dropout=0.5, lora_fa=lora_fa)
+            layer.lora_A["a"].requires_grad_(not lora_fa)
+            layer.base_layer.requires_grad_(False)
+            outputs.append(layer(x))
+    of_the_size = [tensor for tensor in kept.values() if tensor.shape == x.shape]
+    assert sorted(t.element_size() for t in of_the_size) == [1, 1] + [4] * (not lora_fa)
+    assert lora_fa or any(t.data_ptr() == x.data_ptr() for t in of_the_size)
 
 
 def test_targets_by_leaf_name_full_name_suffix_regex_and_all_linear():
