@@ -88,7 +88,7 @@ class TrainConfig:
     gradient_checkpointing: str = "auto"  # off, selective, full, offload: keep less, compute it again; auto: the fastest that fits
     seed: int = 42
     # watching and saving
-    logging_steps: int = 10
+    logging_steps: int = 10  # steps from one record to the next, wherever they go; 1: every step
     eval_steps: int | None = None  # none: at the end of every epoch
     save_steps: int = 500
     save_total_limit: int | None = None  # keep so many checkpoints; the best one is kept beside them

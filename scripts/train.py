@@ -122,6 +122,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
         if processes.main
         else []
     )
+    for destination in shares:  # who may not write there learns it now
+        destination.send({SETTINGS_FILE: without_secrets(config.to_yaml()).encode()}, "Begin training")
     ledger_of = partial(
         memory_ledger, model_config, config.lora_config(), config.quant_config(), batch_size=batching[0], length=max(lengths),
         dtype=placement.dtype, optim=config.optim, device=device.type, process=process_memory() if device.type == "cpu" else 0,
@@ -130,9 +132,6 @@ def train(config: TrainConfig, processes: Processes) -> None:
     policy, reason = config.gradient_checkpointing, "as asked"
     if policy == "auto":
         policy, reason = choose_recompute(available_memory(device), ledger_of)
-
-    for destination in shares:  # who may not write there learns it now
-        destination.send({SETTINGS_FILE: without_secrets(config.to_yaml()).encode()}, "Begin training")
 
     # ---- model and adapter -------------------------------------------------------------------------------------------
 
