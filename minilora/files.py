@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -32,6 +33,12 @@ def parse_json(text: str) -> Any:
         raise UserError("nested too deeply") from error
     except ValueError as error:  # Python's guard against numbers that take ages to read
         raise UserError("more than can be read: a whole number in it has over 4300 digits") from error
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON that is readable in every script; half a surrogate pair, which has no UTF-8, stays escaped. options: of json.dumps."""
+    text = json.dumps(value, ensure_ascii=False, **options)
+    return json.dumps(value, **options) if re.search("[\ud800-\udfff]", text) else text
 
 
 def read_json_lines(path: Path) -> list[Any]:

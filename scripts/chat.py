@@ -23,7 +23,6 @@ there from the last answer.
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -34,7 +33,7 @@ from minilora.assistant import Assistant, Settings, prompt_ids
 from minilora.chat import ChatTemplate, Message, load_chat_template
 from minilora.config import ModelConfig
 from minilora.errors import ArgumentParser, UserError, describe, nearest, run_script
-from minilora.files import check_writable, write_whole
+from minilora.files import check_writable, to_json, write_whole
 from minilora.lora import adapter_names
 from minilora.readers import read_records
 from minilora.rows import alpaca_question
@@ -96,7 +95,7 @@ def main() -> None:
     elif options.input:
         texts = assistant.answer_all(prompts, templates.values(), config.per_device_eval_batch_size)
         answered = [record | {"prediction": text.strip()} for (_, record), text in zip(records, texts, strict=True)]
-        write_whole(Path(options.output), "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in answered))
+        write_whole(Path(options.output), "".join(to_json(record) + "\n" for record in answered))
         print(f"{len(answered)} answers by {next(iter(adapters), BASE)}: {options.output}")
     else:
         print(f"template: {template.name if template else 'none, every line stands alone'}; /help for help")

@@ -19,7 +19,6 @@ adapters are loaded onto one copy of the base model, and everybody reads the sam
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_
 from minilora.chat import load_chat_template, training_clock
 from minilora.errors import ArgumentParser, UserError, run_script
 from minilora.evaluation import answers, evaluate_loss, exact_match, load_metric, perplexity_of
-from minilora.files import check_writable, write_whole
+from minilora.files import check_writable, to_json, write_whole
 from minilora.lora import set_adapter
 from minilora.rows import Row
 from minilora.training_data import read_mixed, token_settings, tokenize_rows
@@ -107,7 +106,7 @@ def main() -> None:
         counts = {"examples": len(dataset), "supervised_tokens": sum(e.supervised for e in dataset.examples)}
         known = {name: {k: v if math.isfinite(v) else None for k, v in figures.items()} for name, figures in results.items()}
         written = {"settings": settings, **counts, "results": known, "answers": answers_of(asked, texts)}
-        write_whole(Path(options.output), json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+        write_whole(Path(options.output), to_json(written, indent=2) + "\n")
         print(f"figures and answers: {options.output}")
 
 

@@ -40,7 +40,7 @@ from minilora.adapted import EMBEDDED_MODEL
 from minilora.chat import load_chat_template, training_clock
 from minilora.data import Dataset
 from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.files import write_whole
+from minilora.files import to_json, write_whole
 from minilora.hub import resolve_model
 from minilora.mask_view import view
 from minilora.plots import plot_lengths
@@ -123,7 +123,7 @@ def main() -> None:
     with TemporaryDirectory(dir=options.output.absolute().parent, prefix=options.output.name + ".") as passing:
         part = Path(passing)
         for name, dataset in sets.items():
-            write_whole(part / f"{name}.jsonl", "".join(map(line_of, dataset.rows)))
+            write_whole(part / f"{name}.jsonl", "".join(to_json(record_of(row)) + "\n" for row in dataset.rows))
             save_tokens(tokens_file(part / f"{name}.jsonl"), dataset, tokens_key(dataset.rows, tokenizer, template, settings))
         write_whole(part / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         write_whole(part / RUN_FILE, run_settings(config, options.output, settings["cutoff_len"], set(sets)))
@@ -154,13 +154,6 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--output {output}: {output.absolute().parent} is no directory that may be written")
     if not options.overwrite_output_dir and (found := [name for name in FILES if (output / name).exists()]):
         raise UserError(f"--output {output} already holds {found[0]}; choose another, or add --overwrite_output_dir")
-
-
-def line_of(row: Row) -> str:
-    """A row as a line of JSON, readable in every script; half a surrogate pair, which has no UTF-8, stays written out."""
-    record = record_of(row)
-    text = json.dumps(record, ensure_ascii=False)
-    return (json.dumps(record) if re.search("[\ud800-\udfff]", text) else text) + "\n"
 
 
 def refuse(faults: list[UserError], dataset: str | Sequence[str]) -> None:

@@ -1,7 +1,9 @@
 """Files appear whole or not at all, and a full disk is one line."""
 
 import errno
+import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -9,11 +11,11 @@ import sys
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minilora.errors import UserError, describe, nearest, run_script
-from minilora.files import check_writable, read_json, write_whole
+from minilora.files import check_writable, read_json, to_json, write_whole
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if "ArgumentParser" in path.read_text())
 
@@ -130,3 +132,11 @@ def test_messages_name_the_nearest_or_all_and_list_many_problems_in_one_line():
     assert nearest("v_porj", ["q_proj", "v_proj"]) == "; nearest: 'v_proj'"
     assert nearest("zzz", ["b", "a"]) == "; known: a, b"
     assert describe([str(i) for i in range(11)]) == "0; 1; 2; 3; 4; 5; 6; 7; and 3 more"
+
+
+@given(st.text(st.characters(codec=None)))  # halves of surrogate pairs too
+def test_any_text_is_written_as_json_that_says_the_same_and_is_readable_where_it_can_be(text):
+    assume(not re.search("[\ud800-\udbff][\udc00-\udfff]", text))  # two halves side by side are one character to JSON
+    written = to_json({"text": text}).encode()
+    assert json.loads(written) == {"text": text}
+    assert "é" not in text or re.search("[\ud800-\udfff]", text) or "é".encode() in written
