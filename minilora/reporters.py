@@ -70,7 +70,11 @@ def make_reporters(
     for name in names:
         if name not in PACKAGES:
             raise UserError(f"report_to = {name!r} is not known{nearest(name, (*PACKAGES, 'all', 'none'))}")
-    if tracking_uri and urlsplit(tracking_uri).password:
+    try:
+        password = tracking_uri and urlsplit(tracking_uri).password
+    except ValueError as error:  # a bracket that is never closed
+        raise UserError(f"mlflow_tracking_uri = {without_secrets(tracking_uri)!r} is no address; write http://host:port") from error
+    if password:
         raise UserError(
             f"mlflow_tracking_uri {without_secrets(tracking_uri)} holds a password, which would be saved with the settings; "
             "put it into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

@@ -141,6 +141,11 @@ def test_an_unknown_or_missing_package_is_told_at_the_start(tmp_path, monkeypatc
     assert make_reporters([], tmp_path, {}) == make_reporters(["all"], tmp_path, {}) == []
 
 
+def test_an_address_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"mlflow_tracking_uri = 'http://\[::1' is no address"):
+        make_reporters([], tmp_path, {}, tracking_uri="http://[::1")
+
+
 def test_a_password_in_the_address_of_the_server_is_refused_and_not_repeated(tmp_path):
     with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as error:
         make_reporters(["mlflow"], tmp_path, {}, tracking_uri="https://me:secret@host/")
