@@ -99,7 +99,11 @@ def push_files(repo_id: str, files: Mapping[str, Path | bytes], message: str, pr
         raise UserError(f"{repo_id!r} cannot be the name of a repository on the hub, which is owner/name") from error
     except (errors.LocalTokenNotFoundError, errors.RepositoryNotFoundError) as error:
         raise UserError(f"{repo_id} cannot be written: nobody is logged in who may; log in with `hf auth login`") from error
-    except (errors.HTTPError, RuntimeError) as error:  # a large file that fails is a RuntimeError, with the reason as its cause
+    except (
+        errors.HTTPError,
+        errors.OfflineModeIsEnabled,
+        RuntimeError,
+    ) as error:  # a large file that fails is a RuntimeError, with the reason as its cause
         reason = error.__cause__ if isinstance(error, RuntimeError) else error
         raise UserError(f"{repo_id} cannot be written: {_obstacle(reason)}") from error
     return f"{constants.ENDPOINT}/{repository.repo_id}"
@@ -110,7 +114,7 @@ def _obstacle(error: BaseException | None) -> str:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE keeps this from the network; unset it to download"
+        return "HF_HUB_OFFLINE keeps this from the network; unset it"
     if not isinstance(error, errors.HfHubHTTPError):
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); check the network and try again"
     status = error.response.status_code

@@ -109,8 +109,9 @@ def main() -> None:
     }
     if faults and not (options.skip_invalid and sets["train"].examples):
         refuse(faults, config.dataset)
+    sets = {name: dataset for name, dataset in sets.items() if dataset.examples}  # every held-out row may have been a wrong one
     show(sets["train"], tokenizer, options.show)
-    statistics = {name: count(dataset, settings["cutoff_len"]) for name, dataset in sets.items()}
+    statistics = {name: count(dataset) for name, dataset in sets.items()}
     if "validation" in sets:
         known = set(map(content, sets["train"].rows))
         statistics["validation"]["also_in_training"] = sum(content(row) in known for row in sets["validation"].rows)
@@ -183,7 +184,7 @@ def content(row: Row) -> str:
     return json.dumps(record_of(row))
 
 
-def count(dataset: Dataset, cutoff_len: int) -> dict[str, int | float]:
+def count(dataset: Dataset) -> dict[str, int | float]:
     """The figures of one set. Lengths are those before the cut."""
     lengths = sorted(dataset.uncut_lengths)
     return {
@@ -206,7 +207,8 @@ def print_statistics(
     """A column a set, a row a figure."""
     print(f"dataset    {config.dataset}, for {config.model_name_or_path or 'assets/base'}, {wording}, cutoff_len {cutoff_len:,}")
     if faults:
-        print(f"left out   {len(faults):,} rows that are wrong; the first: {min(faults, key=_natural_order)}")
+        rows = "1 row that is" if len(faults) == 1 else f"{len(faults):,} rows that are"
+        print(f"left out   {rows} wrong; the first: {min(faults, key=_natural_order)}")
     print("\n" + " " * 30 + "".join(f"{name:>14}" for name in statistics))
     for key, (words, form) in ROWS.items():
         if any(key in figures for figures in statistics.values()):

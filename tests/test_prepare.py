@@ -225,6 +225,14 @@ def test_held_out_rows_of_an_earlier_time_do_not_stay(prepare, dataset, tmp_path
     assert not list((tmp_path / "prepared").glob("validation.*"))
 
 
+def test_held_out_rows_that_are_all_wrong_leave_a_set_without_them(prepare, write, tmp_path):
+    wrong = write({"prompt": 3, "completion": "b"}, name="held_out.jsonl")
+    code, out, err = prepare("--dataset", write({"prompt": "a", "completion": "b"}), "--eval_dataset", wrong, "--skip_invalid")
+    assert code == 0, err
+    assert "left out   1 row that is wrong; the first: " in out and not list((tmp_path / "prepared").glob("validation.*"))
+    assert "eval_dataset" not in (tmp_path / "prepared" / "train.yaml").read_text()
+
+
 def test_of_many_wrong_rows_the_first_ones_are_listed(prepare, write):
     code, _, err = prepare("--dataset", write({"prompt": "a", "completion": "b"}, *["{"] * 99))
     *listed, last = err.splitlines()

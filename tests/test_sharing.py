@@ -313,6 +313,14 @@ def test_a_hub_that_is_out_of_order_or_out_of_reach_is_told(hub, monkeypatch):
         push_files("me/adapter", {"a.txt": b""}, "x")
 
 
+def test_nothing_is_pushed_offline_and_the_line_says_why(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="me/adapter cannot be written: HF_HUB_OFFLINE keeps this from the network; unset it"):
+        push_files("me/adapter", {"a.txt": b""}, "x")
+
+
 def test_all_destinations_are_tried_even_if_one_fails(hub, s3, train, call):
     directory, _ = train(max_steps=1)
     code, out, err = call("share", "--adapter", directory, "--push_to_hub", "others/adapter", "--upload", "s3://bucket/x")
