@@ -99,12 +99,8 @@ def push_files(repo_id: str, files: Mapping[str, Path | bytes], message: str, pr
         raise UserError(f"{repo_id!r} cannot be the name of a repository on the hub, which is owner/name") from error
     except (errors.LocalTokenNotFoundError, errors.RepositoryNotFoundError) as error:
         raise UserError(f"{repo_id} cannot be written: nobody is logged in who may; log in with `hf auth login`") from error
-    except (
-        errors.HTTPError,
-        errors.OfflineModeIsEnabled,
-        RuntimeError,
-    ) as error:  # a large file that fails is a RuntimeError, with the reason as its cause
-        reason = error.__cause__ if isinstance(error, RuntimeError) else error
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, RuntimeError) as error:
+        reason = error.__cause__ if isinstance(error, RuntimeError) else error  # of a large file the cause says why
         raise UserError(f"{repo_id} cannot be written: {_obstacle(reason)}") from error
     return f"{constants.ENDPOINT}/{repository.repo_id}"
 
