@@ -13,7 +13,7 @@ lint: .venv-test/done       ## ruff: rules and format
 	.venv-test/bin/ruff check . && .venv-test/bin/ruff format --check .
 
 bench: .venv-test/done      ## a training step beside transformers + PEFT
-	.venv-test/bin/python scripts/bench.py --peer
+	.venv-test/bin/python scripts/dev/bench.py --peer
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

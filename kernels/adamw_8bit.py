@@ -1,21 +1,25 @@
-"""AdamW with 8-bit moments: dequantize both, update them, step, quantize them again, in one pass (arXiv:2110.02861, section 2).
+"""AdamW with 8-bit moments: dequantize both, update them, step, quantize them again, in one pass
+(arXiv:2110.02861, section 2).
 
     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
     p = p (1 - lr weight_decay) - lr / (1 - beta1^t)  m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-A block of 256 elements is a program: its moments exist in float32 only there, in registers. An element moves 16 bytes: p is read
-and written, g read, and two places are read and written. AdamW with float32 moments moves 28.
+A block of 256 elements is a program: its moments exist in float32 only there, in registers. An element moves
+16 bytes: p is read and written, g read, and two places are read and written. AdamW with float32 moments moves
+28.
 
-An adapter is hundreds of tensors of some ten thousand elements, and a launch for each would cost more than its work. So the
-kernel gets a table of addresses, one row a tensor, and a grid of (blocks of the longest, tensors); programs past the end of a
-shorter tensor return at once.
+An adapter is hundreds of tensors of some ten thousand elements, and a launch for each would cost more than
+its work. So the kernel gets a table of addresses, one row a tensor, and a grid of (blocks of the longest,
+tensors); programs past the end of a shorter tensor return at once.
 
-To find the nearest of 256 codes, a value x / absmax in [-1, 1] is rounded to one of 65,536 steps, and a table has the place that
-is nearest to each step. That is the rule of the definition (`minilora.ops.quantize_8bit`), and it is one load, where a binary
-search in the code is a chain of eight. The two tables, 64 kB each, stay in the L2 cache.
+To find the nearest of 256 codes, a value x / absmax in [-1, 1] is rounded to one of 65,536 steps, and a table
+has the place that is nearest to each step. That is the rule of the definition (`minilora.ops.quantize_8bit`),
+and it is one load, where a binary search in the code is a chain of eight. The two tables, 64 kB each, stay in
+the L2 cache.
 
-Every result is rounded where the definition rounds it: FMAs are written out, `enable_fp_fusion=False` makes no others, quotients
-and roots are the correctly rounded ones. So moments and parameters are to the bit the definition's on a CPU that has FMA.
+Every result is rounded where the definition rounds it: FMAs are written out, `enable_fp_fusion=False` makes
+no others, quotients and roots are the correctly rounded ones. So moments and parameters are to the bit the
+definition's on a CPU that has FMA.
 """
 
 import torch
@@ -36,7 +40,8 @@ def dequantize(places_ptr, absmax_ptr, code_ptr, block, element, inside):
 @triton.jit
 def quantize(x, places_ptr, absmax_ptr, nearest_ptr, block, element, inside):
     """Store absmax of x, (BLOCK,), which is 0 outside, and the place of the code nearest to every x / absmax."""
-    # The bits of positive floats are ordered like the floats, with NaN above all: so a NaN is not lost, as it would be in tl.max.
+    # The bits of positive floats are ordered like the floats, with NaN above all: so a NaN is not lost, as it
+    # would be in tl.max.
     absmax = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
     scaled = x * tl.div_rn(1.0, absmax)
     scaled = tl.where(scaled >= -1.0, scaled, -1.0)  # NaN too
@@ -70,9 +75,18 @@ def adamw_8bit_kernel(
     n = tl.load(row + 6)
     if block * BLOCK >= n:
         return
-    p_ptr, g_ptr = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1).to(tl.pointer_type(tl.float32))
-    places_m_ptr, absmax_m_ptr = tl.load(row + 2).to(tl.pointer_type(tl.uint8)), tl.load(row + 3).to(tl.pointer_type(tl.float32))
-    places_v_ptr, absmax_v_ptr = tl.load(row + 4).to(tl.pointer_type(tl.uint8)), tl.load(row + 5).to(tl.pointer_type(tl.float32))
+    p_ptr, g_ptr = (
+        tl.load(row).to(tl.pointer_type(tl.float32)),
+        tl.load(row + 1).to(tl.pointer_type(tl.float32)),
+    )
+    places_m_ptr, absmax_m_ptr = (
+        tl.load(row + 2).to(tl.pointer_type(tl.uint8)),
+        tl.load(row + 3).to(tl.pointer_type(tl.float32)),
+    )
+    places_v_ptr, absmax_v_ptr = (
+        tl.load(row + 4).to(tl.pointer_type(tl.uint8)),
+        tl.load(row + 5).to(tl.pointer_type(tl.float32)),
+    )
     element = block * BLOCK + tl.arange(0, BLOCK)
     inside = element < n
     g = tl.load(g_ptr + element, mask=inside, other=0.0)
@@ -88,10 +102,14 @@ def adamw_8bit_kernel(
 
 
 def adamw_8bit(
-    tensors: list[tuple[Tensor, ...]],  # each: p, g (n,) float32; of m and of v, places (n,) uint8, absmax (ceil(n / 256),) float32
+    tensors: list[
+        tuple[Tensor, ...]
+    ],  # each: p, g (n,) float32; of m and of v, places (n,) uint8, absmax (ceil(n / 256),) float32
     codes: tuple[Tensor, Tensor],  # (256,) float32 each: of m and of v
     nearest: tuple[Tensor, Tensor],  # (65536,) uint8 each
-    scalars: tuple[float, ...],  # beta1, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), eps, 1 - lr wd, -lr / (1 - beta1^t)
+    scalars: tuple[
+        float, ...
+    ],  # beta1, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), eps, 1 - lr wd, -lr / (1 - beta1^t)
 ) -> None:
     """One step on all tensors, which are contiguous and on one device, in one launch."""
     rows = [[*(part.data_ptr() for part in parts), parts[0].numel()] for parts in tensors]

@@ -1,25 +1,31 @@
-"""4-bit weights: dequantize, quantize, and the matrix-vector product of decoding (QLoRA, arXiv:2305.14314, section 3).
+"""4-bit weights: dequantize, quantize, and the matrix-vector product of decoding (QLoRA, arXiv:2305.14314,
+section 3).
 
     weight    w[i] = code[symbol[i]] * scale[i // blocksize]                 symbol in 0..15, code in [-1, 1]
     scale     scale[b] = nested_code[absmax[b]] * nested_absmax[b // 256] + offset,   or absmax[b] where it is float32
 
-The weight is flattened, and two symbols share a byte, the first in the high nibble: byte i is symbol[2i] * 16 + symbol[2i + 1]. 64
-weights are 32 bytes and a scale; with the scales quantized in their turn, 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight.
+The weight is flattened, and two symbols share a byte, the first in the high nibble: byte i is symbol[2i] * 16
++ symbol[2i + 1]. 64 weights are 32 bytes and a scale; with the scales quantized in their turn, 4 + 8/64 +
+32/(64 * 256) = 4.127 bits a weight.
 
-Why not multiply with the packed weight? In training a weight meets thousands of tokens: writing it out in 16 bits (0.5 bytes read,
-2 written) for cuBLAS costs a few percent of the product. A fused product would decode it again for every tile of tokens, and on a
-T4 `tl.dot` has no tensor cores. With one token the product does nothing but read the weight, so there it is fused: `gemv_4bit`
-moves 0.52 bytes a weight, where dequantizing first moves 4.5.
+Why not multiply with the packed weight? In training a weight meets thousands of tokens: writing it out in 16
+bits (0.5 bytes read, 2 written) for cuBLAS costs a few percent of the product. A fused product would decode
+it again for every tile of tokens, and on a T4 `tl.dot` has no tensor cores. With one token the product does
+nothing but read the weight, so there it is fused: `gemv_4bit` moves 0.52 bytes a weight, where dequantizing
+first moves 4.5.
 
-Dequantization is bound by its stores. Each thread writes 16 bytes at a time, next to its neighbour's: a group is the elements of
-one store, 8 of 16 bits or 4 of 32. A group's symbols are one load, and it has one scale: block sizes are multiples of a group.
+Dequantization is bound by its stores. Each thread writes 16 bytes at a time, next to its neighbour's: a group
+is the elements of one store, 8 of 16 bits or 4 of 32. A group's symbols are one load, and it has one scale:
+block sizes are multiples of a group.
 
-`tl.gather` keeps the sixteen values in 64 bytes of shared memory: one load an element and never a bank conflict, because sixteen
-words lie in sixteen banks. Compiled for a T4 that makes 11.6 instructions an element in all, against 12.3 with the look-up in
-global memory, whose addresses are longer, and 20.7 with a tree of selections.
+`tl.gather` keeps the sixteen values in 64 bytes of shared memory: one load an element and never a bank
+conflict, because sixteen words lie in sixteen banks. Compiled for a T4 that makes 11.6 instructions an
+element in all, against 12.3 with the look-up in global memory, whose addresses are longer, and 20.7 with a
+tree of selections.
 
-A scale is rounded twice, after the product and after the sum. `enable_fp_fusion=False` keeps the compiler from making one FMA of
-it, so that a dequantized weight is the same to the bit here, in the definition (`minilora.ops`) and in bitsandbytes.
+A scale is rounded twice, after the product and after the sum. `enable_fp_fusion=False` keeps the compiler
+from making one FMA of it, so that a dequantized weight is the same to the bit here, in the definition
+(`minilora.ops`) and in bitsandbytes.
 """
 
 import torch
@@ -29,7 +35,10 @@ from torch import Tensor
 
 TILE = 4096  # elements a program handles: a multiple of every block size
 NESTED_BLOCK = tl.constexpr(256)  # scales to a scale of scales
-ROWS, GROUPS = 4, 256  # of a weight that one program of the matrix-vector product reads at a time; 8 elements a group
+ROWS, GROUPS = (
+    4,
+    256,
+)  # of a weight that one program of the matrix-vector product reads at a time; 8 elements a group
 
 
 @triton.jit
@@ -96,14 +105,21 @@ def quantize_kernel(
     start = tile.to(tl.int64) * TILE
     row = tl.arange(0, TILE // BLOCKSIZE)  # a block is a row
     element = row[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    x = tl.load(x_ptr + start + element, mask=element < n - start, other=0.0).to(tl.float32)  # (rows, BLOCKSIZE)
-    # The bits of positive floats are ordered like the floats, with NaN above all: so a NaN is not lost, as it would be in tl.max.
+    x = tl.load(x_ptr + start + element, mask=element < n - start, other=0.0).to(
+        tl.float32
+    )  # (rows, BLOCKSIZE)
+    # The bits of positive floats are ordered like the floats, with NaN above all: so a NaN is not lost, as it
+    # would be in tl.max.
     absmax = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)  # (rows,)
     divisor = tl.where(absmax < 1e-38, 1e-38, absmax)
-    # bitsandbytes multiplies a whole block by the reciprocal, divides a last one that is not whole, and stores what it divided by.
+    # bitsandbytes multiplies a whole block by the reciprocal, divides a last one that is not whole, and
+    # stores what it divided by.
     block = tile * (TILE // BLOCKSIZE) + row
     whole = (row + 1) * BLOCKSIZE <= n - start
-    multiplied, divided = x * tl.div_rn(1.0, divisor)[:, None], tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+    multiplied, divided = (
+        x * tl.div_rn(1.0, divisor)[:, None],
+        tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape)),
+    )
     x = tl.where(whole[:, None], multiplied, divided)
     tl.store(absmax_ptr + block, tl.where(whole, absmax, divisor), mask=row * BLOCKSIZE < n - start)
 
@@ -114,7 +130,9 @@ def quantize_kernel(
     symbol = tl.gather(symbols, tl.reshape(rank, (TILE,)), 0)
     high, low = tl.split(tl.reshape(symbol, (TILE // 2, 2)))
     byte_at = tl.arange(0, TILE // 2)
-    tl.store(packed_ptr + start // 2 + byte_at, (high * 16 + low).to(tl.uint8), mask=byte_at < n_bytes - start // 2)
+    tl.store(
+        packed_ptr + start // 2 + byte_at, (high * 16 + low).to(tl.uint8), mask=byte_at < n_bytes - start // 2
+    )
 
 
 @triton.jit
@@ -135,7 +153,9 @@ def gemv_kernel(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """out = W x for ROWS rows of W. A group is 8 elements of the flattened weight; a row may start within one."""
+    """out = W x for ROWS rows of W. A group is 8 elements of the flattened weight; a row may start within
+    one.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = row.to(tl.int64) * in_features
     lead = (start % 8).to(tl.int32)  # elements of the row's first group that belong to the row before
@@ -143,7 +163,9 @@ def gemv_kernel(
     total = tl.zeros((ROWS, GROUPS), dtype=tl.float32)
     for first in range(0, groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
-        here = (start // 8).to(tl.int32)[:, None] + group[None, :]  # (ROWS, GROUPS), counted from the weight's beginning
+        here = (start // 8).to(tl.int32)[:, None] + group[
+            None, :
+        ]  # (ROWS, GROUPS), counted from the weight's beginning
         inside = (row < out_features)[:, None] & (group < groups)[None, :]
         byte_at = here.to(tl.int64)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
         column = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
@@ -154,7 +176,9 @@ def gemv_kernel(
             inside &= here.to(tl.int64) * 4 < n_bytes
             byte = tl.load(packed_ptr + byte_at, mask=inside[:, :, None] & (byte_at < n_bytes), other=0)
             column -= lead[:, None, None]
-            x = tl.load(x_ptr + column, mask=(column >= 0) & (column < in_features), other=0.0)  # (ROWS, GROUPS, 8)
+            x = tl.load(
+                x_ptr + column, mask=(column >= 0) & (column < in_features), other=0.0
+            )  # (ROWS, GROUPS, 8)
         block = here // (BLOCKSIZE // 8)
         scale = load_scale(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, inside)
         total += tl.sum(look_up(code_ptr, byte) * x.to(tl.float32), axis=2) * scale
@@ -190,9 +214,13 @@ def quantize_4bit(
     packed: Tensor,  # (ceil(n / 2),) uint8
     absmax: Tensor,  # (blocks,) float32
 ) -> None:
-    """Write the symbols and scales of `x`, to the bit as `minilora.ops.quantize_4bit`: ties, zeros, NaN included."""
+    """Write the symbols and scales of `x`, to the bit as `minilora.ops.quantize_4bit`: ties, zeros, NaN
+    included.
+    """
     n = x.numel()
-    assert x.is_contiguous() and packed.numel() == (n + 1) // 2 and packed.dtype == symbols.dtype == torch.uint8
+    assert (
+        x.is_contiguous() and packed.numel() == (n + 1) // 2 and packed.dtype == symbols.dtype == torch.uint8
+    )
     check(blocksize, absmax, None, None, None, n)
     if n:
         quantize_kernel[(triton.cdiv(n, TILE),)](
@@ -215,7 +243,9 @@ def gemv_4bit(
     """out = W x, where W is never written out; the arguments are those of `dequantize_4bit`. All in float32."""
     out_features, in_features = shape
     n = out_features * in_features
-    assert x.is_contiguous() and out.is_contiguous() and x.numel() == in_features and out.numel() == out_features
+    assert (
+        x.is_contiguous() and out.is_contiguous() and x.numel() == in_features and out.numel() == out_features
+    )
     assert packed.numel() == (n + 1) // 2 and n < 2**34  # groups are counted in 32 bits
     check(blocksize, absmax, nested_absmax, nested_code, offset, n)
     gemv_kernel[(triton.cdiv(out_features, ROWS),)](
@@ -226,8 +256,12 @@ def gemv_4bit(
 
 def check(blocksize: int, absmax: Tensor, nested_absmax, nested_code, offset, n: int) -> None:
     """What the kernels take for granted."""
-    assert 32 <= blocksize <= TILE and blocksize & (blocksize - 1) == 0, f"blocksize {blocksize}: not a power of two in 32..{TILE}"
+    assert 32 <= blocksize <= TILE and blocksize & (blocksize - 1) == 0, (
+        f"blocksize {blocksize}: not a power of two in 32..{TILE}"
+    )
     assert absmax.numel() == triton.cdiv(n, blocksize)
     nested = nested_code is not None
     assert absmax.dtype == (torch.uint8 if nested else torch.float32)
-    assert nested == (nested_absmax is not None) == (offset is not None), "nested scales need all three of their parts"
+    assert nested == (nested_absmax is not None) == (offset is not None), (
+        "nested scales need all three of their parts"
+    )

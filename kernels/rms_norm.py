@@ -3,9 +3,9 @@
     forward     inv_rms = 1 / sqrt(mean(x^2) + eps)          y = w * (x * inv_rms)
     backward    g = w * dy,  n = x * inv_rms                 dx = inv_rms * (g - n * mean(g * n))
 
-In PyTorch this is six passes over the activations; here each value is read once and written once. Statistics are float32, and the
-normed value is rounded to the activations' dtype before the weight is applied, as in the definition (`minilora.ops.rms_norm`).
-The weight is frozen under LoRA, so it gets no gradient.
+In PyTorch this is six passes over the activations; here each value is read once and written once. Statistics
+are float32, and the normed value is rounded to the activations' dtype before the weight is applied, as in the
+definition (`minilora.ops.rms_norm`). The weight is frozen under LoRA, so it gets no gradient.
 """
 
 import torch
@@ -32,7 +32,9 @@ def rms_norm_forward_kernel(
     inv_rms = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     normed = (x * inv_rms).to(y_ptr.dtype.element_ty).to(tl.float32)  # rounded as the definition rounds it
-    tl.store(y_ptr + row * D + columns, (weight.to(tl.float32) * normed).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        y_ptr + row * D + columns, (weight.to(tl.float32) * normed).to(y_ptr.dtype.element_ty), mask=inside
+    )
     tl.store(inv_rms_ptr + row, inv_rms)
 
 
@@ -67,7 +69,9 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         inv_rms = torch.empty(x.numel() // D, dtype=torch.float32, device=x.device)  # (rows,)
         block = triton.next_power_of_2(D)
-        rms_norm_forward_kernel[(len(inv_rms),)](x, weight, y, inv_rms, D, eps, BLOCK=block, num_warps=warps(block))
+        rms_norm_forward_kernel[(len(inv_rms),)](
+            x, weight, y, inv_rms, D, eps, BLOCK=block, num_warps=warps(block)
+        )
         ctx.save_for_backward(x, weight, inv_rms)
         return y
 
@@ -77,7 +81,9 @@ class _RMSNorm(torch.autograd.Function):
         D, dy = x.shape[-1], dy.contiguous()
         dx = torch.empty_like(x)
         block = triton.next_power_of_2(D)
-        rms_norm_backward_kernel[(len(inv_rms),)](x, weight, inv_rms, dy, dx, D, BLOCK=block, num_warps=warps(block))
+        rms_norm_backward_kernel[(len(inv_rms),)](
+            x, weight, inv_rms, dy, dx, D, BLOCK=block, num_warps=warps(block)
+        )
         return dx, None, None
 
 

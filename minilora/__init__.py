@@ -1,19 +1,19 @@
 """minilora: LoRA and QLoRA from scratch."""
 
-from minilora.adapter import load_adapter, save_adapter
 from minilora.config import PRESETS, LoraConfig, ModelConfig, QuantConfig
-from minilora.errors import UserError
-from minilora.evaluation import perplexity
-from minilora.generation import generate
+from minilora.data.tokenizer import load_tokenizer
+from minilora.formats.adapter import load_adapter, save_adapter
+from minilora.formats.weights import load_model, save_model
+from minilora.inference.evaluation import perplexity
+from minilora.inference.generation import generate
 from minilora.lora import add_lora, merge_lora, remove_lora, set_adapter, trainable_parameters, unmerge_lora
 from minilora.loss import linear_cross_entropy
-from minilora.memory import memory_ledger
+from minilora.memory.ledger import memory_ledger
 from minilora.model import CausalLM, KVCache
 from minilora.optim import AdamW8bit
 from minilora.quantization import QuantizedTensor, dequantize_4bit, quantize_4bit
 from minilora.recompute import checkpoint, set_recompute
-from minilora.tokenizer import load_tokenizer
-from minilora.weights import load_model, save_model
+from minilora.system.errors import UserError
 
 __all__ = [
     "PRESETS",

@@ -1,6 +1,8 @@
-"""The PyTorch definition of AdamW with moments in 8 bits, and the choice between it, the compiled CPU pass and the Triton kernel.
+"""The PyTorch definition of AdamW with moments in 8 bits, and the choice between it, the compiled CPU pass
+and the Triton kernel.
 
-What `ops.py` is for the model's operations, this is for the optimizer's; `optim.py` holds the optimizer itself.
+What `ops.py` is for the model's operations, this is for the optimizer's; `optim.py` holds the optimizer
+itself.
 """
 
 import math
@@ -37,7 +39,8 @@ def adamw(
     torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
-    # Through float64, because PyTorch's float32 square root on a CPU is MKL's, which is now and then off by the last bit.
+    # Through float64, because PyTorch's float32 square root on a CPU is MKL's, which is now and then off by
+    # the last bit.
     denominators = [v.double().sqrt_().float() for v in exp_avg_sqs]
     torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
     torch._foreach_add_(denominators, eps)
@@ -46,7 +49,9 @@ def adamw(
 
 
 def adamw_8bit(
-    tensors: list[tuple[Tensor, ...]],  # each: parameter, gradient, places and absmax of m, places and absmax of v
+    tensors: list[
+        tuple[Tensor, ...]
+    ],  # each: parameter, gradient, places and absmax of m, places and absmax of v
     codes: tuple[Tensor, Tensor],  # (256,) float32 each: of m and of v
     nearest: tuple[Tensor, Tensor],  # (65536,) uint8 each: `nearest_of_steps` of the codes
     lr: float,
@@ -55,13 +60,14 @@ def adamw_8bit(
     weight_decay: float,
     step: int,
 ) -> None:
-    """`adamw` with moments in 8 bits, in place: dequantized, updated, used and quantized again (arXiv:2110.02861, section 2).
+    """`adamw` with moments in 8 bits, in place: dequantized, updated, used and quantized again
+    (arXiv:2110.02861, section 2).
 
-    A tensor of n elements, (n,) float32 as is its gradient, has of each moment places (n,) uint8 and absmax (ceil(n / 256),)
-    float32, zeros at first. The moments are to the bit those of bitsandbytes on a CPU.
+    A tensor of n elements, (n,) float32 as is its gradient, has of each moment places (n,) uint8 and absmax
+    (ceil(n / 256),) float32, zeros at first. The moments are to the bit those of bitsandbytes on a CPU.
 
-    An adapter is hundreds of small tensors. The kernels take all of them at once, as a table of addresses, (tensors, 7) int64: each
-    row is where the six parts of a tensor begin, and n.
+    An adapter is hundreds of small tensors. The kernels take all of them at once, as a table of addresses,
+    (tensors, 7) int64: each row is where the six parts of a tensor begin, and n.
     """
     for parts in tensors:
         _check_adamw_8bit(*parts)
@@ -83,20 +89,40 @@ def _check_adamw_8bit(parameter: Tensor, gradient: Tensor, *moments: Tensor) -> 
     expected = [(parameter, n, torch.float32), (gradient, n, torch.float32)]
     expected += zip(moments, (n, blocks) * 2, (torch.uint8, torch.float32) * 2, strict=True)
     for part, size, dtype in expected:
-        assert part.shape == (size,) and part.dtype == dtype and part.is_contiguous() and part.device == parameter.device
+        assert (
+            part.shape == (size,)
+            and part.dtype == dtype
+            and part.is_contiguous()
+            and part.device == parameter.device
+        )
 
 
-def _adamw_scalars(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int) -> tuple[float, ...]:
-    """The eight numbers that depend on neither tensor nor element, in the order in which the kernels take them."""
+def _adamw_scalars(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int
+) -> tuple[float, ...]:
+    """The eight numbers that depend on neither tensor nor element, in the order in which the kernels take
+    them.
+    """
     beta1, beta2 = betas
     second_correction = math.sqrt(1 - beta2**step)
-    return beta1, 1 - beta1, beta2, 1 - beta2, second_correction, eps, 1 - lr * weight_decay, -lr / (1 - beta1**step)
+    return (
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        second_correction,
+        eps,
+        1 - lr * weight_decay,
+        -lr / (1 - beta1**step),
+    )
 
 
 def _adamw_8bit_definition(tensors, codes, lr, betas, eps, weight_decay, step) -> None:
     for parameter, gradient, *moments in tensors:
         states = [(*moments[:2], codes[0]), (*moments[2:], codes[1])]
-        m, v = (dequantize_8bit(places, absmax, code, MOMENT_BLOCK_SIZE) for places, absmax, code in states)  # (n,) each
+        m, v = (
+            dequantize_8bit(places, absmax, code, MOMENT_BLOCK_SIZE) for places, absmax, code in states
+        )  # (n,) each
         adamw([parameter], [gradient], [m], [v], lr, betas, eps, weight_decay, step)
         for moment, (places, absmax, code) in zip((m, v), states, strict=True):
             torch._foreach_copy_([places, absmax], quantize_8bit(moment, code, MOMENT_BLOCK_SIZE))
@@ -104,8 +130,10 @@ def _adamw_8bit_definition(tensors, codes, lr, betas, eps, weight_decay, step) -
 
 @lru_cache
 def _native_adamw_agrees() -> bool:
-    """Whether a compiled AdamW gives the definition's bits. On CPUs without FMA, PyTorch rounds a product before it is added."""
-    from minilora import native
+    """Whether a compiled AdamW gives the definition's bits. On CPUs without FMA, PyTorch rounds a product
+    before it is added.
+    """
+    from minilora.backend import native
 
     place = dict(dtype=torch.float32, device="cpu")
     code = torch.linspace(-1, 1, 256, **place).pow(3)
@@ -117,7 +145,10 @@ def _native_adamw_agrees() -> bool:
         tensors = []
         for n in sizes:
             x = torch.linspace(-1, 1, n, **place)
-            places, absmax = torch.zeros_like(x, dtype=torch.uint8), torch.zeros(-(-n // MOMENT_BLOCK_SIZE), **place)
+            places, absmax = (
+                torch.zeros_like(x, dtype=torch.uint8),
+                torch.zeros(-(-n // MOMENT_BLOCK_SIZE), **place),
+            )
             tensors.append((x, x.pow(3).roll(5), places, absmax, places.clone(), absmax.clone()))
         for step in (1, 2, 3):
             settings = 1e-3, (0.9, 0.999), 1e-8, 0.01, step

@@ -1,25 +1,27 @@
 """What a model and an adapter are, as plain dataclasses.
 
-`ModelConfig.from_dict` reads the `config.json` of a Hugging Face directory. Llama, Mistral, Qwen2 and Qwen3 are one decoder
-with different flags; this is the only place that knows which family sets which flag. Two spellings of the file are in use,
-and both are read: `rope_theta` / `rope_scaling` / `torch_dtype` (what the hub holds) and `rope_parameters` / `dtype` (what
-transformers 5 writes).
+`ModelConfig.from_dict` reads the `config.json` of a Hugging Face directory. Llama, Mistral, Qwen2 and Qwen3
+are one decoder with different flags; this is the only place that knows which family sets which flag. Two
+spellings of the file are in use, and both are read: `rope_theta` / `rope_scaling` / `torch_dtype` (what the
+hub holds) and `rope_parameters` / `dtype` (what transformers 5 writes).
 
-The rule for fields: a field is honoured, or known to change nothing, or refused by name. A field that is silently ignored
-would give a model that runs and is wrong, which is the most expensive kind of bug.
+The rule for fields: a field is honoured, or known to change nothing, or refused by name. A field that is
+silently ignored would give a model that runs and is wrong, which is the most expensive kind of bug.
 """
 
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from minilora.errors import UserError, nearest
-from minilora.files import read_json
+from minilora.system.errors import UserError, nearest
+from minilora.system.files import read_json
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its two simple stretches for longer contexts."""
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its two simple stretches for longer
+    contexts.
+    """
 
     theta: float = 10000.0  # base of the geometric series of wavelengths
     rope_type: str = "default"  # default | linear | llama3
@@ -41,7 +43,9 @@ class ModelConfig:
     num_attention_heads: int  # H
     num_key_value_heads: int  # G, divides H
     head_dim: int  # K, even; H * K need not be D
-    layer_windows: tuple[int | None, ...]  # sliding window of each layer in tokens, None: sees everything before it
+    layer_windows: tuple[
+        int | None, ...
+    ]  # sliding window of each layer in tokens, None: sees everything before it
     rope: RopeConfig = RopeConfig()
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
@@ -68,8 +72,8 @@ class ModelConfig:
     def from_dict(cls, raw: dict) -> "ModelConfig":
         """Read the contents of a `config.json` in either spelling.
 
-        Raises UserError for an architecture or a field that changes the result and is not honoured here, and for a missing
-        or impossible one.
+        Raises UserError for an architecture or a field that changes the result and is not honoured here, and
+        for a missing or impossible one.
         """
         family = _family(raw)
         rope, rope_fields = _read_rope(raw)
@@ -81,9 +85,13 @@ class ModelConfig:
                     allowed = " or ".join(repr(v) for v in _REFUSED_UNLESS[name])
                     raise UserError(f"{name} = {value!r} is not supported; it must be {allowed}")
             elif name == "auto_map" and "AutoModelForCausalLM" in (value or {}):
-                raise UserError(f"auto_map asks for the model's own code ({value['AutoModelForCausalLM']}), which is never run")
+                raise UserError(
+                    f"auto_map asks for the model's own code ({value['AutoModelForCausalLM']}), which is never run"
+                )
             elif name not in honoured | _CHANGES_NOTHING and not name.startswith("_") and value not in _OFF:
-                raise UserError(f"unknown field {name} = {value!r}: it may change the result, and it is not supported here")
+                raise UserError(
+                    f"unknown field {name} = {value!r}: it may change the result, and it is not supported here"
+                )
 
         def size(name: str, default: int | None = None) -> int:
             value = raw.get(name) if raw.get(name) is not None else default
@@ -95,7 +103,9 @@ class ModelConfig:
 
         heads, layers = size("num_attention_heads"), size("num_hidden_layers")
         # A null means as many key/value heads as query heads; an absent field means the family's default.
-        kv_heads = size("num_key_value_heads", heads if "num_key_value_heads" in raw else family.kv_heads or heads)
+        kv_heads = size(
+            "num_key_value_heads", heads if "num_key_value_heads" in raw else family.kv_heads or heads
+        )
         head_dim = size("head_dim", family.head_dim or size("hidden_size") // heads)
         bias = bool(raw.get("attention_bias", False))
         eos = raw.get("eos_token_id")
@@ -123,7 +133,9 @@ class ModelConfig:
             pad_token_id=raw.get("pad_token_id"),
         )
         if heads % kv_heads:
-            raise UserError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
+            raise UserError(
+                f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+            )
         if head_dim % 2:
             raise UserError(f"head_dim = {head_dim} is odd; RoPE rotates pairs")
         return config
@@ -136,14 +148,18 @@ class ModelConfig:
             if self.rope.rope_type == "linear":
                 rope_scaling = {k: rope_scaling[k] for k in ("rope_type", "factor")}
         windows = set(self.layer_windows) - {None}
-        raw = {"architectures": [_FAMILIES[self.model_type].architecture]} | {name: getattr(self, name) for name in _WRITTEN}
+        raw = {"architectures": [_FAMILIES[self.model_type].architecture]} | {
+            name: getattr(self, name) for name in _WRITTEN
+        }
         raw |= {
             "hidden_act": "silu",
             "rope_theta": self.rope.theta,
             "rope_scaling": rope_scaling,
             "attention_dropout": 0.0,
             "torch_dtype": self.dtype,
-            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
+            "eos_token_id": self.eos_token_ids[0]
+            if len(self.eos_token_ids) == 1
+            else list(self.eos_token_ids) or None,
         }
         if self.model_type == "llama":
             raw |= {"attention_bias": self.o_bias, "mlp_bias": self.mlp_bias}
@@ -159,7 +175,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class _Family:
-    """What a model family fixes without saying so in `config.json`, and transformers' defaults for absent fields."""
+    """What a model family fixes without saying so in `config.json`, and transformers' defaults for absent
+    fields.
+    """
 
     architecture: str
     qkv_bias: bool = False
@@ -189,7 +207,8 @@ _WRITTEN = """
     max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id pad_token_id
     """.split()
 
-# Fields with values that are honoured because they ask for what is done anyway, and refused with any other value.
+# Fields with values that are honoured because they ask for what is done anyway, and refused with any other
+# value.
 _REFUSED_UNLESS = {
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0, 0.0, None),
@@ -200,7 +219,8 @@ _REFUSED_UNLESS = {
     "use_mrope": (False, None),
 }
 
-# Bookkeeping: who wrote the file, how to initialise or to generate, what to return. None of it changes the logits.
+# Bookkeeping: who wrote the file, how to initialise or to generate, what to return. None of it changes the
+# logits.
 _CHANGES_NOTHING = set(
     """
     transformers_version name_or_path initializer_range use_cache pretraining_tp return_dict torchscript output_attentions
@@ -224,18 +244,27 @@ def _family(raw: dict) -> _Family:
     family = _FAMILIES[model_type]
     for name in raw.get("architectures") or []:
         if name != (needed := family.architecture):
-            raise UserError(f"architecture {name!r} is not supported; for model_type {model_type!r} it must be {needed!r}")
+            raise UserError(
+                f"architecture {name!r} is not supported; for model_type {model_type!r} it must be {needed!r}"
+            )
     return family
 
 
 def _check_quantization(raw: dict | None) -> None:
-    """Quantized files describe themselves tensor by tensor; what is checked here is that they are of the kind that is read."""
+    """Quantized files describe themselves tensor by tensor; what is checked here is that they are of the kind
+    that is read.
+    """
     if raw is None:
         return
-    method, bits = raw.get("quant_method"), 4 if raw.get("load_in_4bit") else 8 if raw.get("load_in_8bit") else None
+    method, bits = (
+        raw.get("quant_method"),
+        4 if raw.get("load_in_4bit") else 8 if raw.get("load_in_8bit") else None,
+    )
     if (method, bits) != ("bitsandbytes", 4):
         kind = f"{method} in {bits} bits" if bits else str(method)
-        raise UserError(f"quantization_config is of {kind}; only bitsandbytes in 4 bits is read: take the unquantized weights")
+        raise UserError(
+            f"quantization_config is of {kind}; only bitsandbytes in 4 bits is read: take the unquantized weights"
+        )
 
 
 def _read_rope(raw: dict) -> tuple[RopeConfig, set[str]]:
@@ -261,7 +290,9 @@ def _read_rope(raw: dict) -> tuple[RopeConfig, set[str]]:
 
 
 def _read_windows(raw: dict, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of every layer. Mistral: all layers. Qwen: `layer_types`, or all from `max_window_layers` on."""
+    """The sliding window of every layer. Mistral: all layers. Qwen: `layer_types`, or all from
+    `max_window_layers` on.
+    """
     family, window, kinds = raw["model_type"], raw.get("sliding_window"), raw.get("layer_types")
     if family == "mistral":
         if kinds:
@@ -269,9 +300,13 @@ def _read_windows(raw: dict, layers: int) -> tuple[int | None, ...]:
         return (raw.get("sliding_window", 4096),) * layers
     if family == "llama":
         if kinds and set(kinds) != {"full_attention"}:
-            raise UserError(f"layer_types = {sorted(set(kinds))} is not a field of a Llama model, which has no sliding window")
+            raise UserError(
+                f"layer_types = {sorted(set(kinds))} is not a field of a Llama model, which has no sliding window"
+            )
         if window is not None:
-            raise UserError(f"sliding_window = {window} is not a field of a Llama model; model_type 'mistral' has one")
+            raise UserError(
+                f"sliding_window = {window} is not a field of a Llama model; model_type 'mistral' has one"
+            )
         return (None,) * layers
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
     if kinds is None:
@@ -286,7 +321,9 @@ def _read_windows(raw: dict, layers: int) -> tuple[int | None, ...]:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How frozen weights are stored (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3). Names are bitsandbytes'."""
+    """How frozen weights are stored (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3). Names are
+    bitsandbytes'.
+    """
 
     bits: int = 4  # 4 or 8
     quant_type: str = "nf4"  # nf4 or fp4, for 4 bits; 8 bits are always row-wise int8
@@ -295,22 +332,33 @@ class QuantConfig:
 
     def __post_init__(self):
         if self.bits not in (4, 8):
-            raise UserError(f"quantization_bit must be 4 or 8, or none for unquantized weights, not {self.bits!r}")
+            raise UserError(
+                f"quantization_bit must be 4 or 8, or none for unquantized weights, not {self.bits!r}"
+            )
         if self.quant_type not in ("nf4", "fp4"):
             raise UserError(f"quantization_type {self.quant_type!r} is not known; choose nf4 or fp4")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """An adapter: y = x W^T + scaling * dropout(x) A^T B^T (LoRA, Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
+    """An adapter: y = x W^T + scaling * dropout(x) A^T B^T (LoRA, Hu et al. 2021, arXiv:2106.09685, section
+    4.1).
+    """
 
     r: int = 8  # rank of the update
     lora_alpha: float = 16  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # on the adapter's input, while training
-    target_modules: tuple[str, ...] | list[str] | str = ("q_proj", "k_proj", "v_proj", "o_proj")  # names, a regex, or all-linear
+    target_modules: tuple[str, ...] | list[str] | str = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    )  # names, a regex, or all-linear
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
     use_dora: bool = False  # train the lengths of the weight's rows apart (Liu et al. 2024, arXiv:2402.09353)
-    lora_fa: bool = False  # train B alone, with A as it was drawn: for less memory (Zhang et al. 2023, arXiv:2308.03303)
+    lora_fa: bool = (
+        False  # train B alone, with A as it was drawn: for less memory (Zhang et al. 2023, arXiv:2308.03303)
+    )
 
     def __post_init__(self):
         for name in ("use_rslora", "use_dora", "lora_fa"):
@@ -329,7 +377,9 @@ class LoraConfig:
         if not self.target_modules:
             raise UserError("lora_target is empty; name layers such as q_proj,v_proj, or say all-linear")
         if not isinstance(self.target_modules, str):
-            if not isinstance(self.target_modules, (list, tuple, set)) or not all(isinstance(n, str) for n in self.target_modules):
+            if not isinstance(self.target_modules, (list, tuple, set)) or not all(
+                isinstance(n, str) for n in self.target_modules
+            ):
                 raise UserError(f"lora_target must be text or a list of texts, not {self.target_modules!r}")
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 

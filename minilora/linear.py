@@ -3,13 +3,14 @@
     forward     W = dequantize(q)      y  = x W^T + b
     backward    W = dequantize(q)      dx = dy W
 
-A frozen weight has no gradient of its own, so the backward pass needs W and nothing else, and W can be had again from the packed
-bytes at any time. So neither pass keeps it: an autograd function that saved W would hold the whole model dequantized between
-forward and backward, which is what 4 bits were to avoid. Nor is memory asked for anew each time. All layers dequantize into one
-scratch buffer per device and dtype, as large as the largest layer: on a CPU, touching fresh pages costs more than the arithmetic.
+A frozen weight has no gradient of its own, so the backward pass needs W and nothing else, and W can be had
+again from the packed bytes at any time. So neither pass keeps it: an autograd function that saved W would
+hold the whole model dequantized between forward and backward, which is what 4 bits were to avoid. Nor is
+memory asked for anew each time. All layers dequantize into one scratch buffer per device and dtype, as large
+as the largest layer: on a CPU, touching fresh pages costs more than the arithmetic.
 
-The dtype of the computing is the activations' own (see `ops.product_dtype`); the dtype that a file was quantized from says nothing
-about it.
+The dtype of the computing is the activations' own (see `ops.product_dtype`); the dtype that a file was
+quantized from says nothing about it.
 """
 
 import torch
@@ -24,7 +25,9 @@ _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of this shape in the buffer that all layers of a device and dtype share. Its contents live until the next call."""
+    """A tensor of this shape in the buffer that all layers of a device and dtype share. Its contents live
+    until the next call.
+    """
     count = shape[0] * shape[1]
     buffer = _scratch.get((device, dtype))
     if buffer is None or buffer.numel() < count:
@@ -74,7 +77,9 @@ def frozen_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def replay_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) for the sake of its gradient: where the weight is frozen, the values are not computed. (..., in) -> (..., out)"""
+    """layer(x) for the sake of its gradient: where the weight is frozen, the values are not computed. (...,
+    in) -> (..., out)
+    """
     if isinstance(layer, nn.Linear) and any(p.requires_grad for p in layer.parameters()):
         return layer(x)
     if isinstance(layer, (nn.Linear, QuantizedLinear)):
@@ -83,7 +88,9 @@ def replay_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _widened(x: Tensor, weight: Weight) -> Tensor:
-    """x in the dtype of its product with W. A weight that is not quantized has a dtype, and a plain layer's bits to agree with."""
+    """x in the dtype of its product with W. A weight that is not quantized has a dtype, and a plain layer's
+    bits to agree with.
+    """
     return x if isinstance(weight, Tensor) else x.to(ops.product_dtype(x))
 
 
@@ -113,14 +120,18 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
 
 
 class Linear4bit(QuantizedLinear):
     """NF4 or FP4: see `minilora.quantization.quantize_4bit`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self.in_features and not torch.is_grad_enabled() and ops.use_triton(x):  # decoding at batch 1
+        if (
+            x.numel() == self.in_features and not torch.is_grad_enabled() and ops.use_triton(x)
+        ):  # decoding at batch 1
             y = gemv_4bit(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias.to(x.dtype)
         return super().forward(x)
@@ -131,7 +142,9 @@ class Linear8bit(QuantizedLinear):
 
 
 def describe_weights(model: nn.Module) -> str:
-    """How the linear layers of the decoder are stored, for people: 'nf4 with double quantization, 4.13 bits a weight, 3.3 GiB'."""
+    """How the linear layers of the decoder are stored, for people: 'nf4 with double quantization, 4.13 bits a
+    weight, 3.3 GiB'.
+    """
     quantized = [m.weight for m in model.modules() if isinstance(m, QuantizedLinear)]
     if not quantized:
         return str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -139,7 +152,9 @@ def describe_weights(model: nn.Module) -> str:
     bits = 8 * bytes_ / sum(weight.shape.numel() for weight in quantized)
     kind = "int8, a scale a row"
     if isinstance(quantized[0], QuantizedTensor):
-        kind = quantized[0].quant_type + (" with double quantization" if quantized[0].nested_absmax is not None else "")
+        kind = quantized[0].quant_type + (
+            " with double quantization" if quantized[0].nested_absmax is not None else ""
+        )
     return f"{kind}, {bits:.2f} bits a weight, {bytes_ / 2**20:,.1f} MiB"
 
 

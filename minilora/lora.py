@@ -1,20 +1,24 @@
-"""LoRA: a trainable low-rank update beside a frozen linear layer (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+"""LoRA: a trainable low-rank update beside a frozen linear layer (Hu et al. 2021, arXiv:2106.09685, section
+4.1).
 
     y = x W^T + b  +  scaling * dropout(x) A^T B^T              A: (r, in)   B: (out, r)   scaling = alpha / r
 
-Only A and B are trained: r * (in + out) numbers instead of in * out. A starts random and B at zero, so that the adapted model is
-exactly the base model before the first step, and the first gradient reaches B alone. The product B A, as large as W, is never
-formed in training: x goes through A and then B, which costs r/out + r/in of the layer's own work. It is formed once, to merge.
+Only A and B are trained: r * (in + out) numbers instead of in * out. A starts random and B at zero, so that
+the adapted model is exactly the base model before the first step, and the first gradient reaches B alone. The
+product B A, as large as W, is never formed in training: x goes through A and then B, which costs r/out + r/in
+of the layer's own work. It is formed once, to merge.
 
-rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) scales by alpha / sqrt(r): the largest scale with which neither the
-layer's output nor its gradient grows with r. `docs/lora.md` shows both in numbers. LoRA-FA (Zhang et al. 2023, arXiv:2308.03303)
-leaves A as it was drawn: then no gradient reads x, and all that is kept is x A^T. DoRA has a file of its own: `dora.py`.
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) scales by alpha / sqrt(r): the largest scale with
+which neither the layer's output nor its gradient grows with r. `docs/lora.md` shows both in numbers. LoRA-FA
+(Zhang et al. 2023, arXiv:2308.03303) leaves A as it was drawn: then no gradient reads x, and all that is kept
+is x A^T. DoRA has a file of its own: `dora.py`.
 
-A and B are float32 whatever the compute dtype: late in a schedule AdamW's steps are smaller than bfloat16's spacing and would be
-rounded away, and float16 gradients cannot be unscaled safely. They are cast to the activations' dtype for the two thin products.
+A and B are float32 whatever the compute dtype: late in a schedule AdamW's steps are smaller than bfloat16's
+spacing and would be rounded away, and float16 gradients cannot be unscaled safely. They are cast to the
+activations' dtype for the two thin products.
 
-`LoraLinear` wraps a layer and holds several adapters by name, of which one, or none, is active. Nothing happens in `train()` and
-`eval()` but dropout: merging is a verb of its own.
+`LoraLinear` wraps a layer and holds several adapters by name, of which one, or none, is active. Nothing
+happens in `train()` and `eval()` but dropout: merging is a verb of its own.
 """
 
 import math
@@ -29,23 +33,26 @@ from torch.autograd.function import once_differentiable
 from minilora import ops
 from minilora.config import LoraConfig
 from minilora.dora import Magnitude, RowNorms, row_factors
-from minilora.errors import UserError, nearest
 from minilora.linear import QuantizedLinear, frozen_linear, replay_linear
+from minilora.system.errors import UserError, nearest
 
 OUTPUT_HEAD = "lm_head"
 
 
 class _LowRankUpdate(torch.autograd.Function):
-    """y + scaling * (x' A^T) B^T, added to y in place. x' is x, or under dropout x * mask. With g = scaling * dy B, (..., r):
+    """y + scaling * (x' A^T) B^T, added to y in place. x' is x, or under dropout x * mask. With g = scaling *
+    dy B, (..., r):
 
     dx = g A * mask        dA = g^T x'        dB = scaling * dy^T (x' A^T)
 
-    Written by hand, it keeps x, which its neighbours q, k, v or gate, up share, the mask, a byte a number, and x' A^T of r columns,
-    but neither x' nor any other activation; where A is frozen, not even x.
+    Written by hand, it keeps x, which its neighbours q, k, v or gate, up share, the mask, a byte a number,
+    and x' A^T of r columns, but neither x' nor any other activation; where A is frozen, not even x.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
+    ) -> Tensor:
         dtype = ops.product_dtype(x)
         narrow = F.linear(_masked(x, mask).to(dtype), A.to(dtype))  # (..., r)
         y.add_(F.linear(narrow, B.to(dtype)), alpha=scaling)  # (..., out)
@@ -62,7 +69,9 @@ class _LowRankUpdate(torch.autograd.Function):
         dtype = narrow.dtype
         wide = dy.to(dtype)
         g = (wide @ B.to(dtype)) * ctx.scaling  # (..., r)
-        dA = (_rows(g).T @ _rows(_masked(x, mask).to(dtype))).to(A.dtype) if x is not None else None  # (r, in)
+        dA = (
+            (_rows(g).T @ _rows(_masked(x, mask).to(dtype))).to(A.dtype) if x is not None else None
+        )  # (r, in)
         dx = None
         if ctx.needs_input_grad[1]:
             dx = g @ A.to(dtype)  # (..., in)
@@ -96,7 +105,9 @@ class LoraLinear(nn.Module):
         self.train(base_layer.training)  # a model that is loaded to be used drops nothing out
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Give the layer a new adapter with A ~ kaiming_uniform(a=sqrt(5)), that is U(-1/sqrt(in), 1/sqrt(in)), and B = 0."""
+        """Give the layer a new adapter with A ~ kaiming_uniform(a=sqrt(5)), that is U(-1/sqrt(in),
+        1/sqrt(in)), and B = 0.
+        """
         out_features, in_features = self.base_layer.out_features, self.base_layer.in_features
         place = dict(dtype=torch.float32, device=self.base_layer.weight.device)
         A = torch.empty(config.r, in_features, **place)
@@ -108,7 +119,9 @@ class LoraLinear(nn.Module):
         self.configs[name] = config
 
     def parts(self, name: str) -> dict[str, nn.Parameter]:
-        """An adapter's tensors by what they are called: `lora_A`, `lora_B`, and of DoRA `lora_magnitude_vector`."""
+        """An adapter's tensors by what they are called: `lora_A`, `lora_B`, and of DoRA
+        `lora_magnitude_vector`.
+        """
         kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
         return {kind: getattr(self, kind)[name] for kind in kinds if name in getattr(self, kind)}
 
@@ -128,25 +141,37 @@ class LoraLinear(nn.Module):
             return self._decomposed(x, product)
         mask, gain = self._dropout(x)
         y = product(self.base_layer, x)
-        return _LowRankUpdate.apply(y, x, self.lora_A[self.active], self.lora_B[self.active], config.scaling * gain, mask)
+        return _LowRankUpdate.apply(
+            y, x, self.lora_A[self.active], self.lora_B[self.active], config.scaling * gain, mask
+        )
 
     def _decomposed(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """The same for DoRA (see `minilora.dora`). The magnitudes' gradient reads values, so a replay computes them too."""
+        """The same for DoRA (see `minilora.dora`). The magnitudes' gradient reads values, so a replay
+        computes them too.
+        """
         config, bias = self.configs[self.active], self.base_layer.bias
-        A, B, magnitude = (part[self.active] for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector))
+        A, B, magnitude = (
+            part[self.active] for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector)
+        )
         keep = not (self.training or torch.is_grad_enabled())
-        norms = self._row_norms.of_sum(self.base_layer.weight, A, B, config.scaling, ops.product_dtype(x), keep)
+        norms = self._row_norms.of_sum(
+            self.base_layer.weight, A, B, config.scaling, ops.product_dtype(x), keep
+        )
         mask, gain = self._dropout(x)
         seen = _masked(x, mask)  # but for the gain
         y = frozen_linear(self.base_layer, seen)
         y = y if bias is None else y - bias.to(y.dtype)
-        y = Magnitude.apply(_LowRankUpdate.apply(y, x, A, B, config.scaling, mask), magnitude, norms / gain)  # (..., out)
+        y = Magnitude.apply(
+            _LowRankUpdate.apply(y, x, A, B, config.scaling, mask), magnitude, norms / gain
+        )  # (..., out)
         if mask is not None:
             return y + product(self.base_layer, torch.sub(x, seen, alpha=gain))
         return y if bias is None else y + bias.to(y.dtype)
 
     def _dropout(self, x: Tensor) -> tuple[Tensor | None, float]:
-        """dropout(x) / x in two parts: a mask of ones and zeros, (..., in), and 1 / (1 - p). None and 1: nothing is dropped."""
+        """dropout(x) / x in two parts: a mask of ones and zeros, (..., in), and 1 / (1 - p). None and 1:
+        nothing is dropped.
+        """
         p = self.configs[self.active].lora_dropout if self.training else 0.0
         if p == 0:
             return None, 1.0
@@ -159,7 +184,9 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W <- W + scaling * B A of the active adapter, for DoRA times m / ||V||: in float32, and rounded once to W's dtype."""
+        """W <- W + scaling * B A of the active adapter, for DoRA times m / ||V||: in float32, and rounded
+        once to W's dtype.
+        """
         if self.active is not None and self.merged is None:
             V, factors = self.base_layer.weight.float() + self.delta_weight(self.active), torch.ones(())
             if self.configs[self.active].use_dora:
@@ -169,7 +196,8 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo `merge`. With u the rounding unit of W's dtype, |W' - W| <= u (|W + scaling * B A| + |W'|) elementwise.
+        """Undo `merge`. With u the rounding unit of W's dtype, |W' - W| <= u (|W + scaling * B A| + |W'|)
+        elementwise.
 
         DoRA's rows of magnitude 0 are lost.
         """
@@ -183,23 +211,30 @@ _LINEAR = (nn.Linear, QuantizedLinear, LoraLinear)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
-    """Freeze the model, wrap the layers that `config.target_modules` names, and make the new adapter active and trainable.
+    """Freeze the model, wrap the layers that `config.target_modules` names, and make the new adapter active
+    and trainable.
 
-    `target_modules` is a list of leaf names (`q_proj`) or full names, or a string: `all-linear` (every linear layer but the output
-    head) or a regular expression that matches whole names. Raises UserError for a name that no layer has, for an adapter name
-    in use, and for a tied output head.
+    `target_modules` is a list of leaf names (`q_proj`) or full names, or a string: `all-linear` (every linear
+    layer but the output head) or a regular expression that matches whole names. Raises UserError for a name
+    that no layer has, for an adapter name in use, and for a tied output head.
     """
     if not name or "." in name:
         raise UserError(f"adapter name {name!r} must be a word without dots")
     if hasattr(nn.ParameterDict, name):  # PyTorch would take it for one of its own methods
         raise UserError(f"adapter name {name!r} is a name that PyTorch uses itself; choose another")
     if name in adapter_names(model):
-        raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it first")
+        raise UserError(
+            f"the model already has an adapter called {name!r}; choose another name or remove it first"
+        )
     targets = match_targets(model, config.target_modules)
     if OUTPUT_HEAD in targets and model.config.tie_word_embeddings:
-        raise UserError(f"lora_target names {OUTPUT_HEAD!r}, whose weight is the embedding's in this model; leave it out")
+        raise UserError(
+            f"lora_target names {OUTPUT_HEAD!r}, whose weight is the embedding's in this model; leave it out"
+        )
     if merged := [m for m in lora_layers(model).values() if m.merged is not None]:
-        raise UserError(f"adapter {merged[0].merged!r} is merged into the weights; unmerge it before adding {name!r}")
+        raise UserError(
+            f"adapter {merged[0].merged!r} is merged into the weights; unmerge it before adding {name!r}"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target in targets:
@@ -222,12 +257,16 @@ def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] 
         except re.error as error:
             raise UserError(f"lora_target {target_modules!r} is not a regular expression: {error}") from error
         if not found:
-            raise UserError(f"lora_target {target_modules!r} matches no layer; it must match a whole name such as {names[0]!r}")
+            raise UserError(
+                f"lora_target {target_modules!r} matches no layer; it must match a whole name such as {names[0]!r}"
+            )
         return found
     for target in target_modules:
         if not any(_names_layer(target, n) for n in names):
             leaves = {n.rpartition(".")[2] for n in names}
-            raise UserError(f"lora_target names {target!r}, which no linear layer is called{nearest(target, leaves | set(names))}")
+            raise UserError(
+                f"lora_target names {target!r}, which no linear layer is called{nearest(target, leaves | set(names))}"
+            )
     return [n for n in names if any(_names_layer(t, n) for t in target_modules)]
 
 
@@ -257,7 +296,9 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         _check_adapter(model, name)
     for layer in lora_layers(model).values():
         if layer.merged is not None and layer.merged != name:
-            raise UserError(f"adapter {layer.merged!r} is merged into the weights; unmerge it before switching to {name!r}")
+            raise UserError(
+                f"adapter {layer.merged!r} is merged into the weights; unmerge it before switching to {name!r}"
+            )
     for layer in lora_layers(model).values():
         layer.active = name if name in layer.configs else None
         for adapter in layer.configs:
@@ -267,25 +308,35 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the active adapter to the base weights, so that it costs nothing at inference. `unmerge_lora` takes it out again."""
+    """Add the active adapter to the base weights, so that it costs nothing at inference. `unmerge_lora` takes
+    it out again.
+    """
     for name, layer in lora_layers(model).items():
         if isinstance(layer.base_layer, QuantizedLinear):
-            raise UserError(f"{name} is quantized, and rounding would lose most of the adapter: merge into unquantized weights")
+            raise UserError(
+                f"{name} is quantized, and rounding would lose most of the adapter: merge into unquantized weights"
+            )
         if name == OUTPUT_HEAD and model.config.tie_word_embeddings:
-            raise UserError(f"{OUTPUT_HEAD!r} shares its weight with the embedding; merging would change both")
+            raise UserError(
+                f"{OUTPUT_HEAD!r} shares its weight with the embedding; merging would change both"
+            )
         layer.merge()
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Subtract a merged adapter from the base weights (see `LoraLinear.unmerge` for the rounding that remains)."""
+    """Subtract a merged adapter from the base weights (see `LoraLinear.unmerge` for the rounding that
+    remains).
+    """
     for layer in lora_layers(model).values():
         layer.unmerge()
 
 
 def remove_lora(model: nn.Module, name: str | None = None) -> None:
-    """Take one adapter off the model, or all of them. A merged adapter stays in the weights: unmerge first to be rid of it.
+    """Take one adapter off the model, or all of them. A merged adapter stays in the weights: unmerge first to
+    be rid of it.
 
-    Layers without an adapter left become the plain layers they were, so parameter names are the checkpoint's again.
+    Layers without an adapter left become the plain layers they were, so parameter names are the checkpoint's
+    again.
     """
     if name is not None:
         _check_adapter(model, name)

@@ -1,17 +1,20 @@
 """The training loss: the sum of the token losses, without the logits ever existing.
 
-The sum, not the mean: examples differ in length, and micro-batches in how many supervised tokens they hold. Whoever accumulates
-gradients divides once, by the number of supervised tokens of the whole optimizer step; then 1 x 8, 4 x 2 and 8 x 1 are the same
-step. A mean per micro-batch would weigh a token of a short micro-batch more.
+The sum, not the mean: examples differ in length, and micro-batches in how many supervised tokens they hold.
+Whoever accumulates gradients divides once, by the number of supervised tokens of the whole optimizer step;
+then 1 x 8, 4 x 2 and 8 x 1 are the same step. A mean per micro-batch would weigh a token of a short
+micro-batch more.
 
-The output head is the widest product of a small model, and its output (B, T, V) the largest tensor of a large one: 4 x 1024 places
-and 128k tokens are 2 GB in float32, and as much again for the gradient. Two things make it small. Only the places that have
-something to learn go through the head, on prompt/completion data often a third of them. And they go through it a few at a time:
+The output head is the widest product of a small model, and its output (B, T, V) the largest tensor of a large
+one: 4 x 1024 places and 128k tokens are 2 GB in float32, and as much again for the gradient. Two things make
+it small. Only the places that have something to learn go through the head, on prompt/completion data often a
+third of them. And they go through it a few at a time:
 
     z = h W^T        loss = log sum_v exp(z_v) - z_target        dloss/dz = softmax(z) - onehot(target)        dh = dz W
 
-Everything that backward needs is known as soon as the loss of a place is, because the loss is the end of the graph. So `dh` is
-computed at once, `z` is forgotten, and backward multiplies `dh` by the one number that it is given.
+Everything that backward needs is known as soon as the loss of a place is, because the loss is the end of the
+graph. So `dh` is computed at once, `z` is forgotten, and backward multiplies `dh` by the one number that it
+is given.
 """
 
 import torch
@@ -28,18 +31,28 @@ LOGITS_BYTES = 64 << 20  # of float32 logits at a time: 512 places of a vocabula
 _WEIGHT_ROWS = 4096  # of the head, widened at a time where the product needs another dtype
 
 
-def causal_lm_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
+def causal_lm_loss(
+    model: CausalLM, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None
+) -> Tensor:
     """Sum over supervised tokens of -log p(token | tokens before it), float32.
 
-    input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE; the place t is predicted from the places
-    before it, of its own document where rows are packed. The first token of a document is to be IGNORE: nothing predicts it.
+    input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE; the place t is
+    predicted from the places before it, of its own document where rows are packed. The first token of a
+    document is to be IGNORE: nothing predicts it.
     """
-    hidden, targets, head = model.model(input_ids, document_ids=document_ids)[:, :-1], labels[:, 1:], model.lm_head
+    hidden, targets, head = (
+        model.model(input_ids, document_ids=document_ids)[:, :-1],
+        labels[:, 1:],
+        model.lm_head,
+    )
     if isinstance(head, nn.Linear):
         return linear_cross_entropy(hidden, head.weight, targets)
     learnt = targets != IGNORE  # a head with an adapter: its logits are computed again in backward
     chunks = (t.split(places_at_a_time(model.config.vocab_size)) for t in (hidden[learnt], targets[learnt]))
-    losses = [checkpoint(_loss_behind, head, h, t, parameters=head.parameters()) for h, t in zip(*chunks, strict=True)]
+    losses = [
+        checkpoint(_loss_behind, head, h, t, parameters=head.parameters())
+        for h, t in zip(*chunks, strict=True)
+    ]
     return torch.stack(losses).sum()
 
 
@@ -51,8 +64,9 @@ def count_supervised(labels: Tensor) -> int:
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Sum over the labels but IGNORE of the cross-entropy of hidden W^T, float32.
 
-    hidden: (..., D), weight: (V, D), labels: (...) of the same places, not shifted. Both may need gradients. Memory beside them and
-    their gradients: twice LOGITS_BYTES, whatever V and the number of places. A weight's gradient is summed in float32.
+    hidden: (..., D), weight: (V, D), labels: (...) of the same places, not shifted. Both may need gradients.
+    Memory beside them and their gradients: twice LOGITS_BYTES, whatever V and the number of places. A
+    weight's gradient is summed in float32.
     """
     learnt = labels != IGNORE
     return _LinearCrossEntropy.apply(hidden[learnt], weight, labels[learnt])
@@ -74,13 +88,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         dtype = ops.product_dtype(hidden)
-        # float16 loses probabilities below 6e-8 and, before the loss scale is applied, small gradients: these are kept larger.
+        # float16 loses probabilities below 6e-8 and, before the loss scale is applied, small gradients: these
+        # are kept larger.
         scale = 1024.0 if dtype == torch.float16 else 1.0
         chunk = places_at_a_time(len(weight))
         # Without widening, the head in one piece.
         parts = [weight] if weight.dtype == dtype else weight.split(_WEIGHT_ROWS)
-        buffers = torch.empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden, dtype=torch.float32 if scale > 1 else hidden.dtype) if needs_hidden else None
+        buffers = torch.empty(
+            2, min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device
+        )
+        d_hidden = (
+            torch.empty_like(hidden, dtype=torch.float32 if scale > 1 else hidden.dtype)
+            if needs_hidden
+            else None
+        )
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):

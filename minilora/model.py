@@ -4,12 +4,14 @@
     for each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
     logits = lm_head(norm(x))                                 (B, T, V)
 
-The families differ in flags of `ModelConfig` only: biases, a norm on queries and keys, a window, a tied head. Parameter names
-are Hugging Face's, so that loading a checkpoint is the identity and PEFT's adapter keys are a prefix away.
+The families differ in flags of `ModelConfig` only: biases, a norm on queries and keys, a window, a tied head.
+Parameter names are Hugging Face's, so that loading a checkpoint is the identity and PEFT's adapter keys are a
+prefix away.
 
-Packed sequences. `document_ids` (B, T) says which document each token belongs to, in runs. A token sees only tokens of its own
-document, and positions restart with each one, so that several short examples in one row give exactly the numbers they give
-alone. Padding is a document of its own (PADDING), so batches of prompts with different lengths need nothing further.
+Packed sequences. `document_ids` (B, T) says which document each token belongs to, in runs. A token sees only
+tokens of its own document, and positions restart with each one, so that several short examples in one row
+give exactly the numbers they give alone. Padding is a document of its own (PADDING), so batches of prompts
+with different lengths need nothing further.
 """
 
 from functools import lru_cache
@@ -28,15 +30,30 @@ PADDING = -1  # the document id of tokens that are only there to fill a row
 class KVCache:
     """Keys and values of the tokens seen so far: 2 * layers * B * G * max_length * K numbers, allocated once."""
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | str):
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        shape = (
+            config.num_hidden_layers,
+            batch_size,
+            config.num_key_value_heads,
+            max_length,
+            config.head_dim,
+        )
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.document_ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
         self.length = 0  # tokens held; `CausalLM.forward` advances it once all layers have written
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v: (B, G, T, K) to a layer; returns all of its keys and values (B, G, S, K), S = length + T."""
+        """Append k, v: (B, G, T, K) to a layer; returns all of its keys and values (B, G, S, K), S = length +
+        T.
+        """
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -56,11 +73,18 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE: H query heads share G key/value heads."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE: H query heads share G
+    key/value heads.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        H, G, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        H, G, K, D = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.hidden_size,
+        )
         self.layer, self.head_dim = layer, K
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
@@ -69,7 +93,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, K)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, K)
@@ -109,12 +135,16 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)  # (B, T, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def replay(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """`forward` once more, for its backward: that reads every value but the output, so down_proj's product is left out."""
+        """`forward` once more, for its backward: that reads every value but the output, so down_proj's
+        product is left out.
+        """
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, None)  # (B, T, D)
         return x + self.mlp.replay(self.post_attention_layernorm(x))
 
@@ -125,9 +155,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Zeros, to be loaded or drawn by `init_weights`: nn.Embedding's own normal_() on the meta device, where models are built
-        # before loading, would import half of PyTorch for 146 MB and a second.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
+        # Zeros, to be loaded or drawn by `init_weights`: nn.Embedding's own normal_() on the meta device,
+        # where models are built before loading, would import half of PyTorch for 146 MB and a second.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.zeros(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = "off"  # what layers keep for backward: see minilora.recompute.set_recompute
@@ -144,9 +176,13 @@ class Decoder(nn.Module):
         if cache is not None:
             if document_ids is not None:
                 cache.document_ids[:, past : past + T] = document_ids
-                document_ids = cache.document_ids[:, : past + T]  # (B, S): of the keys, the queries are the last T
+                document_ids = cache.document_ids[
+                    :, : past + T
+                ]  # (B, S): of the keys, the queries are the last T
             elif cache.document_ids[:, :past].any():
-                raise ValueError("the cache holds packed or padded rows: give document_ids for the new tokens as well")
+                raise ValueError(
+                    "the cache holds packed or padded rows: give document_ids for the new tokens as well"
+                )
         if position_ids is None:
             if document_ids is None:
                 position_ids = torch.arange(past, past + T, device=input_ids.device).unsqueeze(0)  # (1, T)
@@ -154,9 +190,14 @@ class Decoder(nn.Module):
                 position_ids = positions_in_documents(document_ids)[:, past:]
         x = self.embed_tokens(input_ids)  # (B, T, D)
         cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, 1, T, K)
-        masks = {w: attention_mask(T, past + T, w, document_ids, x.device) for w in set(self.config.layer_windows)}
+        masks = {
+            w: attention_mask(T, past + T, w, document_ids, x.device) for w in set(self.config.layer_windows)
+        }
         recompute = self.recompute if cache is None and torch.is_grad_enabled() else "off"
-        keep = dict(keep_attention=recompute == "selective", offload=OffloadedInputs(x.device) if recompute == "offload" else None)
+        keep = dict(
+            keep_attention=recompute == "selective",
+            offload=OffloadedInputs(x.device) if recompute == "offload" else None,
+        )
         for layer, window in zip(self.layers, self.config.layer_windows, strict=True):
             if recompute == "off":
                 x = layer(x, cos, sin, masks[window], cache)
@@ -178,14 +219,17 @@ class CausalLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let the head share the embedding's weight if the configuration says so (again after weights were replaced)."""
+        """Let the head share the embedding's weight if the configuration says so (again after weights were
+        replaced).
+        """
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self,
         input_ids: Tensor,  # (B, T)
-        position_ids: Tensor | None = None,  # (B, T): places within the document; default: counted from document_ids
+        position_ids: Tensor
+        | None = None,  # (B, T): places within the document; default: counted from document_ids
         document_ids: Tensor | None = None,  # (B, T): see the module's docstring
         cache: KVCache | None = None,
     ) -> Tensor:
@@ -211,11 +255,14 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def attention_mask(T: int, S: int, window: int | None, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
+def attention_mask(
+    T: int, S: int, window: int | None, document_ids: Tensor | None, device: torch.device
+) -> Tensor | None:
     """Who sees whom: bool (B or 1, 1, T, S), the queries being the last T of the S keys.
 
-    A query sees the keys up to its own place, of its own document, and at most `window` of them. Padding sees itself and is
-    seen by no document, so no row of the softmax is empty. None where plain causality says it all (see `ops.attention`).
+    A query sees the keys up to its own place, of its own document, and at most `window` of them. Padding sees
+    itself and is seen by no document, so no row of the softmax is empty. None where plain causality says it
+    all (see `ops.attention`).
     """
     narrow = window is not None and window < S
     if document_ids is None and not narrow and (T == S or T == 1):
@@ -232,7 +279,9 @@ def attention_mask(T: int, S: int, window: int | None, document_ids: Tensor | No
 
 
 def rope_angles(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle position * frequency: (B, T) -> two float32 (B, 1, T, K), both halves of K alike."""
+    """cos and sin of every angle position * frequency: (B, T) -> two float32 (B, 1, T, K), both halves of K
+    alike.
+    """
     frequencies = rope_frequencies(config.rope, config.head_dim).to(position_ids.device)  # (K/2,)
     angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, K/2)
     angles = torch.cat((angles, angles), dim=-1)
@@ -243,14 +292,19 @@ def rope_angles(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tens
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """Radians per token of each of the K/2 rotating pairs, float32 (K/2,).
 
-    default: theta^(-2i/K) (arXiv:2104.09864, section 3.3). linear: all divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
-    llama3 (Llama 3.1): long wavelengths divided by `factor`, short ones kept, and a linear blend between.
+    default: theta^(-2i/K) (arXiv:2104.09864, section 3.3). linear: all divided by `factor` (Chen et al. 2023,
+    arXiv:2306.15595). llama3 (Llama 3.1): long wavelengths divided by `factor`, short ones kept, and a linear
+    blend between.
     """
     frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if rope.rope_type == "linear":
         return frequencies / rope.factor
     if rope.rope_type == "llama3":
-        turns = rope.original_max_position_embeddings * frequencies / (2 * torch.pi)  # full turns within the old context
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)  # share of the old frequency
+        turns = (
+            rope.original_max_position_embeddings * frequencies / (2 * torch.pi)
+        )  # full turns within the old context
+        keep = (turns - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )  # share of the old frequency
         return torch.lerp(frequencies / rope.factor, frequencies, keep.clamp(0, 1))
     return frequencies

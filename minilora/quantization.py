@@ -1,24 +1,29 @@
-"""Weights in 4 or 8 bits: codebooks, blocks, and scales that are quantized in turn (QLoRA, arXiv:2305.14314, section 3).
+"""Weights in 4 or 8 bits: codebooks, blocks, and scales that are quantized in turn (QLoRA, arXiv:2305.14314,
+section 3).
 
     w  ~  code[symbol] * absmax            symbol: 4 bits, one a weight       absmax: one a block of 64 weights
 
-A weight matrix is cut, in memory order and across its rows, into blocks. Each block is divided by its largest magnitude, and
-every value in [-1, 1] becomes the nearest of sixteen codes. Where the codes lie is all there is to choose:
+A weight matrix is cut, in memory order and across its rows, into blocks. Each block is divided by its largest
+magnitude, and every value in [-1, 1] becomes the nearest of sixteen codes. Where the codes lie is all there
+is to choose:
 
     nf4   quantiles of the normal distribution: close together where weights, which are about normal, are many (appendix E)
     fp4   a float of 1 sign, 2 exponent and 1 mantissa bits, evenly coarse in proportion to the value; checkpoints have it
 
-One outlier makes its whole block coarse, so blocks are small; but a float32 scale for 64 weights costs half a bit a weight. Double
-quantization stores the scales in 8 bits too, centred on their mean, in blocks of 256 with a float32 scale each:
+One outlier makes its whole block coarse, so blocks are small; but a float32 scale for 64 weights costs half a
+bit a weight. Double quantization stores the scales in 8 bits too, centred on their mean, in blocks of 256
+with a float32 scale each:
 
     absmax  ~  dynamic_code[place] * nested_absmax + offset          4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight, not 4.5
 
-Their code is the dynamic one (arXiv:2110.02861, section 2), whose steps grow with the value, so that it holds seven decades.
+Their code is the dynamic one (arXiv:2110.02861, section 2), whose steps grow with the value, so that it holds
+seven decades.
 
-Everything here is bitsandbytes' arithmetic to the bit, and its format on disk to the byte: checkpoints go both ways. Its numbers on
-a CPU are the reference; PyTorch's mean and bitsandbytes' own CUDA kernels may differ from them in the last bit. Two things of
-bitsandbytes 0.50 are not followed. On CPUs with AVX-512 it gives the wrong scale to a block that spans rows of a matrix whose width
-is a multiple of 16 and not of the block. And fp4's second zero, symbol 8, reads as -0 or +0 depending on CPU and width; here as +0.
+Everything here is bitsandbytes' arithmetic to the bit, and its format on disk to the byte: checkpoints go
+both ways. Its numbers on a CPU are the reference; PyTorch's mean and bitsandbytes' own CUDA kernels may
+differ from them in the last bit. Two things of bitsandbytes 0.50 are not followed. On CPUs with AVX-512 it
+gives the wrong scale to a block that spans rows of a matrix whose width is a multiple of 16 and not of the
+block. And fp4's second zero, symbol 8, reads as -0 or +0 depending on CPU and width; here as +0.
 """
 
 import json
@@ -30,13 +35,15 @@ import torch
 from torch import Tensor
 
 from minilora import ops
-from minilora.errors import UserError, describe
+from minilora.system.errors import UserError, describe
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANT_TYPES = ("nf4", "fp4")
 NESTED_BLOCK_SIZE = 256
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TABLE = dict(dtype=torch.float32, device="cpu")  # of every codebook at first, whatever the defaults are at that moment
+_TABLE = dict(
+    dtype=torch.float32, device="cpu"
+)  # of every codebook at first, whatever the defaults are at that moment
 _STATE_KEY = "quant_state.bitsandbytes__"  # + quant_type
 
 
@@ -44,17 +51,20 @@ _STATE_KEY = "quant_state.bitsandbytes__"  # + quant_type
 def four_bit_code(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     """The values of the sixteen symbols, (16,) float32, largest magnitude 1. Shared: do not write to it.
 
-    nf4: probabilities evenly spaced from 1/2 to 0.9677083 = (1 - 1/30 + 1 - 1/32) / 2, seven for the negative codes and eight for
-    the positive ones; their normal quantiles; divided by the largest. Zero is a code of its own, for padding and pruned weights.
-    The published float32 table is rounded after each of these three steps, and so is this one: it is the same to the bit.
+    nf4: probabilities evenly spaced from 1/2 to 0.9677083 = (1 - 1/30 + 1 - 1/32) / 2, seven for the negative
+    codes and eight for the positive ones; their normal quantiles; divided by the largest. Zero is a code of
+    its own, for padding and pruned weights. The published float32 table is rounded after each of these three
+    steps, and so is this one: it is the same to the bit.
 
-    fp4: sign, two bits of exponent e, one of mantissa m. Here the exponent counts downwards: 2^(4-e) (1 + m/2) for e = 1, 2, 3 and
-    m/16 for e = 0, all divided by 12, the largest.
+    fp4: sign, two bits of exponent e, one of mantissa m. Here the exponent counts downwards: 2^(4-e) (1 +
+    m/2) for e = 1, 2, 3 and m/16 for e = 0, all divided by 12, the largest.
     """
     if quant_type == "nf4":
         below, above = (torch.linspace(0.9677083, 0.5, count + 1, **_TABLE)[:-1].tolist() for count in (7, 8))
         quantile = NormalDist().inv_cdf
-        code = torch.tensor([-quantile(p) for p in below] + [0.0] + [quantile(p) for p in reversed(above)], **_TABLE)
+        code = torch.tensor(
+            [-quantile(p) for p in below] + [0.0] + [quantile(p) for p in reversed(above)], **_TABLE
+        )
     elif quant_type == "fp4":
         magnitudes = [2.0 ** (4 - e) * (1 + m / 2) if e else m / 16 for e in range(4) for m in range(2)]
         code = torch.tensor(magnitudes + [0.0 - x for x in magnitudes], **_TABLE)
@@ -65,10 +75,12 @@ def four_bit_code(quant_type: str, device: torch.device | str = "cpu") -> Tensor
 
 @lru_cache
 def dynamic_code(signed: bool = True, device: torch.device | str = "cpu") -> Tensor:
-    """The 256 values of the 8-bit dynamic code, (256,) float32, ascending from about -1, or 0, to 1. Shared: do not write to it.
+    """The 256 values of the 8-bit dynamic code, (256,) float32, ascending from about -1, or 0, to 1. Shared:
+    do not write to it.
 
-    A byte is a sign (if signed), a unary exponent of i zeros and a one, and what is left as a linear fraction: in each of seven
-    decades, 10^-7..10^-6 up to 0.1..1, the midpoints of 2^i, or unsigned 2^(i+1), equal parts of the decade. And 0, and 1.
+    A byte is a sign (if signed), a unary exponent of i zeros and a one, and what is left as a linear
+    fraction: in each of seven decades, 10^-7..10^-6 up to 0.1..1, the midpoints of 2^i, or unsigned 2^(i+1),
+    equal parts of the decade. And 0, and 1.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -116,15 +128,20 @@ class QuantizedTensor:
         return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
 
 
-def quantize_4bit(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True) -> QuantizedTensor:
+def quantize_4bit(
+    weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+) -> QuantizedTensor:
     """The weight, of any shape, in 4 bits: see the module's docstring for what is stored.
 
-    Takes float32, bfloat16 and float16 as they are, on any device, with little memory beside the result. Raises UserError for
-    infinities and NaN, which would spoil their blocks, for other dtypes, and for block sizes but the powers of two from 32 to 4096.
+    Takes float32, bfloat16 and float16 as they are, on any device, with little memory beside the result.
+    Raises UserError for infinities and NaN, which would spoil their blocks, for other dtypes, and for block
+    sizes but the powers of two from 32 to 4096.
     """
     code = four_bit_code(quant_type, weight.device)
     if blocksize not in BLOCK_SIZES:
-        raise UserError(f"blocksize {blocksize} is not supported; choose one of {', '.join(map(str, BLOCK_SIZES))}")
+        raise UserError(
+            f"blocksize {blocksize} is not supported; choose one of {', '.join(map(str, BLOCK_SIZES))}"
+        )
     _check_floats(weight)
     packed, absmax = ops.quantize_4bit(weight.detach().contiguous().view(-1), code, blocksize)
     offset = absmax.mean()
@@ -134,18 +151,25 @@ def quantize_4bit(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, 
             raise UserError(
                 f"the weight's magnitudes, up to {absmax.max():.3g}, are too large for double quantization; leave it out"
             )
-    fields = dict(packed=packed, shape=weight.shape, dtype=weight.dtype, quant_type=quant_type, blocksize=blocksize)
+    fields = dict(
+        packed=packed, shape=weight.shape, dtype=weight.dtype, quant_type=quant_type, blocksize=blocksize
+    )
     if not double_quant:
         return QuantizedTensor(absmax=absmax, **fields)
-    places, nested_absmax = ops.quantize_8bit(absmax - offset, dynamic_code(True, weight.device), NESTED_BLOCK_SIZE)
+    places, nested_absmax = ops.quantize_8bit(
+        absmax - offset, dynamic_code(True, weight.device), NESTED_BLOCK_SIZE
+    )
     return QuantizedTensor(absmax=places, nested_absmax=nested_absmax, offset=offset, **fields)
 
 
-def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-    """code[symbol] * absmax in q's shape, multiplied in float32 and rounded once to `dtype`, or to that of `out`, or to q's.
+def dequantize_4bit(
+    q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """code[symbol] * absmax in q's shape, multiplied in float32 and rounded once to `dtype`, or to that of
+    `out`, or to q's.
 
-    `out` is filled and returned: contiguous, of q's shape and on its device. A buffer that is used again saves the larger part of
-    the time on a CPU. Raises UserError for an `out` that does not fit.
+    `out` is filled and returned: contiguous, of q's shape and on its device. A buffer that is used again
+    saves the larger part of the time on a CPU. Raises UserError for an `out` that does not fit.
     """
     dtype = dtype or (q.dtype if out is None else out.dtype)
     if dtype not in _FLOATS.values():
@@ -154,7 +178,9 @@ def dequantize_4bit(q: QuantizedTensor, dtype: torch.dtype | None = None, out: T
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=device)
     elif (out.shape, out.dtype, out.device) != (q.shape, dtype, device) or not out.is_contiguous():
-        given = f"{tuple(out.shape)} {out.dtype} on {out.device}" + ", not contiguous" * (not out.is_contiguous())
+        given = f"{tuple(out.shape)} {out.dtype} on {out.device}" + ", not contiguous" * (
+            not out.is_contiguous()
+        )
         raise UserError(f"out is {given}; it must be contiguous {tuple(q.shape)} {dtype} on {device}")
     nested = () if q.nested_absmax is None else (q.nested_absmax, dynamic_code(True, device), q.offset)
     code = four_bit_code(q.quant_type, device)
@@ -167,31 +193,50 @@ def gemv_4bit(q: QuantizedTensor, x: Tensor) -> Tensor:
     nested = (None, None, None)
     if q.nested_absmax is not None:
         nested = (q.nested_absmax, dynamic_code(True, q.device), q.offset)
-    return ops.gemv_4bit(x, q.packed, q.absmax, four_bit_code(q.quant_type, q.device), q.blocksize, tuple(q.shape), *nested)
+    return ops.gemv_4bit(
+        x, q.packed, q.absmax, four_bit_code(q.quant_type, q.device), q.blocksize, tuple(q.shape), *nested
+    )
 
 
 def to_bitsandbytes(q: QuantizedTensor, name: str = "weight") -> dict[str, Tensor]:
-    """The entries of a state dict that bitsandbytes writes for a Linear4bit's weight called `name`, to the byte."""
-    state = {"quant_type": q.quant_type, "blocksize": q.blocksize}  # in the order in which bitsandbytes writes them
+    """The entries of a state dict that bitsandbytes writes for a Linear4bit's weight called `name`, to the
+    byte.
+    """
+    state = {
+        "quant_type": q.quant_type,
+        "blocksize": q.blocksize,
+    }  # in the order in which bitsandbytes writes them
     state |= {"dtype": str(q.dtype).removeprefix("torch."), "shape": list(q.shape)}
-    entries = {"": q.packed.view(-1, 1), ".absmax": q.absmax, ".quant_map": four_bit_code(q.quant_type, q.packed.device).clone()}
+    entries = {
+        "": q.packed.view(-1, 1),
+        ".absmax": q.absmax,
+        ".quant_map": four_bit_code(q.quant_type, q.packed.device).clone(),
+    }
     if q.nested_absmax is not None:
         entries[".nested_absmax"] = q.nested_absmax
         entries[".nested_quant_map"] = dynamic_code(True, q.packed.device).clone()
-        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": q.offset.item()}
+        state |= {
+            "nested_blocksize": NESTED_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": q.offset.item(),
+        }
     packed_state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
-    return {name + suffix: t for suffix, t in entries.items()} | {f"{name}.{_STATE_KEY}{q.quant_type}": packed_state}
+    return {name + suffix: t for suffix, t in entries.items()} | {
+        f"{name}.{_STATE_KEY}{q.quant_type}": packed_state
+    }
 
 
 def from_bitsandbytes(entries: dict[str, Tensor], name: str = "weight") -> QuantizedTensor:
     """The tensor that bitsandbytes stored as `name`, `name.absmax`, ...; other entries are ignored.
 
-    Codebooks that differ from ours by rounding only, as other versions' do, are taken for ours. Raises UserError, with the
-    problems by name, if entries are missing, truncated, or contradict one another.
+    Codebooks that differ from ours by rounding only, as other versions' do, are taken for ours. Raises
+    UserError, with the problems by name, if entries are missing, truncated, or contradict one another.
     """
     state_keys = [key for key in entries if key.startswith(f"{name}.{_STATE_KEY}")]
     if len(state_keys) != 1:
-        raise UserError(f"{name} needs exactly one entry {name}.{_STATE_KEY}nf4 or ...fp4; found {', '.join(state_keys) or 'none'}")
+        raise UserError(
+            f"{name} needs exactly one entry {name}.{_STATE_KEY}nf4 or ...fp4; found {', '.join(state_keys) or 'none'}"
+        )
     key = state_keys[0]
     state = _read_state(entries[key], key)
     nested = "nested_blocksize" in state
@@ -210,7 +255,9 @@ def from_bitsandbytes(entries: dict[str, Tensor], name: str = "weight") -> Quant
     }
     problems = []  # `packed` may be called bfloat16, say, so that others can shard it: bytes they are
     if packed.dtype not in (torch.uint8, *_FLOATS.values()) or packed.nbytes != (n + 1) // 2:
-        problems.append(f"{name} has {packed.nbytes} bytes of {packed.dtype}, {n} weights need {(n + 1) // 2}")
+        problems.append(
+            f"{name} has {packed.nbytes} bytes of {packed.dtype}, {n} weights need {(n + 1) // 2}"
+        )
     for suffix in wanted[1:]:
         t, (size, dtype) = entries[name + suffix], expected[suffix]
         if (t.numel(), t.dtype) != (size, dtype):
@@ -218,10 +265,14 @@ def from_bitsandbytes(entries: dict[str, Tensor], name: str = "weight") -> Quant
         elif suffix.endswith("quant_map"):
             code = dynamic_code() if "nested" in suffix else four_bit_code(state["quant_type"])
             if not torch.allclose(t.cpu(), code, rtol=0, atol=1e-6):
-                problems.append(f"{name}{suffix} is not the {'dynamic' if 'nested' in suffix else state['quant_type']} code")
+                problems.append(
+                    f"{name}{suffix} is not the {'dynamic' if 'nested' in suffix else state['quant_type']} code"
+                )
         elif t.is_floating_point() and not t.isfinite().all():
             problems.append(f"{name}{suffix} holds infinities or NaN")
-    if not nested and (stray := [name + s for s in (".nested_absmax", ".nested_quant_map") if name + s in entries]):
+    if not nested and (
+        stray := [name + s for s in (".nested_absmax", ".nested_quant_map") if name + s in entries]
+    ):
         problems.append(f"{', '.join(stray)} are there, but {key} names no nested_blocksize")
     if problems:
         raise UserError(f"{name} cannot be read: {describe(problems)}")
@@ -233,7 +284,9 @@ def from_bitsandbytes(entries: dict[str, Tensor], name: str = "weight") -> Quant
         quant_type=state["quant_type"],
         blocksize=state["blocksize"],
         nested_absmax=entries[f"{name}.nested_absmax"].reshape(-1) if nested else None,
-        offset=torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device) if nested else None,
+        offset=torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
+        if nested
+        else None,
     )
 
 
@@ -259,19 +312,24 @@ def _read_state(packed: Tensor, key: str) -> dict:
         checks |= {
             "nested_blocksize": lambda x: x == NESTED_BLOCK_SIZE,
             "nested_dtype": lambda x: x == "float32",
-            "nested_offset": lambda x: isinstance(x, (int, float)) and abs(x) <= torch.finfo(torch.float32).max,
+            "nested_offset": lambda x: (
+                isinstance(x, (int, float)) and abs(x) <= torch.finfo(torch.float32).max
+            ),
         }
-    if problems := [f"{name} = {state.get(name)!r}" for name, fits in checks.items() if not fits(state.get(name))]:
+    if problems := [
+        f"{name} = {state.get(name)!r}" for name, fits in checks.items() if not fits(state.get(name))
+    ]:
         raise UserError(f"{key} cannot be honoured: {describe(problems)}")
     return state
 
 
 @dataclass(frozen=True)
 class Quantized8bitTensor:
-    """A matrix in 8 bits: w ~ data * absmax / 127, one absmax a row (LLM.int8's vector-wise quantization, arXiv:2208.07339).
+    """A matrix in 8 bits: w ~ data * absmax / 127, one absmax a row (LLM.int8's vector-wise quantization,
+    arXiv:2208.07339).
 
-    Outliers are not split off into a 16-bit matrix as that paper does for activations: this is storage for frozen weights only,
-    whose products are taken in floating point.
+    Outliers are not split off into a 16-bit matrix as that paper does for activations: this is storage for
+    frozen weights only, whose products are taken in floating point.
     """
 
     data: Tensor  # (..., in) int8
@@ -305,7 +363,8 @@ class Quantized8bitTensor:
 
 
 def quantize_8bit(weight: Tensor) -> Quantized8bitTensor:
-    """Each row, the last dimension, divided by its largest magnitude and rounded to a multiple of 1/127. weight: (..., in).
+    """Each row, the last dimension, divided by its largest magnitude and rounded to a multiple of 1/127.
+    weight: (..., in).
 
     Raises UserError for infinities, NaN and other dtypes than float32, bfloat16 and float16.
     """
@@ -315,7 +374,11 @@ def quantize_8bit(weight: Tensor) -> Quantized8bitTensor:
     weight, width = weight.detach(), weight.shape[-1]
     data = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
-    by_rows = weight.reshape(-1, width).split(256), data.view(-1, width).split(256), absmax.view(-1).split(256)
+    by_rows = (
+        weight.reshape(-1, width).split(256),
+        data.view(-1, width).split(256),
+        absmax.view(-1).split(256),
+    )
     for rows, result, scale in zip(*by_rows, strict=True):  # a few at a time: no second copy of the weight
         scale.copy_(rows.abs().amax(-1))
         inverse = 127.0 / scale.clamp(min=1e-36)  # a row of zeros stays zeros
@@ -335,4 +398,6 @@ def _check_finite(weight: Tensor, absmax: Tensor) -> None:
     """Infinities and NaN come out as such in the scale of their block, which is all that has to be searched."""
     if not absmax.isfinite().all():
         bad = int((~weight.isfinite()).sum())
-        raise UserError(f"cannot quantize the weight: {bad} of its {weight.numel()} values are infinite or NaN; use sound weights")
+        raise UserError(
+            f"cannot quantize the weight: {bad} of its {weight.numel()} values are infinite or NaN; use sound weights"
+        )

@@ -9,10 +9,11 @@
         expected, margin = nearest_codes(weight, code, blocksize=64)
         assert (symbols == expected)[margin > 1e-6].all()
 
-The oracles are slow and plain: float64, one idea a line, no packing, nothing shared with the code they check. The strategies draw
-what breaks quantizers: blocks of zeros, values in the middle between two codes, one outlier that flattens its block, subnormals,
-sizes that no block divides. They draw a seed and a plan rather than single numbers, so tensors of thousands stay quick, and
-Hypothesis shrinks towards small, plain ones. This is the only module that imports hypothesis, which is a test dependency.
+The oracles are slow and plain: float64, one idea a line, no packing, nothing shared with the code they check.
+The strategies draw what breaks quantizers: blocks of zeros, values in the middle between two codes, one
+outlier that flattens its block, subnormals, sizes that no block divides. They draw a seed and a plan rather
+than single numbers, so tensors of thousands stay quick, and Hypothesis shrinks towards small, plain ones.
+This is the only module that imports hypothesis, which is a test dependency.
 """
 
 import math
@@ -29,10 +30,16 @@ FLAWS = ("zero block", "ties", "outliers", "subnormals", "constant block", "tiny
 
 
 def shapes(max_size: int = 5000, max_dims: int = 3) -> st.SearchStrategy[tuple[int, ...]]:
-    """Shapes of 1 to `max_dims` dimensions and at most `max_size` elements; odd sizes, and those just beside a power of two."""
+    """Shapes of 1 to `max_dims` dimensions and at most `max_size` elements; odd sizes, and those just beside
+    a power of two.
+    """
     edges = [2**k + d for k in range(5, 13) for d in (-1, 0, 1) if 2**k + d <= max_size]
     size = st.integers(1, 70) | st.sampled_from(edges)
-    return st.lists(size, min_size=1, max_size=max_dims).map(tuple).filter(lambda shape: math.prod(shape) <= max_size)
+    return (
+        st.lists(size, min_size=1, max_size=max_dims)
+        .map(tuple)
+        .filter(lambda shape: math.prod(shape) <= max_size)
+    )
 
 
 def lora_shapes(max_features: int = 96, max_rank: int = 16) -> st.SearchStrategy[tuple[int, int, int]]:
@@ -52,8 +59,8 @@ def weights(
 ) -> Tensor:
     """Finite tensors, normally distributed at some scale, with a few of `flaws`.
 
-    code, blocksize: of the quantizer under test, for the flaws that aim at it. Ties are exact in the scaled value where the block's
-    absmax is a power of two, which they see to.
+    code, blocksize: of the quantizer under test, for the flaws that aim at it. Ties are exact in the scaled
+    value where the block's absmax is a power of two, which they see to.
     """
     size = draw(shapes() if shape is None else shape)
     dtype = draw(st.sampled_from(dtypes))
@@ -97,10 +104,12 @@ def blocks_of(weight: Tensor, blocksize: int) -> list[Tensor]:
 
 
 def nearest_codes(weight: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """The index in `code` that is nearest to each value / absmax, by trying all of them, and by how much it beats the next value.
+    """The index in `code` that is nearest to each value / absmax, by trying all of them, and by how much it
+    beats the next value.
 
-    -> symbols (n,) int64, the first of equals; margin (n,) float64, in units of absmax: where it is smaller than the rounding
-    errors of a quantizer, about 1e-7 in float32, either neighbour is right. Blocks of zeros are nearest to 0.
+    -> symbols (n,) int64, the first of equals; margin (n,) float64, in units of absmax: where it is smaller
+    than the rounding errors of a quantizer, about 1e-7 in float32, either neighbour is right. Blocks of zeros
+    are nearest to 0.
     """
     symbols, margins = [], []
     for block in blocks_of(weight, blocksize):
@@ -127,22 +136,32 @@ def dequantize_reference(symbols: Tensor, absmax: Tensor, code: Tensor, blocksiz
 
 
 def largest_half_gap(code: Tensor) -> float:
-    """Half the largest distance between neighbouring codes: no value in their range is further from the nearest one."""
+    """Half the largest distance between neighbouring codes: no value in their range is further from the
+    nearest one.
+    """
     return float(code.double().sort().values.diff().max() / 2)
 
 
 def lora_reference(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """x (W + scaling * B A)^T in float64, with the update written out. x: (..., in), A: (r, in), B: (out, r) -> (..., out)."""
+    """x (W + scaling * B A)^T in float64, with the update written out. x: (..., in), A: (r, in), B: (out, r)
+    -> (..., out).
+    """
     updated = weight.double() + scaling * (B.double() @ A.double())  # (out, in)
     return x.double() @ updated.T
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's tensors on the CPU held at a time while the function ran, beyond what they held before.
+    """The most bytes that PyTorch's tensors on the CPU held at a time while the function ran, beyond what
+    they held before.
 
-    From the allocator's own events, so it is exact and the same each time, other than the memory of the process.
+    From the allocator's own events, so it is exact and the same each time, other than the memory of the
+    process.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [
+        (e.start_ns(), e.nbytes())
+        for e in profiler.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    ]
     return max(accumulate(nbytes for _, nbytes in sorted(events)), default=0)

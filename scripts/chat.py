@@ -5,21 +5,23 @@
     python scripts/chat.py --adapter outputs --input prompts.jsonl --output answers.jsonl          an answer to every row
     python scripts/chat.py --adapter sql=runs/a --adapter tutor=runs/b         /adapter tutor switches, /base does without
 
-What is said is worded by the chat template: the tokenizer's own, which training leaves with the adapter, or --template NAME; plain
-is the words alone. Without any there are no turns to tell apart, and every line is a prompt that stands alone, as in training.
+What is said is worded by the chat template: the tokenizer's own, which training leaves with the adapter, or
+--template NAME; plain is the words alone. Without any there are no turns to tell apart, and every line is a
+prompt that stands alone, as in training.
 
     --temperature 0.7  --top_p 0.9  --top_k 50       how answers are drawn; temperature 0: always the most likely token
     --repetition_penalty 1  --max_new_tokens 512  --seed 42
     --system TEXT                                    said before the conversation, where the template has a place for it
 
-Besides, keys are the trainer's (`python scripts/train.py --help`), such as --quantization_bit none; those that are not given are as
-in the run that made the first adapter, or the trainer's defaults.
+Besides, keys are the trainer's (`python scripts/train.py --help`), such as --quantization_bit none; those
+that are not given are as in the run that made the first adapter, or the trainer's defaults.
 
-A line that ends in \\ goes on in the next. The adapter of the default run reads "Question: Who lives in Thimble?\\" and "Answer:".
+A line that ends in \\ goes on in the next. The adapter of the default run reads "Question: Who lives in
+Thimble?\\" and "Answer:".
 
-Rows hold `prompt`, `instruction` (and `input`) or `messages`; each is worded as in training and comes back with its `prediction`.
-Answers appear as they are made. Of a conversation only what is new goes through the model: keys and values of the rest are still
-there from the last answer.
+Rows hold `prompt`, `instruction` (and `input`) or `messages`; each is worded as in training and comes back
+with its `prediction`. Answers appear as they are made. Of a conversation only what is new goes through the
+model: keys and values of the rest are still there from the last answer.
 """
 
 import contextlib
@@ -28,17 +30,24 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_adapted_tokenizer, load_run_config
-from minilora.assistant import Assistant, Settings, prompt_ids
-from minilora.chat import ChatTemplate, Message, load_chat_template
 from minilora.config import ModelConfig
-from minilora.errors import ArgumentParser, UserError, describe, nearest, run_script
-from minilora.files import check_writable, to_json, write_whole
+from minilora.data.chat import ChatTemplate, Message, load_chat_template
+from minilora.data.readers import read_records
+from minilora.data.rows import alpaca_question
+from minilora.data.tokenizer import Tokenizer
+from minilora.formats.weights import read_config
+from minilora.inference.assistant import Assistant, Settings, prompt_ids
+from minilora.inference.load import (
+    BASE,
+    find_adapters,
+    find_base,
+    load_adapted,
+    load_adapted_tokenizer,
+    load_run_config,
+)
 from minilora.lora import adapter_names
-from minilora.readers import read_records
-from minilora.rows import alpaca_question
-from minilora.tokenizer import Tokenizer
-from minilora.weights import read_config
+from minilora.system.errors import ArgumentParser, UserError, describe, nearest, run_script
+from minilora.system.files import check_writable, to_json, write_whole
 
 UNWORDED = "there is no chat template to word"
 HELP = """\
@@ -81,7 +90,9 @@ def main() -> None:
     records = read_records(options.input) if options.input else []
     questions = [(place, *question(place, record)) for place, record in records]
     templates = dict.fromkeys((form for _, form, _ in questions), template)
-    if config.template is None:  # then training leaves prompts as they are, and words instructions its own way
+    if (
+        config.template is None
+    ):  # then training leaves prompts as they are, and words instructions its own way
         templates["prompt"] = None
         if "instruction" in templates:
             templates["instruction"] = load_chat_template("alpaca", tokenizer)
@@ -94,7 +105,9 @@ def main() -> None:
             pass
     elif options.input:
         texts = assistant.answer_all(prompts, templates.values(), config.per_device_eval_batch_size)
-        answered = [record | {"prediction": text.strip()} for (_, record), text in zip(records, texts, strict=True)]
+        answered = [
+            record | {"prediction": text.strip()} for (_, record), text in zip(records, texts, strict=True)
+        ]
         write_whole(Path(options.output), "".join(to_json(record) + "\n" for record in answered))
         print(f"{len(answered)} answers by {next(iter(adapters), BASE)}: {options.output}")
     else:
@@ -105,13 +118,20 @@ def main() -> None:
 def question(place: str, record: dict) -> tuple[str, list[Message]]:
     """A row's form, and the row as a conversation that waits for an answer."""
     if isinstance(messages := record.get("messages"), list) and messages:
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in messages):
+        if not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
+            for m in messages
+        ):
             raise UserError(f"{place}: messages must be objects with the texts role and content")
-        return "messages", messages[:-1] if messages[-1]["role"] == "assistant" else messages  # the expected answer is no question
+        return "messages", messages[:-1] if messages[-1][
+            "role"
+        ] == "assistant" else messages  # the expected answer is no question
     if isinstance(record.get("prompt"), str):
         return "prompt", [{"role": "user", "content": record["prompt"]}]
     if not record.get("instruction"):
-        raise UserError(f"{place}: no text in prompt, instruction or messages; it has the columns {', '.join(record) or 'none'}")
+        raise UserError(
+            f"{place}: no text in prompt, instruction or messages; it has the columns {', '.join(record) or 'none'}"
+        )
     return "instruction", alpaca_question(place, record)
 
 
@@ -122,18 +142,24 @@ def encode_rows(
     tokenizer: Tokenizer,
     model_config: ModelConfig,
 ) -> list[list[int]]:
-    """The tokens of every row, worded as its form is. Raises UserError naming the rows that cannot be worded or answered."""
+    """The tokens of every row, worded as its form is. Raises UserError naming the rows that cannot be worded
+    or answered.
+    """
     prompts, positions = [], model_config.max_position_embeddings
     for place, form, messages in questions:
         if templates[form] is None and (system or form == "messages"):
-            raise UserError(f"{place}: {UNWORDED} {'a system prompt' if system else 'messages'}; name one with --template")
+            raise UserError(
+                f"{place}: {UNWORDED} {'a system prompt' if system else 'messages'}; name one with --template"
+            )
         try:
             prompts.append(prompt_ids(system + messages, tokenizer, templates[form], model_config.vocab_size))
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
     lengths = [(place, len(prompt)) for (place, *_), prompt in zip(questions, prompts, strict=True)]
     if too_long := [f"{place} is {length} tokens long" for place, length in lengths if length >= positions]:
-        raise UserError(f"{describe(too_long)}; the model has {positions} positions for prompt and answer: shorten these rows")
+        raise UserError(
+            f"{describe(too_long)}; the model has {positions} positions for prompt and answer: shorten these rows"
+        )
     return prompts
 
 
@@ -193,14 +219,21 @@ def obey(assistant: Assistant, command: str = "help", *arguments: str) -> None:
         case ["set", name, value]:
             assistant.change(assistant.settings.changed(name, value))
         case ["adapter"]:
-            print(", ".join(adapter_names(assistant.model)) or "none were loaded; start with --adapter DIRECTORY")
+            print(
+                ", ".join(adapter_names(assistant.model))
+                or "none were loaded; start with --adapter DIRECTORY"
+            )
         case ["adapter", name]:
             assistant.switch(name)
         case ["base"]:
             assistant.switch(None)
         case _:
             known = "help settings set adapter base clear quit".split()
-            fault = "takes other words; see /help" if command in known else f"is no command{nearest(command, known)}"
+            fault = (
+                "takes other words; see /help"
+                if command in known
+                else f"is no command{nearest(command, known)}"
+            )
             raise UserError(f"/{command} {fault}")
 
 

@@ -3,10 +3,10 @@
     python scripts/compare.py runs/a runs/b runs/c
     python scripts/compare.py runs/* --output compare.png
 
-A line for each run: how far it went, its last training loss, its lowest held-out loss and where, its speed (the median of what
-was recorded, so that a slow first step has no say), its peak memory, the time its steps took, and the settings that differ.
-A dash stands for what a run did not record. Nothing but `metrics.jsonl` and `training_config.yaml` is read, and what has no
-`metrics.jsonl` is passed over.
+A line for each run: how far it went, its last training loss, its lowest held-out loss and where, its speed
+(the median of what was recorded, so that a slow first step has no say), its peak memory, the time its steps
+took, and the settings that differ. A dash stands for what a run did not record. Nothing but `metrics.jsonl`
+and `training_config.yaml` is read, and what has no `metrics.jsonl` is passed over.
 """
 
 import statistics
@@ -16,15 +16,19 @@ from pathlib import Path
 
 import yaml
 
-from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.files import check_writable, read_json_lines
-from minilora.output_dir import SETTINGS_FILE
-from minilora.plots import plot_runs, series
-from minilora.track import METRICS_FILE, minutes, short_number
-from minilora.train_config import MAY_CHANGE
+from minilora.run.output_dir import SETTINGS_FILE
+from minilora.run.plots import plot_runs, series
+from minilora.run.settings import MAY_CHANGE
+from minilora.run.tracker import METRICS_FILE, minutes, short_number
+from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.files import check_writable, read_json_lines
 
-TELLING = set("model_name_or_path model_revision dataset eval_dataset bf16 fp16 gradient_checkpointing".split())
-IRRELEVANT = MAY_CHANGE - TELLING  # where a run leaves what, and how often: settings that differ and change no number
+TELLING = set(
+    "model_name_or_path model_revision dataset eval_dataset bf16 fp16 gradient_checkpointing".split()
+)
+IRRELEVANT = (
+    MAY_CHANGE - TELLING
+)  # where a run leaves what, and how often: settings that differ and change no number
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class Run:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directories", nargs="+", metavar="DIRECTORY", help="output_dir of a training run")
-    parser.add_argument("--output", default="compare.png", help="where the picture goes (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="compare.png", help="where the picture goes (default: %(default)s)"
+    )
     options = parser.parse_args()
     output = Path(options.output)
     check_writable("--output", output)
@@ -49,7 +55,8 @@ def main() -> None:
 
 
 def read_runs(directories: list[Path]) -> dict[str, Run]:
-    """The runs by name: the shortest tail of the path that tells them apart. The same directory twice is one run.
+    """The runs by name: the shortest tail of the path that tells them apart. The same directory twice is one
+    run.
 
     Raises UserError where there is none.
     """
@@ -75,12 +82,18 @@ def read_run(directory: Path) -> Run:
     path, settings_path = directory / METRICS_FILE, directory / SETTINGS_FILE
     records = read_json_lines(path)
     for number, record in enumerate(records, start=1):
-        if not (isinstance(record, dict) and "step" in record and all(isinstance(v, (int, float)) for v in record.values())):
+        if not (
+            isinstance(record, dict)
+            and "step" in record
+            and all(isinstance(v, (int, float)) for v in record.values())
+        ):
             raise UserError(f"{path}, line {number} is not a record: a step and numbers are expected")
     if not records:
         raise UserError(f"{path} is empty: the run has recorded nothing yet")
     try:
-        settings = yaml.safe_load(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+        settings = (
+            yaml.safe_load(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+        )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{settings_path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -90,18 +103,24 @@ def read_run(directory: Path) -> Run:
 
 def comparison(runs: dict[str, Run]) -> str:
     """The table."""
-    rows = [figures(run) | differences for run, differences in zip(runs.values(), differing_settings(runs), strict=True)]
+    rows = [
+        figures(run) | differences
+        for run, differences in zip(runs.values(), differing_settings(runs), strict=True)
+    ]
     table = [["run", *rows[0]]] + [[name, *row.values()] for name, row in zip(runs, rows, strict=True)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     first, *others = widths
     return "\n".join(
-        f"{name:<{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(row, others, strict=True)) for name, *row in table
+        f"{name:<{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(row, others, strict=True))
+        for name, *row in table
     )
 
 
 def figures(run: Run) -> dict[str, str]:
     """Column: text."""
-    losses, speeds, memory, seconds = (series(run.records, name)[1] for name in ("loss", "tokens_per_second", "memory", "seconds"))
+    losses, speeds, memory, seconds = (
+        series(run.records, name)[1] for name in ("loss", "tokens_per_second", "memory", "seconds")
+    )
     steps, held_out = series(run.records, "eval_loss")
     best = min(zip(held_out, steps, strict=True), default=None)
     return {
@@ -118,15 +137,30 @@ def figures(run: Run) -> dict[str, str]:
 def differing_settings(runs: dict[str, Run]) -> list[dict[str, str]]:
     """For each run, its values of the settings that are not the same in all of them."""
     every = [run.settings for run in runs.values()]
-    names = [name for name in dict.fromkeys(name for settings in every for name in settings) if name not in IRRELEVANT]
-    differing = [name for name in names if any(settings.get(name) != every[0].get(name) for settings in every)]
-    return [{name: _setting(settings[name]) if name in settings else "-" for name in differing} for settings in every]
+    names = [
+        name
+        for name in dict.fromkeys(name for settings in every for name in settings)
+        if name not in IRRELEVANT
+    ]
+    differing = [
+        name for name in names if any(settings.get(name) != every[0].get(name) for settings in every)
+    ]
+    return [
+        {name: _setting(settings[name]) if name in settings else "-" for name in differing}
+        for settings in every
+    ]
 
 
 def _setting(value: object) -> str:
     if value is None:
         return "none"
-    return ",".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 if __name__ == "__main__":

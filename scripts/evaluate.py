@@ -1,12 +1,14 @@
-"""How much better is a model with its adapter than without? Loss, perplexity and answers on a set, of the base and each adapter.
+"""How much better is a model with its adapter than without? Loss, perplexity and answers on a set, of the
+base and each adapter.
 
-    python scripts/evaluate.py --adapter outputs --dataset held_out.jsonl
-    python scripts/evaluate.py --adapter outputs --dataset held_out.jsonl --exact_match_samples 200 --metrics rouge,bleu --samples 5
-    python scripts/evaluate.py --adapter r8=runs/a --adapter r32=runs/b --dataset held_out.jsonl --output result.json
-    python scripts/evaluate.py --model mistralai/Mistral-7B-v0.1 --dataset held_out.jsonl --quantization_bit none
+    python scripts/evaluate.py --adapter outputs --dataset held_out.jsonl python scripts/evaluate.py --adapter
+    outputs --dataset held_out.jsonl --exact_match_samples 200 --metrics rouge,bleu --samples 5 python
+    scripts/evaluate.py --adapter r8=runs/a --adapter r32=runs/b --dataset held_out.jsonl --output result.json
+    python scripts/evaluate.py --model mistralai/Mistral-7B-v0.1 --dataset held_out.jsonl --quantization_bit
+    none
 
-Keys are the trainer's (`python scripts/train.py --help`); those that are not given are as in the run that made the first adapter,
-or the trainer's defaults. And besides
+Keys are the trainer's (`python scripts/train.py --help`); those that are not given are as in the run that
+made the first adapter, or the trainer's defaults. And besides
 
     --model, --adapter [NAME=]DIR, --dataset     default: the model that the adapters name, none, the run's eval_dataset
     --exact_match_samples N                      answer the first N prompts, greedily, and count the expected answers
@@ -14,8 +16,8 @@ or the trainer's defaults. And besides
     --samples N                                  show N prompts with everybody's answers
     --output FILE                                figures and answers as JSON
 
-Loss is the mean per supervised token over the whole set, so it does not depend on the batch size; perplexity = exp(loss). All
-adapters are loaded onto one copy of the base model, and everybody reads the same tokens.
+Loss is the mean per supervised token over the whole set, so it does not depend on the batch size; perplexity
+= exp(loss). All adapters are loaded onto one copy of the base model, and everybody reads the same tokens.
 """
 
 import argparse
@@ -24,15 +26,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minilora.adapted import BASE, find_adapters, find_base, load_adapted, load_adapted_tokenizer, load_run_config
-from minilora.chat import load_chat_template, training_clock
-from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.evaluation import answers, evaluate_loss, exact_match, load_metric, perplexity_of
-from minilora.files import check_writable, to_json, write_whole
+from minilora.data.chat import load_chat_template, training_clock
+from minilora.data.rows import Row
+from minilora.formats.weights import read_config
+from minilora.inference.evaluation import answers, evaluate_loss, exact_match, load_metric, perplexity_of
+from minilora.inference.load import (
+    BASE,
+    find_adapters,
+    find_base,
+    load_adapted,
+    load_adapted_tokenizer,
+    load_run_config,
+)
 from minilora.lora import set_adapter
-from minilora.rows import Row
-from minilora.training_data import read_mixed, token_settings, tokenize_rows
-from minilora.weights import read_config
+from minilora.run.datasets import read_mixed, token_settings, tokenize_rows
+from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.files import check_writable, to_json, write_whole
 
 COLUMNS = {  # what is printed of each model: key of the JSON -> heading, format
     "loss": ("loss", "{:.4f}"),
@@ -64,7 +73,9 @@ def main() -> None:
     check(options)
     metrics = {name.strip(): load_metric(name.strip()) for name in options.metrics.split(",") if name.strip()}
     adapters = find_adapters(options.adapter)
-    config = load_run_config(adapters, keys, max_samples="none")  # a short try of a training is no short evaluation
+    config = load_run_config(
+        adapters, keys, max_samples="none"
+    )  # a short try of a training is no short evaluation
     base = find_base(options.model, adapters.values())
     tokenizer = load_adapted_tokenizer(base, adapters)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
@@ -87,7 +98,9 @@ def main() -> None:
     texts: dict[str, list[str]] = {}
     for name in (BASE, *adapters):
         set_adapter(model, None if name == BASE else name)
-        results[name] = figures = {"loss": evaluate_loss(model, dataset.examples, batch_size, tokenizer.pad_id)}
+        results[name] = figures = {
+            "loss": evaluate_loss(model, dataset.examples, batch_size, tokenizer.pad_id)
+        }
         figures["perplexity"] = perplexity_of(figures["loss"])
         if name != BASE:
             figures["loss_change"] = figures["loss"] - results[BASE]["loss"]
@@ -96,15 +109,24 @@ def main() -> None:
             texts[name] = answers(model, tokenizer, asked, batch_size, template=template)
         if scored:
             figures["exact_match"] = exact_match(texts[name][: len(scored)], scored)
-            figures |= {metric: score(texts[name][: len(scored)], scored) for metric, score in metrics.items()}
+            figures |= {
+                metric: score(texts[name][: len(scored)], scored) for metric, score in metrics.items()
+            }
 
     print_samples(asked[: options.samples], texts)
     print_table(results, len(scored))
     if options.output:
-        settings = {"model": str(base), "adapters": {name: str(path) for name, path in adapters.items()}, "dataset": place}
+        settings = {
+            "model": str(base),
+            "adapters": {name: str(path) for name, path in adapters.items()},
+            "dataset": place,
+        }
         settings |= {name: getattr(config, name) for name in RECORDED}
         counts = {"examples": len(dataset), "supervised_tokens": sum(e.supervised for e in dataset.examples)}
-        known = {name: {k: v if math.isfinite(v) else None for k, v in figures.items()} for name, figures in results.items()}
+        known = {
+            name: {k: v if math.isfinite(v) else None for k, v in figures.items()}
+            for name, figures in results.items()
+        }
         written = {"settings": settings, **counts, "results": known, "answers": answers_of(asked, texts)}
         write_whole(Path(options.output), to_json(written, indent=2) + "\n")
         print(f"figures and answers: {options.output}")
@@ -116,14 +138,18 @@ def check(options: argparse.Namespace) -> None:
         if getattr(options, name) < 0:
             raise UserError(f"--{name} must be at least 0, not {getattr(options, name)}")
     if options.metrics and not options.exact_match_samples:
-        raise UserError(f"--metrics {options.metrics} compares answers: say how many to give with --exact_match_samples N")
+        raise UserError(
+            f"--metrics {options.metrics} compares answers: say how many to give with --exact_match_samples N"
+        )
     if options.output:
         check_writable("--output", Path(options.output))
 
 
 def print_table(results: dict[str, dict[str, float]], answered: int) -> None:
     """A row a model, a column a figure."""
-    shown = {key: column for key, column in COLUMNS.items() if any(key in figures for figures in results.values())}
+    shown = {
+        key: column for key, column in COLUMNS.items() if any(key in figures for figures in results.values())
+    }
     width = max(len(name) for name in results)
     print("\n" + " " * width + "".join(f"{heading:>15}" for heading, _ in shown.values()))
     for name, figures in results.items():
@@ -144,7 +170,11 @@ def print_samples(rows: Sequence[Row], texts: dict[str, list[str]]) -> None:
 def answers_of(rows: Sequence[Row], texts: dict[str, list[str]]) -> list[dict]:
     """A record a row: its prompt, what was expected, and what each model says."""
     return [
-        {"prompt": row.prompt, "expected": row.completion.strip(), "answers": {name: said[i] for name, said in texts.items()}}
+        {
+            "prompt": row.prompt,
+            "expected": row.completion.strip(),
+            "answers": {name: said[i] for name, said in texts.items()},
+        }
         for i, row in enumerate(rows)
     ]
 

@@ -3,16 +3,16 @@
     python scripts/lint_adapter.py outputs
     python scripts/lint_adapter.py outputs --model mistralai/Mistral-7B-v0.1     names and shapes checked against the base model too
 
-Nothing of these programs is installed or started: `minilora/lint.py` knows their rules. Exits with 0 if all three load the adapter
-as it was trained, 1 if some do not, 2 if there is no adapter to look at.
+Nothing of these programs is installed or started: `minilora/formats/lint.py` knows their rules. Exits with 0
+if all three load the adapter as it was trained, 1 if some do not, 2 if there is no adapter to look at.
 """
 
 import sys
 
-from minilora.errors import ArgumentParser, run_script
-from minilora.hub import resolve_model
-from minilora.lint import lint_adapter, loads, table
-from minilora.weights import read_config
+from minilora.formats.lint import lint_adapter, loads, table
+from minilora.formats.weights import read_config
+from minilora.system.errors import ArgumentParser, run_script
+from minilora.system.hub import resolve_model
 
 
 def main() -> None:

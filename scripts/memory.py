@@ -8,7 +8,8 @@ Keys are the trainer's (`python scripts/train.py --help`), and besides
     --gpu GB            a GPU of so many gigabytes (10^9 bytes), instead of this machine
     --picture FILE      where the bar chart goes (default: memory.png)
 
---model is a directory, a hub id, or one of a few well-known shapes: mistral-7b, llama-2-7b, llama-3-8b, qwen2.5-7b, tinyllama-1.1b.
+--model is a directory, a hub id, or one of a few well-known shapes: mistral-7b, llama-2-7b, llama-3-8b,
+qwen2.5-7b, tinyllama-1.1b.
 """
 
 import io
@@ -19,15 +20,23 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapted import EMBEDDED_MODEL
 from minilora.config import ModelConfig
-from minilora.device import choose_placement
-from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.files import check_writable, write_whole
-from minilora.memory import CATEGORIES, MARGIN, Ledger, advise, available_memory, memory_ledger, process_memory
+from minilora.formats.weights import CONFIG_FILE, read_config
+from minilora.memory.ledger import (
+    CATEGORIES,
+    MARGIN,
+    Ledger,
+    advise,
+    available_memory,
+    memory_ledger,
+    process_memory,
+)
 from minilora.recompute import POLICIES
-from minilora.train_config import TrainConfig, load_train_config
-from minilora.weights import CONFIG_FILE, read_config
+from minilora.run.settings import TrainConfig, load_train_config
+from minilora.system.assets import EMBEDDED_MODEL
+from minilora.system.device import choose_placement
+from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.files import check_writable, write_whole
 
 GB = 10**9
 CUDA_CONTEXT = 0.5 * GB  # what a process has on a GPU before its first tensor
@@ -70,9 +79,14 @@ def main() -> None:
         device, dtype = placement.device.type, placement.dtype
         memory, process = available_memory(placement.device), process_memory() if device == "cpu" else 0
         if memory is None:
-            raise UserError("this system does not tell how much memory is free; say for which GPU with --gpu GB")
+            raise UserError(
+                "this system does not tell how much memory is free; say for which GPU with --gpu GB"
+            )
         place = f"the {memory / GB:.1f} GB that are free"
-    batch_size, length = config.per_device_train_batch_size, config.cutoff_len or min(1024, model_config.max_position_embeddings)
+    batch_size, length = (
+        config.per_device_train_batch_size,
+        config.cutoff_len or min(1024, model_config.max_position_embeddings),
+    )
     evaluated = config.per_device_eval_batch_size if config.eval_dataset or config.val_size else 0
     kind = dict(dtype=dtype, optim=config.optim, device=device, eval_batch_size=evaluated, process=process)
     ledger_of = partial(memory_ledger, model_config, config.lora_config(), config.quant_config(), **kind)
@@ -90,7 +104,9 @@ def main() -> None:
 
 
 def config_of(name: str, revision: str | None) -> ModelConfig:
-    """Of a well-known shape, a directory, or a repository on the hub, from which nothing but config.json is downloaded."""
+    """Of a well-known shape, a directory, or a repository on the hub, from which nothing but config.json is
+    downloaded.
+    """
     if name in SHAPES:
         return SHAPES[name]
     if Path(name).expanduser().is_dir():
@@ -127,7 +143,9 @@ def print_table(ledgers: Sequence[Ledger], memory: float) -> None:
     print_row("speed, by arithmetic", [f"{fastest / ledger.flop_per_token:.2f}" for ledger in ledgers])
 
 
-def print_micro_batches(ledger_of, policies: Sequence[str], batch_size: int, length: int, memory: float) -> None:
+def print_micro_batches(
+    ledger_of, policies: Sequence[str], batch_size: int, length: int, memory: float
+) -> None:
     """The peaks of smaller micro-batches, which accumulation makes the same step."""
     for size in (n for n in range(batch_size - 1, 0, -1) if batch_size % n == 0):
         ledgers = [ledger_of(batch_size=size, length=length, recompute=policy) for policy in policies]
@@ -146,12 +164,21 @@ def print_advice(found: Sequence[Ledger], config: TrainConfig, length: int) -> N
     for i, ledger in enumerate(found):
         keys = [f"--gradient_checkpointing {ledger.recompute}"]
         if ledger.batch_size != config.per_device_train_batch_size:
-            steps = config.gradient_accumulation_steps * config.per_device_train_batch_size // ledger.batch_size
-            keys += [f"--per_device_train_batch_size {ledger.batch_size}", f"--gradient_accumulation_steps {steps}"]
+            steps = (
+                config.gradient_accumulation_steps * config.per_device_train_batch_size // ledger.batch_size
+            )
+            keys += [
+                f"--per_device_train_batch_size {ledger.batch_size}",
+                f"--gradient_accumulation_steps {steps}",
+            ]
         if ledger.length != length:
             keys += [f"--cutoff_len {ledger.length}"]
         ratio = found[0].flop_per_token / ledger.flop_per_token
-        print(("advice: " if i == 0 else f"or, {ratio:.2f} times as fast: ") + " ".join(keys) + f"   ({ledger.peak / GB:.2f} GB)")
+        print(
+            ("advice: " if i == 0 else f"or, {ratio:.2f} times as fast: ")
+            + " ".join(keys)
+            + f"   ({ledger.peak / GB:.2f} GB)"
+        )
 
 
 def picture_of(ledgers: Sequence[Ledger], limits: dict[str, float]) -> bytes:
@@ -183,7 +210,9 @@ PARTS = {  # what is drawn in one colour
 
 
 def draw_bars(axes, ledgers: Sequence[Ledger], limits: dict[str, float]) -> None:
-    """A bar a policy, stacked by category, at its peak; and a line at each of `limits`, bytes by what they are."""
+    """A bar a policy, stacked by category, at its peak; and a line at each of `limits`, bytes by what they
+    are.
+    """
     names, bottom = [ledger.recompute for ledger in ledgers], [0.0] * len(ledgers)
     for part, (categories, colour) in PARTS.items():
         heights = [sum(ledger.bytes[category] for category in categories) / GB for ledger in ledgers]

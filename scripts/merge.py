@@ -5,21 +5,24 @@
     python scripts/merge.py --adapter outputs --output model.gguf --outtype q8_0  one file: llama.cpp, Ollama, LM Studio
     python scripts/merge.py --adapter outputs --export_adapter plain              the adapter alone, as every server loads it
 
-An adapter corrects the weights it was trained on. QLoRA's are not W but what 4 bits leave of it, Q = dequantize(quantize(W)), so
-there are two weights to add it to:
+An adapter corrects the weights it was trained on. QLoRA's are not W but what 4 bits leave of it, Q =
+dequantize(quantize(W)), so there are two weights to add it to:
 
     --into original      W + scaling B A      nearer to the base model: what quantizing took away is back (the default)
     --into dequantized   Q + scaling B A      what training saw, in every linear layer of the decoder, adapted or not
 
-Neither is right in all cases, so the table shows how far each lies from Q + scaling B A, as the norm of the difference over the
-norm, beside the adapter's own size on that scale. So it does for merged weights that are quantized anew, which may lose more than
-the adapter had to give: done only if asked. (An adapter trained without quantization saw W, and goes into the original weights.)
+Neither is right in all cases, so the table shows how far each lies from Q + scaling B A, as the norm of the
+difference over the norm, beside the adapter's own size on that scale. So it does for merged weights that are
+quantized anew, which may lose more than the adapter had to give: done only if asked. (An adapter trained
+without quantization saw W, and goes into the original weights.)
 
-Sums are taken in float32 and rounded once, to the dtype of the file. One tensor passes at a time, and one file of about 1 GB is
-held until it is written: a 7B model needs less than 4 GB of memory. The output appears complete or not at all.
+Sums are taken in float32 and rounded once, to the dtype of the file. One tensor passes at a time, and one
+file of about 1 GB is held until it is written: a 7B model needs less than 4 GB of memory. The output appears
+complete or not at all.
 
---export_adapter merges nothing. It writes rsLoRA's scaling alpha / sqrt(r) as plain LoRA's alpha' / r, alpha' = alpha sqrt(r),
-since SGLang knows no other, and says for each server whether the adapter loads there, as scripts/lint_adapter.py does.
+--export_adapter merges nothing. It writes rsLoRA's scaling alpha / sqrt(r) as plain LoRA's alpha' / r, alpha'
+= alpha sqrt(r), since SGLang knows no other, and says for each server whether the adapter loads there, as
+scripts/lint_adapter.py does.
 """
 
 import argparse
@@ -36,22 +39,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minilora import adapter as adapters
-from minilora.adapted import find_base, load_adapted_tokenizer
-from minilora.chat import answer_end
 from minilora.config import LoraConfig, QuantConfig
+from minilora.data.chat import answer_end
+from minilora.data.tokenizer import Tokenizer
 from minilora.dora import row_factors
-from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.files import check_writable, read_json, write_whole
-from minilora.hub import resolve_model
-from minilora.lint import lint_adapter, table
-from minilora.lora import OUTPUT_HEAD, match_targets
-from minilora.model import CausalLM
-from minilora.output_dir import SETTINGS_FILE
-from minilora.quantization import QUANT_TYPES, quantize_4bit, to_bitsandbytes
-from minilora.tokenizer import Tokenizer
-from minilora.train_config import read_yaml
-from minilora.weights import (
+from minilora.formats import adapter as adapters
+from minilora.formats.lint import lint_adapter, table
+from minilora.formats.weights import (
     CONFIG_FILE,
     INDEX_FILE,
     SINGLE_FILE,
@@ -61,6 +55,15 @@ from minilora.weights import (
     read_config,
     save_tensors,
 )
+from minilora.inference.load import find_base, load_adapted_tokenizer
+from minilora.lora import OUTPUT_HEAD, match_targets
+from minilora.model import CausalLM
+from minilora.quantization import QUANT_TYPES, quantize_4bit, to_bitsandbytes
+from minilora.run.output_dir import SETTINGS_FILE
+from minilora.run.settings import read_yaml
+from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.files import check_writable, read_json, write_whole
+from minilora.system.hub import resolve_model
 
 SHARD_BYTES = 1_000_000_000
 
@@ -69,20 +72,40 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", required=True, help="its directory, or its hub id")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--output", help="directory to write, or a file that ends in .gguf; it must not exist yet")
-    target.add_argument("--export_adapter", metavar="DIRECTORY", help="write the adapter as plain LoRA instead, without merging")
-    parser.add_argument("--model", help="base model, directory or hub id; default: the one that the adapter names")
-    parser.add_argument("--into", choices=("original", "dequantized"), help="default: original, unless the files are quantized")
-    parser.add_argument("--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16")
-    parser.add_argument("--quantize", action="store_true", help="write the merged weights in 4 bits, in bitsandbytes' format")
+    target.add_argument(
+        "--output", help="directory to write, or a file that ends in .gguf; it must not exist yet"
+    )
+    target.add_argument(
+        "--export_adapter",
+        metavar="DIRECTORY",
+        help="write the adapter as plain LoRA instead, without merging",
+    )
+    parser.add_argument(
+        "--model", help="base model, directory or hub id; default: the one that the adapter names"
+    )
+    parser.add_argument(
+        "--into",
+        choices=("original", "dequantized"),
+        help="default: original, unless the files are quantized",
+    )
+    parser.add_argument(
+        "--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16"
+    )
+    parser.add_argument(
+        "--quantize", action="store_true", help="write the merged weights in 4 bits, in bitsandbytes' format"
+    )
     parser.add_argument("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
-    parser.add_argument("--double_quantization", choices=("true", "false"), help="as in training; default: true")
+    parser.add_argument(
+        "--double_quantization", choices=("true", "false"), help="as in training; default: true"
+    )
     options = parser.parse_args()
     output, to_gguf = Path(options.export_adapter or options.output), (options.output or "").endswith(".gguf")
     if options.outtype and not to_gguf:
         raise UserError("--outtype is of a .gguf file: let --output end in .gguf, or leave it out")
     if options.quantize and to_gguf:
-        raise UserError("--quantize writes bitsandbytes' 4 bits, which no .gguf file holds: leave it out, or choose --outtype q8_0")
+        raise UserError(
+            "--quantize writes bitsandbytes' 4 bits, which no .gguf file holds: leave it out, or choose --outtype q8_0"
+        )
     if output.exists():
         raise UserError(f"output {output} exists; choose another directory, or remove it first")
     check_writable("output", output, parents=True)
@@ -90,21 +113,27 @@ def main() -> None:
     if options.export_adapter:
         return export_adapter(adapter, output, options)
     if to_gguf:
-        from minilora.gguf_export import write_gguf
+        from minilora.formats.gguf import write_gguf
 
     # ---- everything that can be wrong without a weight in memory -----------------------------------------------------
 
     lora, factors = adapters.read_adapter(adapter)
     base = find_base(options.model, [adapter])
     config, stored = read_config(base), StoredTensors(base)
-    tokenizer = load_adapted_tokenizer(base, {"adapter": adapter})  # with the chat template that training worded rows by
+    tokenizer = load_adapted_tokenizer(
+        base, {"adapter": adapter}
+    )  # with the chat template that training worded rows by
     if OUTPUT_HEAD in factors and config.tie_word_embeddings:
-        raise UserError(f"{adapter} adapts {OUTPUT_HEAD}, whose weight is also the embedding in {base}: use the adapter unmerged")
+        raise UserError(
+            f"{adapter} adapts {OUTPUT_HEAD}, whose weight is also the embedding in {base}: use the adapter unmerged"
+        )
     with torch.device("meta"):
         model = CausalLM(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linear = {f"{layer}.weight" for layer in match_targets(model, "all-linear")}  # what QLoRA quantizes
-    adapters.load_adapter(model, adapter)  # onto weights without memory: finds every name and shape that does not fit
+    adapters.load_adapter(
+        model, adapter
+    )  # onto weights without memory: finds every name and shape that does not fit
     stored.check(wanted, ignore=is_redundant(config))
     trained, into, quant = choose(options, stored, wanted, adapter)
 
@@ -114,33 +143,49 @@ def main() -> None:
     errors: dict[str, dict[str, float]] = {}  # choice -> layer -> relative error
 
     def merged(name: str) -> dict[str, Tensor]:
-        """The entries to write for a tensor: itself, or all of its 4-bit format. Notes the errors of an adapted one."""
+        """The entries to write for a tensor: itself, or all of its 4-bit format. Notes the errors of an
+        adapted one.
+        """
         layer, in_4_bits = name.removesuffix(".weight"), options.quantize and name in linear
         q = stored.read_quantized(name, wanted[name], "cpu") if name in stored.quantized else None
         weight = stored.read(name, None, "cpu") if q is None else None
-        if q is None and name in linear and (in_4_bits or into == "dequantized" or (trained and layer in factors)):
+        if (
+            q is None
+            and name in linear
+            and (in_4_bits or into == "dequantized" or (trained and layer in factors))
+        ):
             q = quantize_4bit(weight, *settings)
         if layer not in factors:
             if in_4_bits:
-                return to_bitsandbytes(q, name)  # what training saw to the bit; by way of dequantized weights it would not be
+                return to_bitsandbytes(
+                    q, name
+                )  # what training saw to the bit; by way of dequantized weights it would not be
             return {name: weight if q is None or into == "original" else q.dequantize()}
 
         sums = {} if weight is None else {"original": merged_weight(weight, factors[layer], lora.scaling)}
         if q is not None:
             sums["dequantized"] = merged_weight(q.dequantize(torch.float32), factors[layer], lora.scaling)
-        target, dtype = (into, q.dtype) if q is not None else ("original", weight.dtype)  # the output head is not quantized
+        target, dtype = (
+            (into, q.dtype) if q is not None else ("original", weight.dtype)
+        )  # the output head is not quantized
         rounded = {choice: total.to(dtype) for choice, total in sums.items()}
         if not rounded[target].isfinite().all():
-            raise UserError(f"{name} is infinite or NaN once merged, in {dtype}; the adapter or the base model is damaged")
+            raise UserError(
+                f"{name} is infinite or NaN once merged, in {dtype}; the adapter or the base model is damaged"
+            )
         if q is None:
             return {name: rounded[target]}
         seen, again = sums["dequantized"], replace(quantize_4bit(sums[target], *settings), dtype=dtype)
         for choice, value in (rounded | {"quantized": again.dequantize(torch.float32)}).items():
             errors.setdefault(choice, {})[layer] = ((value - seen).norm() / seen.norm()).item()
-        errors.setdefault("adapter", {})[layer] = ((seen - q.dequantize(torch.float32)).norm() / seen.norm()).item()
+        errors.setdefault("adapter", {})[layer] = (
+            (seen - q.dequantize(torch.float32)).norm() / seen.norm()
+        ).item()
         return to_bitsandbytes(again, name) if in_4_bits else {name: rounded[target]}
 
-    print(f"merging {adapter} (r {lora.r}, scaling {lora.scaling:g}, {len(factors)} layers) into the {into} weights of {base}")
+    print(
+        f"merging {adapter} (r {lora.r}, scaling {lora.scaling:g}, {len(factors)} layers) into the {into} weights of {base}"
+    )
     differences = []
     output.parent.mkdir(parents=True, exist_ok=True)
     if to_gguf:
@@ -152,7 +197,9 @@ def main() -> None:
     if errors:  # none of the head alone, which training did not quantize
         print_table(errors, quant, into, written="quantized" if options.quantize else into)
     elif not trained:
-        print("training saw the original weights, unquantized: what is written is exactly that with the adapter, rounded once")
+        print(
+            "training saw the original weights, unquantized: what is written is exactly that with the adapter, rounded once"
+        )
     for difference in differences:
         print(f"note: {difference}")
     size = sum(file.stat().st_size for file in ([output] if to_gguf else output.glob("*.safetensors")))
@@ -160,7 +207,9 @@ def main() -> None:
 
 
 def merged_weight(weight: Tensor, factors: tuple[Tensor, ...], scaling: float) -> Tensor:
-    """W + scaling B A of one layer, for DoRA with each row of its magnitude; (out, in) in float32, whatever the dtype of W."""
+    """W + scaling B A of one layer, for DoRA with each row of its magnitude; (out, in) in float32, whatever
+    the dtype of W.
+    """
     A, B, *magnitude = factors
     V = ((B @ A) * scaling).add_(weight)
     return V.mul_(row_factors(V, *magnitude)) if magnitude else V
@@ -171,7 +220,8 @@ def choose(
 ) -> tuple[bool, str, QuantConfig]:
     """Whether training saw weights in 4 bits, which ones to merge into, and how 4 bits are made of them.
 
-    As asked, else as the run's settings beside the adapter say, else as QLoRA does it. Files in 4 bits leave no choice.
+    As asked, else as the run's settings beside the adapter say, else as QLoRA does it. Files in 4 bits leave
+    no choice.
     """
     if not (names := [name for name in wanted if name in stored.quantized]):
         run = read_yaml(adapter / SETTINGS_FILE) if (adapter / SETTINGS_FILE).is_file() else {}
@@ -183,10 +233,18 @@ def choose(
             )
         quant_type = options.quantization_type or run.get("quantization_type", "nf4")
         double_quant = options.double_quantization or run.get("double_quantization", True)
-        return trained, options.into or "original", QuantConfig(4, quant_type, str(double_quant).lower() == "true")
+        return (
+            trained,
+            options.into or "original",
+            QuantConfig(4, quant_type, str(double_quant).lower() == "true"),
+        )
     if options.into == "original" or options.quantization_type or options.double_quantization:
-        raise UserError(f"the files in {stored.directory} hold 4 bits a weight: leave out --into original and how to quantize")
-    print("the base model's files hold 4 bits a weight, so only merging into the dequantized weights is possible")
+        raise UserError(
+            f"the files in {stored.directory} hold 4 bits a weight: leave out --into original and how to quantize"
+        )
+    print(
+        "the base model's files hold 4 bits a weight, so only merging into the dequantized weights is possible"
+    )
     q = stored.read_quantized(names[0], wanted[names[0]], "cpu")
     return True, "dequantized", QuantConfig(4, q.quant_type, q.nested_absmax is not None, q.blocksize)
 
@@ -199,7 +257,9 @@ def write_directory(
     dtype: str,
     quant: QuantConfig | None,
 ) -> None:
-    """Write a model directory: everything under another name first, which becomes `output` when it is complete."""
+    """Write a model directory: everything under another name first, which becomes `output` when it is
+    complete.
+    """
     with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as passing:
         part = Path(passing) / "model"
         tokenizer.save(part)
@@ -228,7 +288,9 @@ def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> None:
 
 
 def write_generation_config(base: Path, output: Path, tokenizer: Tokenizer) -> None:
-    """The base model's `generation_config.json`, and in it the token that answers end with under the chat template."""
+    """The base model's `generation_config.json`, and in it the token that answers end with under the chat
+    template.
+    """
     path = base / "generation_config.json"
     raw = read_json(path) if path.is_file() else {}
     ends = raw.get("eos_token_id") or list(read_config(base).eos_token_ids) or [tokenizer.eos_id]
@@ -251,8 +313,13 @@ def write_config(base: Path, output: Path, dtype: str, quant: QuantConfig | None
 def print_table(errors: dict[str, dict[str, float]], quant: QuantConfig, into: str, written: str) -> None:
     """The worst and the median error of each choice over the adapted layers, those in 4 bits in training."""
     rows = {"original": "original weights merged", "dequantized": "dequantized weights merged"}
-    rows |= {"quantized": f"{into} weights merged, quantized", "adapter": "for comparison: the adapter itself"}
-    print(f"relative error against what training saw: {quant.quant_type}{', double quantization' * quant.double_quant}")
+    rows |= {
+        "quantized": f"{into} weights merged, quantized",
+        "adapter": "for comparison: the adapter itself",
+    }
+    print(
+        f"relative error against what training saw: {quant.quant_type}{', double quantization' * quant.double_quant}"
+    )
     print(f"{'':41}   worst   median")
     for choice in (choice for choice in rows if choice in errors):
         worst, middle = max(errors[choice].values()), median(errors[choice].values())
@@ -266,9 +333,14 @@ def export_adapter(adapter: Path, output: Path, options: argparse.Namespace) -> 
         raise UserError(f"--export_adapter merges nothing: leave out {', '.join(stray)}")
     lora, _ = adapters.read_adapter(adapter)
     if lora.use_dora:
-        raise UserError(f"{adapter} is a DoRA adapter, which plain LoRA cannot express: merge it, with --output")
+        raise UserError(
+            f"{adapter} is a DoRA adapter, which plain LoRA cannot express: merge it, with --output"
+        )
     plain = as_plain_lora(lora)
-    raw = read_json(adapter / adapters.CONFIG_FILE) | {"use_rslora": plain.use_rslora, "lora_alpha": plain.lora_alpha}
+    raw = read_json(adapter / adapters.CONFIG_FILE) | {
+        "use_rslora": plain.use_rslora,
+        "lora_alpha": plain.lora_alpha,
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as passing:
         part = Path(passing) / "adapter"
@@ -278,12 +350,16 @@ def export_adapter(adapter: Path, output: Path, options: argparse.Namespace) -> 
                 write_whole(part / file.name, file.read_bytes())
         write_whole(part / adapters.CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
         os.replace(part, output)
-    print(f"{output} holds the adapter as plain LoRA: alpha {lora.lora_alpha:g} -> {plain.lora_alpha:g}, scaling {lora.scaling:g}")
+    print(
+        f"{output} holds the adapter as plain LoRA: alpha {lora.lora_alpha:g} -> {plain.lora_alpha:g}, scaling {lora.scaling:g}"
+    )
     print(table(lint_adapter(output)))
 
 
 def as_plain_lora(lora: LoraConfig) -> LoraConfig:
-    """The same scaling without rsLoRA: alpha / sqrt(r) = alpha sqrt(r) / r. A whole alpha stays a whole number."""
+    """The same scaling without rsLoRA: alpha / sqrt(r) = alpha sqrt(r) / r. A whole alpha stays a whole
+    number.
+    """
     if not lora.use_rslora:
         return lora
     alpha = lora.lora_alpha * lora.r**0.5

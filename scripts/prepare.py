@@ -1,4 +1,5 @@
-"""Look at data before a model does: read it, check every row, split it, count its tokens; and save it ready for training.
+"""Look at data before a model does: read it, check every row, split it, count its tokens; and save it ready
+for training.
 
     python scripts/prepare.py --model mistralai/Mistral-7B-v0.1 --dataset my.jsonl --template mistral --val_size 0.1
     python scripts/prepare.py --config run.yaml --show 3                     three examples, what is learnt of them in colour
@@ -36,23 +37,22 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from minilora.adapted import EMBEDDED_MODEL
-from minilora.chat import load_chat_template, training_clock
-from minilora.data import Dataset
-from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.files import to_json, write_whole
-from minilora.hub import resolve_model
-from minilora.mask_view import view
-from minilora.plots import plot_lengths
-from minilora.prepared import save_tokens, tokens_file, tokens_key
-from minilora.remote import check_address, shown, write_files
-from minilora.rows import Row, record_of
-from minilora.tokenizer import Tokenizer, load_tokenizer
-from minilora.train_config import TrainConfig, load_train_config
-from minilora.training_data import read_datasets, token_settings, tokenize_rows
-from minilora.weights import read_config
+from minilora.data.chat import load_chat_template, training_clock
+from minilora.data.examples import Dataset
+from minilora.data.mask_view import view
+from minilora.data.prepared import save_tokens, tokens_file, tokens_key
+from minilora.data.rows import Row, record_of
+from minilora.data.tokenizer import Tokenizer, load_tokenizer
+from minilora.formats.weights import read_config
+from minilora.run.datasets import read_datasets, token_settings, tokenize_rows
+from minilora.run.plots import plot_lengths
+from minilora.run.settings import TrainConfig, load_train_config
+from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
+from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.files import to_json, write_whole
+from minilora.system.hub import resolve_model
+from minilora.system.remote import check_address, shown, write_files
 
-DEFAULT_RUN = Path(__file__).resolve().parents[1] / "assets" / "default.yaml"
 LISTED = 20  # wrong rows that are listed one by one
 DONE_HERE = (  # keys that the saved rows make up for
     "eval_dataset val_size prompt_column completion_column messages_column max_samples".split()
@@ -90,7 +90,9 @@ def main() -> None:
     check(options)
     config = load_train_config(keys, DEFAULT_RUN)
     model = config.model_name_or_path
-    model_dir = EMBEDDED_MODEL if model is None else resolve_model(model, config.model_revision, weights=False)
+    model_dir = (
+        EMBEDDED_MODEL if model is None else resolve_model(model, config.model_revision, weights=False)
+    )
     model_config, tokenizer = read_config(model_dir), load_tokenizer(model_dir)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     settings = token_settings(config, model_config)
@@ -109,23 +111,35 @@ def main() -> None:
     }
     if faults and not (options.skip_invalid and sets["train"].examples):
         refuse(faults, config.dataset)
-    sets = {name: dataset for name, dataset in sets.items() if dataset.examples}  # every held-out row may have been a wrong one
+    sets = {
+        name: dataset for name, dataset in sets.items() if dataset.examples
+    }  # every held-out row may have been a wrong one
     show(sets["train"], tokenizer, options.show)
     statistics = {name: count(dataset) for name, dataset in sets.items()}
     if "validation" in sets:
         known = set(map(content, sets["train"].rows))
-        statistics["validation"]["also_in_training"] = sum(content(row) in known for row in sets["validation"].rows)
+        statistics["validation"]["also_in_training"] = sum(
+            content(row) in known for row in sets["validation"].rows
+        )
     in_turns = any(row.messages is not None for dataset in sets.values() for row in dataset.rows)
     wording = f"template {template.name}" if in_turns else "no template"
     print_statistics(config, wording, settings["cutoff_len"], statistics, faults)
 
     # ---- all files, or none ------------------------------------------------------------------------------------------
 
-    with TemporaryDirectory(dir=options.output.absolute().parent, prefix=options.output.name + ".") as passing:
+    with TemporaryDirectory(
+        dir=options.output.absolute().parent, prefix=options.output.name + "."
+    ) as passing:
         part = Path(passing)
         for name, dataset in sets.items():
-            write_whole(part / f"{name}.jsonl", "".join(to_json(record_of(row)) + "\n" for row in dataset.rows))
-            save_tokens(tokens_file(part / f"{name}.jsonl"), dataset, tokens_key(dataset.rows, tokenizer, template, settings))
+            write_whole(
+                part / f"{name}.jsonl", "".join(to_json(record_of(row)) + "\n" for row in dataset.rows)
+            )
+            save_tokens(
+                tokens_file(part / f"{name}.jsonl"),
+                dataset,
+                tokens_key(dataset.rows, tokenizer, template, settings),
+            )
         write_whole(part / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         write_whole(part / RUN_FILE, run_settings(config, options.output, settings["cutoff_len"], set(sets)))
         supervised = [example.supervised for example in sets["train"].examples]
@@ -136,9 +150,13 @@ def main() -> None:
                 os.replace(part / name, options.output / name)
             else:
                 (options.output / name).unlink(missing_ok=True)  # held-out rows of an earlier time
-    print(f"\nprepared: {options.output}\nto train: python scripts/train.py --config {options.output / RUN_FILE}")
+    print(
+        f"\nprepared: {options.output}\nto train: python scripts/train.py --config {options.output / RUN_FILE}"
+    )
     if options.to:
-        write_files(options.to, {name: options.output / name for name in FILES if (options.output / name).is_file()})
+        write_files(
+            options.to, {name: options.output / name for name in FILES if (options.output / name).is_file()}
+        )
         print(f"sent to {shown(options.to)}")
 
 
@@ -154,7 +172,9 @@ def check(options: argparse.Namespace) -> None:
     if not os.access(output if output.exists() else output.absolute().parent, os.W_OK):
         raise UserError(f"--output {output}: {output.absolute().parent} is no directory that may be written")
     if not options.overwrite_output_dir and (found := [name for name in FILES if (output / name).exists()]):
-        raise UserError(f"--output {output} already holds {found[0]}; choose another, or add --overwrite_output_dir")
+        raise UserError(
+            f"--output {output} already holds {found[0]}; choose another, or add --overwrite_output_dir"
+        )
 
 
 def refuse(faults: list[UserError], dataset: str | Sequence[str]) -> None:
@@ -167,7 +187,9 @@ def refuse(faults: list[UserError], dataset: str | Sequence[str]) -> None:
 
 
 def _natural_order(fault: UserError) -> list[str]:
-    return [part.rjust(12, "0") if part.isdigit() else part for part in re.split(r"(\d+)", str(fault))]  # line 9 before line 10
+    return [
+        part.rjust(12, "0") if part.isdigit() else part for part in re.split(r"(\d+)", str(fault))
+    ]  # line 9 before line 10
 
 
 def show(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
@@ -205,7 +227,9 @@ def print_statistics(
     config: TrainConfig, wording: str, cutoff_len: int, statistics: dict[str, dict], faults: list[UserError]
 ) -> None:
     """A column a set, a row a figure."""
-    print(f"dataset    {config.dataset}, for {config.model_name_or_path or 'assets/base'}, {wording}, cutoff_len {cutoff_len:,}")
+    print(
+        f"dataset    {config.dataset}, for {config.model_name_or_path or 'assets/base'}, {wording}, cutoff_len {cutoff_len:,}"
+    )
     if faults:
         rows = "1 row that is" if len(faults) == 1 else f"{len(faults):,} rows that are"
         print(f"left out   {rows} wrong; the first: {min(faults, key=_natural_order)}")
@@ -217,8 +241,14 @@ def print_statistics(
 
 
 def run_settings(config: TrainConfig, output: Path, cutoff_len: int, sets: set[str]) -> str:
-    """What the run was given, but for what is done now, with the rows that were saved in place of those that were read."""
-    given = {field.name: value for field in fields(config) if (value := getattr(config, field.name)) != field.default}
+    """What the run was given, but for what is done now, with the rows that were saved in place of those that
+    were read.
+    """
+    given = {
+        field.name: value
+        for field in fields(config)
+        if (value := getattr(config, field.name)) != field.default
+    }
     given = {name: value for name, value in given.items() if name not in DONE_HERE}
     given |= {"dataset": str(output / "train.jsonl"), "cutoff_len": cutoff_len}
     if "validation" in sets:

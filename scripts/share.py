@@ -4,17 +4,17 @@
     python scripts/share.py --adapter outputs --push_to_hub owner/name --hub_private_repo
     python scripts/share.py --adapter outputs --upload s3://bucket/folder
 
-Adapter, tokenizer, settings, metrics, pictures and model card go; checkpoints stay. The trainer does the same by itself where it is
-given --push_to_hub or --upload. Afterwards the adapter is found there: scripts/chat.py --adapter s3://bucket/folder, vLLM's
---lora-modules name=owner/name.
+Adapter, tokenizer, settings, metrics, pictures and model card go; checkpoints stay. The trainer does the same
+by itself where it is given --push_to_hub or --upload. Afterwards the adapter is found there: scripts/chat.py
+--adapter s3://bucket/folder, vLLM's --lora-modules name=owner/name.
 """
 
 import sys
 from pathlib import Path
 
-from minilora.adapter import read_adapter_config
-from minilora.errors import ArgumentParser, UserError, run_script
-from minilora.sharing import destinations, files_to_share, send_to_all
+from minilora.formats.adapter import read_adapter_config
+from minilora.run.sharing import destinations, files_to_share, send_to_all
+from minilora.system.errors import ArgumentParser, UserError, run_script
 
 
 def main() -> None:

@@ -11,11 +11,13 @@ The file is one of the trainer's, and has lists under `sweep`:
       lora_rank: [4, 8]
       learning_rate: [1e-4, 2e-4]
 
-Each combination is a run of scripts/train.py of its own in `output_dir/lora_rank-4_learning_rate-1e-4`, with its settings in a
-file of that name beside it. All of them are checked before the first one starts. Start the sweep again, and finished runs are
-passed over and interrupted ones go on. A run that fails does not stop the others; it is named at the end.
+Each combination is a run of scripts/train.py of its own in `output_dir/lora_rank-4_learning_rate-1e-4`, with
+its settings in a file of that name beside it. All of them are checked before the first one starts. Start the
+sweep again, and finished runs are passed over and interrupted ones go on. A run that fails does not stop the
+others; it is named at the end.
 
-Exit codes: 0 all runs are finished, 2 a mistake of yours or runs that failed, 130 interrupted (the run at work has saved).
+Exit codes: 0 all runs are finished, 2 a mistake of yours or runs that failed, 130 interrupted (the run at
+work has saved).
 """
 
 import argparse
@@ -33,15 +35,20 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from minilora.errors import ArgumentParser, UserError, describe, run_script
-from minilora.files import check_writable, read_json_lines, write_whole
-from minilora.output_dir import SETTINGS_FILE
-from minilora.track import METRICS_FILE
-from minilora.train_config import TrainConfig, load_train_config, read_yaml
+from minilora.run.output_dir import SETTINGS_FILE
+from minilora.run.settings import TrainConfig, load_train_config, read_yaml
+from minilora.run.tracker import METRICS_FILE
+from minilora.system.errors import ArgumentParser, UserError, describe, run_script
+from minilora.system.files import check_writable, read_json_lines, write_whole
 
 TRAINER = Path(__file__).with_name("train.py")
 LAST_FILE = "README.md"  # what a run writes when all else is done
-PLACES = {"output", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # which the sweep sets itself
+PLACES = {
+    "output",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+}  # which the sweep sets itself
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,10 @@ def main() -> None:
     grid = combinations(settings.pop("sweep", None), place)
     parent = Path(settings.pop("output", None) or settings.pop("output_dir", None) or TrainConfig.output_dir)
     runs = [Run(parent / name, chosen) for name, chosen in grid.items()]
-    texts = [yaml.safe_dump(settings | run.chosen | {"output_dir": str(run.directory)}, sort_keys=False) for run in runs]
+    texts = [
+        yaml.safe_dump(settings | run.chosen | {"output_dir": str(run.directory)}, sort_keys=False)
+        for run in runs
+    ]
     for run, text in zip(runs, texts, strict=True):
         check(run, text, place)
     parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +88,10 @@ def main() -> None:
 
     failed = []
     for i, run in enumerate(runs, start=1):
-        print(f"\n==== run {i} of {len(runs)}: {run.directory.name}{'  (finished before)' * run.finished}", flush=True)
+        print(
+            f"\n==== run {i} of {len(runs)}: {run.directory.name}{'  (finished before)' * run.finished}",
+            flush=True,
+        )
         if run.finished:
             continue
         code = train(run)
@@ -104,7 +117,9 @@ def combinations(swept: object, place: Path) -> dict[str, dict[str, object]]:
         if not isinstance(values, list) or not values:
             raise UserError(f"{place}: under sweep, {key} must be a list of values, not {values!r}")
         if key in PLACES:
-            raise UserError(f"{place}: {key} cannot be swept; every run has a directory of its own in output_dir")
+            raise UserError(
+                f"{place}: {key} cannot be swept; every run has a directory of its own in output_dir"
+            )
     grid = {}
     for values in itertools.product(*swept.values()):
         chosen = dict(zip(swept, values, strict=True))
@@ -122,9 +137,14 @@ def short(value: object) -> str:
 
 
 def check(run: Run, text: str, place: Path) -> None:
-    """Raise UserError for a run that cannot be, or that was finished with other settings. Nothing is written where it will be."""
+    """Raise UserError for a run that cannot be, or that was finished with other settings. Nothing is written
+    where it will be.
+    """
     check_writable("output_dir", run.file, parents=True)
-    with TemporaryDirectory() as passing, redirect_stdout(io.StringIO()):  # the run will say what there is to say about its keys
+    with (
+        TemporaryDirectory() as passing,
+        redirect_stdout(io.StringIO()),
+    ):  # the run will say what there is to say about its keys
         file = Path(passing) / run.file.name
         file.write_text(text, encoding="utf-8")
         try:
@@ -135,19 +155,23 @@ def check(run: Run, text: str, place: Path) -> None:
         try:
             saved = read_yaml(run.directory / SETTINGS_FILE)
         except UserError as error:
-            raise UserError(f"{run.directory} is finished, but {error}; choose another output_dir, or remove it") from error
+            raise UserError(
+                f"{run.directory} is finished, but {error}; choose another output_dir, or remove it"
+            ) from error
         free = config.may_change() - {"model_name_or_path", "model_revision", "dataset", "eval_dataset"}
         wanted = {key: value for key, value in asdict(config).items() if key not in free}
         changed = [f"{key} {saved.get(key)!r}" for key, value in wanted.items() if saved.get(key) != value]
         if changed:
-            raise UserError(f"{run.directory} was finished with {describe(changed)}; choose another output_dir, or remove it")
+            raise UserError(
+                f"{run.directory} was finished with {describe(changed)}; choose another output_dir, or remove it"
+            )
 
 
 def train(run: Run) -> int:
     """The exit code of the trainer, or 130 if the sweep is to end.
 
-    Ctrl-C reaches the trainer from the terminal; SIGTERM is passed on. It saves, and then ends; but while it is starting yet it
-    ends as any program does, with another exit code than 130.
+    Ctrl-C reaches the trainer from the terminal; SIGTERM is passed on. It saves, and then ends; but while it
+    is starting yet it ends as any program does, with another exit code than 130.
     """
     command = [sys.executable, str(TRAINER), "--config", str(run.file), "--resume_from_checkpoint", "latest"]
     received: list[int] = []
@@ -171,7 +195,9 @@ def train(run: Run) -> int:
 
 
 def print_table(runs: list[Run]) -> None:
-    """The settings of each run and what came of them, the best one first: lowest held-out loss, or training loss without one."""
+    """The settings of each run and what came of them, the best one first: lowest held-out loss, or training
+    loss without one.
+    """
     keys, rows = list(runs[0].chosen), []
     for run in runs:
         metrics = run.directory / METRICS_FILE
@@ -180,10 +206,18 @@ def print_table(runs: list[Run]) -> None:
         held_out = [record["eval_loss"] for record in records if "eval_loss" in record and record["step"] > 0]
         order = (not run.finished, min(held_out, default=math.inf), training[-1] if training else math.inf)
         steps = max((record["step"] for record in records), default=0)
-        losses = [f"{values[-1]:.4f}" if values else "" for values in (training, sorted(held_out, reverse=True))]
-        chosen = [",".join(map(str, value)) if isinstance(value, list) else str(value) for value in run.chosen.values()]
+        losses = [
+            f"{values[-1]:.4f}" if values else "" for values in (training, sorted(held_out, reverse=True))
+        ]
+        chosen = [
+            ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            for value in run.chosen.values()
+        ]
         rows.append((order, [*chosen, str(steps), *losses, "finished" if run.finished else "not finished"]))
-    table = [[*keys, "steps", "training loss", "lowest held-out loss", ""], *(cells for _, cells in sorted(rows))]
+    table = [
+        [*keys, "steps", "training loss", "lowest held-out loss", ""],
+        *(cells for _, cells in sorted(rows)),
+    ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()
     for cells in table:

@@ -1,4 +1,5 @@
-"""Fine-tune a Llama, Mistral or Qwen model with LoRA, from a file of examples to an adapter that PEFT, vLLM and SGLang load.
+"""Fine-tune a Llama, Mistral or Qwen model with LoRA, from a file of examples to an adapter that PEFT, vLLM
+and SGLang load.
 
     python scripts/train.py                                    the small model that comes with minilora learns to answer
     python scripts/train.py --model mistralai/Mistral-7B-v0.1 --dataset my.jsonl --output_dir out
@@ -7,11 +8,12 @@
     torchrun --nproc-per-node 2 scripts/train.py --config run.yaml
     python scripts/train.py --help                             every key, its default and its meaning
 
-One file, read from top to bottom: plan, model, optimizer, evaluation and checkpoints, the loop, the end. Everything cheap that
-can be wrong (keys, data, directories) is found before the weights are read, and nothing is written before that.
+One file, read from top to bottom: plan, model, optimizer, evaluation and checkpoints, the loop, the end.
+Everything cheap that can be wrong (keys, data, directories) is found before the weights are read, and nothing
+is written before that.
 
-Exit codes: 0 done, 2 a mistake of yours (one line says which), 130 interrupted by Ctrl-C or SIGTERM (everything is saved first).
-torchrun makes 1 of the last two.
+Exit codes: 0 done, 2 a mistake of yours (one line says which), 130 interrupted by Ctrl-C or SIGTERM
+(everything is saved first). torchrun makes 1 of the last two.
 """
 
 import math
@@ -24,28 +26,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minilora.adapter import load_adapter, save_adapter
-from minilora.chat import load_chat_template, training_clock
-from minilora.data import Dataset, collate, document_ids, padding_share, step_batches, steps_per_epoch
-from minilora.device import choose_placement, memory_used, return_freed_memory
-from minilora.distributed import Processes, join_processes
-from minilora.errors import UserError, run_script
-from minilora.evaluation import answers, evaluate_loss, exact_match
-from minilora.files import fingerprint
-from minilora.hub import resolve_model
+from minilora.data.chat import load_chat_template, training_clock
+from minilora.data.examples import (
+    Dataset,
+    collate,
+    document_ids,
+    padding_share,
+    step_batches,
+    steps_per_epoch,
+)
+from minilora.data.packing import pack
+from minilora.data.tokenizer import load_tokenizer
+from minilora.formats.adapter import load_adapter, save_adapter
+from minilora.formats.lint import lint_adapter, table
+from minilora.formats.weights import load_model, read_config
+from minilora.inference.evaluation import answers, evaluate_loss, exact_match
 from minilora.linear import describe_weights
-from minilora.lint import lint_adapter, table
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
-from minilora.memory import available_memory, choose_recompute, memory_ledger, process_memory
+from minilora.memory.ledger import available_memory, choose_recompute, memory_ledger, process_memory
 from minilora.optim import learning_rate, make_optimizer, set_learning_rate
-from minilora.output_dir import SETTINGS_FILE, check_output_dir, files_of_a_run, open_output_dir
-from minilora.packing import pack
-from minilora.plots import plot_loss, plot_training
 from minilora.recompute import set_recompute
-from minilora.reporters import make_reporters, without_secrets
-from minilora.resume import (
+from minilora.run.checkpoints import (
     StopSignal,
     bring_checkpoint,
     check_same_training,
@@ -57,16 +60,19 @@ from minilora.resume import (
     set_random_state,
     write_checkpoint,
 )
-from minilora.sharing import destinations, files_to_share, send_to_all
-from minilora.tokenizer import load_tokenizer
-from minilora.track import Tracker, minutes, print_answers, print_summary, write_model_card
-from minilora.train_config import TrainConfig, load_train_config, manual
-from minilora.training_data import load_datasets, token_settings
-from minilora.weights import load_model, read_config
-
-ROOT = Path(__file__).resolve().parents[1]
-EMBEDDED_MODEL = ROOT / "assets" / "base"
-DEFAULT_RUN = ROOT / "assets" / "default.yaml"  # what runs when no config, model or dataset is named
+from minilora.run.datasets import load_datasets, token_settings
+from minilora.run.output_dir import SETTINGS_FILE, check_output_dir, files_of_a_run, open_output_dir
+from minilora.run.plots import plot_loss, plot_training
+from minilora.run.reporters import make_reporters, without_secrets
+from minilora.run.settings import TrainConfig, load_train_config, manual
+from minilora.run.sharing import destinations, files_to_share, send_to_all
+from minilora.run.tracker import Tracker, minutes, print_answers, print_summary, write_model_card
+from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
+from minilora.system.device import choose_placement, memory_used, return_freed_memory
+from minilora.system.distributed import Processes, join_processes
+from minilora.system.errors import UserError, run_script
+from minilora.system.files import fingerprint
+from minilora.system.hub import resolve_model
 
 
 def main() -> None:
@@ -87,7 +93,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
     placement = choose_placement(config.bf16, config.fp16)
     device = placement.device
     base_model = config.model_name_or_path or "assets/base"
-    model_dir = resolve_model(config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision)
+    model_dir = resolve_model(
+        config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision
+    )
     model_config = read_config(model_dir)
     tokenizer = load_tokenizer(model_dir)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
@@ -96,15 +104,21 @@ def train(config: TrainConfig, processes: Processes) -> None:
         train_set = pack(train_set, token_settings(config, model_config)["cutoff_len"], config.seed)
     asked = eval_set.rows[: config.exact_match_samples] if eval_set else []
     if any(row.prompt is None for row in asked):
-        raise UserError("exact_match_samples needs held-out prompts, and the held-out examples are plain text; set it to 0")
+        raise UserError(
+            "exact_match_samples needs held-out prompts, and the held-out examples are plain text; set it to 0"
+        )
     lengths = [len(example.input_ids) for example in train_set.examples]
     batching = (config.per_device_train_batch_size, config.gradient_accumulation_steps * processes.count)
     order = (config.seed, config.group_by_length)
     epoch_steps = steps_per_epoch(len(train_set), *batching)
-    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch_steps)
+    total_steps = (
+        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch_steps)
+    )
     warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     if warmup_steps >= total_steps:
-        raise UserError(f"warmup_steps = {warmup_steps} is not shorter than the training, which has {total_steps} steps")
+        raise UserError(
+            f"warmup_steps = {warmup_steps} is not shorter than the training, which has {total_steps} steps"
+        )
     eval_steps = (config.eval_steps or epoch_steps) if eval_set else None
     output_dir = Path(config.output_dir)
     training = asdict(config) | {  # what a run and the checkpoint it goes on from must have in common
@@ -116,9 +130,13 @@ def train(config: TrainConfig, processes: Processes) -> None:
     }
     checkpoint, state = find_resumed(config, training, total_steps)
     check_output_dir(config, checkpoint)
-    shares = destinations(config.push_to_hub, config.hub_private_repo, config.upload) if processes.main else []
+    shares = (
+        destinations(config.push_to_hub, config.hub_private_repo, config.upload) if processes.main else []
+    )
     reporters = (
-        make_reporters(config.trackers(), output_dir, asdict(config), config.run_name, config.mlflow_tracking_uri)
+        make_reporters(
+            config.trackers(), output_dir, asdict(config), config.run_name, config.mlflow_tracking_uri
+        )
         if processes.main
         else []
     )
@@ -142,23 +160,36 @@ def train(config: TrainConfig, processes: Processes) -> None:
     else:
         load_adapter(model, checkpoint, lora_fa=config.lora_fa)
     trainable = trainable_parameters(model)
-    assert all(p.dtype == torch.float32 for p in trainable.values()), "adapters are float32, whatever the compute dtype"
+    assert all(p.dtype == torch.float32 for p in trainable.values()), (
+        "adapters are float32, whatever the compute dtype"
+    )
     recompute = set_recompute(model, policy)
     reason = reason if recompute == policy else f"{policy} needs a GPU"
     predicted = ledger_of(recompute=recompute).peak
-    print_summary(config, base_model, model, placement, processes.count, train_set, eval_set, total_steps, epoch_steps)
+    print_summary(
+        config, base_model, model, placement, processes.count, train_set, eval_set, total_steps, epoch_steps
+    )
     print(f"padding    {padding_share(lengths, *batching, *order):.1%} of what goes through the model")
-    print(f"recompute  {recompute} ({reason})\nmemory     {predicted / 2**30:.2f} GiB predicted at the peak", flush=True)
+    print(
+        f"recompute  {recompute} ({reason})\nmemory     {predicted / 2**30:.2f} GiB predicted at the peak",
+        flush=True,
+    )
 
     # ---- optimizer ---------------------------------------------------------------------------------------------------
 
-    optimizer = make_optimizer(config.optim, trainable, config.learning_rate, config.weight_decay, config.loraplus_lr_ratio)
+    optimizer = make_optimizer(
+        config.optim, trainable, config.learning_rate, config.weight_decay, config.loraplus_lr_ratio
+    )
     loss_scale = LossScale(device, enabled=placement.dtype == torch.float16)
 
     def optimizer_step(step: int) -> tuple[float, float, float, float, bool]:
-        """One step over all its micro-batches: mean loss per supervised token, learning rate, gradient norm, tokens, stop now?"""
+        """One step over all its micro-batches: mean loss per supervised token, learning rate, gradient norm,
+        tokens, stop now?
+        """
         position = step - loss_scale.skipped  # in the schedule
-        lr = learning_rate(position, total_steps, warmup_steps, config.learning_rate, config.lr_scheduler_type)
+        lr = learning_rate(
+            position, total_steps, warmup_steps, config.learning_rate, config.lr_scheduler_type
+        )
         set_learning_rate(optimizer, lr)
         batches = step_batches(lengths, step, *batching, *order)
         supervised = sum(train_set.examples[i].supervised for chosen in batches for i in chosen)
@@ -167,13 +198,20 @@ def train(config: TrainConfig, processes: Processes) -> None:
             examples = [train_set.examples[i] for i in chosen]
             input_ids, labels = (t.to(device) for t in collate(examples, tokenizer.pad_id))  # (B, T) each
             documents = document_ids(examples)  # (B, T), None where nothing is packed
-            part = causal_lm_loss(model, input_ids, labels, documents if documents is None else documents.to(device)) / supervised
+            part = (
+                causal_lm_loss(
+                    model, input_ids, labels, documents if documents is None else documents.to(device)
+                )
+                / supervised
+            )
             loss_scale.backward(part)
             loss, tokens = loss + part.detach(), tokens + input_ids.numel()
         loss, tokens, stopping = processes.sum_gradients(trainable.values(), loss, tokens, stop.asked)
         loss_scale.unscale(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_grad_norm or math.inf).item()
-        assert step or norm != 0, "no gradient has reached the adapter"  # at step 0 it is B's alone, for A's is zero while B is
+        assert step or norm != 0, (
+            "no gradient has reached the adapter"
+        )  # at step 0 it is B's alone, for A's is zero while B is
         loss_scale.step(optimizer, finite=math.isfinite(loss) and math.isfinite(norm))
         optimizer.zero_grad(set_to_none=True)
         if loss_scale.diverged:
@@ -191,23 +229,41 @@ def train(config: TrainConfig, processes: Processes) -> None:
     def evaluate(step: int) -> bool:
         """Loss on the held-out examples, logged. Returns whether it is the lowest one yet."""
         share = processes.share(eval_set.examples)
-        loss = evaluate_loss(model, share, config.per_device_eval_batch_size, tokenizer.pad_id) if share else 0.0
+        loss = (
+            evaluate_loss(model, share, config.per_device_eval_batch_size, tokenizer.pad_id) if share else 0.0
+        )
         loss = processes.mean(loss, weight=sum(example.supervised for example in share))
         tracker.log(step=step, eval_loss=loss)
         better = step > 0 and loss < best["loss"]
-        tracker.say(f"step {step}/{total_steps}  held-out loss {loss:.4f}" + ("  (best so far)" if better else ""))
+        tracker.say(
+            f"step {step}/{total_steps}  held-out loss {loss:.4f}" + ("  (best so far)" if better else "")
+        )
         best["waited"] = 0 if better else best["waited"] + 1
         if better:
             best.update(loss=loss, step=step)
         return better
 
     def save_checkpoint(step: int) -> Path:
-        """All that a resumed run needs, in `checkpoint-<step>`. The oldest beyond `save_total_limit` go, the best one stays."""
+        """All that a resumed run needs, in `checkpoint-<step>`. The oldest beyond `save_total_limit` go, the
+        best one stays.
+        """
         directory, generators = output_dir / f"checkpoint-{step}", processes.gather(random_state(device))
         if processes.main:
-            state = dict(step=step, training=training, best=best, seconds=time.perf_counter() - started, random=generators)
-            state |= {"optimizer": optimizer.state_dict(), "loss_scale": loss_scale.state_dict(), "tracker": tracker.state_dict()}
-            write_checkpoint(directory, partial(save_adapter, model, base_model_name_or_path=base_model), state)
+            state = dict(
+                step=step,
+                training=training,
+                best=best,
+                seconds=time.perf_counter() - started,
+                random=generators,
+            )
+            state |= {
+                "optimizer": optimizer.state_dict(),
+                "loss_scale": loss_scale.state_dict(),
+                "tracker": tracker.state_dict(),
+            }
+            write_checkpoint(
+                directory, partial(save_adapter, model, base_model_name_or_path=base_model), state
+            )
             if shares and config.hub_strategy == "every_save":
                 share(step, directory)
             if config.save_total_limit is not None:
@@ -221,7 +277,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
         held_out = [record["eval_loss"] for record in tracker.records if "eval_loss" in record]
         said = {
             "examples": f"{len(train_set):,}",
-            "steps": f"{step} of {sum(map(len, step_batches(lengths, 0, *batching, *order)))} examples" + loss_scale.summary(),
+            "steps": f"{step} of {sum(map(len, step_batches(lengths, 0, *batching, *order)))} examples"
+            + loss_scale.summary(),
             "trainable parameters": f"{sum(p.numel() for p in trainable.values()):,}",
             "final training loss": f"{losses[-1]:.4f}" if losses else "not finite",
             "computed on": str(placement),
@@ -255,7 +312,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
         if checkpoint is not None and config.load_best_model_at_end and state["best"]["step"]:
             bring_checkpoint(checkpoint.with_name(f"checkpoint-{state['best']['step']}"), output_dir)
     visible = output_dir if processes.main else None
-    tracker = Tracker(visible, total_steps, epoch_steps, config.logging_steps, state.get("tracker"), reporters)
+    tracker = Tracker(
+        visible, total_steps, epoch_steps, config.logging_steps, state.get("tracker"), reporters
+    )
     stop = StopSignal(tracker.say)
     first = step = state.get("step", 0)
     if processes.rank:
@@ -272,7 +331,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
         for step in range(first + 1, total_steps + 1):
             start = time.perf_counter()
             loss, lr, norm, tokens, stopping = optimizer_step(step - 1)
-            tracker.step(step, loss, lr, norm, tokens, time.perf_counter() - start, memory_used(device), loss_scale)
+            tracker.step(
+                step, loss, lr, norm, tokens, time.perf_counter() - start, memory_used(device), loss_scale
+            )
             wanted = stopping or step % config.save_steps == 0
             if eval_set and (step % eval_steps == 0 or step == total_steps):
                 wanted |= evaluate(step) and config.load_best_model_at_end
@@ -284,7 +345,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
             if stopping:
                 processes.wait_for_all()
                 tracker.finish("KILLED")
-                print(f"interrupted after step {step} of {total_steps}; to go on from {saved}: --resume_from_checkpoint latest")
+                print(
+                    f"interrupted after step {step} of {total_steps}; to go on from {saved}: --resume_from_checkpoint latest"
+                )
                 raise KeyboardInterrupt
     stop.release()
     tracker.close()
@@ -309,12 +372,18 @@ def train(config: TrainConfig, processes: Processes) -> None:
         before = answers(model, tokenizer, asked, template=template)
         scores = exact_match(before, asked), exact_match(after, asked)
         print_answers(asked, before, after)
-        print(f"\nexact answers to {len(asked)} held-out prompts: {scores[0]:.1%} before, {scores[1]:.1%} after")
-        card |= {f"exact answers to {len(asked)} held-out prompts": f"{scores[1]:.1%} (base model: {scores[0]:.1%})"}
+        print(
+            f"\nexact answers to {len(asked)} held-out prompts: {scores[0]:.1%} before, {scores[1]:.1%} after"
+        )
+        card |= {
+            f"exact answers to {len(asked)} held-out prompts": f"{scores[1]:.1%} (base model: {scores[0]:.1%})"
+        }
     write_model_card(output_dir / "README.md", config, base_model, card)
     print("\n" + table(lint_adapter(output_dir, model_config)))
     tracker.finish("FINISHED", [path for path in files_of_a_run(output_dir) if path.is_file()])
-    print(f"adapter, metrics, plot and model card are in {output_dir} ({minutes(time.perf_counter() - started)} in all)")
+    print(
+        f"adapter, metrics, plot and model card are in {output_dir} ({minutes(time.perf_counter() - started)} in all)"
+    )
     try:
         send_to_all(shares, files_to_share(output_dir), f"Trained for {step} steps")
     except UserError as error:
@@ -326,12 +395,16 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 def fingerprint_of(dataset: Dataset | None) -> str | None:
     """Changes with any token, and with any token's being learnt or not."""
-    parts = ((e.input_ids, e.learnt, np.array(e.document_lengths)) for e in dataset.examples) if dataset else ()
+    parts = (
+        ((e.input_ids, e.learnt, np.array(e.document_lengths)) for e in dataset.examples) if dataset else ()
+    )
     return dataset and fingerprint(b"".join(part.tobytes() for part in example) for example in parts)
 
 
 def find_resumed(config: TrainConfig, training: dict, total_steps: int) -> tuple[Path | None, dict]:
-    """The checkpoint that resume_from_checkpoint asks for and its state; (None, {}) where the run starts at the beginning."""
+    """The checkpoint that resume_from_checkpoint asks for and its state; (None, {}) where the run starts at
+    the beginning.
+    """
     asked = config.resume_from_checkpoint
     if asked is None:
         return None, {}
@@ -345,10 +418,14 @@ def find_resumed(config: TrainConfig, training: dict, total_steps: int) -> tuple
         print(f"passed over: {fault}")
     check_same_training(state["training"], training, config.may_change(), checkpoint)
     if state["step"] > total_steps:
-        raise UserError(f"{checkpoint} is beyond the {total_steps} steps of this training; raise max_steps or num_train_epochs")
+        raise UserError(
+            f"{checkpoint} is beyond the {total_steps} steps of this training; raise max_steps or num_train_epochs"
+        )
     best = checkpoint.with_name(f"checkpoint-{state['best']['step']}")
     if config.load_best_model_at_end and state["best"]["step"] and not best.is_dir():
-        raise UserError(f"{best} is missing: it holds the best adapter so far, which load_best_model_at_end will need")
+        raise UserError(
+            f"{best} is missing: it holds the best adapter so far, which load_best_model_at_end will need"
+        )
     print(f"going on from {checkpoint}, after step {state['step']} of {total_steps}")
     return checkpoint, state
 

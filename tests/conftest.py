@@ -4,35 +4,18 @@ import importlib
 import io
 import json
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from safetensors.torch import load_file
+from support.project import WORDS
+from support.servers import S3_SECRET
 
 from minilora import CausalLM, ModelConfig, save_model
-from minilora.device import Placement
-from minilora.errors import run_script
-
-ROOT = Path(__file__).resolve().parents[1]
-S3_SECRET = "secretsecretsecret"
-WORDS = "the old fox and a young owl live by the river in a small blue house near the mill where bread is baked".split()
-
-
-def adapter(directory: Path) -> dict:
-    """The tensors of a saved adapter."""
-    return load_file(directory / "adapter_model.safetensors")
-
-
-def metrics(directory: Path) -> list[dict]:
-    """The records of a run."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+from minilora.system.device import Placement
+from minilora.system.errors import run_script
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +37,16 @@ def model_dir(tmp_path_factory) -> Path:
     )
     text.unlink()
     size = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).vocab_size()
-    config = dict(model_type="llama", vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-    config |= dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, max_position_embeddings=256)
+    config = dict(
+        model_type="llama", vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2
+    )
+    config |= dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        max_position_embeddings=256,
+    )
     model = CausalLM(ModelConfig.from_dict(config))
     model.init_weights(std=0.1)
     save_model(model, directory)
@@ -66,7 +57,11 @@ def model_dir(tmp_path_factory) -> Path:
 def examples() -> list[dict]:
     """Prompts with completions of 1 to 17 words: very different lengths."""
     return [
-        {"prompt": f"say {' '.join(WORDS[i % 7 : i % 7 + 3])}:", "completion": " ".join(WORDS[: 1 + i * 7 % 17])} for i in range(24)
+        {
+            "prompt": f"say {' '.join(WORDS[i % 7 : i % 7 + 3])}:",
+            "completion": " ".join(WORDS[: 1 + i * 7 % 17]),
+        }
+        for i in range(24)
     ]
 
 
@@ -88,7 +83,9 @@ def trainer():
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a script as the command line does, but in this process, with lines typed: (exit code, stdout, stderr)."""
+    """Run a script as the command line does, but in this process, with lines typed: (exit code, stdout,
+    stderr).
+    """
 
     def run(name: str, *arguments: object, typed: str = "") -> tuple[int, str, str]:
         script = importlib.import_module(name)
@@ -113,7 +110,9 @@ def run_trainer(call):
 
 @pytest.fixture
 def train(run_trainer, model_dir, dataset, tmp_path):
-    """Train the tiny model into tmp_path/NAME; fails the test if the trainer does. Returns the directory and what was printed."""
+    """Train the tiny model into tmp_path/NAME; fails the test if the trainer does. Returns the directory and
+    what was printed.
+    """
 
     def run(name="out", code=0, **keys):
         keys = {
@@ -132,25 +131,13 @@ def train(run_trainer, model_dir, dataset, tmp_path):
     return run
 
 
-@contextmanager
-def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPServer]:
-    """A web server on this machine, in a thread; `address` is where."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.address = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 @pytest.fixture(scope="session")
 def s3_server():
     """moto's S3 server on loopback, with one bucket, called bucket; its address."""
     pytest.importorskip("s3fs", reason="an extra: S3")
-    server = pytest.importorskip("moto.server", reason="an S3 server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server = pytest.importorskip("moto.server", reason="an S3 server").ThreadedMotoServer(
+        "127.0.0.1", 0, verbose=False
+    )
     server.start()
     yield "http://{}:{}".format(*server.get_host_and_port())
     server.stop()
@@ -158,7 +145,9 @@ def s3_server():
 
 @pytest.fixture
 def s3(s3_server, monkeypatch, tmp_path):
-    """The environment in which s3:// is that server, and one empty bucket; a function that lists the names in it."""
+    """The environment in which s3:// is that server, and one empty bucket; a function that lists the names in
+    it.
+    """
     import boto3
     import s3fs
 
@@ -177,11 +166,17 @@ def s3(s3_server, monkeypatch, tmp_path):
 
 @pytest.fixture
 def in_float16(trainer, monkeypatch):
-    """Let the trainer compute in float16 on this CPU, which it refuses to its users, with a loss scale of one's choice."""
+    """Let the trainer compute in float16 on this CPU, which it refuses to its users, with a loss scale of
+    one's choice.
+    """
 
     def choose(scale=2.0**16):
         scaler = torch.amp.GradScaler
-        monkeypatch.setattr(trainer, "choose_placement", lambda *_: Placement(torch.device("cpu"), torch.float16, "a test"))
-        monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=scale, enabled=enabled))
+        monkeypatch.setattr(
+            trainer, "choose_placement", lambda *_: Placement(torch.device("cpu"), torch.float16, "a test")
+        )
+        monkeypatch.setattr(
+            torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=scale, enabled=enabled)
+        )
 
     return choose

@@ -1,0 +1,5 @@
+"""Where the bytes of a training step go, predicted before a weight is read.
+
+ledger.py        everything by category and moment; which recompute policy fits; advice
+activations.py   the part that depends on tokens: what a layer and the loss hold
+"""

@@ -1,0 +1,155 @@
+"""What a training step holds beside weights and adapters: bytes of activations, from a configuration alone.
+
+For its backward a decoder layer needs, in numbers a token,
+
+    2 D      its input, and the sum after attention
+    4 HK     q, and k and v repeated to H heads, and attention's output
+    2 F      gate and up
+    D        after each norm, if a product with it is adapted; under dropout also a mask, a byte a number, for every adapted product
+
+and a few single ones: 1 / rms a norm, log-sum-exp a head, x A^T. For Mistral-7B with LoRA on q, k, v and o
+that is 14 D, with dropout in 16 bits 16 D. LoRA-FA keeps no inputs of products, DoRA outputs too.
+
+Backward makes more, and most within SwiGLU's: three tensors of width F, beside gate and up. A layer's forward
+never needs more than its backward. The loss holds the hidden states twice, their gradient, and two chunks of
+float32 logits.
+
+These are the sizes of what `model.py`, `lora.py`, `ops.py` and `loss.py` create, and at the same time hold;
+the tests compare them with what PyTorch allocates. Every place is taken for a supervised one. Tables of a row
+or a token are left out.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from minilora import ops
+from minilora.config import LoraConfig, ModelConfig
+from minilora.loss import _WEIGHT_ROWS, places_at_a_time
+
+
+class Widths(NamedTuple):
+    """Bytes of a number. 0: there are none of the kind."""
+
+    number: int  # a weight or an activation
+    product: int  # in a matrix product (see `ops.product_dtype`)
+    wide: int  # the same, of operands that are copied for it
+    d_hidden: int  # the gradient of the hidden states
+    sums: int  # in float32, of operands that are not
+    attention_sums: int  # the same of attention's gradients, which a GPU's kernels have in memory
+
+
+def widths_of(dtype: torch.dtype, device: str) -> Widths:
+    """device: `cuda` or `cpu`."""
+    number = product = dtype.itemsize
+    if device == "cpu":
+        product = ops.product_dtype(torch.empty(0, dtype=dtype, device=device)).itemsize
+    sums = 4 if number < 4 else 0
+    return Widths(
+        number=number,
+        product=product,
+        wide=product if product != number else 0,
+        d_hidden=4 if dtype == torch.float16 else number,
+        sums=sums,
+        attention_sums=sums if device == "cuda" else 0,
+    )
+
+
+class LayerBytes(NamedTuple):
+    """Of one layer."""
+
+    input: int
+    attention: int  # attention's output and log-sum-exps
+    kept: int  # what backward reads, these two included but not the input
+    backward: int  # what backward makes of its own, at its largest
+    alone: int  # all of a forward without a graph, the input included
+
+
+def layer_bytes(
+    c: ModelConfig,
+    lora: LoraConfig,
+    adapted: frozenset[str],  # products that have an adapter: q_proj, ...
+    window: int | None,
+    batch_size: int,
+    length: int,
+    widths: Widths,
+) -> LayerBytes:
+    """Of a decoder layer at work on (batch_size, length) tokens."""
+    tokens = batch_size * length
+    row = 4 * tokens  # a float32 a token
+    H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    D, HK, GK, F = (
+        tokens * width * widths.number for width in (c.hidden_size, H * K, G * K, c.intermediate_size)
+    )
+    wide_D, wide_F = (tokens * width * widths.wide for width in (c.hidden_size, c.intermediate_size))
+    sums_D, sums_F = (tokens * width * widths.sums for width in (c.hidden_size, c.intermediate_size))
+
+    def adapters(x: int, outputs: dict[str, int], x_is_kept: bool = False) -> int:
+        """What the adapters of products with one input of x bytes keep. `outputs`: of each product, for DoRA,
+        which keeps them.
+        """
+        names = adapted & outputs.keys()
+        kept = len(names) * tokens * lora.r * widths.product  # x A^T
+        if lora.lora_dropout:
+            kept += len(names) * x // widths.number  # the masks
+        if names and not (lora.lora_fa or x_is_kept):
+            kept += x
+        return kept + (sum(outputs[name] for name in names) if lora.use_dora else 0)
+
+    twice = (
+        F if lora.lora_dropout else 0
+    )  # DoRA's output is then not the product's; without dropout SwiGLU keeps the same
+    attention = HK + H * row
+    first_half = attention + 3 * HK + row
+    first_half += adapters(D, dict(q_proj=HK, k_proj=GK, v_proj=GK)) + adapters(
+        HK, dict(o_proj=D), x_is_kept=True
+    )
+    if c.qk_norm:
+        first_half += HK + GK + (H + G) * row
+    if window is not None and window < length:
+        first_half += length**2 * widths.number  # the mask, as numbers to add to the scores
+    down = adapters(F, dict(down_proj=D))
+    second_half = D + row + adapters(D, dict(gate_proj=twice, up_proj=twice)) + 2 * F + down
+
+    at_swiglu = 3 * F - down  # down_proj has let go of what it kept
+    if lora.use_dora and adapted & {"gate_proj", "up_proj"}:
+        at_swiglu = max(
+            at_swiglu, 2 * (F - twice) + (2 * sums_F or F) - down
+        )  # the gradient of up's magnitudes
+    at_down = F + wide_F + D + wide_D + (D + (twice if lora.use_dora else 0) if down else 0)
+    # When the second half has let go: dy, dq, dk and dv of attention; the norm's input and dy, and what it
+    # makes of them.
+    between = max(4 * HK + 3 * tokens * H * K * widths.attention_sums, 2 * D + 4 * sums_D) - second_half
+    return LayerBytes(
+        input=D,
+        attention=attention,
+        kept=first_half + second_half,
+        backward=D + max(at_swiglu, at_down, between),  # D: the gradient of the residual stream
+        alone=2 * D + max(D + 3 * F, at_down),
+    )
+
+
+class LossBytes(NamedTuple):
+    """Around the output head."""
+
+    peak: int
+    d_hidden: int  # which backward holds to its end
+    alone: int  # without gradients
+
+
+def loss_bytes(
+    c: ModelConfig, head_is_adapted: bool, batch_size: int, length: int, widths: Widths
+) -> LossBytes:
+    """Of the loss of (batch_size, length) tokens, the hidden states included."""
+    V, D, places = c.vocab_size, c.hidden_size, batch_size * (length - 1)
+    chunk, rows = min(places, places_at_a_time(V)), min(V, _WEIGHT_ROWS)
+    hidden, d_hidden = places * D * widths.number, places * D * widths.d_hidden
+    logits = 4 * chunk * V
+    if head_is_adapted:  # log-softmax, its gradient, that of the logits
+        return LossBytes(2 * hidden + 3 * logits, hidden, 2 * hidden + 3 * logits)
+    alone = 2 * hidden + 2 * logits + chunk * D * widths.wide
+    alone += (
+        chunk * V * widths.product if widths.product == 2 else rows * D * widths.wide
+    )  # logits or weights in another dtype
+    scaled = logits if widths.d_hidden > widths.number else 0  # for float16 the logits' gradient, once more
+    return LossBytes(alone + d_hidden + scaled + chunk * D * (4 + widths.product), d_hidden, alone)

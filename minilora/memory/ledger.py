@@ -1,0 +1,321 @@
+"""Where the bytes of a training step go: a ledger, predicted from a configuration alone, without a weight.
+
+Some bytes stay: packed weights and their scales, embeddings, head and norms, the adapter with its gradients
+and optimizer states, the scratch buffer that layers dequantize into. The others are activations
+(`activations.py` says which), and recompute policies differ in what of them forward leaves for backward:
+`off` all, `full` the layers' inputs, `selective` the inputs and attention's outputs, `offload` nothing on the
+GPU.
+
+The peak is not the sum of everything, for it is not there at the same time. It is the largest of these
+moments:
+
+    loss             what forward left; hidden states and a chunk of logits
+    backward         what forward left; the last layer at work, run again or not; gradients, of earlier micro-batches if not of this
+    optimizer step   no activations
+    evaluation       one layer, or the loss, at a batch size of its own; nothing left, no gradients
+
+Left out are a CUDA context, cuBLAS's workspace and the holes between blocks of memory: MARGIN is for them.
+`docs/memory.md` reads the ledger of a 7B model line by line.
+"""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from minilora import adamw
+from minilora.config import LoraConfig, ModelConfig, QuantConfig
+from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_parameters
+from minilora.memory.activations import LayerBytes, LossBytes, layer_bytes, loss_bytes, widths_of
+from minilora.model import CausalLM
+from minilora.quantization import NESTED_BLOCK_SIZE
+from minilora.recompute import POLICIES
+from minilora.system.device import memory_used
+
+MARGIN = 1.1  # so many times the peak should be free
+CATEGORIES = (
+    "process",  # the program itself, on a CPU
+    "linear weights",
+    "scales",
+    "embeddings, head, norms",
+    "adapter",
+    "gradients",
+    "optimizer states",
+    "scratch",
+    "layer inputs",
+    "kept activations",  # beside the inputs
+    "live layer",
+    "hidden and logits",
+)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Predicted bytes, by moment and category, of one choice of settings."""
+
+    moments: dict[str, dict[str, int]]  # each with all of CATEGORIES, in their order
+    batch_size: int
+    length: int
+    recompute: str  # the policy in effect
+    flop_per_token: float  # of a training step: what policies differ in beside memory
+
+    @property
+    def moment(self) -> str:
+        """When the peak is."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """By category at the peak."""
+        return self.moments[self.moment]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.bytes.values())
+
+    def fits(self, memory: float) -> bool:
+        """Whether it can be trusted to run in so many bytes."""
+        return MARGIN * self.peak <= memory
+
+
+def memory_ledger(
+    model_config: ModelConfig,
+    lora: LoraConfig,
+    quant: QuantConfig | None,
+    *,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype,
+    recompute: str,
+    optim: str = "adamw_torch",
+    device: str = "cuda",
+    eval_batch_size: int = 0,  # 0: nothing is evaluated
+    process: int = 0,  # bytes in use before the model is loaded: `device.memory_used` then
+) -> Ledger:
+    """Predict training on batches of (batch_size, length) tokens. Allocates no weight and draws no random
+    number.
+
+    Raises UserError for an adapter that names layers which the model does not have.
+    """
+    assert recompute in POLICIES and device in ("cuda", "cpu")
+    recompute = "full" if recompute == "offload" and device == "cpu" else recompute  # as `set_recompute` does
+    counts, widths = _count(model_config, lora), widths_of(dtype, device)
+    stored = {shape: _stored_bytes(shape, quant, widths.number) for shape in counts.shapes}
+    # What the largest layer's weight becomes before it is multiplied; int8 by way of float32.
+    dense = widths.wide if quant is None else widths.product + (4 if quant.bits == 8 else 0)
+    staying = {
+        "process": process,
+        "linear weights": sum(count * stored[shape][0] for shape, count in counts.shapes.items()),
+        "scales": sum(count * stored[shape][1] for shape, count in counts.shapes.items()),
+        "embeddings, head, norms": counts.rest * widths.number,
+        "adapter": 4 * counts.adapter,
+        "gradients": 4 * sum(counts.trainable),
+        "optimizer states": sum(_state_bytes(n, optim, device) for n in counts.trainable),
+        "scratch": dense * max(map(math.prod, counts.shapes)),
+    }
+
+    def layers(batch_size: int) -> list[LayerBytes]:
+        each = zip(counts.adapted, model_config.layer_windows, strict=True)
+        return [
+            layer_bytes(model_config, lora, adapted, window, batch_size, length, widths)
+            for adapted, window in each
+        ]
+
+    def loss(batch_size: int) -> LossBytes:
+        return loss_bytes(model_config, counts.head_is_adapted, batch_size, length, widths)
+
+    at_loss, D = loss(batch_size), layers(batch_size)[-1].input
+    learning = layers(batch_size)[counts.first_adapted :]  # below the first adapter nothing is kept
+    inputs, kept = [layer.input for layer in learning], []
+    live = [
+        layer.kept + layer.backward + D for layer in learning
+    ]  # of a layer that is run again, which has its output once more
+    match recompute:
+        case "off":
+            kept, live = [layer.kept for layer in learning], [layer.backward for layer in learning]
+        case "selective":
+            kept = [layer.attention for layer in learning]
+            live = [size - attention for size, attention in zip(live, kept, strict=True)]
+        case "offload":
+            inputs = inputs[:2]  # on the GPU: one in use, one on its way
+    held = {"layer inputs": sum(inputs), "kept activations": sum(kept)}
+    moments = {
+        "loss": held | {"layer inputs": sum(inputs) + D, "hidden and logits": at_loss.peak},
+        "backward": held | {"live layer": max(live, default=0), "hidden and logits": at_loss.d_hidden},
+        "optimizer step": {},
+    }
+    if eval_batch_size:
+        layer, logits = max(layer.alone for layer in layers(eval_batch_size)), loss(eval_batch_size).alone
+        at_work = {"live layer": layer} if layer > logits else {"hidden and logits": logits}
+        moments["evaluation"] = {"gradients": 0} | at_work
+    return Ledger(
+        {name: dict.fromkeys(CATEGORIES, 0) | staying | of_moment for name, of_moment in moments.items()},
+        batch_size,
+        length,
+        recompute,
+        _flop_per_token(model_config, counts, length, recompute),
+    )
+
+
+def choose_recompute(memory: float | None, ledger_of: Callable[..., Ledger]) -> tuple[str, str]:
+    """The fastest policy that fits into so many free bytes, and why. `ledger_of(recompute=...)`: all else is
+    decided.
+
+    Where none fits, the most frugal one: a prediction is no reason not to try.
+    """
+    if memory is None:
+        return "full", "this system does not tell how much memory is free"
+    needs, free = [], f"{memory / 2**30:.2f} GiB are free"
+    for policy in POLICIES:
+        ledger = ledger_of(recompute=policy)
+        needs.append(f"{ledger.recompute} needs {ledger.peak / 2**30:.2f} GiB")
+        if ledger.fits(memory):
+            return ledger.recompute, f"{', '.join(needs)}; {free}"
+    return ledger.recompute, f"even {needs[-1]}; {free}, and a tenth should be left"
+
+
+def advise(memory: float, ledger_of: Callable[..., Ledger], batch_size: int, length: int) -> list[Ledger]:
+    """Settings that fit into so many free bytes. `ledger_of(batch_size=..., length=..., recompute=...)`: all
+    else is decided.
+
+    First the largest micro-batch that fits: all of the batch or, as accumulation makes that the same step, an
+    even part of it, with the fastest policy possible. Then smaller ones, where they are faster. If not one
+    example fits: one, cut to as many times 64 tokens as do.
+    """
+
+    def fastest(size: int, tokens: int) -> Ledger | None:
+        ledgers = (ledger_of(batch_size=size, length=tokens, recompute=policy) for policy in POLICIES)
+        return next((ledger for ledger in ledgers if ledger.fits(memory)), None)
+
+    found: list[Ledger] = []
+    for size in (n for n in range(batch_size, 0, -1) if batch_size % n == 0):
+        ledger = fastest(size, length)
+        if ledger is not None and not (found and found[-1].flop_per_token <= ledger.flop_per_token):
+            found.append(ledger)
+    shorter = (fastest(1, tokens) for tokens in range((length - 1) // 64 * 64, 0, -64))
+    return found or list(islice(filter(None, shorter), 1))
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes of the GPU's or the main memory that are free. None: the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not meminfo.is_file():  # macOS tells how much there is, Windows nothing
+        return (
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else None
+        )
+    free = 1024 * int(re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE).group(1))
+    text = limit.read_text().strip() if limit.is_file() else "max"  # of a container
+    return free if text == "max" else min(free, int(text))
+
+
+def process_memory() -> int:
+    """Bytes of this process on a CPU before it holds a model, with what PyTorch loads at the first backward
+    and optimizer step.
+    """
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    (parameter @ parameter).sum().backward()
+    torch.optim.AdamW([parameter], lr=0.0, fused=True).step()
+    return memory_used(torch.device("cpu"))
+
+
+class _Counts(NamedTuple):
+    """How many numbers there are of everything."""
+
+    shapes: Counter[tuple[int, int]]  # of the decoder's linear layers: how many have which (out, in)
+    rest: int  # embeddings, head, norms, biases
+    adapter: int
+    trainable: list[int]  # of every tensor of it that learns
+    adapted: list[frozenset[str]]  # of every decoder layer, the products that have an adapter
+    first_adapted: int  # the first decoder layer that has any
+    head_is_adapted: bool
+    not_replayed: (
+        int  # of the linear layers, in those whose values are not wanted a second time (see `recompute.py`)
+    )
+
+
+@lru_cache
+def _count(model_config: ModelConfig, lora: LoraConfig) -> _Counts:
+    """Built on the meta device, where tensors have shapes and no memory."""
+    with torch.device("meta"):
+        model = CausalLM(model_config)
+    weights = {
+        name: m.weight
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name != OUTPUT_HEAD
+    }
+    rest = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in weights.values())
+    add_lora(model, lora)
+    layers = lora_layers(model)
+    paths = [name.split(".") for name in layers]  # model.layers.N.self_attn.q_proj
+    adapted = [
+        frozenset(path[-1] for path in paths if path[1:3] == ["layers", str(i)])
+        for i in range(len(model.model.layers))
+    ]
+    with_values = layers if lora.use_dora else ()
+    return _Counts(
+        shapes=Counter(tuple(w.shape) for w in weights.values()),
+        rest=rest,
+        adapter=sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name),
+        trainable=[p.numel() for p in trainable_parameters(model).values()],
+        adapted=adapted,
+        first_adapted=next((i for i, products in enumerate(adapted) if products), len(adapted)),
+        head_is_adapted=OUTPUT_HEAD in layers,
+        not_replayed=sum(
+            w.numel() for name, w in weights.items() if name.endswith("down_proj") and name not in with_values
+        ),
+    )
+
+
+def _stored_bytes(shape: tuple[int, int], quant: QuantConfig | None, number: int) -> tuple[int, int]:
+    """Of a linear layer: its weight, and the scales (see `minilora.quantization`). number: bytes of one that
+    is not quantized.
+    """
+    n = math.prod(shape)
+    if quant is None:
+        return n * number, 0
+    if quant.bits == 8:
+        return n, 4 * shape[0]
+    blocks = -(-n // quant.blocksize)
+    return (n + 1) // 2, blocks + 4 * -(
+        -blocks // NESTED_BLOCK_SIZE
+    ) + 4 if quant.double_quant else 4 * blocks
+
+
+def _state_bytes(n: int, optim: str, device: str) -> int:
+    """Of the two moments of n numbers (see `minilora.optim`)."""
+    if optim == "adamw_torch":
+        return 8 * n + 4  # and a step
+    if n < 4096:
+        return 8 * n
+    scales = 2 * 4 * -(-n // adamw.MOMENT_BLOCK_SIZE)
+    paged = optim == "paged_adamw_8bit" and device == "cuda" and n >= 100_000
+    return scales if paged else 2 * n + scales
+
+
+def _flop_per_token(c: ModelConfig, counts: _Counts, length: int, recompute: str) -> float:
+    """A multiplication and an addition are two. Frozen matrices are multiplied in forward and for dx, an
+    adapter's also for its own gradient; attention's backward has five products to its forward's two.
+    """
+    linear, head = (
+        2 * sum(n * math.prod(shape) for shape, n in counts.shapes.items()),
+        2 * c.vocab_size * c.hidden_size,
+    )
+    adapter, learning = 2 * counts.adapter, 2 * sum(counts.trainable)
+    keys = sum(
+        w * (1 - w / (2 * length)) for w in (min(window or length, length) for window in c.layer_windows)
+    )  # on average
+    attention = 4 * keys * c.num_attention_heads * c.head_dim
+    once_more = linear - 2 * counts.not_replayed + adapter
+    again = {"off": 0, "selective": once_more}.get(recompute, once_more + attention)
+    return 2 * linear + 2 * head + 2 * adapter + learning + 3.5 * attention + again

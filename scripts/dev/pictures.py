@@ -1,0 +1,221 @@
+"""Draw the pictures of the documents.
+
+    python scripts/dev/pictures.py                          rewrites docs/pictures/, in seconds and without a model
+
+    codes.png     where the sixteen values of three 4-bit codes lie among weights          docs/quantization.md
+    error.png     what each bit buys: error against bits a weight, both measured           docs/quantization.md
+    lora.png      trainable parameters of Mistral-7B against rank, counted                 docs/lora.md
+    memory.png    where the bytes of a training step of Mistral-7B go, by recompute policy docs/memory.md
+
+Every number is computed by minilora's own functions while the picture is drawn, on a seeded weight or a model
+without memory.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import torch
+from memory import CUDA_CONTEXT, draw_bars
+from torch import Tensor
+
+from minilora import (
+    PRESETS,
+    LoraConfig,
+    QuantConfig,
+    UserError,
+    add_lora,
+    ops,
+    quantize_4bit,
+    trainable_parameters,
+)
+from minilora.config import ModelConfig
+from minilora.memory.ledger import MARGIN, memory_ledger
+from minilora.model import CausalLM
+from minilora.quantization import four_bit_code
+from minilora.recompute import POLICIES
+from minilora.system.errors import ArgumentParser, run_script
+from minilora.system.files import write_whole
+
+WEIGHT = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
+MISTRAL_7B = dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                  num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--output", default="docs/pictures", help="directory of the PNG files (default: %(default)s)"
+    )
+    directory = Path(parser.parse_args().output)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"--output {directory}: a file is in the way of this directory; give another one"
+        ) from error
+    matplotlib.use("Agg")
+    for draw in (draw_codes, draw_error, draw_lora, draw_memory):
+        path = directory / (draw.__name__.removeprefix("draw_") + ".png")
+        write_whole(path, picture_of(draw))
+        print(path)
+
+
+def picture_of(draw: Callable) -> bytes:
+    """The PNG of what `draw(figure)` draws."""
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+    ):
+        figure = pyplot.figure(layout="constrained")
+        draw(figure)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=130, format="png", metadata={"Software": None})
+        pyplot.close(figure)
+    return picture.getvalue()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of `expected`."""
+    return float(
+        (found.double() - expected).square().mean().sqrt() / expected.double().square().mean().sqrt()
+    )
+
+
+def error_of_code(code: Tensor, blocksize: int = 64) -> float:
+    """Relative error of a normal weight that is stored in any sixteen values, with float32 scales."""
+    packed, absmax = ops.quantize_4bit(WEIGHT.view(-1), code, blocksize)
+    found = torch.empty_like(WEIGHT)
+    ops.dequantize_4bit(packed, absmax, code, blocksize, WEIGHT.numel(), found.view(-1))
+    return relative_error(found, WEIGHT)
+
+
+def density_in_blocks(x: Tensor, blocksize: int = 64) -> Tensor:
+    """Density at x of a normal weight over its block's absmax m, for the blocksize - 1 weights in each that
+    are not the absmax.
+
+    Given m, such a weight is a normal one cut off at m: phi(x m) m / P(|w| < m). m itself has the density of
+    the largest of `blocksize` magnitudes, and is integrated out on a grid.
+    """
+    m = torch.linspace(0.5, 7, 2000, dtype=torch.float64)  # (grid,)
+
+    def phi(t: Tensor) -> Tensor:
+        return torch.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+
+    inside = torch.erf(m / math.sqrt(2))  # P(|w| < m)
+    weight_of_m = blocksize * inside ** (blocksize - 1) * 2 * phi(m)
+    given_m = phi(x.double()[:, None] * m) * m / inside  # (x, grid)
+    return torch.trapezoid(given_m * weight_of_m, m, dim=1)
+
+
+def draw_codes(figure) -> None:
+    figure.set_size_inches(7.6, 5.6)
+    rows = {"NF4": four_bit_code("nf4"), "FP4": four_bit_code("fp4"), "uniform": torch.linspace(-1, 1, 16)}
+    notes = ("normal quantiles, and 0", "a float: ±0.005 and 0 twice", "equal steps, no 0")
+    x = torch.linspace(-1, 1, 401)
+    density = density_in_blocks(x)
+    panels = figure.subplots(3, 1, sharex=True)
+    for axes, (name, code), note in zip(panels, rows.items(), notes, strict=True):
+        axes.fill_between(x, density, color=PALE, linewidth=0)
+        axes.vlines(code, 0, density_in_blocks(code), color=BLUE, linewidth=1.2)
+        axes.plot(code, torch.zeros(16), "o", color=BLUE, markersize=4.5, clip_on=False, zorder=3)
+        bounds, _ = ops.nearest_code_bounds(code)
+        axes.vlines(bounds, -0.2, -0.1, color=GREY, linewidth=0.8)
+        axes.set(ylim=(-0.22, 1.12), yticks=[], xlim=(-1.05, 1.05))
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        axes.text(-1.02, 0.92, name, color=BLUE, fontsize=13, fontweight="bold")
+        axes.text(-1.02, 0.72, note, color=GREY)
+        axes.text(1.02, 0.92, f"error {error_of_code(code):.1%}", color=ORANGE, ha="right", fontsize=12)
+    panels[0].text(1.02, 0.72, "of the weights' size (rms)", color=GREY, ha="right")
+    panels[0].text(1.02, 0.24, "1 weight of 64\nis at ±1", color=GREY, ha="right")
+    panels[0].text(-1.02, 0.24, "grey: density of\n63 weights of 64", color=GREY)
+    panels[2].set_xticks([-1, -0.5, 0, 0.5, 1], ["-1", "-0.5", "0", "0.5", "1"])
+    panels[2].set_xlabel(
+        "weight / absmax of its block of 64; the short ticks are where the nearest code changes"
+    )
+
+
+def draw_error(figure) -> None:
+    figure.set_size_inches(7.6, 4.6)
+    axes, sizes = figure.subplots(), (32, 64, 128, 256, 512)
+    for quant_type, colour in (("nf4", BLUE), ("fp4", ORANGE)):
+        for double in (True, False):
+            stored = [quantize_4bit(WEIGHT, quant_type, size, double) for size in sizes]
+            bits = [q.bits_per_weight for q in stored]
+            errors = [100 * relative_error(q.dequantize(), WEIGHT) for q in stored]
+            style, filling = ("o-", colour) if double else ("o--", "white")
+            axes.plot(bits, errors, style, color=colour, markerfacecolor=filling, linewidth=1.4, markersize=5)
+            for size, b, e in zip(sizes, bits, errors, strict=True):
+                text = f"blocks of {size}" if (size, double) == (512, False) else size
+                place = ((-4, -11), "right") if double else ((5, 4), "left")
+                axes.annotate(
+                    text, (b, e), place[0], textcoords="offset points", ha=place[1], fontsize=9, color=GREY
+                )
+            name = f"{quant_type.upper()}, " + ("double quantization" if double else "scales in float32")
+            axes.text(*((4.28, errors[0] - 0.1) if double else (4.62, errors[1] + 0.1)), name, color=colour)
+    axes.set(
+        xlabel="bits a weight, scales counted", ylabel="relative error (%)", xlim=(3.92, 5.06), ylim=(8, 15)
+    )
+    axes.grid(alpha=0.25)
+
+
+def draw_lora(figure) -> None:
+    figure.set_size_inches(7.6, 4.6)
+    axes, ranks = figure.subplots(), [2**k for k in range(8)]
+    targets = {
+        "all seven": PRESETS["aggressive_r16_all"],
+        "q k v o": PRESETS["standard_r8_qkvo"],
+        "q v": PRESETS["minimal_r4_qv"],
+    }
+    for label, config in targets.items():
+        per_rank = trained(LoraConfig(r=1, target_modules=config.target_modules))
+        axes.plot(ranks, [r * per_rank for r in ranks], color=BLUE, linewidth=1.4)
+        axes.text(ranks[-1] * 1.08, ranks[-1] * per_rank, label, color=BLUE, va="center")
+    for (name, config), place in zip(PRESETS.items(), ((8, -26), (60, -60), (-10, 6), (-10, 6)), strict=True):
+        count, side = trained(config), "left" if place[0] > 0 else "right"
+        line = dict(arrowstyle="-", color=ORANGE, linewidth=0.7) if place == (60, -60) else None
+        axes.plot(config.r, count, "o", color=ORANGE, markersize=7)
+        text = f"{name}\n{count:,}"
+        axes.annotate(
+            text, (config.r, count), place, textcoords="offset points", color=ORANGE, ha=side, arrowprops=line
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="rank r",
+        ylabel="trainable parameters of Mistral-7B",
+        xlim=(0.9, 215),
+    )
+    axes.set_xticks(ranks, map(str, ranks))
+    axes.minorticks_off()
+    axes.set_yticks([1e6, 1e7, 1e8], ["1 million", "10 million", "100 million"])
+    axes.grid(alpha=0.25)
+
+
+def draw_memory(figure) -> None:
+    figure.set_size_inches(8.6, 4.6)
+    kind = dict(batch_size=4, length=1024, dtype=torch.float16, optim="adamw_8bit")
+    mistral, lora = ModelConfig.from_dict(MISTRAL_7B), PRESETS["standard_r8_qkvo"]
+    ledgers = [memory_ledger(mistral, lora, QuantConfig(), recompute=policy, **kind) for policy in POLICIES]
+    draw_bars(
+        figure.subplots(),
+        ledgers,
+        {"fits a T4": (16e9 - CUDA_CONTEXT) / MARGIN, "a published run on a T4": 10e9},
+    )
+
+
+def trained(config: LoraConfig) -> int:
+    """How many parameters of Mistral-7B the adapter trains, counted on PyTorch's meta device."""
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_dict(MISTRAL_7B))
+    add_lora(model, config)
+    return sum(p.numel() for p in trainable_parameters(model).values())
+
+
+if __name__ == "__main__":
+    run_script(main)

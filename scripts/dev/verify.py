@@ -1,0 +1,495 @@
+"""The parity report: minilora beside transformers, PEFT and bitsandbytes, number by number.
+
+    python scripts/dev/verify.py                                        a random Llama, in seconds
+    python scripts/dev/verify.py --family all --output docs/parity.md   all four families, and the report as a file
+    python scripts/dev/verify.py --model assets/base                    the same rows on weights of your own
+
+Both sides load the same files and get the same tokens and the same random adapter (B too: with B = 0 most of
+LoRA would go unseen), in float32 on the CPU. Each row compares one thing, tensor by tensor, in one of two
+ways, and shows the worst tensor and the median:
+
+    relative     max|ours - theirs| / max|theirs|     the same sums in another order: float32's rounding, and no more
+    identical    the share of bytes that differ       copies, codes, or the same sums in the same order: none may
+
+Random models have what is special about their family: Llama the RoPE of Llama 3, Mistral a window shorter
+than the text, Qwen2 biases, a tied head and windows in some layers, Qwen3 norms on queries and keys, and
+heads wider than D / H. Exit codes: 0 every row is ok, 1 a row failed, 2 a mistake of yours.
+"""
+
+import argparse
+import math
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+import minilora
+from minilora import LoraConfig, QuantConfig, UserError
+from minilora.formats.weights import StoredTensors, read_config
+from minilora.lora import OUTPUT_HEAD, lora_layers
+from minilora.loss import IGNORE, causal_lm_loss, count_supervised
+from minilora.optim import AdamW8bit, learning_rate, make_optimizer, set_learning_rate
+from minilora.quantization import QUANT_TYPES, four_bit_code
+from minilora.recompute import set_recompute
+from minilora.system.errors import ArgumentParser, run_script
+from minilora.system.files import check_writable, write_whole
+
+Pairs = Iterator[tuple[Tensor, Tensor]]  # (ours, theirs)
+
+LORA = LoraConfig.preset("aggressive_r16_all", lora_dropout=0.0)
+MOMENTS = dict(exp_avg="state1", exp_avg_absmax="absmax1", exp_avg_sq="state2", exp_avg_sq_absmax="absmax2")
+ADAMW = dict(lr=1e-3, weight_decay=0.01)
+TOKENS = 48  # in each of two rows
+SIZES = dict(vocab_size=1024, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
+             num_key_value_heads=2, bos_token_id=None, eos_token_id=None)  # fmt: skip
+LLAMA3_ROPE = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0
+)
+FAMILIES = {
+    "llama": dict(rope_parameters=LLAMA3_ROPE | dict(original_max_position_embeddings=32)),
+    "mistral": dict(sliding_window=16),
+    "qwen2": dict(use_sliding_window=True, sliding_window=16, max_window_layers=1, tie_word_embeddings=True),
+    "qwen3": dict(head_dim=64),
+}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    subject = parser.add_mutually_exclusive_group()
+    subject.add_argument(
+        "--family", choices=(*FAMILIES, "all"), default="llama", help="of the random model; default: llama"
+    )
+    subject.add_argument("--model", help="directory with unquantized weights, instead of a random model")
+    parser.add_argument("--output", help="Markdown file to write")
+    parser.add_argument("--steps", type=int, default=20, help="of each optimizer; default: 20")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random; default: 0")
+    options = parser.parse_args()
+    check(options)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft)\..*")  # of their own future
+    import_module("transformers").utils.logging.disable_progress_bar()
+
+    names = (
+        [options.model] if options.model else list(FAMILIES) if options.family == "all" else [options.family]
+    )
+    sections, verdicts = [introduction(options)], []
+    for name in names:
+        with TemporaryDirectory() as scratch:
+            directory = Path(options.model or scratch)
+            if not options.model:
+                write_random_model(directory, name, options.seed)
+            case = Case(directory, read_config(directory).vocab_size, options.steps, options.seed)
+            title, table = f"{name}: {describe(directory)}", [HEADER, RULE]
+            print(f"\n{title}\n{LINE.format(*HEADER)}")
+            for row in ROWS:
+                table.append(compare(row, case))
+                print(LINE.format(*table[-1]), flush=True)
+        sections.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in table))
+        verdicts += [cells[-1] for cells in table[2:]]
+    failed = verdicts.count("FAILED")
+    print(f"\n{failed} of {len(verdicts)} rows FAILED" if failed else f"\nall {len(verdicts)} rows are ok")
+    if options.output:
+        write_whole(Path(options.output), "\n\n".join(sections) + "\n")
+    sys.exit(1 if failed else 0)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Everything that can be wrong before the first number. Raises UserError."""
+    for oracle in ("transformers", "peft", "bitsandbytes"):
+        try:
+            import_module(oracle)
+        except ImportError as error:
+            mend = 'pip install -c constraints.txt -e ".[test]"'
+            raise UserError(
+                f"{oracle}, with which this script compares, cannot be imported ({error}): {mend}"
+            ) from error
+    if options.steps < 2 or options.seed < 0:
+        raise UserError(f"--steps {options.steps} must be at least 2, --seed {options.seed} at least 0")
+    if options.output:
+        check_writable("--output", Path(options.output))
+    if options.model:
+        read_config(Path(options.model))
+        stored = StoredTensors(Path(options.model))
+        if stored.quantized:
+            raise UserError(
+                f"the weights in {options.model} are quantized already; give a directory with unquantized ones"
+            )
+        for name, shape in stored.shapes.items():  # see minilora/quantization.py, on blocks that span rows
+            if name.startswith("model.layers.") and len(shape) == 2 and shape[1] % 64:
+                raise UserError(
+                    f"{name} in {options.model} is {shape[1]} wide, no multiple of 64: bitsandbytes would misread it"
+                )
+
+
+# ---- the two sides -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both sides are given: a model directory, and the seed of adapters, tokens and dropout."""
+
+    directory: Path
+    vocab_size: int
+    steps: int
+    seed: int
+
+    def batch(self, step: int = 0) -> dict[str, Tensor]:
+        """input_ids and labels of a step, (2, T) each; the labels' first quarter is not learnt."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + step)
+        input_ids = torch.randint(self.vocab_size, (2, TOKENS), generator=generator)
+        labels = input_ids.clone()
+        labels[:, : TOKENS // 4] = IGNORE
+        return dict(input_ids=input_ids, labels=labels)
+
+
+def write_random_model(directory: Path, family: str, seed: int) -> None:
+    """A directory as on the hub, written by transformers, in which every parameter is random, biases and
+    norms too.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.for_model(family, **SIZES | FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        spread = SIZES["hidden_size"] ** -0.5 if parameter.dim() == 2 else 0.1
+        parameter.data = ("norm" in name) + spread * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(directory)
+
+
+def load_ours(case: Case, quant: QuantConfig | None = None, lora: LoraConfig | None = None) -> nn.Module:
+    """The model, bare or with a random adapter."""
+    model = minilora.load_model(case.directory, quant, torch.float32)
+    if lora is not None:
+        minilora.add_lora(model, lora)
+        generator = torch.Generator().manual_seed(case.seed)
+        for parameter in trainable(model):
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def load_theirs(case: Case, quant: QuantConfig | None = None) -> nn.Module:
+    """The bare model in transformers."""
+    import transformers
+
+    how = dict(dtype=torch.float32, attn_implementation="eager", device_map={"": "cpu"})
+    if quant is not None:
+        kind = dict(bnb_4bit_quant_type=quant.quant_type, bnb_4bit_use_double_quant=quant.double_quant)
+        kind |= dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        how |= dict(quantization_config=transformers.BitsAndBytesConfig(**kind))
+    return transformers.AutoModelForCausalLM.from_pretrained(case.directory, **how)
+
+
+def load_both(case: Case) -> tuple[nn.Module, nn.Module]:
+    return load_ours(case), load_theirs(case)
+
+
+def adapt_both(case: Case, quant: QuantConfig | None = None) -> tuple[nn.Module, nn.Module]:
+    """Our model with a random adapter, and PEFT's with the same one."""
+    import peft
+
+    config = dict(
+        r=LORA.r, lora_alpha=LORA.lora_alpha, target_modules=list(LORA.target_modules), task_type="CAUSAL_LM"
+    )
+    ours, theirs = (
+        load_ours(case, quant, LORA),
+        peft.get_peft_model(load_theirs(case, quant), peft.LoraConfig(**config)),
+    )
+    for mine, other in adapters(ours, theirs):
+        other.data = mine.detach().clone()
+    return ours, theirs
+
+
+def adapters(ours: nn.Module, theirs: nn.Module) -> Pairs:
+    """Every A and B here with its twin in PEFT."""
+    for name, layer in lora_layers(ours).items():
+        twin = theirs.base_model.model.get_submodule(name)
+        yield layer.lora_A["default"], twin.lora_A["default"].weight
+        yield layer.lora_B["default"], twin.lora_B["default"].weight
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return list(minilora.trainable_parameters(model).values())
+
+
+def mean_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Our loss as transformers has it, a supervised token's mean."""
+    return causal_lm_loss(model, input_ids, labels) / count_supervised(labels)
+
+
+# ---- rows: the model and LoRA ------------------------------------------------------------------------------------------
+
+
+def layer_states(case: Case) -> Pairs:
+    outputs = []
+    for side in load_both(case):
+        for layer in side.model.layers:
+            layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+        side(input_ids=case.batch()["input_ids"])
+    half = len(outputs) // 2
+    yield from zip(outputs[:half], outputs[half:], strict=True)
+
+
+def final_states(case: Case) -> Pairs:
+    (ours, theirs), ids = load_both(case), case.batch()["input_ids"]
+    yield ours.model(ids), theirs.model(input_ids=ids).last_hidden_state
+
+
+def logits(case: Case, both: Callable = load_both) -> Pairs:
+    (ours, theirs), ids = both(case), case.batch()["input_ids"]
+    yield ours(ids), theirs(input_ids=ids).logits
+
+
+def loss(case: Case) -> Pairs:
+    ours, theirs = adapt_both(case)
+    yield mean_loss(ours, **case.batch()), theirs(**case.batch()).loss
+
+
+def gradients(case: Case, quant: QuantConfig | None = None) -> Pairs:
+    ours, theirs = adapt_both(case, quant)
+    mean_loss(ours, **case.batch()).backward()
+    theirs(**case.batch()).loss.backward()
+    yield from ((mine.grad, other.grad) for mine, other in adapters(ours, theirs))
+
+
+def adamw(case: Case) -> Pairs:
+    """With warm-up from 0 and cosine decay, as in training.
+
+    At full rate the first step, lr * sign(gradient), would be decided by rounding wherever a gradient is next
+    to nothing.
+    """
+    import transformers
+
+    ours, theirs = adapt_both(case)
+    optimizer = make_optimizer("adamw_torch", minilora.trainable_parameters(ours), **ADAMW)
+    reference = torch.optim.AdamW([other for _, other in adapters(ours, theirs)], **ADAMW)
+    warmup = math.ceil(case.steps / 10)
+    schedule = transformers.get_cosine_schedule_with_warmup(reference, warmup, case.steps)
+    for step in range(case.steps):
+        set_learning_rate(optimizer, learning_rate(step, case.steps, warmup, ADAMW["lr"], "cosine"))
+        mean_loss(ours, **case.batch(step)).backward()
+        theirs(**case.batch(step)).loss.backward()
+        for each in (optimizer, reference):
+            each.step()
+            each.zero_grad()
+        schedule.step()
+    yield from adapters(ours, theirs)
+
+
+def merged(case: Case) -> Pairs:
+    ours, theirs = adapt_both(case)
+    minilora.merge_lora(ours)
+    plain = theirs.merge_and_unload()
+    yield from (
+        (layer.base_layer.weight, plain.get_submodule(name).weight)
+        for name, layer in lora_layers(ours).items()
+    )
+
+
+def saved_here(case: Case) -> tuple[nn.Module, nn.Module]:
+    import peft
+
+    ours = load_ours(case, lora=LORA)
+    with TemporaryDirectory() as directory:
+        minilora.save_adapter(ours, directory)
+        return ours, peft.PeftModel.from_pretrained(load_theirs(case), directory)
+
+
+def saved_there(case: Case) -> tuple[nn.Module, nn.Module]:
+    ours, (_, theirs) = load_ours(case), adapt_both(case)
+    with TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        minilora.load_adapter(ours, directory)
+    return ours, theirs
+
+
+# ---- rows: AdamW in 8 bits, weights in 4 bits, recomputing ---------------------------------------------------------------
+
+
+def adamw_8bit(case: Case, states: bool) -> Pairs:
+    """Both sides are fed with our gradients. Codes and scales of the two moments, or the adapter itself."""
+    import bitsandbytes
+
+    model = load_ours(case, lora=LORA)
+    ours, theirs = (
+        trainable(model),
+        [nn.Parameter(parameter.detach().clone()) for parameter in trainable(model)],
+    )
+    optimizer, reference = AdamW8bit(ours, **ADAMW), bitsandbytes.optim.AdamW8bit(theirs, **ADAMW)
+    for step in range(case.steps):
+        optimizer.zero_grad()
+        mean_loss(model, **case.batch(step)).backward()
+        for mine, other in zip(ours, theirs, strict=True):
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        reference.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        if not states:
+            yield mine, other
+            continue
+        for key, twin in MOMENTS.items():
+            if twin in reference.state[other]:  # the moments of small tensors are float32 and have no scales
+                yield optimizer.state[mine][key], reference.state[other][twin]
+
+
+def weights_in_4_bits(case: Case, part: str) -> Pairs:
+    """Every weight of the decoder, as NF4 and as FP4."""
+    from bitsandbytes import functional
+
+    for name, layer in load_ours(case).named_modules():
+        for quant_type in QUANT_TYPES if isinstance(layer, nn.Linear) and name != OUTPUT_HEAD else ():
+            ours = minilora.quantize_4bit(layer.weight, quant_type)
+            packed, state = functional.quantize_4bit(
+                layer.weight, quant_type=quant_type, compress_statistics=True
+            )
+            parts = {
+                "codebooks": [(four_bit_code(quant_type), state.code)],
+                "bytes": [(ours.packed, packed.view(-1))],
+                "scales": [
+                    (ours.absmax, state.absmax),
+                    (ours.nested_absmax, state.state2.absmax),
+                    (ours.offset, state.offset),
+                ],
+                # + 0.0 turns -0 into 0: which of them FP4's second zero is depends on the CPU with
+                # bitsandbytes
+                "values": [(ours.dequantize() + 0.0, functional.dequantize_4bit(packed, state) + 0.0)],
+            }
+            yield from parts[part]
+
+
+def recomputed(case: Case, policy: str) -> Pairs:
+    gradients = []
+    for each in (policy, "off"):
+        model = load_ours(case, lora=replace(LORA, lora_dropout=0.1)).train()
+        set_recompute(model, each)
+        torch.manual_seed(case.seed)
+        mean_loss(model, **case.batch()).backward()
+        gradients.append([parameter.grad for parameter in trainable(model)])
+    yield from zip(*gradients, strict=True)
+
+
+# ---- all rows, and what each is allowed ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    against: str
+    allowed: float  # 0: identical
+    pairs: Callable[[Case], Pairs]
+
+
+SUMS, AFTER_STEPS, IDENTICAL, NF4 = 1e-5, 1e-4, 0.0, QuantConfig()
+ROWS = (
+    Row("hidden states after every layer", "transformers", SUMS, layer_states),
+    Row("final hidden states", "transformers", SUMS, final_states),
+    Row("logits", "transformers", SUMS, logits),
+    Row("loss with an adapter", "PEFT", SUMS, loss),
+    Row("every LoRA gradient", "PEFT", SUMS, gradients),
+    Row("adapter after AdamW steps", "PEFT", AFTER_STEPS, adamw),
+    Row("merged weights", "PEFT", SUMS, merged),
+    Row("adapter saved here, loaded there: logits", "PEFT", SUMS, partial(logits, both=saved_here)),
+    Row("adapter saved there, loaded here: logits", "PEFT", SUMS, partial(logits, both=saved_there)),
+    Row("adapter after 8-bit AdamW steps", "bitsandbytes", 1e-6, partial(adamw_8bit, states=False)),
+    Row("8-bit AdamW: codes and scales", "bitsandbytes", IDENTICAL, partial(adamw_8bit, states=True)),
+    Row("NF4, FP4: codebooks", "bitsandbytes", IDENTICAL, partial(weights_in_4_bits, part="codebooks")),
+    Row("NF4, FP4: packed bytes", "bitsandbytes", IDENTICAL, partial(weights_in_4_bits, part="bytes")),
+    Row(
+        "NF4, FP4: scales, doubly quantized",
+        "bitsandbytes",
+        IDENTICAL,
+        partial(weights_in_4_bits, part="scales"),
+    ),
+    Row(
+        "NF4, FP4: dequantized weights", "bitsandbytes", IDENTICAL, partial(weights_in_4_bits, part="values")
+    ),
+    Row(
+        "NF4 model with an adapter: logits",
+        "all three",
+        SUMS,
+        partial(logits, both=partial(adapt_both, quant=NF4)),
+    ),
+    Row("NF4 model: every LoRA gradient", "all three", SUMS, partial(gradients, quant=NF4)),
+    Row("gradients, recompute full", "recompute off", IDENTICAL, partial(recomputed, policy="full")),
+    Row(
+        "gradients, recompute selective", "recompute off", IDENTICAL, partial(recomputed, policy="selective")
+    ),
+    Row(
+        "gradients, recompute offload (CPU: full)",
+        "recompute off",
+        IDENTICAL,
+        partial(recomputed, policy="offload"),
+    ),
+)
+
+
+def compare(row: Row, case: Case) -> tuple[str, ...]:
+    """The cells of a row, of which the last one is the verdict. What is NaN is not ok."""
+    differences = torch.tensor(
+        [difference(ours, theirs, row.allowed == IDENTICAL) for ours, theirs in row.pairs(case)]
+    )
+    worst, median = differences.max().item(), differences.quantile(0.5).item()
+    numbers = (f"{x:.1e}" if x else "0" for x in (worst, median))
+    allowed = "identical" if row.allowed == IDENTICAL else f"{row.allowed:.0e}"
+    return (
+        row.what,
+        row.against,
+        str(len(differences)),
+        *numbers,
+        allowed,
+        "ok" if worst <= row.allowed else "FAILED",
+    )
+
+
+def difference(ours: Tensor, theirs: Tensor, identical: bool) -> float:
+    """See the top of this file."""
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return math.inf
+    if identical:
+        mine, other = (side.detach().reshape(-1).view(torch.uint8) for side in (ours, theirs))
+        return (mine != other).float().mean().item()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# ---- the report --------------------------------------------------------------------------------------------------------
+
+HEADER = ("what", "against", "tensors", "worst", "median", "allowed", "")
+RULE = ("---", "---", "---:", "---:", "---:", "---:", "---")  # below it in Markdown
+LINE = "  {:<42}{:<14}{:>7}{:>10}{:>10}{:>11}{:>8}"  # in the terminal
+PACKAGES = ("minilora", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
+
+
+def describe(directory: Path) -> str:
+    config, size = read_config(directory), sum(map(math.prod, StoredTensors(directory).shapes.values()))
+    heads = f"{config.num_attention_heads} heads over {config.num_key_value_heads}"
+    return f"{config.num_hidden_layers} layers of width {config.hidden_size}, {heads}, {size / 1e6:.1f}M parameters"
+
+
+def introduction(options: argparse.Namespace) -> str:
+    command = shlex.join(["python", "scripts/dev/verify.py", *sys.argv[1:]])
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return f"""# Parity report
+
+    {command}
+
+minilora beside transformers, PEFT and bitsandbytes: the same files, the same tokens, and the same random adapter (r {LORA.r},
+alpha {LORA.lora_alpha}, all seven projections) on both sides. The difference of two tensors is max|ours - theirs| / max|theirs|, or
+the share of bytes that differ where only *identical* is allowed. *Worst* and *median* are over the tensors of a row.
+
+{date.today()}, seed {options.seed}, {options.steps} optimizer steps, 2 x {TOKENS} tokens, float32 on a CPU
+({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads).
+Python {platform.python_version()}, {versions}."""
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,323 @@
+"""Gradient checkpointing: the same bits as without it, for less memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.families import FAMILIES, same_model_here, transformers_model
+from torch import nn
+
+from minilora import CausalLM, LoraConfig, ModelConfig, UserError, add_lora, trainable_parameters
+from minilora.linear import Linear4bit, QuantizedLinear, replay_linear
+from minilora.lora import LoraLinear
+from minilora.loss import causal_lm_loss
+from minilora.quantization import quantize_4bit
+from minilora.recompute import POLICIES, checkpoint, set_recompute
+from minilora.testing import peak_memory
+
+
+def adapted(model: CausalLM, targets="all-linear", dropout=0.1, quantized=False) -> CausalLM:
+    """The model with random adapters, ready to train."""
+    if quantized:
+        for name, layer in list(model.model.layers.named_modules()):
+            if isinstance(layer, nn.Linear):
+                bias = None if layer.bias is None else layer.bias.data
+                model.model.layers.set_submodule(name, Linear4bit(quantize_4bit(layer.weight.data), bias))
+    add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.normal_(0, 0.1)
+    return model.train()
+
+
+def small_model(layers=3, width=64, quantized=False, **lora) -> CausalLM:
+    config = dict(
+        model_type="llama",
+        vocab_size=97,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+    )
+    config |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+    model = CausalLM(ModelConfig.from_dict(config))
+    model.init_weights(std=0.1)
+    return adapted(model, quantized=quantized, **lora)
+
+
+def gradients(model: CausalLM, policy: str, B=2, T=17) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and every gradient under a policy, with the dropout of one seed; and the random state it leaves
+    behind.
+    """
+    set_recompute(model, policy)
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    ids = torch.randint(0, 97, (B, T))
+    loss = causal_lm_loss(model, ids, ids)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in trainable_parameters(model).items()} | {
+        "random state": torch.get_rng_state()
+    }
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_policy_gives_the_gradients_of_off_to_the_bit_with_dropout_on(family, quantized, policy):
+    pytest.importorskip("transformers")
+    model = adapted(same_model_here(transformers_model(family)), quantized=quantized)
+    (loss, expected), (again, found) = gradients(model, "off"), gradients(model, policy)
+    assert loss == again and expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(g.any() for g in expected.values())
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    targets=st.lists(
+        st.sampled_from("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()),
+        min_size=1,
+        unique=True,
+    ),
+    dropout=st.sampled_from([0.0, 0.3]),
+    policy=st.sampled_from(POLICIES[1:]),
+    shape=st.tuples(st.integers(1, 3), st.integers(2, 40)),
+)
+def test_so_it_is_for_any_targets_and_shapes(targets, dropout, policy, shape):
+    model = small_model(targets=targets, dropout=dropout)
+    (loss, expected), (again, found) = gradients(model, "off", *shape), gradients(model, policy, *shape)
+    assert loss == again and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_packed_documents_and_accumulated_gradients_are_the_same_too(policy):
+    model = small_model()
+    documents = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4])
+    results = []
+    for used in ("off", policy):
+        set_recompute(model, used)
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        for _ in range(2):
+            model(torch.arange(16).view(1, 16), document_ids=documents).square().sum().backward()
+        results.append([p.grad for p in trainable_parameters(model).values()])
+    assert all(map(torch.equal, *results))
+
+
+def test_full_training_of_the_weights_is_the_same_too():
+    config = dict(
+        model_type="llama", vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2
+    )
+    model = CausalLM(ModelConfig.from_dict(config | dict(num_attention_heads=4, max_position_embeddings=64)))
+    model.init_weights(std=0.1)
+    (loss, expected), (again, found) = gradients(model, "off"), gradients(model, "selective")
+    assert loss == again and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_full_grows_with_the_layers_by_one_layer_input_each():
+    B, T, D = 2, 128, 64
+
+    def peak(layers: int, policy: str) -> int:
+        model = small_model(layers, D, quantized=True)
+        gradients(model, policy, B, T)  # gradients and scratch exist from here on
+        return peak_memory(lambda: gradients_in_place(model))
+
+    def gradients_in_place(model: CausalLM) -> None:
+        ids = torch.zeros(B, T, dtype=torch.long)
+        causal_lm_loss(model, ids, ids).backward()
+
+    growth = {policy: (peak(16, policy) - peak(4, policy)) / 12 for policy in ("off", "selective", "full")}
+    layer_input = 4 * B * T * D
+    # Beside its input a layer keeps the state of the random numbers: 5 kB. New gradients are no growth: they
+    # are there already.
+    assert layer_input <= growth["full"] <= layer_input + 8192
+    # Attention's output is as large as the input here (H K = D), log-sum-exp is B H T float32.
+    assert growth["selective"] == pytest.approx(growth["full"] + layer_input + 4 * B * 4 * T, rel=0.02)
+    assert growth["off"] > 10 * growth["full"]
+
+
+def test_the_last_product_of_a_layer_is_not_computed_again(monkeypatch):
+    counts = {"products": 0}
+    model = small_model(layers=2, quantized=True)
+    forward = QuantizedLinear.forward
+    monkeypatch.setattr(
+        QuantizedLinear, "forward", lambda *a: counts.update(products=counts["products"] + 1) or forward(*a)
+    )
+    gradients(model, "off")
+    assert counts["products"] == 2 * 7
+    gradients(model, "full")
+    assert counts["products"] == 2 * 7 + 2 * (7 + 6)
+
+
+def test_selective_computes_attention_once(monkeypatch):
+    counts = {"attentions": 0}
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            counts["attentions"] += (
+                operation.overloadpacket.__name__ == "_scaled_dot_product_flash_attention_for_cpu"
+            )
+            return operation(*args, **(kwargs or {}))
+
+    model = small_model(layers=3)
+    for policy, expected in (("off", 3), ("full", 6), ("selective", 3)):
+        counts["attentions"] = 0
+        with Count():
+            gradients(model, policy)
+        assert counts["attentions"] == expected, policy
+
+
+def test_gradients_come_through_a_frozen_embedding_from_the_first_layer_on():
+    model = small_model()
+    assert not model.model.embed_tokens.weight.requires_grad
+    _, found = gradients(model, "full")
+    assert all(found[name].any() for name in found if ".layers.0." in name)
+
+
+def test_offload_on_a_cpu_is_full_and_says_so():
+    model = small_model()
+    assert [set_recompute(model, policy) for policy in POLICIES] == ["off", "selective", "full", "full"]
+    with pytest.raises(UserError, match="'selektive' is not known; nearest: 'selective'"):
+        set_recompute(model, "selektive")
+
+
+def test_generation_with_a_cache_and_evaluation_recompute_nothing(monkeypatch):
+    import minilora.model
+
+    model = small_model()
+    set_recompute(model, "full")
+    monkeypatch.setattr(minilora.model, "checkpoint", None)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 5, dtype=torch.long)).isfinite().all()  # and did not call None
+
+
+# ---- checkpoint() by itself ----------------------------------------------------------------------------------------
+
+
+def test_nested_arguments_and_several_outputs():
+    def function(pair, options):
+        (a, b), scale = pair, options["scale"][0]
+        return a * b.sin() * scale, (a + b).relu(), b.long()
+
+    def run(call):
+        torch.manual_seed(0)
+        a, b, scale = (torch.randn(5, requires_grad=True) for _ in range(3))
+        first, second, whole = call(function, (a, b), {"scale": [scale], "name": "x", "none": None})
+        assert not whole.is_floating_point()
+        return torch.autograd.grad(first.sum() + (second**2).sum(), (a, b, scale))
+
+    assert all(map(torch.equal, run(checkpoint), run(lambda function, *arguments: function(*arguments))))
+
+
+def test_an_output_that_nothing_uses_and_an_input_that_needs_no_gradient():
+    a, b = torch.randn(3, requires_grad=True), torch.randn(3)
+    first, _ = checkpoint(lambda a, b: (a * b, a + b), a, b)
+    first.sum().backward()
+    assert torch.equal(a.grad, b) and b.grad is None
+
+
+def test_a_checkpoint_within_a_checkpoint():
+    layer = nn.Linear(4, 4)
+    outer = nn.Sequential(layer)
+    x = torch.randn(2, 4, requires_grad=True)
+    plain = torch.autograd.grad(outer(outer(x)).square().sum(), (x, layer.weight))
+    nested = checkpoint(lambda x: checkpoint(outer, checkpoint(outer, x)), x, parameters=layer.parameters())
+    found = torch.autograd.grad(nested.square().sum(), (x, layer.weight))
+    # Two uses of one weight, summed in another order: a rounding or two of the largest term.
+    assert all((a - b).abs().max() <= 1e-6 * a.abs().max() for a, b in zip(plain, found, strict=True))
+
+
+def test_backward_twice_through_a_kept_graph_doubles_the_gradient():
+    x = torch.randn(4, requires_grad=True)
+    y = checkpoint(lambda x: F.dropout(x.exp(), 0.5), x).sum()
+    y.backward(retain_graph=True)
+    once = x.grad.clone()
+    y.backward()
+    assert torch.equal(x.grad, 2 * once)
+
+
+def test_autocast_is_restored_in_backward():
+    layer, x = nn.Linear(8, 8), torch.randn(3, 8, requires_grad=True)
+    seen = []
+
+    def function(x):
+        seen.append(layer(x).dtype)
+        return layer(x).float()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y = checkpoint(function, x, parameters=layer.parameters())
+    y.sum().backward()
+    assert seen == [torch.bfloat16, torch.bfloat16] and layer.weight.grad is not None
+
+
+def test_a_gradient_that_would_be_lost_is_an_error_and_not_a_silence():
+    hidden, x = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    y = checkpoint(lambda x: x * hidden, x)
+    with pytest.raises(
+        RuntimeError, match=r"uses a tensor \(3,\) that needs a gradient and is neither an argument nor"
+    ):
+        y.sum().backward()
+
+
+def test_without_gradients_it_is_a_plain_call():
+    with torch.no_grad():
+        assert checkpoint(lambda x: x + 1, torch.ones(1)).item() == 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "4-bit", "LoRA on plain", "LoRA on 4-bit", "trained"])
+def test_a_replayed_layer_has_the_gradients_of_the_layer_and_no_values(kind):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    if kind != "trained":
+        layer.requires_grad_(False)
+    if "4-bit" in kind:
+        layer = Linear4bit(quantize_4bit(layer.weight.data), layer.bias.data)
+    if "LoRA" in kind:
+        layer = LoraLinear(layer)
+        layer.add_adapter("default", LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0))
+        layer.active = "default"
+        nn.init.normal_(layer.lora_B["default"])
+    wanted = [torch.randn(5, 64, requires_grad=True), *(p for p in layer.parameters() if p.requires_grad)]
+    dy = torch.randn(5, 32)
+    expected = torch.autograd.grad(layer(wanted[0]), wanted, dy)
+    replayed = replay_linear(layer, wanted[0])
+    assert all(map(torch.equal, torch.autograd.grad(replayed, wanted, dy), expected))
+    if kind in ("plain", "4-bit"):
+        assert not replayed.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("policy", POLICIES[1:])
+def test_every_policy_gives_the_gradients_of_off_on_the_gpu(policy):
+    model = small_model(layers=6, quantized=True).cuda()
+    results = []
+    for used in ("off", policy):
+        assert set_recompute(model, used) == used
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(3)
+        ids = torch.arange(256, device="cuda").view(2, 128) % 97
+        causal_lm_loss(model, ids, ids).backward()
+        results.append([p.grad.clone() for p in trainable_parameters(model).values()])
+    # attention's backward sums with atomic additions in some of PyTorch's kernels, in no fixed order
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+        for a, b in zip(*results, strict=True)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_offload_keeps_no_layer_input_on_the_gpu():
+    peaks = {}
+    for policy in ("full", "offload"):
+        model = small_model(layers=24, width=256, quantized=True).cuda()
+        set_recompute(model, policy)
+        ids = torch.zeros(4, 512, dtype=torch.long, device="cuda")
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            causal_lm_loss(model, ids, ids).backward()
+        peaks[policy] = torch.cuda.max_memory_allocated()
+    layer_input = 4 * 4 * 512 * 256
+    assert peaks["full"] - peaks["offload"] > 20 * layer_input  # all but the two or three at hand

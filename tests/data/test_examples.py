@@ -1,0 +1,211 @@
+"""Masks built from structure, collation, and the order of the data."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import UserError
+from minilora.data.chat import load_chat_template
+from minilora.data.examples import (
+    collate,
+    document_ids,
+    padding_share,
+    prompt_ids,
+    split,
+    step_batches,
+    steps_per_epoch,
+    tokenize,
+)
+from minilora.data.rows import Row
+from minilora.data.tokenizer import load_tokenizer
+from minilora.loss import IGNORE, count_supervised
+
+
+@given(prompt=st.text(max_size=20), completion=st.text(max_size=20))
+def test_exactly_the_completion_and_its_eos_are_supervised(model_dir, prompt, completion):
+    tokenizer = load_tokenizer(model_dir)
+    (example,) = tokenize([Row(prompt, completion)], tokenizer, cutoff_len=1000).examples
+    input_ids, labels = collate([example], tokenizer.pad_id)
+    learnt = labels[0][labels[0] != IGNORE].tolist()
+    assert learnt == tokenizer.encode(completion, bos=False, eos=True) and learnt[-1] == tokenizer.eos_id
+    assert input_ids[0].tolist() == tokenizer.encode(prompt) + learnt
+    assert input_ids[0].tolist().count(tokenizer.bos_id) == 1
+    assert count_supervised(labels) == example.supervised == len(learnt)
+
+
+def test_plain_text_is_learnt_whole_and_the_prompt_too_where_asked(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    text, both = tokenize(
+        [Row(None, "the fox"), Row("the", "fox")], tokenizer, 100, train_on_prompt=True
+    ).examples
+    for example in (text, both):
+        _, labels = collate([example], tokenizer.pad_id)
+        assert (labels[0, 1:] == torch.from_numpy(example.input_ids[1:]).long()).all() and labels[
+            0, 0
+        ] == IGNORE
+
+
+QUESTION, ANSWER = {"role": "user", "content": "the old fox"}, {"role": "assistant", "content": "lives here"}
+CONVERSATION = Row("the old fox", "lives here", (QUESTION, ANSWER, QUESTION, ANSWER), "a.jsonl, line 7")
+
+
+def test_of_a_conversation_the_template_says_what_is_learnt(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    template = load_chat_template("plain", tokenizer)
+    answer = tokenizer.encode("the old foxlives here", bos=False, eos=True)[
+        len(tokenizer.encode("the old fox", bos=False)) :
+    ]
+    for mask_history, count in ((False, 2), (True, 1)):
+        (example,) = tokenize(
+            [CONVERSATION], tokenizer, 100, template=template, mask_history=mask_history
+        ).examples
+        input_ids, labels = collate([example], tokenizer.pad_id)
+        assert input_ids[0].tolist() == template.encode(CONVERSATION.messages)[0].tolist()
+        assert labels[0][labels[0] != IGNORE].tolist() == answer * count
+    (example,) = tokenize([CONVERSATION], tokenizer, 100, train_on_prompt=True, template=template).examples
+    assert example.supervised == len(example.input_ids) - 1
+    ours, texts = (
+        tokenize([CONVERSATION], tokenizer, 100, template=template),
+        tokenize([Row("a", "b")], tokenizer, 100),
+    )
+    assert (
+        document_ids(ours.examples) is None
+        and tokenize([Row("a", "b")], tokenizer, 100, template=template).rows == texts.rows
+    )
+
+
+def test_the_prompt_of_a_row_is_what_its_example_begins_with(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    template = load_chat_template("llama2", tokenizer)
+    for row in (Row("the old", "fox"), CONVERSATION):
+        (example,) = tokenize([row], tokenizer, 100, template=template, mask_history=True).examples
+        assert prompt_ids(row, tokenizer, template) == example.input_ids[: example.prompt_length].tolist()
+
+
+def test_a_conversation_without_a_template_or_refused_by_one_is_told_with_its_place(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    with pytest.raises(
+        UserError,
+        match="a.jsonl, line 7: the tokenizer has no chat template .*; choose one of alpaca, llama2",
+    ):
+        tokenize([CONVERSATION], tokenizer, 100)
+    alone = Row("", "a", (ANSWER,), "a.jsonl, line 9")
+    with pytest.raises(
+        UserError, match="a.jsonl, line 9: the chat template llama2 says: roles must alternate"
+    ):
+        tokenize([CONVERSATION, alone], tokenizer, 100, template=load_chat_template("llama2", tokenizer))
+
+
+def test_padding_is_never_learnt_even_where_its_id_occurs_in_the_text(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    rows = [Row("a", "b"), Row("the old fox", "and a young owl live")]
+    examples = tokenize(rows, tokenizer, 100).examples
+    eos = int(examples[0].input_ids[-1])
+    _, labels = collate(examples, pad_id=eos)  # the worst id that padding could have
+    assert [count_supervised(labels[i : i + 1]) for i in range(2)] == [e.supervised for e in examples]
+    assert labels[0, len(examples[0].input_ids) :].eq(IGNORE).all()
+
+
+def test_long_examples_are_cut_and_counted_and_dropped_where_nothing_is_left(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    prompt_length = len(tokenizer.encode("the old fox"))
+    rows = [
+        Row("the old fox", "lives"),
+        Row("the old fox", "and a young owl live by the river"),
+        Row("the old fox " * 5, "x"),
+    ]
+    dataset = tokenize(rows, tokenizer, cutoff_len=prompt_length + 4)
+    assert (len(dataset), dataset.truncated, dataset.dropped) == (2, 1, 1)
+    assert dataset.examples[1].supervised == 4 and tokenizer.eos_id not in dataset.examples[1].input_ids
+    assert dataset.rows == rows[:2]
+    assert "cut at cutoff_len: 1 (33.3%); dropped with nothing left to learn: 1 (33.3%)" in dataset.summary()
+
+
+sizes = st.integers(1, 40), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**31)
+
+
+@given(*sizes, st.booleans())
+def test_every_epoch_is_a_permutation_cut_into_steps(count, batch_size, accumulation, seed, grouped):
+    lengths = [i * 7 % 13 for i in range(count)]
+    steps = steps_per_epoch(count, batch_size, accumulation)
+    for epoch in range(2):
+        numbers = range(epoch * steps, (epoch + 1) * steps)
+        batches = [
+            batch
+            for n in numbers
+            for batch in step_batches(lengths, n, batch_size, accumulation, seed, grouped)
+        ]
+        assert sorted(i for batch in batches for i in batch) == list(range(count))
+        assert all(1 <= len(batch) <= batch_size for batch in batches)
+
+
+@given(*sizes, st.booleans())
+def test_a_step_holds_the_same_examples_however_it_is_accumulated(
+    count, batch_size, accumulation, seed, grouped
+):
+    lengths = [i * 7 % 13 for i in range(count)]
+    one = step_batches(lengths, 1, batch_size, accumulation, seed, grouped)
+    other = step_batches(lengths, 1, batch_size * accumulation, 1, seed, grouped)
+    assert [i for batch in one for i in batch] == [i for batch in other for i in batch]
+
+
+def test_epochs_and_seeds_give_different_orders_and_a_step_never_depends_on_earlier_ones():
+    lengths = [1] * 50
+    orders = [tuple(step_batches(lengths, epoch, 50, 1, seed)[0]) for seed in (1, 2) for epoch in (0, 1)]
+    assert all(
+        sorted(order) == list(range(50)) for order in orders
+    )  # sorted by (length, index): all alike within a step
+    steps = {(seed, step): step_batches(lengths, step, 5, 1, seed)[0] for seed in (1, 2) for step in (0, 10)}
+    assert len({tuple(batch) for batch in steps.values()}) == 4
+    assert step_batches(lengths, 10, 5, 1, 2)[0] == steps[2, 10]
+
+
+def test_batches_grouped_by_length_hold_less_padding_and_come_in_no_order_of_length():
+    lengths = [1 + i * 37 % 101 for i in range(400)]
+    shares = [padding_share(lengths, 4, 2, seed=1, group_by_length=grouped) for grouped in (False, True)]
+    assert (
+        shares[1] < 0.05 < shares[0]
+    )  # 50 steps hold all lengths several times, a step 8 neighbours of them
+    longest = [
+        max(lengths[i] for batch in step_batches(lengths, n, 4, 2, 1, True) for i in batch) for n in range(50)
+    ]
+    assert sorted(longest) != longest and sorted(longest, reverse=True) != longest
+    assert step_batches(lengths, 3, 4, 2, 1, True) != step_batches(
+        lengths, 53, 4, 2, 1, True
+    )  # another epoch, another order
+
+
+@given(*sizes, st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_the_share_of_padding_is_that_of_the_tensors(
+    model_dir, count, batch_size, accumulation, seed, grouped
+):
+    tokenizer = load_tokenizer(model_dir)
+    dataset = tokenize([Row(None, "a" * (1 + i * 7 % 13)) for i in range(count)], tokenizer, 100)
+    lengths = [len(example.input_ids) for example in dataset.examples]
+    steps = range(steps_per_epoch(count, batch_size, accumulation))
+    batches = [
+        batch for n in steps for batch in step_batches(lengths, n, batch_size, accumulation, seed, grouped)
+    ]
+    numbers = sum(collate([dataset.examples[i] for i in batch], 0)[0].numel() for batch in batches)
+    assert padding_share(lengths, batch_size, accumulation, seed, grouped) == pytest.approx(
+        1 - sum(lengths) / numbers
+    )
+
+
+@given(st.integers(2, 60), st.floats(0.05, 0.95), st.integers(0, 100))
+def test_a_split_divides_the_rows_and_depends_only_on_the_seed(count, share, seed):
+    rows = [Row("p", str(i)) for i in range(count)]
+    expected = round(count * share)
+    if not 0 < expected < count:
+        with pytest.raises(UserError, match="val_size"):
+            split(rows, share, seed)
+        return
+    train, held_out = split(rows, share, seed)
+    assert len(held_out) == expected and sorted(map(str, train + held_out)) == sorted(map(str, rows))
+    assert (
+        split(rows, share, seed)
+        == (train, held_out)
+        == split(rows, float(expected) if expected > 0 else share, seed)
+    )

@@ -1,0 +1,281 @@
+"""Rows of every form, conversations among them; and several datasets mixed by weight."""
+
+import json
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import UserError
+from minilora.data.rows import Row, mix_rows, parse_datasets, read_rows
+
+
+def write(path, *objects):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in objects))
+    return path
+
+
+def said(*turns: str) -> tuple[dict, ...]:
+    """Messages from texts: the user's, the assistant's, the user's, ..."""
+    return tuple({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns))
+
+
+def test_prompt_and_completion_are_read_under_their_own_names_and_under_others(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "c", "more": 1}
+    )
+    assert read_rows(path) == [Row("a", "b"), Row("", "c")]
+    assert read_rows(path, chat=True) == [Row("a", "b", said("a", "b")), Row("", "c", said("", "c"))]
+    assert [row.place for row in read_rows(path)] == [f"{path}, line 1", f"{path}, line 2"]
+    path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "b"})
+    assert read_rows(path, "question", "answer") == [Row("a", "b")]
+
+
+def test_alpaca_rows_get_alpacas_prompt_with_and_without_an_input(tmp_path):
+    path = write(
+        tmp_path / "data.jsonl",
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "output": "la"},
+        {"instruction": "Sing.", "output": "la"},
+    )
+    with_input, without, absent = read_rows(path)
+    assert with_input == Row(
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n",
+        "3",
+    )
+    assert without == absent == Row(
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSing.\n\n### Response:\n",
+        "la",
+    )  # fmt: skip
+
+
+def test_alpaca_rows_are_conversations_where_a_template_words_them(tmp_path):
+    row = {
+        "instruction": "Add.",
+        "input": "1 2",
+        "output": "3",
+        "system": "Be brief.",
+        "history": [["a", "b"], ["c", "d"]],
+    }
+    (read,) = read_rows(write(tmp_path / "a.jsonl", row), chat=True)
+    question = {"role": "user", "content": "Add.\n1 2", "instruction": "Add.", "input": "1 2"}
+    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "3"}
+    assert read == Row("Add.\n1 2", "3", (system, *said("a", "b", "c", "d"), question, answer))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_conversations_of_both_forms_are_the_same_rows(tmp_path, chat):
+    turns = [
+        ("system", "s"),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+        ("assistant", "d"),
+        ("user", "never answered"),
+    ]
+    sharegpt = {"user": "human", "assistant": "gpt", "system": "system"}
+    messages = [{"role": role, "content": text} for role, text in turns]
+    conversations = [{"from": sharegpt[role], "value": text} for role, text in turns]
+    row = Row("c", "d", tuple(messages[:-1]))
+    assert read_rows(write(tmp_path / "a.jsonl", {"messages": messages}), chat=chat) == [row]
+    assert read_rows(write(tmp_path / "a.jsonl", {"conversations": conversations, "id": 1}), chat=chat) == [
+        row
+    ]
+    assert read_rows(
+        write(tmp_path / "a.jsonl", {"conversations": conversations[1:], "system": "s"}), chat=chat
+    ) == [row]
+    assert read_rows(
+        write(tmp_path / "a.jsonl", {"conversations": conversations, "system": "not this"}), chat=chat
+    ) == [row]
+
+
+def test_what_else_a_message_holds_is_kept_for_the_template(tmp_path):
+    messages = [
+        {"role": "user", "content": "a", "name": None},
+        {"role": "assistant", "content": "b", "reasoning_content": "c"},
+    ]
+    (row,) = read_rows(write(tmp_path / "a.jsonl", {"messages": messages}))
+    assert row.messages == ({"role": "user", "content": "a"}, messages[1])
+
+
+def test_tools_and_weights_that_ask_for_nothing_are_no_reason_to_refuse_a_row(tmp_path):
+    nothing = {"tool_calls": [], "function_call": None}
+    row = {
+        "messages": [A | nothing | {"weight": 0}, B | nothing | {"weight": 1}],
+        "tools": "[]",
+        "functions": None,
+    }
+    (read,) = read_rows(write(tmp_path / "a.jsonl", row))
+    assert read.completion == "b" and len(read.messages) == 2
+
+
+def test_the_column_that_is_asked_for_is_read_before_what_else_a_row_has(tmp_path):
+    messages = list(said("said", "there"))
+    row = {
+        "prompt": "p",
+        "completion": "c",
+        "instruction": "i",
+        "output": "o",
+        "messages": messages,
+        "chat": messages,
+        "text": "t",
+    }
+    path = write(tmp_path / "a.jsonl", row)
+    asked = [
+        ({}, "i"),
+        ({"prompt_column": "text"}, "t"),
+        ({"messages_column": "chat"}, "said"),
+        ({"messages_column": "no"}, "i"),
+    ]
+    for columns, prompt in asked:
+        assert [row.prompt for row in read_rows(path, **columns, chat=True)] == [prompt]
+
+
+def test_plain_text_is_a_row_without_a_prompt(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "one\n\ntwo"})
+    assert read_rows(path) == read_rows(path, chat=True) == [Row(None, "one\n\ntwo")]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"prompt": "a"}, "the column completion is missing"),
+        ({"prompt": "a", "completion": 3}, "the column completion holds 3, not text"),
+        ({"prompt": "a", "completion": None}, "the column completion holds None, not text"),
+        (
+            {"prompt": ["x" * 200], "completion": ""},
+            "the column prompt holds ['" + "x" * 75 + "..., not text",
+        ),
+    ],
+)
+def test_a_row_that_lacks_a_column_is_told_with_file_and_line(tmp_path, second, message):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, second)
+    with pytest.raises(UserError) as error:
+        read_rows(path)
+    assert str(error.value) == f"{path}, line 2: {message}"
+
+
+A, B = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"question": "a", "answer": "b"},
+            "it has question, answer; say which with prompt_column and completion_column",
+        ),
+        ({}, "it has none; say which"),
+        ({"instruction": "a", "output": "b", "input": 5}, "the column input holds 5, not text"),
+        (
+            {"instruction": "a", "output": "b", "history": [["a"]]},
+            "the column history holds [['a']], not a list of [question, answer]",
+        ),
+        ({"instruction": "a", "output": "b", "history": "a"}, "the column history holds 'a', not a list"),
+        (
+            {"instruction": "a", "output": "b", "system": "c"},
+            "a row with system or history needs a chat template",
+        ),
+        ({"messages": "hello"}, "the column messages holds 'hello', not a list of messages"),
+        ({"messages": []}, "the conversation has no message of the assistant"),
+        ({"conversations": [A, A]}, "the conversation has no message of the assistant"),
+        ({"messages": [A, "b"]}, "message 2: expected an object with role and content, found str"),
+        ({"messages": [A, {"role": "assistant"}]}, "message 2: the column content is missing"),
+        (
+            {"messages": [A, B | {"content": [{"type": "text"}]}]},
+            "message 2: the column content holds [{'type': 'text'}]",
+        ),
+        (
+            {"messages": [A, B | {"role": "robot"}]},
+            "the role 'robot' is not known; known: system, user, human, assistant",
+        ),
+        ({"conversations": [{"from": "human"}, B]}, "message 1: the column value is missing"),
+        (
+            {"messages": [A, B | {"content": "", "tool_calls": [{"id": "1"}]}]},
+            "tool_calls holds [{'id': '1'}], not empty",
+        ),
+        (
+            {"messages": [A, B | {"content": None, "function_call": {"name": "f"}}]},
+            "message 2: function_call holds {'name': 'f'}",
+        ),
+        (
+            {"messages": [A, B], "tools": [{"type": "function"}]},
+            "tools holds [{'type': 'function'}], not empty, and tools are not",
+        ),
+        (
+            {"conversations": [A, B], "functions": [1]},
+            "functions holds [1], not empty, and tools are not taught here; leave",
+        ),
+        (
+            {"messages": [A, B | {"weight": 0}, A, B]},
+            "message 2: the answer has weight 0, and every answer counts alike here",
+        ),
+    ],
+)
+def test_a_row_of_no_form_and_a_broken_conversation_are_told_with_file_and_line(tmp_path, row, message):
+    path = write(tmp_path / "a.jsonl", row)
+    with pytest.raises(UserError) as error:
+        read_rows(path)
+    assert (
+        str(error.value).startswith(f"{path}, line 1")
+        and message in str(error.value)
+        and "\n" not in str(error.value)
+    )
+
+
+# Several datasets
+
+
+def test_datasets_are_parsed_with_and_without_weights():
+    half = Fraction(1, 2)
+    assert parse_datasets("a.jsonl") == [("a.jsonl", None)]
+    assert parse_datasets("a.jsonl, s3://b/c.json") == [("a.jsonl", None), ("s3://b/c.json", None)]
+    assert parse_datasets("https://h:80/a.jsonl:.5,me/mine:3") == [
+        ("https://h:80/a.jsonl", half),
+        ("me/mine", Fraction(3)),
+    ]
+    assert parse_datasets("a\nb.jsonl:.5") == [("a\nb.jsonl", half)]
+    assert parse_datasets(["a,b.jsonl:0.5", "c.json:1.0"]) == [("a,b.jsonl", half), ("c.json", Fraction(1))]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ("a.jsonl:1,b.json", "some have a weight and some have none"),
+        ("a.jsonl:1,b.json:0", "a weight is 0"),
+        ("a.jsonl,,b.json", "names nothing between two commas"),
+        ("", "names nothing"),
+    ],
+)
+def test_datasets_with_half_given_weights_are_refused(datasets, message):
+    with pytest.raises(UserError, match=message):
+        parse_datasets(datasets)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    weights=st.lists(st.integers(1, 20), min_size=4, max_size=4),
+    seed=st.integers(0, 2**31),
+)
+def test_a_mixture_has_the_proportions_asked_for_and_no_row_twice(sizes, weights, seed):
+    parts = [[Row(str(i), str(j)) for j in range(size)] for i, size in enumerate(sizes)]
+    weights = [Fraction(weight, 10) for weight in weights[: len(parts)]]
+    mixed = mix_rows(parts, weights, seed)
+    assert mix_rows(parts, weights, seed) == mixed and len(set(map(str, mixed))) == len(mixed)
+    total = min(size * sum(weights) / weight for size, weight in zip(sizes, weights, strict=True))
+    counts = [sum(row.prompt == str(i) for row in mixed) for i in range(len(parts))]
+    assert any(count == size for count, size in zip(counts, sizes, strict=True))  # one is used up
+    for count, weight in zip(counts, weights, strict=True):
+        assert count == 1 or 0 <= total * weight / sum(weights) - count < 1
+
+
+def test_the_seed_chooses_the_rows_of_a_mixture_and_none_is_left_out_without_weights():
+    parts = [[Row("a", str(j)) for j in range(30)], [Row("b", str(j)) for j in range(10)]]
+    even = [Fraction(1), Fraction(1)]
+    first, second = mix_rows(parts, even, seed=1), mix_rows(parts, even, seed=2)
+    assert len(first) == len(second) == 20 and first != second and first[10:] == second[10:] == parts[1]
+    assert mix_rows(parts, [None, None], seed=1) == parts[0] + parts[1]

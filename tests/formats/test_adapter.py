@@ -1,0 +1,263 @@
+"""Adapters on disk: PEFT's format in both directions, and what does not fit is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.families import relative_error, same_model_here, transformers_model
+from test_lora import ALL_SEVEN, CASES, TOLERANCE, ids, randomize, tiny_model
+
+from minilora import LoraConfig, UserError, add_lora, load_adapter, save_adapter, set_adapter
+from minilora.formats.adapter import read_adapter
+from minilora.lora import adapter_names, lora_layers
+
+
+def peft_adapter(family: str, directory, **lora):
+    """A PEFT model with a random adapter, saved by PEFT."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    targets = lora.get("target_modules")
+    lora["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    model = peft.get_peft_model(
+        transformers_model(family), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **lora)
+    )
+    model.save_pretrained(directory)
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_an_adapter_saved_by_peft_gives_the_same_logits_here(case, tmp_path):
+    theirs = peft_adapter("llama-gqa", tmp_path, **CASES[case])
+    ours = same_model_here(transformers_model("llama-gqa"))
+    base = ours(ids(2, 15))
+    load_adapter(ours, tmp_path)
+    assert relative_error(ours(ids(2, 15)), theirs(input_ids=ids(2, 15)).logits) <= TOLERANCE
+    assert relative_error(ours(ids(2, 15)), base) > 100 * TOLERANCE  # the adapter does something
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_an_adapter_saved_here_gives_the_same_logits_in_peft(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = transformers_model("qwen3-qk-norm")
+    ours = same_model_here(base)
+    add_lora(ours, LoraConfig(**CASES[case]))
+    randomize(ours)
+    save_adapter(ours, tmp_path, base_model_name_or_path="some/base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert relative_error(ours(ids(2, 15)), theirs(input_ids=ids(2, 15)).logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ALL_SEVEN])
+def test_names_shapes_dtypes_metadata_and_config_keys_are_identical_to_pefts(targets, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    lora = dict(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=targets)
+    peft_adapter("llama-gqa", tmp_path / "theirs", **lora)
+    ours = same_model_here(transformers_model("llama-gqa"))
+    add_lora(ours, LoraConfig(**lora))
+    save_adapter(ours, tmp_path / "ours")
+    described = {}
+    for side in ("ours", "theirs"):
+        with safetensors.safe_open(tmp_path / side / "adapter_model.safetensors", "pt") as file:
+            entries = {k: (file.get_slice(k).get_shape(), file.get_slice(k).get_dtype()) for k in file.keys()}
+            described[side] = entries, file.metadata()
+    assert described["ours"] == described["theirs"]
+    mine, other = (
+        json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs")
+    )
+    assert mine.keys() == other.keys()
+    assert sorted(mine.pop("target_modules")) == sorted(other.pop("target_modules"))
+    other["init_lora_weights"] = True  # the fixture asks PEFT for a random B
+    assert mine == other
+
+
+@torch.no_grad()
+def test_save_then_load_restores_every_bit_under_any_name(tmp_path):
+    model = tiny_model()
+    add_lora(model, LoraConfig(r=3, target_modules=("q_proj", "up_proj"), use_rslora=True))
+    randomize(model)
+    expected = model(ids(1, 9))
+    save_adapter(model, tmp_path)
+    fresh = tiny_model()
+    load_adapter(fresh, tmp_path, name="again")
+    assert torch.equal(fresh(ids(1, 9)), expected)
+    load_adapter(fresh, tmp_path, name="twice")
+    assert adapter_names(fresh) == ["again", "twice"]
+    set_adapter(fresh, None)
+    assert not torch.equal(fresh(ids(1, 9)), expected)
+
+
+def test_targets_are_written_as_leaf_names_and_as_full_names_only_where_leaves_would_say_too_much(tmp_path):
+    for targets, written in (
+        ("all-linear", sorted(ALL_SEVEN)),
+        (r".*\.1\..*q_proj", ["model.layers.1.self_attn.q_proj"]),
+    ):
+        model = tiny_model()
+        add_lora(model, LoraConfig(target_modules=targets))
+        save_adapter(model, tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == written
+
+
+def saved(tmp_path, **config):
+    model = tiny_model()
+    add_lora(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (
+            dict(use_dora=True),
+            "missing base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+        ),
+        (dict(use_dora="yes"), "adapter_config.json: use_dora must be true or false, not 'yes'"),
+        (dict(r="4"), "adapter_config.json: lora_rank must be a whole number of at least 1, not '4'"),
+        (dict(lora_alpha="16"), "adapter_config.json: lora_alpha must be a finite number, not '16'"),
+        (dict(lora_alpha=float("nan")), "adapter_config.json: lora_alpha must be a finite number, not nan"),
+        (dict(lora_alpha=float("inf")), "adapter_config.json: lora_alpha must be a finite number, not inf"),
+        (dict(lora_dropout="x"), "adapter_config.json: lora_dropout must be a finite number, not 'x'"),
+        (dict(target_modules=3), "adapter_config.json: lora_target must be text or a list of texts, not 3"),
+        (
+            dict(target_modules=["q_proj", 3]),
+            "adapter_config.json: lora_target must be text or a list of texts, not ['q_proj', 3]",
+        ),
+        (dict(base_model_name_or_path=3), "adapter_config.json: base_model_name_or_path must be text, not 3"),
+        (dict(bias="all"), "bias = 'all'"),
+        (dict(peft_type="IA3"), "peft_type 'IA3'"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(rank_pattern={"q_proj": 4}), "rank_pattern"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
+        (dict(layers_to_transform=[0]), "layers_to_transform"),
+        (dict(fan_in_fan_out=True), "fan_in_fan_out"),
+        (dict(a_key_of_the_future=3), "a_key_of_the_future = 3"),
+        (dict(r=None), "the key r is missing"),
+        (dict(target_modules=["q_porj"]), "nearest: 'q_proj'"),
+        (dict(r=4), "is (2, 24), the model needs (4, 24)"),
+        (
+            dict(target_modules=["q_proj", "v_proj"]),
+            "missing base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight",
+        ),
+        (
+            dict(target_modules=["v_proj"]),
+            "unexpected base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_and_leaves_the_model_as_it_was(config, said, tmp_path):
+    directory, model = saved(tmp_path, **config), tiny_model()
+    with pytest.raises(UserError) as error:
+        load_adapter(model, directory)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"lora_magnitude_vector": None}, "missing {}lora_magnitude_vector"),
+        ({"lora_A.weight": None, "lora_B.weight": None}, "missing {}lora_A.weight"),
+        ({"lora_magnitude_vector": torch.ones(24, 1)}, "{}lora_magnitude_vector is (24, 1), not a vector"),
+        (
+            {"lora_magnitude_vector.weight": torch.ones(24)},
+            "{}lora_magnitude_vector.weight is no lora_A.weight or",
+        ),
+        ({"lora_B.weight": torch.ones(24, 3)}, "{}lora_B.weight is (24, 3), not of rank r = 2"),
+    ],
+)
+def test_a_dora_adapter_that_is_not_sound_is_refused_with_and_without_a_model(change, said, tmp_path):
+    model = tiny_model()
+    add_lora(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    save_adapter(model, tmp_path)
+    config, layers = read_adapter(tmp_path)
+    assert config.use_dora and len(layers) == 2
+    for path, tensors in layers.items():
+        assert all(map(torch.equal, tensors, lora_layers(model)[path].parts("default").values()))
+    path, prefix = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.1.self_attn.q_proj."
+    whole = load_file(path) | {prefix + name: tensor for name, tensor in change.items()}
+    save_file({key: tensor for key, tensor in whole.items() if tensor is not None}, path)
+    with pytest.raises(UserError) as error:
+        read_adapter(tmp_path)
+    assert said.format(prefix) in str(error.value) and "\n" not in str(error.value)
+    model = tiny_model()
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_adapter(model, tmp_path)
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda tensor: tensor.to(torch.int32), "is torch.int32, not floating point"),
+        (lambda tensor: tensor.fill_(torch.nan), "is infinite or NaN in places"),
+    ],
+)
+def test_tensors_that_are_no_numbers_to_compute_with_are_refused(spoil, said, tmp_path):
+    path = saved(tmp_path) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    save_file(tensors | {key: spoil(tensors[key])}, path)
+    for read in (read_adapter, lambda directory: load_adapter(tiny_model(), directory)):
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        assert f"{key} {said}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_configuration_that_is_no_object_is_refused(tmp_path):
+    (saved(tmp_path) / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match="adapter_config.json holds no JSON object"):
+        read_adapter(tmp_path)
+
+
+def test_magnitudes_without_use_dora_are_refused(tmp_path):
+    model = tiny_model()
+    add_lora(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(use_dora=False)))
+    for read in (read_adapter, lambda directory: load_adapter(tiny_model(), directory)):
+        with pytest.raises(UserError, match="lora_magnitude_vector"):
+            read(tmp_path)
+
+
+@torch.no_grad()
+def test_an_adapter_on_a_model_in_use_drops_nothing_out(tmp_path):
+    model = tiny_model()
+    add_lora(model, LoraConfig(lora_dropout=0.5))
+    randomize(model)
+    assert torch.equal(model(ids(1, 9)), model(ids(1, 9)))
+    save_adapter(model, tmp_path)
+    fresh = tiny_model()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(ids(1, 9)), model(ids(1, 9)))
+    assert not torch.equal(fresh.train()(ids(1, 9)), fresh(ids(1, 9)))
+
+
+def test_a_missing_a_truncated_and_a_pickled_adapter_are_told_apart(tmp_path):
+    model = tiny_model()
+    with pytest.raises(UserError, match="is not an adapter: it has no adapter_config.json"):
+        load_adapter(model, tmp_path)
+    weights = saved(tmp_path) / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="truncated or corrupt"):
+        load_adapter(model, tmp_path)
+    weights.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="pickled and never read"):
+        load_adapter(model, tmp_path)
+
+
+def test_half_precision_adapters_are_loaded_as_float32(tmp_path):
+    directory = saved(tmp_path)
+    path = directory / "adapter_model.safetensors"
+    save_file({k: v.bfloat16() for k, v in load_file(path).items()}, path)
+    model = tiny_model()
+    load_adapter(model, directory)
+    assert all(
+        p.dtype == torch.float32 for layer in lora_layers(model).values() for p in layer.lora_A.values()
+    )

@@ -1,0 +1,494 @@
+"""The linter says what PEFT really does, and what vLLM's and SGLang's rules are."""
+
+import json
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from support.families import relative_error, transformers_model
+from test_merge import TOLERANCE, adapted, change_config, change_tensors, make_adapter, make_base
+
+from minilora import UserError
+from minilora.formats.lint import (
+    LOADS_WRONGLY,
+    NEEDS_OPTION,
+    SERVERS,
+    WILL_NOT_LOAD,
+    Finding,
+    lint_adapter,
+    loads,
+    table,
+)
+from minilora.formats.weights import read_config
+
+PREFIX = "base_model.model.model.layers"
+Q0, V0, UP1 = f"{PREFIX}.0.self_attn.q_proj", f"{PREFIX}.0.self_attn.v_proj", f"{PREFIX}.1.mlp.up_proj"
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model_dir):
+    directory = tmp_path_factory.mktemp("made")
+    make_base(directory / "base", model_dir)
+    make_adapter(directory / "base", directory / "adapter", use_rslora=False, target_modules=ALL)
+    return directory
+
+
+@pytest.fixture
+def place(tmp_path, made):
+    """A base model in `base`, and in `adapter` a random plain LoRA on all of its linear layers, which every
+    server loads.
+    """
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
+
+
+def lint(place, with_base=True) -> list[Finding]:
+    return lint_adapter(place / "adapter", read_config(place / "base") if with_base else None)
+
+
+def verdicts(place, server, with_base=True) -> list[str]:
+    return [finding.verdict for finding in lint(place, with_base) if finding.server == server]
+
+
+def said(place, server, with_base=True) -> str:
+    return "\n".join(f"{f.verdict}: {f.why}" for f in lint(place, with_base) if f.server == server)
+
+
+# ---- PEFT, which is asked --------------------------------------------------------------------------------------------
+
+
+def in_peft(place) -> torch.Tensor | None:
+    """Logits of the base model and the adapter in PEFT; None if it does not load there."""
+    peft = pytest.importorskip("peft")
+    base = transformers_model("llama-gqa", vocab_size=320)
+    torch.manual_seed(0)  # of the untrained values of what the file lacks
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model = peft.PeftModel.from_pretrained(base, str(place / "adapter")).eval()
+            return model(input_ids=torch.arange(3, 23)[None]).logits
+    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError):
+        return None
+
+
+def made_here(place, **settings) -> torch.Tensor:
+    """Replace the adapter by another one of minilora's. Returns its logits."""
+    make_adapter(place / "base", place / "adapter", **settings)
+    return adapted(place)(torch.arange(3, 23)[None])
+
+
+@pytest.fixture(scope="module")
+def trained(made) -> torch.Tensor:
+    """Logits with the adapter as it is made."""
+    return in_peft(made)
+
+
+def saved_by_peft(place, **settings) -> torch.Tensor:
+    """Replace the adapter by a random one that PEFT writes. Returns its logits."""
+    peft = pytest.importorskip("peft")
+    shutil.rmtree(place / "adapter")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(
+        transformers_model("llama-gqa", vocab_size=320), peft.LoraConfig(**settings, task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(place / "adapter"))
+    return model.eval()(input_ids=torch.arange(3, 23)[None]).logits
+
+
+def drop(*keys):
+    return lambda place: change_tensors(place, lambda tensors: [tensors.pop(key) for key in keys])
+
+
+def rename_all(place) -> None:
+    path = place / "adapter" / "adapter_model.safetensors"
+    save_file(
+        {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(path).items()}, path
+    )
+
+
+def without(key):
+    def change(place):
+        path = place / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+    return change
+
+
+GOOD = {  # each gives the logits that it was trained to give, or None if it changes nothing about them
+    "as minilora writes it": lambda place: None,
+    "rsLoRA": lambda place: made_here(place, use_rslora=True),
+    "DoRA": lambda place: saved_by_peft(place, r=4, target_modules=["q_proj", "down_proj"], use_dora=True),
+    "full names": lambda place: made_here(place, target_modules=["model.layers.1.mlp.up_proj"]),
+    "a regular expression": lambda place: change_config(
+        place, target_modules=r".*\.(self_attn|mlp)\..*_proj"
+    ),
+    "all linear layers": lambda place: change_config(place, target_modules="all-linear"),
+    "a half-misspelt list": lambda place: change_config(place, target_modules=[*ALL, "qkv_porj"]),
+    "ranks and alphas by layer": lambda place: saved_by_peft(
+        place,
+        r=4,
+        target_modules=ALL,
+        rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 7},
+        alpha_pattern={"v_proj": 1},
+    ),
+    "trained copies of modules": lambda place: saved_by_peft(
+        place, r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    ),
+    "trained biases": lambda place: saved_by_peft(
+        place, r=4, target_modules=["q_proj", "up_proj"], bias="lora_only"
+    ),
+    "biases of B": lambda place: saved_by_peft(place, r=4, target_modules=["q_proj"], lora_bias=True),
+    "an adapted embedding": lambda place: saved_by_peft(
+        place, r=4, target_modules=["q_proj", "embed_tokens"]
+    ),
+    "an initialisation that changes nothing": lambda place: change_config(
+        place, init_lora_weights="gaussian"
+    ),
+    "other tensors beside": lambda place: save_file(
+        {"a": torch.ones(2)}, place / "adapter" / "optimizer.safetensors"
+    ),
+}
+WRONG = {  # what loads, and is not what was trained
+    "a layer without tensors": drop(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"),
+    "an A without B": drop(f"{UP1}.lora_B.weight"),
+    "a magnitude without DoRA": lambda place: change_tensors(
+        place, lambda tensors: tensors.update({f"{Q0}.lora_magnitude_vector": torch.ones(48)})
+    ),
+    "DoRA without magnitudes": lambda place: change_config(place, use_dora=True),
+    "names without their prefix": rename_all,
+    "targets that leave layers out": lambda place: change_config(place, target_modules=["q_proj", "v_proj"]),
+    "no alpha": without("lora_alpha"),
+}
+REFUSED = {
+    "no weights": lambda place: (place / "adapter" / "adapter_model.safetensors").unlink(),
+    "weights cut short": lambda place: (place / "adapter" / "adapter_model.safetensors").write_bytes(
+        b"\xff" * 40
+    ),
+    "a configuration cut short": lambda place: (place / "adapter" / "adapter_config.json").write_text(
+        '{"r": 4'
+    ),
+    "no kind": without("peft_type"),
+    "another kind": lambda place: change_config(place, peft_type="LOHO"),
+    "another rank": lambda place: change_config(place, r=5),
+    "no rank at all": lambda place: change_config(place, r=0),
+    "another width": lambda place: change_tensors(
+        place, lambda tensors: tensors.update({f"{Q0}.lora_A.weight": torch.ones(4, 47)})
+    ),
+    "targets that no layer has": lambda place: change_config(place, target_modules=["query", "value"]),
+    "an unknown initialisation": lambda place: change_config(place, init_lora_weights="future"),
+}
+
+
+def test_the_adapter_to_compare_with_does_something(place, trained):
+    base = transformers_model("llama-gqa", vocab_size=320)
+    with torch.no_grad():
+        before = base(input_ids=torch.arange(3, 23)[None]).logits
+    assert relative_error(trained, before) > 100 * TOLERANCE
+    assert lint(place) == lint(place, with_base=False) == []
+
+
+@pytest.mark.parametrize("case", GOOD)
+@torch.no_grad()
+def test_what_peft_loads_as_it_was_trained_is_said_to_load_there(place, trained, case):
+    other = GOOD[case](place)
+    assert relative_error(in_peft(place), trained if other is None else other) <= TOLERANCE
+    assert said(place, "PEFT") == said(place, "PEFT", with_base=False) == ""
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_peft_loads_otherwise_than_it_was_trained_is_said_to_load_wrongly(place, trained, case):
+    WRONG[case](place)
+    loaded = in_peft(place)
+    assert loaded is not None
+    if case != "a magnitude without DoRA":  # ignored: the trained length is lost, and the rest as it was
+        assert relative_error(loaded, trained) > 100 * TOLERANCE
+    assert set(verdicts(place, "PEFT")) == {LOADS_WRONGLY}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_peft_refuses_is_said_not_to_load(place, case):
+    REFUSED[case](place)
+    assert in_peft(place) is None
+    assert WILL_NOT_LOAD in verdicts(place, "PEFT")
+
+
+def test_a_key_that_peft_does_not_know_is_ignored_and_said_to_be(place):
+    change_config(place, future_feature={"on": True}, other_feature=None)
+    assert in_peft(place) is not None
+    assert said(place, "PEFT") == "loads wrongly: future_feature = {'on': True} is not known, and ignored"
+
+
+# ---- vLLM's and SGLang's rules, read in their code -------------------------------------------------------------------
+
+
+def renamed(place, old, new) -> None:
+    def change(tensors):
+        for key in [key for key in tensors if old in key]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    change_tensors(place, change)
+
+
+def only(*leaves):
+    return lambda place: make_adapter(
+        place / "base", place / "adapter", use_rslora=False, target_modules=leaves
+    )
+
+
+def added(name, *shape):
+    return lambda place: change_tensors(place, lambda tensors: tensors.update({name: torch.ones(shape)}))
+
+
+VLLM = {
+    "r": (without("r"), WILL_NOT_LOAD, "the key r is missing"),
+    "lora_alpha": (without("lora_alpha"), WILL_NOT_LOAD, "the key lora_alpha is missing"),
+    "target_modules": (without("target_modules"), WILL_NOT_LOAD, "the key target_modules is missing"),
+    "DoRA": (
+        lambda place: change_config(place, use_dora=True),
+        WILL_NOT_LOAD,
+        "use_dora = True is not supported",
+    ),
+    "lora_bias": (
+        lambda place: change_config(place, lora_bias=True),
+        WILL_NOT_LOAD,
+        "lora_bias = True is not supported",
+    ),
+    "bias": (lambda place: change_config(place, bias="all"), WILL_NOT_LOAD, "bias = 'all' is not supported"),
+    "modules_to_save": (
+        lambda place: change_config(place, modules_to_save=["lm_head", "score"]),
+        WILL_NOT_LOAD,
+        "modules_to_save = ['lm_head'] is not supported",
+    ),
+    "PiSSA": (
+        lambda place: change_config(place, init_lora_weights="pissa_niter_4"),
+        WILL_NOT_LOAD,
+        "'pissa_niter_4' changed the base",
+    ),
+    "aLoRA": (
+        lambda place: change_config(place, alora_invocation_tokens=[1]),
+        WILL_NOT_LOAD,
+        "alora_invocation_tokens = [1]",
+    ),
+    "replication": (
+        lambda place: change_config(place, layer_replication=[[0, 2]]),
+        WILL_NOT_LOAD,
+        "layer_replication",
+    ),
+    "BD-LoRA": (lambda place: change_config(place, use_bdlora={"nblocks": 2}), WILL_NOT_LOAD, "use_bdlora"),
+    "QALoRA": (lambda place: change_config(place, use_qalora=True), WILL_NOT_LOAD, "use_qalora = True"),
+    "rank 17": (
+        lambda place: change_rank(place, 17),
+        NEEDS_OPTION,
+        "started with --max-lora-rank 32: the rank is 17",
+    ),
+    "rank 513": (lambda place: change_rank(place, 513), WILL_NOT_LOAD, "rank 513 is above 512"),
+    "a rank of one layer": (
+        lambda place: change_config(place, rank_pattern={"q_proj": 600}),
+        WILL_NOT_LOAD,
+        "rank 600 is above 512",
+    ),
+    "another tensor": (
+        added(f"{PREFIX}.0.input_layernorm.weight", 48),
+        WILL_NOT_LOAD,
+        "input_layernorm.weight is no LoRA tensor",
+    ),
+    "a resized head": (
+        added("base_model.model.lm_head.weight", 330, 48),
+        WILL_NOT_LOAD,
+        "lm_head.weight is no LoRA tensor",
+    ),
+    "a magnitude": (
+        added(f"{Q0}.lora_magnitude_vector", 48),
+        WILL_NOT_LOAD,
+        "lora_magnitude_vector is no LoRA tensor",
+    ),
+    "half a pair": (drop(f"{Q0}.lora_B.weight"), WILL_NOT_LOAD, "q_proj.lora_B.weight is missing"),
+    "another layer": (
+        lambda place: renamed(place, "1.mlp.up_proj", "7.mlp.up_proj"),
+        WILL_NOT_LOAD,
+        "no layer model.layers.7.mlp.up_proj",
+    ),
+    "another width": (added(f"{Q0}.lora_A.weight", 4, 47), WILL_NOT_LOAD, "q_proj.lora_A.weight is (4, 47)"),
+    "another rank": (lambda place: change_config(place, r=2), LOADS_WRONGLY, "not of rank 2; and"),
+}
+SGLANG = {
+    "peft_type": (without("peft_type"), WILL_NOT_LOAD, "the key peft_type is missing"),
+    "another kind": (
+        lambda place: change_config(place, peft_type="LOHA"),
+        WILL_NOT_LOAD,
+        "peft_type is 'LOHA'",
+    ),
+    "r": (without("r"), WILL_NOT_LOAD, "the key r is missing"),
+    "rsLoRA": (
+        lambda place: change_config(place, use_rslora=True),
+        LOADS_WRONGLY,
+        "use_rslora is ignored: scaled by alpha / r",
+    ),
+    "a regular expression": (
+        lambda place: change_config(place, target_modules=r".*_proj"),
+        WILL_NOT_LOAD,
+        "target_modules '.*_proj' is a regular expression",
+    ),
+    "DoRA": (
+        lambda place: change_config(place, use_dora=True),
+        WILL_NOT_LOAD,
+        "use_dora = True is not supported",
+    ),
+    "q only": (only("q_proj"), WILL_NOT_LOAD, "q_proj is adapted without v_proj"),
+    "q and k": (only("q_proj", "k_proj"), WILL_NOT_LOAD, "q_proj is adapted without v_proj"),
+    "v only": (only("v_proj"), WILL_NOT_LOAD, "v_proj is adapted without q_proj"),
+    "k and v": (
+        only("k_proj", "v_proj"),
+        WILL_NOT_LOAD,
+        "k_proj is adapted without q_proj; v_proj is adapted without q_proj",
+    ),
+    "up only": (only("up_proj"), WILL_NOT_LOAD, "up_proj is adapted without gate_proj"),
+    "ranks by layer": (
+        lambda place: saved_by_peft(
+            place, r=4, target_modules=["o_proj", "down_proj"], rank_pattern={"o_proj": 2}
+        ),
+        WILL_NOT_LOAD,
+        "model.layers.0.self_attn.o_proj has rank 2, not r = 4",
+    ),
+    "alphas by layer": (
+        lambda place: change_config(place, alpha_pattern={"q_proj": 9}),
+        LOADS_WRONGLY,
+        "alpha_pattern is ignored",
+    ),
+    "LoftQ": (
+        lambda place: change_config(place, init_lora_weights="loftq"),
+        LOADS_WRONGLY,
+        "'loftq' changed the base model",
+    ),
+    "trained copies": (
+        lambda place: saved_by_peft(place, r=4, target_modules=["o_proj"], modules_to_save=["lm_head"]),
+        LOADS_WRONGLY,
+        "base_model.model.lm_head.weight is ignored",
+    ),
+    "another tensor": (
+        added(f"{PREFIX}.0.input_layernorm.weight", 48),
+        WILL_NOT_LOAD,
+        "input_layernorm.weight is no LoRA tensor",
+    ),
+    "half a pair": (drop(f"{Q0}.lora_B.weight"), WILL_NOT_LOAD, "q_proj.lora_B.weight is missing"),
+    "other tensors beside": (
+        lambda place: save_file({"a": torch.ones(2)}, place / "adapter" / "optimizer.safetensors"),
+        WILL_NOT_LOAD,
+        "optimizer.safetensors is read too",
+    ),
+}
+
+
+def change_rank(place, r: int) -> None:
+    make_adapter(place / "base", place / "adapter", use_rslora=False, target_modules=ALL, r=r)
+
+
+@pytest.mark.parametrize("case", VLLM)
+def test_each_rule_of_vllm(place, case):
+    change, verdict, why = VLLM[case]
+    assert said(place, "vLLM") == ""
+    change(place)
+    assert f"{verdict}: " in said(place, "vLLM") and why in said(place, "vLLM"), said(place, "vLLM")
+
+
+@pytest.mark.parametrize("case", SGLANG)
+def test_each_rule_of_sglang(place, case):
+    change, verdict, why = SGLANG[case]
+    assert said(place, "SGLang") == ""
+    change(place)
+    assert f"{verdict}: " in said(place, "SGLang") and why in said(place, "SGLang"), said(place, "SGLang")
+
+
+@pytest.mark.parametrize(
+    "leaves", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"], ["gate_proj"], ["o_proj", "down_proj"]]
+)
+def test_what_the_servers_put_together_themselves_is_no_finding(place, leaves):
+    only(*leaves)(place)
+    assert lint(place) == lint(place, with_base=False) == []
+
+
+@pytest.mark.parametrize(
+    "change", [dict(use_rslora=True), dict(rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 1})]
+)
+def test_vllm_honours_rslora_and_patterns(place, change):
+    change_config(place, **change)
+    assert said(place, "vLLM") == ""
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(call):
+    """Run `lint_adapter.py ARGUMENTS`: (exit code, stdout, stderr)."""
+    return partial(call, "lint_adapter")
+
+
+def test_the_command_prints_a_line_for_each_server_and_exits_with_0_if_all_load(command, place):
+    assert command(place / "adapter", "--model", place / "base") == (
+        0,
+        "PEFT    loads\nvLLM    loads\nSGLang  loads\n",
+        "",
+    )
+    change_rank(place, 20)
+    code, out, _ = command(place / "adapter")
+    assert code == 0 and "vLLM    loads, if      started with --max-lora-rank 32: the rank is 20\n" in out
+
+
+def test_the_command_says_why_and_what_helps_and_exits_with_1_if_some_do_not_load(command, place):
+    change_config(place, use_rslora=True)
+    assert command(place / "adapter") == (
+        1,
+        "PEFT    loads\n"
+        "vLLM    loads\n"
+        "SGLang  loads wrongly  use_rslora is ignored: scaled by alpha / r, not alpha / sqrt(r)\n"
+        f"                       -> python scripts/merge.py --adapter {place / 'adapter'} --export_adapter NEW\n",
+        "",
+    )
+
+
+def test_mistakes_of_the_user_are_one_line_and_exit_with_2(command, place):
+    (place / "empty").mkdir()
+    (place / "pickled").mkdir()
+    shutil.copy(place / "adapter" / "adapter_config.json", place / "pickled")
+    (place / "pickled" / "adapter_model.bin").write_bytes(b"")
+    for arguments, said in [
+        ((place / "nowhere",), "no such directory"),
+        ((place / "empty",), "is not an adapter: it has no adapter_config.json"),
+        ((place / "pickled",), "is pickled and never opened here; save the adapter again as safetensors"),
+        ((place / "adapter", "--model", place / "empty"), "is not a model directory"),
+    ]:
+        code, out, err = command(*arguments)
+        assert code == 2 and said in err and err.count("\n") == 1 and not out
+
+
+def test_what_no_program_can_read_is_a_finding_of_every_server(place):
+    for damage in REFUSED["no weights"], REFUSED["a configuration cut short"]:
+        damage(place)
+        findings = lint(place)
+        assert [finding.server for finding in findings] == list(SERVERS) and not loads(findings)
+        assert {finding.verdict for finding in findings} == {WILL_NOT_LOAD}
+    with pytest.raises(UserError, match="is not an adapter"):
+        lint_adapter(place / "base")
+
+
+@pytest.mark.parametrize("value", [None, "4", [4], {}, 4.5, True, -1])
+@pytest.mark.parametrize(
+    "key", ["r", "lora_alpha", "target_modules", "rank_pattern", "modules_to_save", "bias", "peft_type"]
+)
+def test_any_value_of_any_key_is_judged_and_never_a_crash(place, key, value):
+    change_config(place, **{key: value})
+    assert table(lint(place)).count("\n") >= 2
+    change_config(place, **{key: {"q_proj": value} if key == "rank_pattern" else [value]})
+    assert table(lint(place)).count("\n") >= 2

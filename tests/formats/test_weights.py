@@ -1,0 +1,144 @@
+"""Model directories: what transformers writes loads here, what we write loads there, and damage is named."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.families import FAMILIES, relative_error, transformers_model
+from test_lora import ids, tiny_model
+
+from minilora import CausalLM, ModelConfig, UserError, load_model, save_model
+
+TOLERANCE = 1e-5  # float32 sums in another order, as in test_model
+
+
+@pytest.fixture
+def directory(tmp_path):
+    save_model(tiny_model(), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_directory_written_by_transformers_gives_the_same_logits_here_and_the_way_back(family, tmp_path):
+    theirs = transformers_model(family)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    batch = ids(2, 40)
+    assert relative_error(ours(batch), theirs(batch).logits) <= TOLERANCE
+    save_model(ours, tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    assert relative_error(again(batch).logits, theirs(batch).logits) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_sharded_and_single_files_give_the_same_model(tmp_path):
+    theirs = transformers_model("llama-gqa")
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    one, many = load_model(tmp_path / "one"), load_model(tmp_path / "many")
+    assert torch.equal(one(ids(1, 9)), many(ids(1, 9)))
+
+
+def test_weights_are_frozen_in_the_dtype_of_the_config_or_the_one_asked_for(directory):
+    assert {p.dtype for p in load_model(directory).parameters()} == {torch.float32}
+    model = load_model(directory, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_loaded_model_does_not_depend_on_its_files_any_more(directory):
+    model = load_model(directory)
+    before = model(ids(1, 9))
+    path = directory / "model.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert torch.equal(model(ids(1, 9)), before)
+
+
+def test_loading_never_holds_the_weights_twice(tmp_path):
+    """Measured in a process of its own, on a single file: with one mapped shard left open, all of it would
+    count a second time.
+    """
+    config = dict(
+        model_type="llama", vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=40
+    )
+    model = CausalLM(
+        ModelConfig.from_dict(config | dict(num_attention_heads=8, num_key_value_heads=8))
+    ).bfloat16()
+    save_model(model, tmp_path)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    code = f"""
+import minilora, torch
+from minilora.system.device import memory_used
+before = memory_used(torch.device("cpu"))
+model = minilora.load_model({str(tmp_path)!r})
+print(memory_used(torch.device("cpu")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # 272 MB of weights. Beside them: one tensor as it lies in the file (8 MB), and the allocator's and the
+    # modules' own 40 MB.
+    assert 250e6 < size < int(done.stdout) * 1.02 and int(done.stdout) < size + 50e6
+
+
+def test_a_tied_head_in_the_file_is_redundant_and_old_rotary_buffers_are_too(tmp_path):
+    save_model(tiny_model(tie_word_embeddings=True), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    save_file(tensors, path)
+    model = load_model(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_missing_unexpected_and_wrongly_shaped_tensors_are_listed_in_one_error(directory):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.7.extra"] = torch.ones(2)
+    tensors["model.norm.weight"] = torch.ones(3)
+    tensors["lm_head.weight"] = torch.ones(61, 24, dtype=torch.int8)
+    save_file(tensors, path)
+    with pytest.raises(UserError) as error:
+        load_model(directory)
+    message = str(error.value)
+    for said in ("missing model.layers.1.mlp.up_proj.weight", "unexpected model.layers.7.extra",
+                 "model.norm.weight is (3,), config.json says (24,)", "lm_head.weight is of type I8"):  # fmt: skip
+        assert said in message
+    assert "\n" not in message
+
+
+def test_truncated_and_corrupt_files_are_named(directory):
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"\xff" * 100, b"{}" + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"model.safetensors is truncated or corrupt"):
+            load_model(directory)
+
+
+def test_a_missing_shard_a_broken_index_and_pickled_weights_are_named(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin is pickled and never read"):
+        load_model(directory)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match="lacks model-00001-of-00002.safetensors"):
+        load_model(directory)
+    index.write_text("{}")
+    with pytest.raises(UserError, match="is not a safetensors index"):
+        load_model(directory)
+
+
+def test_a_directory_without_a_config_and_one_that_is_not_there_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="has no config.json"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match="no such directory"):
+        load_model(tmp_path / "nowhere")

@@ -1,0 +1,572 @@
+"""Sizes are exact, moments those of the allocator, peaks those of a process; advice keeps within the memory
+there is.
+"""
+
+import json
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import memory
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.measured_training import random_model
+from support.project import SUPPORT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minilora import (
+    PRESETS,
+    CausalLM,
+    LoraConfig,
+    ModelConfig,
+    QuantConfig,
+    UserError,
+    add_lora,
+    load_model,
+    ops,
+    save_model,
+)
+from minilora.linear import QuantizedLinear
+from minilora.lora import trainable_parameters
+from minilora.loss import causal_lm_loss
+from minilora.memory.ledger import CATEGORIES, advise, available_memory, choose_recompute, memory_ledger
+from minilora.optim import make_optimizer, state_bytes
+from minilora.recompute import POLICIES, set_recompute
+
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_SEVEN = (*QKVO, "gate_proj", "up_proj", "down_proj")
+MISTRAL = memory.SHAPES["mistral-7b"]
+QUANTS = {
+    "nf4": QuantConfig(),
+    "nf4-single": QuantConfig(double_quant=False),
+    "int8": QuantConfig(bits=8),
+    "none": None,
+}
+
+
+def shape(model_type: str = "llama", **sizes) -> ModelConfig:
+    small = dict(
+        vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
+    )
+    return ModelConfig.from_dict(dict(model_type=model_type, num_key_value_heads=2) | small | sizes)
+
+
+FAMILIES = {
+    "llama": shape(),
+    "mistral": shape("mistral", sliding_window=7),
+    "qwen2-biased-tied": shape("qwen2", tie_word_embeddings=True),
+    "qwen3-normed": shape("qwen3", head_dim=20),
+}
+
+
+# ---- what stays, to the byte ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_scales_and_adapters_are_counted_to_the_byte(family, quant, tmp_path):
+    config, dtype = FAMILIES[family], torch.bfloat16
+    model = CausalLM(config)
+    model.init_weights()
+    save_model(model, tmp_path)
+    model = load_model(tmp_path, QUANTS[quant], dtype)
+    lora = LoraConfig(r=3, target_modules=("q_proj", "down_proj"))
+    add_lora(model, lora)
+    ledger = memory_ledger(
+        config, lora, QUANTS[quant], batch_size=1, length=8, dtype=dtype, recompute="off"
+    ).bytes
+
+    weights = [m.weight for m in model.modules() if isinstance(m, QuantizedLinear)]
+    trainable = sum(p.nbytes for p in trainable_parameters(model).values())
+    others = sum(p.nbytes for p in model.parameters()) - trainable
+    assert (
+        ledger["linear weights"] + ledger["scales"] + ledger["embeddings, head, norms"]
+        == sum(w.nbytes for w in weights) + others
+    )
+    assert ledger["adapter"] == ledger["gradients"] == trainable
+    if weights:
+        assert ledger["linear weights"] == sum(
+            (w.data if quant == "int8" else w.packed).nbytes for w in weights
+        )
+        assert ledger["embeddings, head, norms"] == others
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_bnb_8bit"])
+def test_gradients_and_optimizer_states_are_counted_to_the_byte(optim):
+    codebooks = 0
+    if "bnb" in optim:
+        pytest.importorskip("bitsandbytes")
+        codebooks = 2 * 4 * 256  # which all its tensors share; ours lie outside the state
+    config, lora = (
+        shape(hidden_size=528, num_attention_heads=8),
+        LoraConfig(r=8, target_modules=("q_proj", "up_proj")),
+    )
+    model = random_model(
+        config, torch.float32
+    )  # adapters of 4224 and 640 numbers: of both kinds for the 8-bit optimizers
+    add_lora(model, lora)
+    trainable = trainable_parameters(model)
+    optimizer = make_optimizer(optim, trainable, lr=1e-3, weight_decay=0.0)
+    causal_lm_loss(model, torch.arange(16).view(2, 8), torch.arange(16).view(2, 8)).backward()
+    optimizer.step()
+    kind = dict(batch_size=2, length=8, dtype=torch.float32, recompute="off", device="cpu")
+    ledger = memory_ledger(config, lora, QuantConfig(), optim=optim, **kind).bytes
+    assert ledger["gradients"] == sum(p.grad.nbytes for p in trainable.values())
+    assert ledger["optimizer states"] == state_bytes(optimizer) - codebooks
+
+
+def test_moments_that_are_paged_are_not_on_the_gpu():
+    lora = LoraConfig(r=32, target_modules=("q_proj",))  # tensors of 131,072
+    kind = dict(batch_size=1, length=8, dtype=torch.float16, recompute="full")
+    paged, kept = (
+        memory_ledger(MISTRAL, lora, None, optim=o, **kind).bytes
+        for o in ("paged_adamw_8bit", "adamw_bnb_8bit")
+    )
+    assert kept["optimizer states"] - paged["optimizer states"] == 2 * kept["adapter"] // 4
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors that operations make, as long as these live: now, and at most in each `phase`."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now, self.phase, self.peaks = 0, "", {}
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        options = options or {}
+        known = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((arguments, options))
+            if isinstance(t, torch.Tensor)
+        }
+        results = operation(*arguments, **options)
+        for t in tree_leaves(results):
+            if isinstance(t, torch.Tensor) and t.device.type == "cpu":
+                storage = t.untyped_storage()
+                if storage._cdata not in known | self.sizes.keys():
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.freed, storage._cdata)
+        self.peaks[self.phase] = max(self.now, self.peaks.get(self.phase, 0))
+        return results
+
+    def freed(self, storage: int) -> None:
+        self.now -= self.sizes.pop(storage)
+
+
+def test_a_prediction_allocates_nothing_and_draws_no_random_number():
+    before = torch.get_rng_state()
+    config = replace(MISTRAL, hidden_size=4160, head_dim=130)  # a shape that no test has counted yet
+    with Allocations() as allocations:
+        memory_ledger(
+            config,
+            PRESETS["standard_r8_qkvo"],
+            QuantConfig(),
+            batch_size=4,
+            length=1024,
+            dtype=torch.float16,
+            recompute="off",
+        )
+    assert allocations.peaks[""] < 1e5 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_adapter_that_the_model_cannot_have_is_refused():
+    kind = dict(batch_size=1, length=8, dtype=torch.float32, recompute="off")
+    with pytest.raises(UserError, match="'v_porj'"):
+        memory_ledger(FAMILIES["llama"], LoraConfig(target_modules=("v_porj",)), None, **kind)
+
+
+# ---- activations, by what the allocator is asked for -----------------------------------------------------------------------
+
+
+@st.composite
+def training(draw):
+    """A model, an adapter, a way to store weights, a shape of batches."""
+    H, K = draw(st.sampled_from([4, 8])), 16
+    G = draw(st.sampled_from([2, H]))
+    config = shape(
+        draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])),
+        vocab_size=draw(st.sampled_from([64, 500, 5000])),
+        hidden_size=64 * draw(st.integers(1, 2)),
+        intermediate_size=64 * draw(st.integers(3, 5)),
+        num_hidden_layers=draw(st.integers(6, 7)),
+        num_attention_heads=H,
+        num_key_value_heads=G,
+        head_dim=K,
+    )
+    lora = LoraConfig(
+        r=draw(st.integers(1, 16)),
+        lora_dropout=draw(st.sampled_from([0.0, 0.1])),
+        target_modules=draw(st.sampled_from([QKVO, ALL_SEVEN, ("q_proj", "v_proj")])),
+        **draw(st.sampled_from([dict(), dict(use_dora=True), dict(lora_fa=True)])),
+    )
+    return config, lora, dict(batch_size=draw(st.integers(2, 4)), length=draw(st.integers(48, 96)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    training(),
+    st.sampled_from([p for p in POLICIES if p != "offload"]),
+    st.sampled_from(["float32", "bfloat16"]),
+    st.booleans(),
+)
+def test_forward_and_backward_allocate_what_the_ledger_says(training, recompute, dtype, multiplies_bfloat16):
+    # 10 %, which is what `fits` leaves room for; seen in 300 such cases: 7 % below to 9 % above. Not counted
+    # are tables of RoPE and the like; counted and not there is what the first layer leaves out, as its input
+    # needs no gradient: up to half of it.
+    (config, lora, sizes), dtype = training, getattr(torch, dtype)
+    with mock.patch.object(ops, "_cpu_multiplies_bfloat16", lambda: multiplies_bfloat16):
+        compare_with_allocations(config, lora, sizes, recompute, dtype)
+
+
+def compare_with_allocations(config, lora, sizes, recompute, dtype):
+    model = random_model(config, dtype)
+    add_lora(model, lora)
+    set_recompute(model.train(), recompute)
+    input_ids = torch.randint(0, config.vocab_size, (sizes["batch_size"], sizes["length"]))
+    causal_lm_loss(
+        model, input_ids, input_ids
+    ).backward()  # now there are gradients, as in all micro-batches but the first
+    with Allocations() as allocations:
+        allocations.phase = "forward"
+        loss = causal_lm_loss(model, input_ids, input_ids)
+        allocations.phase = "backward"
+        loss.backward()
+    ledger = memory_ledger(
+        config, lora, QuantConfig(), dtype=dtype, recompute=recompute, device="cpu", **sizes
+    )
+    activations = CATEGORIES[CATEGORIES.index("layer inputs") :]
+    predicted = {
+        name: sum(moment[category] for category in activations) for name, moment in ledger.moments.items()
+    }
+    assert predicted["backward"] == pytest.approx(allocations.peaks["backward"], rel=0.1)
+    assert max(predicted.values()) == pytest.approx(max(allocations.peaks.values()), rel=0.1)
+
+
+# ---- peaks, by what the system says of a process ---------------------------------------------------------------------------
+
+EIGHT_HEADS = dict(num_attention_heads=8, num_key_value_heads=8)
+MEASURED = {  # tensors of a megabyte and more, as in training a real model: below, the heap's holes count
+    "llama": (
+        shape("llama", vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, **EIGHT_HEADS),
+        dict(lora_dropout=0.05, target_modules=QKVO),
+        dict(dtype="float32", batch_size=2, length=512),
+    ),
+    "mistral, q and v": (
+        shape("mistral", vocab_size=8000, hidden_size=768, intermediate_size=2688, num_hidden_layers=3, num_attention_heads=12),
+        dict(target_modules=("q_proj", "v_proj")),
+        dict(dtype="float32", batch_size=1, length=1024),
+    ),
+    "qwen3, all seven": (
+        shape("qwen3", vocab_size=4000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
+              head_dim=128, tie_word_embeddings=True),
+        dict(r=16, target_modules=ALL_SEVEN),
+        dict(dtype="float32", batch_size=4, length=256),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_peak_of_training_is_predicted_within_a_tenth(case):
+    # A tenth is what `fits` leaves free. PyTorch itself (`process`, 0.4 GB) is measured, so it is taken off
+    # both: the tenth is one of what is predicted. Seen: 6 % above to 8 % below. Missing is above all what
+    # matrix products pack their operands into: 12 MB for the head of 8000 x 768 alone.
+    config, lora, sizes = MEASURED[case]
+    arguments = json.dumps(dict(config=config.to_dict(), lora=lora) | sizes)
+    script = [sys.executable, str(SUPPORT / "measured_training.py"), arguments]
+    found = json.loads(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
+    process = found.pop("process")
+    kind = sizes | dict(
+        dtype=getattr(torch, sizes["dtype"]), optim="adamw_8bit", device="cpu", process=process
+    )
+    for policy, peak in found.items():
+        ledger = memory_ledger(config, LoraConfig(**lora), QuantConfig(), recompute=policy, **kind)
+        assert ledger.peak - process == pytest.approx(peak - process, rel=0.1), policy
+
+
+def test_mistral_7b_at_4_x_1024_with_full_recompute_takes_less_than_6_and_a_half_gigabytes():
+    kind = dict(batch_size=4, length=1024, dtype=torch.float16, recompute="full", optim="adamw_8bit")
+    ledger = memory_ledger(MISTRAL, PRESETS["standard_r8_qkvo"], QuantConfig(), **kind)
+    assert ledger.peak <= 6.5e9
+    tokens, D, F = 4 * 1024, 4096, 14336
+    assert ledger.bytes["linear weights"] == 6_979_321_856 // 2
+    assert ledger.bytes["embeddings, head, norms"] == 2 * 262_410_240
+    assert ledger.bytes["adapter"] == 4 * 6_815_744
+    assert ledger.bytes["layer inputs"] == 32 * tokens * D * 2
+    assert ledger.bytes["scratch"] == F * D * 2
+
+
+# ---- what must hold for all --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def settings_of_any_run(draw):
+    """(model, adapter), and the keyword arguments of `memory_ledger`. Of two layers or more: in one there is
+    nothing to save.
+    """
+    H = draw(st.sampled_from([1, 2, 8]))
+    model_type = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
+    config = shape(
+        model_type,
+        vocab_size=draw(st.integers(2, 5000)),
+        hidden_size=64 * draw(st.integers(1, 4)),
+        intermediate_size=64 * draw(st.integers(1, 8)),
+        num_hidden_layers=draw(st.integers(2, 5)),
+        num_attention_heads=H,
+        num_key_value_heads=draw(st.sampled_from([1, H])),
+        head_dim=draw(st.sampled_from([32, 64])),
+        tie_word_embeddings=draw(st.booleans()),
+        **dict(sliding_window=100) if model_type == "mistral" else {},
+    )
+    lora = LoraConfig(
+        r=draw(st.integers(1, 64)),
+        lora_dropout=draw(st.sampled_from([0.0, 0.1])),
+        target_modules=draw(st.lists(st.sampled_from(ALL_SEVEN), min_size=1, unique=True)),
+        use_dora=draw(st.booleans()),
+    )
+    return (config, lora), dict(
+        batch_size=draw(st.integers(1, 64)),
+        length=draw(st.integers(2, 4096)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        recompute=draw(st.sampled_from(POLICIES)),
+        device=draw(st.sampled_from(["cuda", "cpu"])),
+        eval_batch_size=draw(st.integers(0, 64)),
+        process=draw(st.integers(0, 10**9)),
+    )
+
+
+quants = st.sampled_from(list(QUANTS.values()))
+optims = st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(settings_of_any_run(), quants, optims)
+def test_all_moments_name_all_categories_and_the_peak_is_the_sum_of_the_largest(run, quant, optim):
+    (config, lora), kind = run
+    ledger = memory_ledger(config, lora, quant, optim=optim, **kind)
+    assert all(
+        tuple(moment) == CATEGORIES and min(moment.values()) >= 0 for moment in ledger.moments.values()
+    )
+    assert (
+        ledger.peak
+        == sum(ledger.bytes.values())
+        == max(sum(moment.values()) for moment in ledger.moments.values())
+    )
+    assert ("evaluation" in ledger.moments) == (kind["eval_batch_size"] > 0)
+    of_weights = CATEGORIES[: CATEGORIES.index("gradients")]
+    assert len({tuple(moment[name] for name in of_weights) for moment in ledger.moments.values()}) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(settings_of_any_run(), quants, optims, st.data())
+def test_more_examples_and_longer_ones_and_higher_ranks_never_take_less(run, quant, optim, data):
+    (config, lora), kind = run
+    peak = memory_ledger(config, lora, quant, optim=optim, **kind).peak
+    for name in ("batch_size", "length", "eval_batch_size", "process"):
+        more = kind[name] + data.draw(st.integers(0, 64), label=name)
+        assert memory_ledger(config, lora, quant, optim=optim, **kind | {name: more}).peak >= peak, name
+    # Of 32-bit states only: a tensor that grows to 4096 numbers has its states in 8 bits and takes a quarter
+    # at once.
+    ranks = lora.r, lora.r + data.draw(st.integers(0, 64), label="rank")
+    low, high = (memory_ledger(config, replace(lora, r=r), quant, **kind).peak for r in ranks)
+    assert low <= high
+
+
+@settings(max_examples=50, deadline=None)
+@given(settings_of_any_run(), quants, optims)
+def test_a_slower_policy_never_takes_more(run, quant, optim):
+    (config, lora), kind = run
+    ledgers = [
+        memory_ledger(config, lora, quant, optim=optim, **kind | dict(recompute=policy))
+        for policy in POLICIES
+    ]
+    assert [ledger.peak for ledger in ledgers] == sorted((ledger.peak for ledger in ledgers), reverse=True)
+    assert [ledger.flop_per_token for ledger in ledgers] == sorted(
+        ledger.flop_per_token for ledger in ledgers
+    )
+    assert [ledger.recompute for ledger in ledgers] == [
+        *POLICIES[:3],
+        "offload" if kind["device"] == "cuda" else "full",
+    ]
+
+
+@settings(max_examples=50, deadline=None)
+@given(settings_of_any_run(), optims)
+def test_fewer_bits_never_take_more(run, optim):
+    (config, lora), kind = (
+        run  # of four layers or more: int8 has a layer in float32 beside its scratch, a toy's whole gain
+    )
+    config = replace(
+        config, num_hidden_layers=2 * config.num_hidden_layers, layer_windows=2 * config.layer_windows
+    )
+    order = QuantConfig(), QuantConfig(double_quant=False), QuantConfig(bits=8), None
+    peaks = [memory_ledger(config, lora, quant, optim=optim, **kind).peak for quant in order]
+    assert peaks == sorted(peaks)
+
+
+class Products(TorchDispatchMode):
+    """Floating-point operations of matrix products; those of fused attention are not among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.flop = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            (rows, inner), (_, columns) = (t.shape for t in arguments[-2:])
+            self.flop += 2 * rows * inner * columns
+        assert operation.overloadpacket not in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+        return operation(*arguments, **options or {})
+
+
+@pytest.mark.parametrize("policy, attentions", [("off", 3.5), ("selective", 3.5), ("full", 4.5)])
+def test_arithmetic_is_that_of_the_products_that_are_taken(policy, attentions):
+    config, lora = (
+        shape(hidden_size=256, intermediate_size=512, num_hidden_layers=4),
+        LoraConfig(r=4, target_modules=ALL_SEVEN),
+    )
+    model = random_model(config, torch.float32)
+    add_lora(model, lora)
+    set_recompute(model, policy)
+    input_ids = torch.arange(64).view(4, 16)
+    with Products() as products:
+        causal_lm_loss(model, input_ids, input_ids).backward()
+    kind = dict(batch_size=4, length=16, dtype=torch.float32, recompute=policy, device="cpu")
+    predicted = 64 * memory_ledger(config, lora, QuantConfig(), **kind).flop_per_token
+    # Attention, apart: 2 products of 256 numbers with on average 8 keys, in 4 layers. What the ledger does
+    # not know: the first layer's q, k and v need no dx. What remains: the last place has no logits, 1/16 of
+    # 0.5 %.
+    attention, first = 64 * attentions * 4 * 2 * (2 * 256 * 8), 64 * 2 * 256 * (256 + 128 + 128)
+    assert products.flop == pytest.approx(predicted - attention - first, rel=2e-3)
+
+
+def test_a_training_step_of_mistral_7b_takes_30_gflop_a_token_and_40_with_recompute():
+    kind = dict(batch_size=4, length=1024, dtype=torch.float16)
+    counts = [
+        memory_ledger(MISTRAL, LoraConfig(), None, recompute=policy, **kind).flop_per_token / 1e9
+        for policy in POLICIES
+    ]
+    # By hand, in GFLOP: linear layers 13.96, of them down_proj 3.76; attention 0.27; head 0.26; adapters
+    # 0.01.
+    off = 2 * 13.96 + 3.5 * 0.27 + 2 * 0.26 + 3 * 0.014
+    again = 13.96 - 3.76 + 0.014
+    assert counts == pytest.approx([off, off + again, off + again + 0.27, off + again + 0.27], rel=1e-3)
+
+
+# ---- advice ------------------------------------------------------------------------------------------------------------------
+
+
+def ledgers_of(config=MISTRAL, **changes):
+    kind = dict(batch_size=4, length=1024, dtype=torch.float16, optim="adamw_8bit") | changes
+    return partial(memory_ledger, config, PRESETS["standard_r8_qkvo"], QuantConfig(), **kind)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1e9, 40e9))
+def test_the_policy_chosen_is_the_fastest_that_fits(free):
+    ledger_of = ledgers_of()
+    policy, reason = choose_recompute(free, ledger_of)
+    faster = POLICIES[: POLICIES.index(policy)]
+    assert not any(ledger_of(recompute=other).fits(free) for other in faster)
+    assert ledger_of(recompute=policy).fits(free) or policy == POLICIES[-1]
+    assert (
+        f"{policy} needs {ledger_of(recompute=policy).peak / 2**30:.2f} GiB" in reason
+        and f"{free / 2**30:.2f} GiB" in reason
+    )
+
+
+def test_auto_never_offloads_on_a_cpu_and_takes_full_where_nothing_is_known():
+    assert choose_recompute(1e9, ledgers_of(device="cpu"))[0] == "full"
+    assert choose_recompute(None, ledgers_of())[0] == "full"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(3e9, 40e9), st.integers(1, 12), st.integers(2, 3000))
+def test_advice_fits_and_keeps_to_the_batch_and_the_length_as_long_as_it_can(free, batch_size, length):
+    ledger_of = ledgers_of()
+    found = advise(free, ledger_of, batch_size, length)
+    assert all(ledger.fits(free) and batch_size % ledger.batch_size == 0 for ledger in found)
+    costs = [ledger.flop_per_token for ledger in found]
+    assert costs == sorted(set(costs), reverse=True)  # every further one is smaller and faster
+    frugal = partial(ledger_of, recompute=POLICIES[-1])
+    sizes = [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
+    possible = [size for size in sizes if frugal(batch_size=size, length=length).fits(free)]
+    if possible:
+        assert (found[0].batch_size, found[0].length) == (possible[0], length)
+    elif found:
+        longer = found[0].length + 64
+        assert found[0].batch_size == 1 and found[0].length < length and len(found) == 1
+        assert longer >= length or not frugal(batch_size=1, length=longer).fits(free)
+    else:
+        assert length <= 64 or not frugal(batch_size=1, length=64).fits(free)
+
+
+def test_the_memory_that_is_free_is_told():
+    free = available_memory(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
+
+
+# ---- the script ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(call, tmp_path, monkeypatch):
+    """Run `memory.py ARGUMENTS` in tmp_path: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    return partial(call, "memory")
+
+
+def test_the_script_says_what_fits_a_t4_without_any_file(ask, tmp_path):
+    code, out, _ = ask(
+        "--model", "mistral-7b", "--gpu", "16", "--per_device_train_batch_size", "4", "--lora_dropout", "0"
+    )
+    rows = {line[:28].strip(): line[28:].split() for line in out.splitlines()}
+    assert code == 0 and rows["GB"] == list(POLICIES)
+    categories = [rows[name] for name in CATEGORIES if name in rows]
+    sums = [sum(map(float, column)) for column in zip(*categories, strict=True)]
+    assert [float(peak) for peak in rows["peak"]] == pytest.approx(
+        sums, abs=0.006
+    )  # twelve numbers, each rounded to 0.001
+    assert rows["fits, with a tenth to spare"] == ["no", "yes", "yes", "yes"]
+    assert "advice: --gradient_checkpointing selective " in out
+    assert (
+        "--gradient_checkpointing off --per_device_train_batch_size 2 --gradient_accumulation_steps 8 " in out
+    )
+    assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_script_reads_a_run_of_the_trainer_and_of_a_model_nothing_but_its_config(ask, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llama"].to_dict()))
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tmp_path}\nlora_r: 4\ncutoff_len: 32\neval_dataset: not-read.jsonl\n"
+    )
+    code, out, _ = ask("--config", "run.yaml", "--batch-size", "2", "--picture", "bars.png")
+    assert code == 0 and "2 x 32 tokens, r 4 on" in out and "offload" not in out
+    assert (tmp_path / "bars.png").exists() and not (tmp_path / "memory.png").exists()
+
+
+def test_what_does_not_fit_is_cut_or_said(ask):
+    assert "--cutoff_len " in ask("--model", "llama-3-8b", "--gpu", "8", "--cutoff_len", "8192")[1]
+    assert "advice: nothing fits" in ask("--model", "llama-3-8b", "--gpu", "4")[1]
+
+
+def test_mistakes_are_told_in_a_line(ask, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    mistakes = {
+        "mistral-8b": ("--model", "mistral-8b", "--gpu", "16"),
+        "learning_rat": ("--learning_rat", "1"),
+        "--gpu": ("--gpu", "-3"),
+        "v_porj": ("--model", "mistral-7b", "--lora_target", "v_porj", "--gpu", "16"),
+    }
+    for named, arguments in mistakes.items():
+        code, _, err = ask(*arguments)
+        assert code == 2 and err.count("\n") == 1 and named in err

@@ -1,0 +1,412 @@
+"""LLaMA-Factory's files: what their keys and their silences mean here, and what is refused."""
+
+import inspect
+import json
+from dataclasses import asdict, fields
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from support.project import ROOT
+
+from minilora import UserError
+from minilora.data.rows import parse_datasets, read_rows
+from minilora.run.llama_factory import (
+    DEFAULTS,
+    INSTEAD,
+    KEYS,
+    MARKS,
+    NEEDED,
+    NO_EFFECT,
+    TRANSLATED,
+    VALUES,
+    translate,
+)
+from minilora.run.settings import ALIASES, SWITCHES, TrainConfig, load_train_config
+
+FILES = ROOT / "tests" / "run" / "llama_factory"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Read one of the files where its datasets are."""
+    monkeypatch.chdir(FILES)
+    return lambda name, *overrides: load_train_config(["--config", f"{name}.yaml", *overrides])
+
+
+def said(config: TrainConfig, **expected) -> None:
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_a_qlora_file_for_16_gb_means_what_it_says(load, capsys):
+    config = load("qlora_16gb")
+    said(config, model_name_or_path="mistralai/Mistral-7B-v0.1", quantization_bit=4, double_quantization=True)
+    said(
+        config,
+        lora_dropout=0.05,
+        lora_target="q_proj,v_proj",
+        cutoff_len=1024,
+        max_samples=1000,
+        template="mistral",
+    )
+    said(
+        config,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=16,
+        learning_rate=2e-4,
+        warmup_ratio=0.03,
+    )
+    said(
+        config,
+        optim="paged_adamw_8bit",
+        fp16=True,
+        gradient_checkpointing="full",
+        eval_steps=100,
+        val_size=0.1,
+        save_steps=200,
+    )
+    said(
+        config,
+        report_to="none",
+        resume_from_checkpoint=None,
+        dataset=["data/riddles.json", "data/small_talk.jsonl"],
+    )
+    lora = config.lora_config()
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (8, 16, ("q_proj", "v_proj"))
+    out = capsys.readouterr().out
+    assert "no effect: overwrite_cache, preprocessing_num_workers (examples are tokenized" in out
+    assert (
+        "trust_remote_code (code that comes with a model is never run)" in out
+        and "LLaMA-Factory's defaults" not in out
+    )
+
+
+def test_what_a_file_leaves_out_has_llama_factorys_defaults_and_is_printed(load, capsys):
+    config = load("lora_24gb")
+    said(
+        config,
+        quantization_bit=None,
+        lora_rank=8,
+        lora_dropout=0.0,
+        lora_target="all",
+        cutoff_len=2048,
+        num_train_epochs=3.0,
+    )
+    said(
+        config,
+        learning_rate=1e-4,
+        loraplus_lr_ratio=16.0,
+        optim="adamw_bnb_8bit",
+        bf16=True,
+        eval_steps=None,
+        val_size=0.1,
+    )
+    assert config.quant_config() is None and config.lora_config().lora_alpha == 16
+    assert config.lora_config().target_modules == "all-linear"
+    assert (
+        "defaults: quantization_bit none, lora_rank 8, lora_dropout 0.0, cutoff_len 2048\n"
+        in capsys.readouterr().out
+    )
+
+
+def test_an_rslora_and_dora_file_for_80_gb_means_what_it_says(load):
+    config = load("dora_80gb")
+    said(
+        config,
+        use_rslora=True,
+        use_dora=True,
+        lora_rank=64,
+        lora_alpha=32.0,
+        quantization_bit=None,
+        packing=True,
+    )
+    said(
+        config,
+        optim="adamw_torch",
+        lr_scheduler_type="constant",
+        warmup_steps=20,
+        gradient_checkpointing="off",
+        eval_steps=None,
+    )
+    said(
+        config,
+        template="tokenizer",
+        prompt_column="question",
+        completion_column="answer",
+        report_to="tensorboard",
+    )
+    assert [
+        row.completion for row in read_rows(config.dataset, config.prompt_column, config.completion_column)
+    ][0] == "5"
+
+
+@pytest.mark.parametrize("name", ["qlora_16gb", "lora_24gb", "dora_80gb"])
+def test_what_is_saved_of_a_llama_factory_run_is_a_file_of_our_own_for_the_same_run(
+    load, name, tmp_path, capsys
+):
+    config = load(name)
+    (tmp_path / "training_config.yaml").write_text(config.to_yaml())
+    capsys.readouterr()
+    assert load_train_config(["--config", str(tmp_path / "training_config.yaml")]) == config
+    assert capsys.readouterr().out == ""
+
+
+def test_a_llama_factory_file_trains(run_trainer, model_dir, monkeypatch, tmp_path):
+    monkeypatch.chdir(FILES)
+    keys = [
+        "--model",
+        model_dir,
+        "--output_dir",
+        tmp_path / "out",
+        "--max_steps",
+        1,
+        "--warmup_steps",
+        0,
+        "--cutoff_len",
+        64,
+    ]
+    code, out, err = run_trainer(
+        "--config", "dora_80gb.yaml", *keys, "--template", "plain", "--report_to", "none"
+    )
+    assert code == 0, err
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["use_rslora"], adapter["use_dora"]) == (64, True, True)
+
+
+def test_the_command_line_wins_and_may_name_a_preset(load):
+    config = load(
+        "lora_24gb", "--quantization_bit", "8", "--dataset", "data/quiz.jsonl", "--eval_strategy", "steps"
+    )
+    said(config, quantization_bit=8, dataset="data/quiz.jsonl", eval_steps=10)
+    assert load_train_config(["--stage", "sft", "--preset", "aggressive_r16_all"]).lora_config().r == 16
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup_ratio", [("constant", 0.0), ("constant_with_warmup", 0.1), ("cosine", 0.1)]
+)
+def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
+    words = ["--stage", "sft", "--warmup_ratio", "0.1", "--lr_scheduler_type", schedule]
+    said(
+        load_train_config(words),
+        warmup_ratio=warmup_ratio,
+        lr_scheduler_type=schedule.removesuffix("_with_warmup"),
+    )
+
+
+@pytest.mark.parametrize(
+    "key, value, mend",
+    [
+        ("stage", "dpo", "plain text (pt) is learnt from a dataset with a text column; preferences are not"),
+        ("finetuning_type", "full", "the nearest is lora with lora_target: all and a high rank"),
+        ("finetuning_type", "freeze", "lora"),
+        ("deepspeed", "ds_z3_config.json", "torchrun"),
+        ("do_train", False, "it must be true"),
+        ("quantization_method", "hqq", "it must be bnb"),
+        ("pissa_init", True, "leave it out"),
+        ("neftune_noise_alpha", 5, "leave it out"),
+        ("adam_beta2", 0.95, "it must be 0.999"),
+        ("additional_target", "embed_tokens", "leave it out"),
+        ("mix_strategy", "interleave_under", "a.jsonl:0.7"),
+        ("eval_strategy", "often", "choose from steps, epoch, no"),
+        ("template", "gemma", "choose from alpaca"),
+        ("report_to", "wandb", "choose from none, mlflow, tensorboard"),
+        ("optim", "lion_32bit", "choose from adamw_torch"),
+        ("enable_thinking", False, "template: chatml"),
+        ("default_system", "Be kind.", "give the rows a system message"),
+    ],
+)
+def test_what_would_train_otherwise_is_refused_in_one_line(tmp_path, key, value, mend):
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({"stage": "sft", "finetuning_type": "lora", key: value})
+    )
+    with pytest.raises(UserError) as error:
+        load_train_config(["--config", str(tmp_path / "run.yaml")])
+    assert key in str(error.value) and mend in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("off", [False, None, 0, "", {}, "false", "none"])
+def test_off_is_no_request(off):
+    names = [name for name, allowed in NEEDED.items() if "none" in allowed]
+    assert "deepspeed" in names and translate(dict.fromkeys(names, off)) == ({}, [])
+
+
+def test_numbers_are_compared_as_numbers_however_yaml_reads_them():
+    for epsilon in ("1e-8", 1e-8, "1.0e-8", "0.00000001"):
+        assert translate({"adam_epsilon": epsilon, "do_train": 1}) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    "dataset, said",
+    [
+        ("ridles", "nearest: 'riddles'"),
+        ("preferences", "preferences: ranking, chosen is not supported"),
+        ("quiz,exam", "dataset exam: data/dataset_info.json calls its columns otherwise"),
+        ("riddles,,quiz", "names nothing between two commas"),
+    ],
+)
+def test_a_wrong_name_of_a_dataset_is_one_line(load, dataset, said):
+    with pytest.raises(UserError) as error:
+        load("lora_24gb", "--dataset", dataset)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_stand_for_files_hub_datasets_and_themselves(load, monkeypatch, tmp_path):
+    assert load("lora_24gb", "--dataset", "riddles:0.7,on_the_hub:0.3").dataset == [
+        "data/riddles.json:0.7",
+        "some/dataset:0.3",
+    ]
+    (tmp_path / "run.yaml").write_text("dataset_dir: data\ndataset: [riddles, small_talk]\n")
+    listed = load_train_config(["--config", str(tmp_path / "run.yaml")])
+    assert listed.dataset == ["data/riddles.json", "data/small_talk.jsonl"] and listed.quantization_bit == 4
+    assert load("lora_24gb", "--dataset", "quiz.jsonl,owner/name").dataset == [
+        "data/quiz.jsonl",
+        "owner/name",
+    ]
+    assert (
+        load("lora_24gb", "--val_size", "0", "--eval_dataset", "riddles").eval_dataset == "data/riddles.json"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no data/dataset_info.json; set dataset_dir"):
+        load_train_config(["--stage", "sft", "--dataset", "riddles"])
+
+
+@pytest.fixture
+def entry(tmp_path, monkeypatch):
+    """Read rows by an entry of dataset_info.json, which is a dataset of its own or one of several."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(row: dict, **entry) -> list:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / "a,b.json").write_text(json.dumps([row]))
+        (tmp_path / "data" / "dataset_info.json").write_text(
+            json.dumps({"mine": {"file_name": "a,b.json"} | entry})
+        )
+        config = load_train_config(["--stage", "sft", "--dataset", "mine", "--template", "chatml"])
+        ((place, _),) = parse_datasets(config.dataset)
+        return read_rows(
+            place, config.prompt_column, config.completion_column, config.messages_column, chat=True
+        )
+
+    return read
+
+
+SAID = [{"from": "human", "value": "said"}, {"from": "gpt", "value": "there"}]
+ROW = {
+    "prompt": "p",
+    "completion": "c",
+    "instruction": "i",
+    "output": "o",
+    "messages": SAID,
+    "conversations": SAID,
+    "chat": SAID,
+}
+
+
+@pytest.mark.parametrize(
+    "asked, question",
+    [
+        ({}, "i"),
+        ({"formatting": "alpaca"}, "i"),
+        (
+            {"columns": {"prompt": "instruction", "query": "input", "response": "output", "history": None}},
+            "i",
+        ),
+        ({"columns": {"prompt": "prompt", "response": "output"}}, "p"),
+        ({"formatting": "sharegpt"}, "said"),
+        ({"formatting": "sharegpt", "columns": {"messages": "messages"}}, "said"),
+        (
+            {
+                "columns": {"messages": "chat"},
+                "tags": {"role_tag": "from", "observation_tag": "tool", "system_tag": "system"},
+            },
+            "said",
+        ),
+    ],
+)
+def test_what_an_entry_asks_for_is_read_whatever_other_columns_a_row_has(entry, asked, question):
+    row = ROW | {"chat": ROW["chat"] if "columns" in asked else "not this"}
+    assert [row.prompt for row in entry(row, **asked)] == [question]
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (
+            {"columns": {"messages": "chat"}, "tags": {"user_tag": "customer"}},
+            "user_tag is 'customer', and must be human or user",
+        ),
+        (
+            {"formatting": "sharegpt", "tags": {"role_tag": "speaker"}},
+            "role_tag is 'speaker', and must be from or role",
+        ),
+        (
+            {"formatting": "sharegpt", "tags": {"role_tag": "role"}},
+            "role_tag role goes with content_tag content, not value",
+        ),
+        ({"formatting": "sharegpt", "columns": {"system": "preface"}}, "call the column preface system"),
+        ({"formatting": "xml"}, "formatting xml is not supported"),
+        ({"columns": {"prompt": "text"}}, "columns prompt are no whole example; name prompt and response"),
+        (
+            {"columns": {"prompt": "q", "query": "input", "response": "a"}},
+            "call the columns q, a instruction, input, output",
+        ),
+        ({"columns": ["prompt", "response"]}, "columns must be an object, not ['prompt', 'response']"),
+        ({"tags": "human"}, "tags must be an object, not 'human'"),
+        ({"file_name": 5}, "file_name must be text, not 5"),
+    ],
+)
+def test_an_entry_that_asks_for_what_is_not_done_is_one_line(entry, wrong, said):
+    with pytest.raises(UserError) as error:
+        entry(ROW, **wrong)
+    assert f"data/dataset_info.json, mine: {said}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "index, said",
+    [
+        ("[1]", "dataset_info.json must hold an object, .*, not list"),
+        ('{"mine": "a.json"}', "dataset_info.json, mine must hold an object such as .*, not 'a.json'"),
+        ("{", "dataset_info.json is not valid JSON"),
+    ],
+)
+def test_an_index_of_another_shape_is_one_line(monkeypatch, tmp_path, index, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset_info.json").write_text(index)
+    with pytest.raises(UserError, match=said):
+        load_train_config(["--dataset_dir", ".", "--dataset", "mine"])
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            sorted({field.name for field in fields(TrainConfig)} - VALUES.keys() - {"push_to_hub"})
+        ),
+        st.integers() | st.text(max_size=9),
+    )
+)
+def test_our_own_keys_pass_unchanged_where_no_other_is_there(values):
+    assert translate(values) == (values, [])
+
+
+@given(st.permutations([name for names in NO_EFFECT.values() for name in names.split()]), st.integers(0, 9))
+def test_keys_without_effect_are_told_and_leave_no_trace(names, count):
+    values, notes = translate(dict.fromkeys(names[:count], "anything"))
+    told = [
+        name for note in notes for name in note.removeprefix("no effect: ").partition(" (")[0].split(", ")
+    ]
+    assert values == {} and sorted(told) == sorted(names[:count])
+
+
+def test_no_key_has_two_meanings():
+    own = {field.name for field in fields(TrainConfig)} | ALIASES.keys() | set(SWITCHES)
+    named = [*TRANSLATED, *NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())]
+    assert len(named) == len(set(named)) == len(KEYS) and not KEYS & own
+    assert set(MARKS) <= KEYS and INSTEAD.keys() <= NEEDED.keys() and {*DEFAULTS, *VALUES} <= own
+    ours = asdict(TrainConfig())
+    assert all(ours[name] != value for name, value in DEFAULTS.items())
+
+
+def test_every_translated_key_is_read():
+    source = inspect.getsource(translate)
+    assert all(f'"{name}"' in source for name in TRANSLATED)

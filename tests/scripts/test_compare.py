@@ -1,0 +1,167 @@
+"""scripts/compare.py: several runs in one table and one picture."""
+
+import json
+from functools import partial
+
+import compare
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.fixture
+def run(call, tmp_path, monkeypatch):
+    """Run `compare.py ARGUMENTS` in tmp_path: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    return partial(call, "compare")
+
+
+def record(step, loss, **more):
+    return (
+        dict(step=step, loss=loss, tokens_per_second=1000.0 * step, memory=step * 2**30, seconds=50.0 * step)
+        | more
+    )
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name, records, **settings):
+        directory = tmp_path / name
+        directory.mkdir(parents=True)
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in records))
+        (directory / "training_config.yaml").write_text(
+            yaml.safe_dump({"output_dir": str(directory)} | settings)
+        )
+        return directory
+
+    return make
+
+
+def test_the_table_has_each_runs_figures_and_the_settings_that_differ(run, make_run, tmp_path):
+    held_out = [{"step": 0, "eval_loss": 4.0}, {"step": 2, "eval_loss": 0.5}, {"step": 3, "eval_loss": 0.75}]
+    make_run(
+        "a",
+        [held_out[0], record(1, 3.0), record(2, 2.0), *held_out[1:], record(3, 1.0)],
+        lora_rank=8,
+        seed=1,
+        lora_target="all",
+        save_steps=9,
+    )
+    make_run("b", [record(1, 2.5)], lora_rank=None, seed=1, lora_target=["q_proj", "v_proj"])
+    code, out, err = run("a", "b")
+    assert code == 0, err
+    first, a, b, _, last = out.splitlines()
+    assert " ".join(first.split()) == (
+        "run steps final loss held-out at step tokens/s memory time lora_rank lora_target"
+    )
+    assert a.split() == "a 3 1.0000 0.5000 2 2.0k 3.00 GiB 2:30 8 all".split()
+    assert b.split() == "b 1 2.5000 - - 1.0k 1.00 GiB 0:50 none q_proj,v_proj".split()
+    assert len(first) == len(a) == len(b)  # the columns are flush right
+    assert last == "picture: compare.png" and (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_parents(run, make_run):
+    for name in ("x/out", "y/out", "z"):
+        make_run(name, [record(1, 1.0)])
+    code, out, _ = run("x/out", "y/out", "--output", "two.png")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:3]] == ["x/out", "y/out"]
+    code, out, _ = run("x/out", "z", "z/../z", "--output", "two.png")
+    assert (
+        code == 0
+        and [line.split()[0] for line in out.splitlines()[1:3]] == ["out", "z"]
+        and out.splitlines()[3] == ""
+    )
+
+
+def test_a_run_that_was_killed_within_a_line_or_has_no_settings_is_compared_as_far_as_it_went(run, make_run):
+    directory = make_run("a", [record(1, 1.0), record(2, 0.5)])
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    (directory / "training_config.yaml").unlink()
+    code, out, err = run("a")
+    assert code == 0 and out.splitlines()[1].split()[:3] == ["a", "2", "0.5000"], err
+
+
+def broken(name, text):
+    return lambda directory: (directory / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (broken("metrics.jsonl", ""), "recorded nothing yet"),
+        (
+            broken("metrics.jsonl", '{"step": 1}\n{"step": \n{"step": 3}\n'),
+            "metrics.jsonl, line 2 is not valid JSON",
+        ),
+        (broken("metrics.jsonl", '{"step": 1}\n[1]\n'), "metrics.jsonl, line 2 is not a record"),
+        (broken("metrics.jsonl", '{"loss": 1}\n'), "metrics.jsonl, line 1 is not a record"),
+        (broken("metrics.jsonl", '{"step": 1, "loss": "low"}\n'), "metrics.jsonl, line 1 is not a record"),
+        (
+            lambda directory: (directory / "metrics.jsonl").write_bytes(b"\xff\xfe\n"),
+            "line 1 is not valid JSON",
+        ),
+        (broken("training_config.yaml", "a: [1"), "training_config.yaml is not valid YAML"),
+        (broken("training_config.yaml", "- 1"), "training_config.yaml must hold"),
+    ],
+)
+def test_a_directory_without_a_readable_run_is_one_line_and_exit_2(run, make_run, tmp_path, spoil, said):
+    make_run("good", [record(1, 1.0)])
+    spoil(make_run("bad", [record(1, 1.0)]))
+    code, out, err = run("good", "bad")
+    assert code == 2 and said in err and "bad" in err and err.count("\n") == 1 and out == ""
+    assert not (tmp_path / "compare.png").exists()
+
+
+def test_a_path_that_is_no_directory_is_one_line_and_exit_2(run, make_run):
+    make_run("good", [record(1, 1.0)])
+    for arguments, said in (
+        (["good", "nowhere"], "nowhere does not exist"),
+        (["good", "--output", "no/a.png"], "no is no directory that may be written"),
+        (["good", "--output", "good"], "--output good exists and is no file"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2 and said in err and err.count("\n") == 1 and out == ""
+
+
+def test_what_is_no_run_is_passed_over_with_a_note_unless_nothing_else_is_named(run, make_run, tmp_path):
+    make_run("runs/a", [record(1, 1.0)])
+    (tmp_path / "runs" / "compare.png").touch()
+    (tmp_path / "runs" / "logs").mkdir()
+    others = ["runs/compare.png", "runs/logs"]
+    code, out, err = run("runs/a", *others)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[:2]] == ["run", "a"]
+    assert err == "".join(f"note: {name} is passed over: it holds no metrics.jsonl\n" for name in others)
+    code, out, err = run(*others)
+    assert code == 2 and out == "" and "no training run is there" in err.splitlines()[-1]
+
+
+def test_values_that_are_no_numbers_are_left_out_of_table_and_picture(run, make_run):
+    nan, inf = float("nan"), float("inf")
+    make_run(
+        "a",
+        [
+            record(1, 3.0),
+            record(2, nan, eval_loss=inf),
+            record(3, inf),
+            record(4, 2.0, eval_loss=5.0),
+            record(5, nan),
+        ],
+    )
+    code, out, err = run("a", "--output", "a.png")
+    assert code == 0, err
+    assert out.splitlines()[1].split()[:5] == "a 5 2.0000 5.0000 4".split()
+
+
+SETTINGS = st.dictionaries(
+    st.sampled_from("abcd"), st.none() | st.integers(0, 2) | st.sampled_from(["x", [1, 2]])
+)
+
+
+@given(st.lists(SETTINGS, min_size=1, max_size=4))
+def test_a_setting_is_shown_exactly_if_two_runs_disagree_on_it(settings):
+    runs = {str(i): compare.Run([{"step": 1}], each) for i, each in enumerate(settings)}
+    for name in "abcd":
+        disagree = any(one.get(name) != other.get(name) for one in settings for other in settings)
+        assert all((name in row) == disagree for row in compare.differing_settings(runs))

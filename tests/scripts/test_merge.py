@@ -1,0 +1,583 @@
+"""Merging: the directory that is written is the base model and the adapter in one, and the errors it prints
+are the real ones.
+"""
+
+import errno
+import json
+import re
+import shutil
+from functools import partial
+from statistics import median
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from support.families import relative_error, transformers_model
+from support.project import ROOT
+from test_lora import ids, randomize
+
+from minilora import (
+    LoraConfig,
+    QuantConfig,
+    add_lora,
+    load_adapter,
+    load_model,
+    quantize_4bit,
+    save_adapter,
+    save_model,
+)
+from minilora.formats import weights
+from minilora.formats.weights import StoredTensors
+from minilora.lora import lora_layers
+
+# Merged or beside it, the adapter's part is summed in another order in float32: eps 6e-8 times the depth of
+# the sums, as in test_model. Seen: 1e-6.
+TOLERANCE = 1e-5
+CHOICES = {
+    "original": "original weights merged",
+    "dequantized": "dequantized weights merged",
+    "quantized": r"\w+ weights merged, quantized",
+    "adapter": "for comparison: the adapter itself",
+}
+
+
+INTO_FP4 = ("--into", "dequantized", "--quantization_type", "fp4", "--double_quantization", "false")
+
+
+@pytest.fixture
+def script():
+    """scripts/merge.py as a module."""
+    import merge
+
+    return merge
+
+
+@pytest.fixture
+def merge(call):
+    """Run `merge.py ARGUMENTS`: (exit code, stdout, stderr)."""
+    return partial(call, "merge")
+
+
+@pytest.fixture
+def place(tmp_path, model_dir):
+    """A base model in `base`, a random rsLoRA adapter on five kinds of layers in `adapter`; the two other
+    kinds have none.
+    """
+    make_base(tmp_path / "base", model_dir)
+    make_adapter(tmp_path / "base", tmp_path / "adapter")
+    return tmp_path
+
+
+def make_base(directory, model_dir, dtype=torch.float32, family="llama-gqa"):
+    theirs = transformers_model(family, vocab_size=320).to(dtype)
+    theirs.generation_config.max_length = 33
+    theirs.save_pretrained(directory)
+    shutil.copy(model_dir / "tokenizer.model", directory)
+
+
+def make_adapter(base, directory, **changes):
+    lora = dict(
+        r=4,
+        lora_alpha=3,
+        use_rslora=True,
+        target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"],
+    )
+    model = load_model(base)
+    add_lora(model, LoraConfig(**lora | changes))
+    randomize(model)
+    save_adapter(model, directory, base_model_name_or_path=str(base))
+
+
+def in_transformers(directory, **options):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", **options
+    ).eval()
+
+
+def adapted(place, quant=None):
+    model = load_model(place / "base", quant)
+    load_adapter(model, place / "adapter")
+    return model
+
+
+def stored(directory) -> dict[str, torch.Tensor]:
+    tensors = StoredTensors(directory)
+    return {name: tensors.read(name, None, "cpu") for name in tensors.files}
+
+
+def printed_errors(out: str) -> dict[str, tuple[float, float]]:
+    """choice -> (worst, median)"""
+    rows = {choice: re.search(rf"^  {text} +(\S+) +(\S+)", out, re.M) for choice, text in CHOICES.items()}
+    return {choice: (float(row[1]), float(row[2])) for choice, row in rows.items() if row}
+
+
+@torch.no_grad()
+def test_merged_into_the_original_weights_transformers_gives_the_logits_of_base_and_adapter_in_peft(
+    merge, place
+):
+    peft = pytest.importorskip("peft")
+    code, out, _ = merge(
+        "--adapter", place / "adapter", "--output", place / "merged"
+    )  # the base is the one the adapter names
+    assert code == 0
+    base = in_transformers(place / "base")
+    before = base(ids(2, 20)).logits
+    expected = peft.PeftModel.from_pretrained(base, place / "adapter").eval()(input_ids=ids(2, 20)).logits
+    assert relative_error(expected, before) > 100 * TOLERANCE  # the adapter does something
+    theirs = in_transformers(place / "merged")
+    assert relative_error(theirs(ids(2, 20)).logits, expected) <= TOLERANCE
+    assert relative_error(load_model(place / "merged")(ids(2, 20)), expected) <= TOLERANCE
+    assert theirs.generation_config.max_length == 33
+    assert {path.name for path in (place / "merged").iterdir()} == {
+        path.name for path in (place / "base").iterdir()
+    }
+    (place / "ordinary").touch()
+    assert {path.stat().st_mode for path in (place / "merged").iterdir()} == {
+        (place / "ordinary").stat().st_mode
+    }
+
+
+@pytest.mark.parametrize(
+    "quant", [QuantConfig(), QuantConfig(quant_type="fp4", double_quant=False)], ids=["nf4-double", "fp4"]
+)
+@torch.no_grad()
+def test_merged_into_dequantized_weights_it_is_the_model_that_qlora_trained(merge, place, quant):
+    options = (
+        () if quant == QuantConfig() else ("--quantization_type", "fp4", "--double_quantization", "false")
+    )
+    assert (
+        merge(
+            "--adapter", place / "adapter", "--output", place / "merged", "--into", "dequantized", *options
+        )[0]
+        == 0
+    )
+    expected = adapted(place, quant)(ids(2, 20))
+    assert relative_error(load_model(place / "merged")(ids(2, 20)), expected) <= TOLERANCE
+    assert relative_error(in_transformers(place / "merged")(ids(2, 20)).logits, expected) <= TOLERANCE
+    assert (
+        relative_error(adapted(place)(ids(2, 20)), expected) > 100 * TOLERANCE
+    )  # quantization does something
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_files_stay_so_and_each_sum_is_rounded_once(merge, place, model_dir, dtype):
+    shutil.rmtree(place / "base")
+    make_base(place / "base", model_dir, dtype)
+    base = stored(place / "base")
+    layers = lora_layers(adapted(place))
+    for into in ("original", "dequantized"):
+        assert merge("--adapter", place / "adapter", "--output", place / into, "--into", into)[0] == 0
+        merged = stored(place / into)
+        assert merged.keys() == base.keys()
+        for name, weight in merged.items():
+            layer = name.removesuffix(".weight")
+            quantized = into == "dequantized" and name.endswith("_proj.weight")
+            before = quantize_4bit(base[name]).dequantize(torch.float32) if quantized else base[name].float()
+            delta = layers[layer].delta_weight("default") if layer in layers else 0
+            assert weight.dtype == dtype and torch.equal(weight, (before + delta).to(dtype)), name
+
+
+@pytest.mark.parametrize("into", ["original", "dequantized"])
+@torch.no_grad()
+def test_the_printed_errors_are_those_of_the_weights_that_each_choice_writes(merge, place, model_dir, into):
+    shutil.rmtree(place / "base")
+    make_base(place / "base", model_dir, torch.bfloat16)
+    code, out, _ = merge("--adapter", place / "adapter", "--output", place / "merged", "--into", into)
+    assert code == 0 and CHOICES[into] in next(
+        line for line in out.splitlines() if line.endswith("<- written")
+    )
+    merge("--adapter", place / "adapter", "--output", place / "original", "--into", "original")
+    merge("--adapter", place / "adapter", "--output", place / "dequantized", "--into", "dequantized")
+    assert (
+        merge("--adapter", place / "adapter", "--output", place / "quantized", "--into", into, "--quantize")[
+            0
+        ]
+        == 0
+    )
+    base, errors = stored(place / "base"), {choice: [] for choice in CHOICES}
+    weights = {choice: stored(place / choice) for choice in ("original", "dequantized")}
+    quantized = dict(load_model(place / "quantized").named_modules())
+    for layer, adapter in lora_layers(adapted(place)).items():
+        name, delta = f"{layer}.weight", adapter.delta_weight("default").double()
+        seen = quantize_4bit(base[name]).dequantize(torch.float32).double() + delta
+        written = {choice: tensors[name] for choice, tensors in weights.items()}
+        written["quantized"] = quantized[layer].weight.dequantize(torch.float32)
+        for choice, weight in written.items():
+            errors[choice].append(((weight.double() - seen).norm() / seen.norm()).item())
+        errors["adapter"].append((delta.norm() / seen.norm()).item())
+    expected = {choice: (max(e), median(e)) for choice, e in errors.items()}
+    printed = printed_errors(out)
+    assert printed.keys() == expected.keys()
+    for choice in CHOICES:
+        assert printed[choice] == pytest.approx(expected[choice], rel=0.051), choice  # two digits are printed
+    assert (
+        expected["dequantized"][0] < 2**-8 < expected["original"][1]
+    )  # bfloat16's unit: one rounding; and a quantization
+
+
+@torch.no_grad()
+def test_sharded_and_single_files_hold_the_same_tensors(script, merge, place, model_dir, monkeypatch):
+    shutil.rmtree(place / "base")
+    transformers_model("llama-gqa", vocab_size=320).save_pretrained(place / "base", max_shard_size="100KB")
+    shutil.copy(model_dir / "tokenizer.model", place / "base")
+    arguments = ("--adapter", place / "adapter", "--output")
+    assert merge(*arguments, place / "one")[0] == 0
+    monkeypatch.setattr(script, "SHARD_BYTES", 70_000)
+    assert merge(*arguments, place / "many")[0] == 0
+    files = sorted(path.name for path in (place / "many").glob("*.safetensors"))
+    count = len(files)
+    assert count > 2 and files == [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    assert all((place / "many" / name).stat().st_size < 75_000 for name in files)  # and a header
+    assert [path.name for path in (place / "one").glob("model*")] == ["model.safetensors"]
+    one, many = stored(place / "one"), stored(place / "many")
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    index = json.loads((place / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in one.values())
+    assert torch.equal(
+        in_transformers(place / "one")(ids(1, 9)).logits, in_transformers(place / "many")(ids(1, 9)).logits
+    )
+
+
+@pytest.mark.parametrize("into", ["original", "dequantized"])
+@torch.no_grad()
+def test_quantized_again_it_loads_here_with_the_logits_of_the_merged_weights_quantized(merge, place, into):
+    code, out, _ = merge(
+        "--adapter", place / "adapter", "--output", place / "merged", "--quantize", "--into", into
+    )
+    assert code == 0 and f"{into} weights merged, quantized" in out
+    expected = load_model(place / "base", QuantConfig())  # layers without an adapter: as training saw them
+    sums = load_model(place / "base", QuantConfig() if into == "dequantized" else None)
+    for layer, adapter in lora_layers(adapted(place)).items():
+        base = sums.get_submodule(layer).weight
+        base = base.dequantize(torch.float32) if into == "dequantized" else base.detach()
+        expected.get_submodule(layer).weight = quantize_4bit(base + adapter.delta_weight("default"))
+    assert torch.equal(load_model(place / "merged")(ids(2, 20)), expected(ids(2, 20)))
+    raw = json.loads((place / "merged" / "config.json").read_text())
+    save_model(expected, place / "saved")
+    assert (
+        raw["quantization_config"]
+        == json.loads((place / "saved" / "config.json").read_text())["quantization_config"]
+    )
+    assert stored(place / "merged").keys() == stored(place / "saved").keys()
+
+
+@torch.no_grad()
+def test_a_base_in_4_bits_is_merged_dequantized_and_says_so(merge, place, model_dir):
+    expected = adapted(place, QuantConfig(double_quant=False))(ids(2, 20))
+    save_model(load_model(place / "base", QuantConfig(double_quant=False)), place / "in4bits")
+    shutil.copy(model_dir / "tokenizer.model", place / "in4bits")
+    arguments = ("--adapter", place / "adapter", "--model", place / "in4bits", "--output", place / "merged")
+    for wrong in (("--into", "original"), ("--quantization_type", "nf4"), ("--double_quantization", "true")):
+        code, _, err = merge(*arguments, *wrong)
+        assert code == 2 and "hold 4 bits a weight: leave out --into original" in err
+        assert not (place / "merged").exists()
+    code, out, _ = merge(*arguments)
+    assert code == 0 and "only merging into the dequantized weights is possible" in out
+    assert printed_errors(out).keys() == {"dequantized", "quantized", "adapter"}
+    assert "quantization_config" not in json.loads((place / "merged" / "config.json").read_text())
+    assert relative_error(load_model(place / "merged")(ids(2, 20)), expected) <= TOLERANCE
+    assert relative_error(in_transformers(place / "merged")(ids(2, 20)).logits, expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_an_adapted_output_head_is_merged_and_never_quantized(merge, place):
+    shutil.rmtree(place / "adapter")
+    make_adapter(place / "base", place / "adapter", target_modules=["lm_head"])
+    expected = adapted(place, QuantConfig())(ids(2, 20))
+    code, out, _ = merge("--adapter", place / "adapter", "--output", place / "merged", "--quantize")
+    assert code == 0 and not printed_errors(out)
+    assert relative_error(load_model(place / "merged")(ids(2, 20)), expected) <= TOLERANCE
+
+
+def test_an_adapter_of_the_embedded_model_finds_it(merge, tmp_path):
+    make_adapter(ROOT / "assets" / "base", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace(str(ROOT / "assets" / "base"), "assets/base"))
+    assert merge("--adapter", tmp_path / "adapter", "--output", tmp_path / "new" / "merged")[0] == 0
+    assert load_model(tmp_path / "new" / "merged").config == load_model(ROOT / "assets" / "base").config
+
+
+def test_a_merged_model_words_chats_as_training_did_and_knows_the_token_that_answers_end_with(merge, place):
+    template = (
+        "{% for m in messages %}{{ m.content + ('<s>' if m.role == 'assistant' else '?') }}{% endfor %}"
+    )
+    shutil.copy(place / "base" / "tokenizer.model", place / "adapter")
+    (place / "adapter" / "chat_template.jinja").write_text(template)
+    code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
+    assert code == 0, err
+    assert (place / "merged" / "chat_template.jinja").read_text() == template
+    generation = json.loads((place / "merged" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 1] and generation["max_length"] == 33, (
+        "one token more, and all else as it was"
+    )
+    gguf = pytest.importorskip("gguf", reason="an extra: llama.cpp's files")
+    assert merge("--adapter", place / "adapter", "--output", place / "merged.gguf")[0] == 0
+    fields = gguf.GGUFReader(place / "merged.gguf").fields
+    said = {
+        name: fields[f"tokenizer.{name}"].contents()
+        for name in ("chat_template", "ggml.eos_token_id", "ggml.eot_token_id")
+    }
+    assert said == {"chat_template": template, "ggml.eos_token_id": 2, "ggml.eot_token_id": 1}
+
+
+def test_an_adapter_of_a_run_without_quantization_goes_into_the_original_weights(merge, place):
+    (place / "adapter" / "training_config.yaml").write_text("quantization_bit: null\n")
+    code, out, err = merge("--adapter", place / "adapter", "--output", place / "merged")
+    assert code == 0, err
+    assert "training saw the original weights, unquantized" in out and "nf4" not in out
+    code, _, err = merge("--adapter", place / "adapter", "--output", place / "other", "--into", "dequantized")
+    assert code == 2 and "was not trained on weights in 4 bits" in err and not (place / "other").exists()
+
+
+def test_weights_are_dequantized_as_the_run_quantized_them(merge, place):
+    assert merge("--adapter", place / "adapter", "--output", place / "asked", *INTO_FP4)[0] == 0
+    (place / "adapter" / "training_config.yaml").write_text(
+        "quantization_type: fp4\ndouble_quantization: false\n"
+    )
+    code, out, err = merge(
+        "--adapter", place / "adapter", "--output", place / "found", "--into", "dequantized"
+    )
+    assert code == 0, err
+    asked, found = stored(place / "asked"), stored(place / "found")
+    assert "against what training saw: fp4\n" in out and all(
+        torch.equal(asked[name], found[name]) for name in asked
+    )
+
+
+def change_config(place, **changes):
+    path = place / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(place, change):
+    path = place / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+DAMAGE = {
+    "no adapter": (lambda place: shutil.rmtree(place / "adapter"), "no such directory"),
+    "no config": (lambda place: (place / "adapter" / "adapter_config.json").unlink(), "is not an adapter"),
+    "DoRA": (lambda place: change_config(place, use_dora=True), "lora_magnitude_vector"),
+    "no base": (lambda place: change_config(place, base_model_name_or_path=None), "name it with --model"),
+    "base gone": (
+        lambda place: change_config(place, base_model_name_or_path=str(place / "gone")),
+        "no such directory",
+    ),
+    "base without tokenizer": (
+        lambda place: (place / "base" / "tokenizer.model").unlink(),
+        "holds no tokenizer",
+    ),
+    "base damaged": (
+        lambda place: (place / "base" / "model.safetensors").write_bytes(b"no"),
+        "truncated or corrupt",
+    ),
+    "layer unknown": (
+        lambda place: change_tensors(
+            place, lambda t: t.update({KEY.format(9, x): t[KEY.format(0, x)].clone() for x in "AB"})
+        ),
+        "unexpected " + KEY.format(9, "A"),
+    ),
+    "layer missing": (
+        lambda place: change_tensors(place, lambda t: [t.pop(KEY.format(1, x)) for x in "AB"]),
+        "missing " + KEY.format(1, "A"),
+    ),
+    "B missing": (
+        lambda place: change_tensors(place, lambda t: t.pop(KEY.format(1, "B"))),
+        "missing " + KEY.format(1, "B"),
+    ),
+    "no A or B": (
+        lambda place: change_tensors(
+            place, lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4)})
+        ),
+        "embed_tokens.lora_embedding_A is no lora_A.weight",
+    ),
+    "other width": (
+        lambda place: change_tensors(place, lambda t: t.update({KEY.format(0, "A"): torch.ones(4, 47)})),
+        "is (4, 47), the model needs (4, 48)",
+    ),
+    "other rank": (lambda place: change_config(place, r=5), "not of rank r = 5"),
+    "overflow": (
+        lambda place: change_tensors(place, lambda t: [t[KEY.format(1, x)].fill_(1e30) for x in "AB"]),
+        "model.layers.1.self_attn.q_proj.weight is infinite or NaN once merged",
+    ),
+    "diverged": (
+        lambda place: change_tensors(place, lambda t: t[KEY.format(1, "B")].fill_(torch.inf)),
+        KEY.format(1, "B") + " is infinite or NaN in places",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(merge, place, case):
+    damage, said = DAMAGE[case]
+    damage(place)
+    before = {path.name for path in place.iterdir()}
+    code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
+    assert code == 2 and said in err and err.count("\n") == 1
+    assert {path.name for path in place.iterdir()} == before
+
+
+def test_an_output_that_exists_or_cannot_be_is_refused_and_left_alone(merge, place):
+    (place / "merged").mkdir()
+    code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
+    assert (
+        code == 2
+        and "merged exists; choose another directory" in err
+        and not list((place / "merged").iterdir())
+    )
+    (place / "file").write_text("mine")
+    (place / "adapter" / "adapter_model.safetensors").unlink()  # so it is found before anything is read
+    for output in (
+        place / "file",
+        place / "file" / "merged",
+        place / "file" / "deep" / "merged",
+        place / "file" / "m.gguf",
+    ):
+        for key in ("--output", "--export_adapter"):
+            code, _, err = merge("--adapter", place / "adapter", key, output)
+            assert code == 2 and str(output) in err and err.count("\n") == 1
+    assert (place / "file").read_text() == "mine"
+
+
+def test_a_tied_output_head_is_not_merged(merge, place, model_dir):
+    shutil.rmtree(place / "adapter")
+    make_adapter(place / "base", place / "adapter", target_modules=["lm_head"])
+    make_base(place / "tied", model_dir, family="qwen2-bias-tied")
+    code, _, err = merge(
+        "--adapter", place / "adapter", "--model", place / "tied", "--output", place / "merged"
+    )
+    assert (
+        code == 2 and "lm_head, whose weight is also the embedding" in err and not (place / "merged").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("No space left on device"), OSError(errno.ENOSPC, "No space left on device")]
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(script, merge, place, monkeypatch, error):
+    save_file, calls = weights.save_file, []
+
+    def full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) > 1:
+            path.write_bytes(b"half of it")
+            raise error
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(script, "SHARD_BYTES", 70_000)
+    code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
+    assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+    assert len(calls) == 2 and {path.name for path in place.iterdir()} == {"base", "adapter"}
+
+
+# ---- the adapter alone, for servers ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_an_exported_adapter_is_plain_lora_with_the_same_logits_in_peft_and_here(merge, place):
+    peft = pytest.importorskip("peft")
+    make_adapter(place / "base", place / "adapter", r=6, lora_alpha=5, use_rslora=True)
+    code, out, _ = merge("--adapter", place / "adapter", "--export_adapter", place / "new" / "plain")
+    assert code == 0 and "alpha 5 -> 12.2474, scaling 2.04124" in out and out.endswith("SGLang  loads\n")
+    before, after = (
+        json.loads((place / name / "adapter_config.json").read_text()) for name in ("adapter", "new/plain")
+    )
+    assert after == before | {"use_rslora": False, "lora_alpha": 5 * 6**0.5}
+    expected = adapted(place)(ids(2, 20))
+    model = load_model(place / "base")
+    load_adapter(model, place / "new" / "plain")
+    # alpha sqrt(r) / r is alpha / sqrt(r) but for the last bit of a float64: nothing of it is left in
+    # float32.
+    assert torch.equal(model(ids(2, 20)), expected)
+    for directory in ("adapter", "new/plain"):
+        theirs = peft.PeftModel.from_pretrained(in_transformers(place / "base"), place / directory).eval()
+        assert relative_error(theirs(input_ids=ids(2, 20)).logits, expected) <= TOLERANCE
+
+
+def test_an_export_copies_all_files_but_other_tensors(merge, place):
+    for name in ("README.md", "tokenizer.model", "optimizer.safetensors"):
+        (place / "adapter" / name).write_text(name)
+    (place / "adapter" / "checkpoint-1").mkdir()
+    assert merge("--adapter", place / "adapter", "--export_adapter", place / "plain")[0] == 0
+    copied = {path.name: path.read_bytes() for path in (place / "plain").iterdir()}
+    assert copied.keys() == {
+        "README.md",
+        "tokenizer.model",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert copied["README.md"] == b"README.md"
+    assert (
+        copied["adapter_model.safetensors"] == (place / "adapter" / "adapter_model.safetensors").read_bytes()
+    )
+
+
+@given(st.integers(1, 600), st.floats(0.01, 1000))
+def test_an_exported_scaling_is_the_adapters_whatever_rank_and_alpha(r, alpha):
+    from merge import as_plain_lora
+
+    lora = LoraConfig(r, alpha, use_rslora=True)
+    plain = as_plain_lora(lora)
+    # Roundings of 2^-53 each: root and quotient on one side, root, product and quotient on the other.
+    assert not plain.use_rslora and plain.scaling == pytest.approx(lora.scaling, rel=5 * 2**-53)
+    assert as_plain_lora(plain) == plain
+
+
+def test_plain_lora_is_exported_as_it_is(merge, place):
+    make_adapter(place / "base", place / "adapter", use_rslora=False)
+    assert merge("--adapter", place / "adapter", "--export_adapter", place / "plain")[0] == 0
+    before, after = (
+        json.loads((place / name / "adapter_config.json").read_text()) for name in ("adapter", "plain")
+    )
+    assert after == before
+
+
+@pytest.mark.parametrize("case", ["DoRA", "no config", "B missing", "other rank"])
+def test_an_adapter_that_cannot_be_exported_is_one_line_and_leaves_nothing(merge, place, case):
+    if case == "DoRA":
+        make_adapter(place / "base", place / "adapter", use_dora=True)
+    else:
+        DAMAGE[case][0](place)
+    before = {path.name for path in place.iterdir()}
+    code, _, err = merge("--adapter", place / "adapter", "--export_adapter", place / "plain")
+    assert code == 2 and err.count("\n") == 1
+    assert ("which plain LoRA cannot express: merge it" if case == "DoRA" else DAMAGE[case][1]) in err
+    assert {path.name for path in place.iterdir()} == before
+
+
+def test_options_of_merging_are_refused_beside_export_adapter(merge, place):
+    code, _, err = merge(
+        "--adapter",
+        place / "adapter",
+        "--export_adapter",
+        place / "plain",
+        "--quantize",
+        "--into",
+        "original",
+    )
+    assert code == 2 and err == "error: --export_adapter merges nothing: leave out --into, --quantize\n"
+    code, _, err = merge("--adapter", place / "adapter", "--export_adapter", place / "base")
+    assert code == 2 and "base exists; choose another directory" in err
+    code, _, err = merge("--adapter", place / "adapter")
+    assert code == 2 and "one of the arguments --output --export_adapter is required" in err
+
+
+def test_a_full_disk_leaves_no_half_of_an_exported_adapter(script, merge, place, monkeypatch):
+    def full(path, data):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script, "write_whole", full)
+    code, _, err = merge("--adapter", place / "adapter", "--export_adapter", place / "plain")
+    assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+    assert {path.name for path in place.iterdir()} == {"base", "adapter"}

@@ -1,0 +1,108 @@
+"""What a package promises to its neighbours: it shadows nobody, imports nothing heavy, and finds its kernels
+wherever it lies.
+"""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from support.project import ROOT
+
+WITHOUT_PATH = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def run_python(code: str, cwd: Path, *path: Path, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    code = f"import sys; sys.path[:0] = {[str(p) for p in path]}\n{code}"
+    command = [sys.executable, *flags, "-c", code]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=WITHOUT_PATH)
+
+
+@pytest.mark.parametrize("cwd", [ROOT, ROOT / "tests"])
+def test_a_foreign_package_called_kernels_wins_over_ours(tmp_path, cwd):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("whose = 'foreign'")
+    # Behind our checkout on the path: a folder without __init__.py gives way to a package anywhere on it.
+    done = run_python("import minilora, kernels; print(kernels.whose)", cwd, ROOT, tmp_path)
+    assert done.stdout == "foreign\n", done.stderr
+    code = "import kernels, minilora.kernels.rms_norm as ours; print(kernels.whose, ours.__name__)"
+    done = run_python(code, cwd, ROOT, tmp_path)
+    assert done.stdout == "foreign minilora.kernels.rms_norm\n", done.stderr
+
+
+def test_importing_minilora_imports_no_oracle_and_no_triton():
+    heavy = ["transformers", "peft", "bitsandbytes", "triton", "matplotlib", "huggingface_hub"]
+    done = run_python(f"import minilora, sys; print([m for m in {heavy} if m in sys.modules])", ROOT, ROOT)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_kernels_import_nothing_of_minilora():
+    for path in (ROOT / "kernels").glob("*.py"):
+        lines = [line for line in path.read_text().splitlines() if line.startswith(("import", "from"))]
+        assert "minilora" not in [line.split()[1].split(".")[0] for line in lines]
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_file_is_a_link():
+    """Git on Windows and some archives make text files of symbolic links."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert not [line for line in listed.stdout.splitlines() if line.startswith("120000")]
+
+
+WHERE_KERNELS_LIE = (
+    "import minilora, minilora.kernels.nf4 as ours; print(minilora.__file__); print(ours.__file__)"
+)
+
+
+def test_kernels_are_found_from_an_editable_install(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
+    done = run_python(WHERE_KERNELS_LIE, tmp_path)
+    if "No module named 'minilora'" in done.stderr:
+        pytest.skip("minilora is not installed")
+    assert done.stdout.split() == [str(ROOT / "minilora/__init__.py"), str(ROOT / "kernels/nf4.py")], (
+        done.stderr
+    )
+
+
+def test_kernels_are_found_from_a_checkout_on_the_path(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
+    done = run_python(WHERE_KERNELS_LIE, tmp_path, ROOT)
+    assert done.stdout.split() == [str(ROOT / "minilora/__init__.py"), str(ROOT / "kernels/nf4.py")], (
+        done.stderr
+    )
+
+
+def test_kernels_are_found_from_a_wheel_which_holds_every_module(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
+    source = tmp_path / "source"  # setuptools leaves a build folder beside what it builds
+    source.mkdir()
+    for name in ("minilora", "kernels", "pyproject.toml", "README.md"):
+        (source / name).symlink_to(ROOT / name)
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    command = [sys.executable, "-W", "ignore", "-c", build, str(tmp_path)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    tree = {path.relative_to(ROOT) for path in (ROOT / "minilora").rglob("*.py")} - {
+        Path("minilora/kernels/__init__.py")
+    }
+    tree |= {Path("minilora") / path.relative_to(ROOT) for path in (ROOT / "kernels").glob("*.py")}
+    assert {path.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("*.py")} == tree
+    done = run_python(WHERE_KERNELS_LIE, tmp_path, tmp_path / "site")
+    site = tmp_path / "site" / "minilora"
+    assert done.stdout.split() == [str(site / "__init__.py"), str(site / "kernels/nf4.py")], done.stderr
+    assert (site / "backend/native.c").is_file()
+
+
+def test_every_public_name_exists_and_is_documented():
+    import minilora
+
+    for name in minilora.__all__:
+        entry = getattr(minilora, name)
+        assert isinstance(entry, dict) or entry.__doc__, name

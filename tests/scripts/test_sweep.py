@@ -1,0 +1,242 @@
+"""Sweeps: which runs there are, which are done again, and what is said at the end."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from support.project import ROOT
+
+from minilora import UserError
+from minilora.run.settings import load_train_config
+from minilora.system.errors import run_script
+
+SAVING = """
+import signal, sys, time
+
+def save(*_):
+    time.sleep(0.5)  # longer than subprocess.run would wait after Ctrl-C
+    print("saved", flush=True)
+    sys.exit(130)
+
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+time.sleep(0.2)
+print("training", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def sweep():
+    import sweep
+
+    return sweep
+
+
+@pytest.fixture
+def run_sweep(sweep, monkeypatch, capfd, tmp_path):
+    """Run a sweep of `keys` into tmp_path/out: exit code, stdout, stderr."""
+
+    def run(swept, **keys):
+        (tmp_path / "sweep.yaml").write_text(
+            yaml.safe_dump({"output_dir": str(tmp_path / "out"), "sweep": swept} | keys, sort_keys=False)
+        )
+        monkeypatch.setattr(sys, "argv", ["sweep.py", "--config", str(tmp_path / "sweep.yaml")])
+        code = 0
+        try:
+            run_script(sweep.main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def stand_in(sweep, monkeypatch):
+    """In the trainer's place a function that fails at rank 13 and is interrupted at rank 15. Returns the
+    names of what ran.
+    """
+    called = []
+
+    def train(run) -> int:
+        config = load_train_config(["--config", str(run.file)])
+        directory = Path(config.output_dir)
+        directory.mkdir(exist_ok=True)
+        called.append(directory.name)
+        if config.lora_rank == 13 and not (directory / "mended").exists():
+            return 2
+        records = [
+            dict(step=1, loss=1 / config.lora_rank),
+            dict(step=0, eval_loss=0.0),
+            dict(step=7, eval_loss=config.learning_rate),
+        ]
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if config.lora_rank == 15:
+            return 130
+        (directory / "training_config.yaml").write_text(config.to_yaml())
+        (directory / "README.md").write_text("done")
+        return 0
+
+    monkeypatch.setattr(sweep, "train", train)
+    return called
+
+
+def test_two_real_runs_train_and_are_compared(run_sweep, model_dir, dataset, tmp_path):
+    keys = dict(model=str(model_dir), dataset=str(dataset), max_steps=2, quantization_bit=None, val_size=4)
+    code, out, err = run_sweep({"lora_rank": [2, 4]}, **keys)
+    assert code == 0, err
+    for rank in (2, 4):
+        directory = tmp_path / "out" / f"lora_rank-{rank}"
+        assert json.loads((directory / "adapter_config.json").read_text())["r"] == rank
+    assert out.count("  finished\n") == 2 and "lowest held-out loss" in out
+
+
+STARTING = 'import time; print("starting", flush=True); time.sleep(60)'  # no signal is caught yet
+
+
+@pytest.mark.parametrize(
+    "trainer, word", [(SAVING, "training"), (STARTING, "starting")], ids=["training", "starting"]
+)
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_sweep_lets_the_trainer_save_and_tells_how_to_go_on(tmp_path, sent, trainer, word):
+    (tmp_path / "trainer.py").write_text(trainer)
+    (tmp_path / "sweep.yaml").write_text("output_dir: out\nsweep:\n  seed: [1, 2]\n")
+    code = "import sweep; from pathlib import Path; sweep.TRAINER = Path('trainer.py'); sweep.run_script(sweep.main)"
+    words = [sys.executable, "-c", code, "--config", "sweep.yaml"]
+    path = os.pathsep.join(map(str, (ROOT / "scripts", ROOT)))
+    kind = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, text=True, start_new_session=True)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, **kind) as process:
+        assert any(line == f"{word}\n" for line in process.stdout)  # reads up to there
+        # Ctrl-C in a terminal goes to both programs, SIGTERM to the one that is named.
+        os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+        out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "to go on: python scripts/sweep.py --config sweep.yaml" in out
+    assert ("saved\n" in out) == (trainer is SAVING) and "run 2 of 2" not in out
+
+
+def test_finished_runs_are_passed_over_failed_ones_named_and_started_again(run_sweep, stand_in, tmp_path):
+    code, out, err = run_sweep({"lora_rank": [4, 13, 8]})
+    assert code == 2 and "1 of 3 runs failed: lora_rank-13 (exit code 2)" in err and "Traceback" not in err
+    assert stand_in == ["lora_rank-4", "lora_rank-13", "lora_rank-8"]  # the failure stopped no other
+    (tmp_path / "out" / "lora_rank-13" / "mended").touch()
+    code, out, err = run_sweep({"lora_rank": [4, 13, 8]})
+    assert code == 0 and stand_in[3:] == ["lora_rank-13"]
+    assert "run 1 of 3: lora_rank-4  (finished before)" in out
+
+
+def test_an_interrupted_run_ends_the_sweep(run_sweep, stand_in):
+    code, out, _ = run_sweep({"lora_rank": [15, 4]})
+    assert (
+        code == 130
+        and "interrupted; to go on: python scripts/sweep.py" in out
+        and stand_in == ["lora_rank-15"]
+    )
+
+
+def test_the_table_begins_with_the_lowest_held_out_loss_and_leaves_out_the_untrained_models(
+    run_sweep, stand_in
+):
+    _, out, _ = run_sweep({"lora_rank": [2, 13, 4], "learning_rate": ["5e-4", "2e-4"]})
+    lines = [
+        line.split() for line in out.splitlines()[out.splitlines().index("") :] if line.endswith("finished")
+    ]
+    assert [line[:5] for line in lines[:4]] == [
+        ["4", "2e-4", "7", "0.2500", "0.0002"],
+        ["2", "2e-4", "7", "0.5000", "0.0002"],
+        ["4", "5e-4", "7", "0.2500", "0.0005"],
+        ["2", "5e-4", "7", "0.5000", "0.0005"],
+    ]
+    assert [line[:3] for line in lines[4:]] == [["13", "2e-4", "0"], ["13", "5e-4", "0"]]
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(run_sweep, stand_in):
+    assert run_sweep({"lora_rank": [4]}, weight_decay=0.1)[0] == 0
+    assert run_sweep({"lora_rank": [4]}, weight_decay=0.1, logging_steps=3)[0] == 0  # changes no number
+    code, _, err = run_sweep({"lora_rank": [4]}, weight_decay=0.2)
+    assert code == 2 and "was finished with weight_decay 0.1; choose another output_dir" in err
+    assert stand_in == ["lora_rank-4"]
+
+
+@pytest.mark.parametrize(
+    "swept, keys, said",
+    [
+        (None, {}, "has no lists under sweep, such as lora_rank: [4, 8]"),
+        ({"lora_rank": 4}, {}, "lora_rank must be a list of values, not 4"),
+        ({"lora_rank": []}, {}, "lora_rank must be a list of values, not []"),
+        ({"output_dir": ["a", "b"]}, {}, "output_dir cannot be swept"),
+        ({"lora_rank": [4, 4]}, {}, "two runs of the sweep would be called lora_rank-4"),
+        ({"lora_rank": [4, 0]}, {}, "lora_rank-0: lora_rank must be above 0, not 0"),
+        ({"lora_rnak": [4]}, {}, "nearest: 'lora_rank'"),
+        ({"lora_r": [4]}, {"lora_rank": 8}, "lora_rank is set twice"),
+    ],
+)
+def test_mistakes_are_one_line_before_the_first_run_and_nothing_is_written(
+    run_sweep, stand_in, tmp_path, swept, keys, said
+):
+    code, _, err = run_sweep(swept, **keys)
+    assert code == 2 and said in err and err.count("\n") == 1 and not stand_in
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_an_output_dir_that_cannot_be_made_is_one_line(run_sweep, stand_in, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, err = run_sweep({"lora_rank": [4]}, output_dir=str(tmp_path / "file" / "out"))
+    assert (
+        code == 2
+        and f"{tmp_path / 'file'} is no directory that may be written" in err
+        and err.count("\n") == 1
+    )
+
+
+def test_a_torn_line_of_metrics_is_left_out_and_lost_settings_are_told(run_sweep, stand_in, tmp_path):
+    assert run_sweep({"lora_rank": [4]})[0] == 0
+    directory = tmp_path / "out" / "lora_rank-4"
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    code, out, err = run_sweep({"lora_rank": [4]})
+    assert code == 0 and out.splitlines()[-1].split()[:3] == ["4", "7", "0.2500"], err
+    (directory / "training_config.yaml").unlink()
+    code, _, err = run_sweep({"lora_rank": [4]})
+    assert code == 2 and "training_config.yaml does not exist; choose another output_dir, or remove it" in err
+    assert err.count("\n") == 1
+
+
+values = (
+    st.integers(1, 99)
+    | st.sampled_from(["1e-4", "all", "q_proj,v_proj"])
+    | st.lists(st.sampled_from(["q_proj", "v_proj"]))
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["lora_rank", "learning_rate", "lora_target"]),
+        st.lists(values, min_size=1),
+        min_size=1,
+    )
+)
+def test_every_combination_is_one_run_of_its_own_name(swept):
+    import sweep
+
+    try:
+        grid = sweep.combinations(swept, "sweep.yaml")
+    except UserError as error:
+        assert "would be called" in str(error)
+        shown = [[sweep.short(value) for value in values] for values in swept.values()]
+        assert any(len(set(values)) < len(values) for values in shown)
+        return
+    assert len(grid) == math.prod(map(len, swept.values()))
+    assert all(
+        chosen.keys() == swept.keys() and all(chosen[key] in swept[key] for key in swept)
+        for chosen in grid.values()
+    )
+    assert not any(set(name) & set(" /,:") for name in grid)

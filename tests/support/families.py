@@ -1,0 +1,74 @@
+"""Tiny random models of every family, in transformers and here, with the same weights."""
+
+import torch
+
+from minilora import CausalLM, ModelConfig
+
+_SMALL = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+)
+_LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+    rope_theta=500000.0,
+)
+
+FAMILIES = {
+    "llama-mha": ("Llama", dict(num_key_value_heads=4)),
+    "llama-gqa": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+    "llama3-rope": ("Llama", dict(num_key_value_heads=2, rope_parameters=_LLAMA3_ROPE)),
+    "llama-linear-rope": (
+        "Llama",
+        dict(num_key_value_heads=1, rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
+    ),
+    "mistral-window": ("Mistral", dict(num_key_value_heads=2, sliding_window=7)),
+    "qwen2-bias-tied": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen2-some-windows": (
+        "Qwen2",
+        dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    ),
+    "qwen3-qk-norm": ("Qwen3", dict(num_key_value_heads=2, head_dim=20)),
+}
+
+
+def transformers_model(family: str, seed: int = 0, **sizes):
+    """A transformers model in float32 whose every parameter, biases and norms included, is random."""
+    import transformers
+
+    name, changes = FAMILIES[family]
+    config = getattr(transformers, name + "Config")(
+        **_SMALL | changes | sizes, eos_token_id=None, bos_token_id=None
+    )
+    config._attn_implementation = "eager"
+    model = getattr(transformers, name + "ForCausalLM")(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if "norm" in name else 0.0
+            parameter.copy_(mean + 0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def config_dict(theirs) -> dict:
+    """What transformers writes into config.json, with the fields that only save_pretrained fills in."""
+    return theirs.config.to_dict() | {"architectures": [type(theirs).__name__], "dtype": "float32"}
+
+
+def same_model_here(theirs) -> CausalLM:
+    """Our model with the weights of a transformers model."""
+    ours = CausalLM(ModelConfig.from_dict(config_dict(theirs))).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value of the reference."""
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()

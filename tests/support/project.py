@@ -1,0 +1,25 @@
+"""Where the project lies, and what a run left behind."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "tests" / "support"  # programs that tests start as processes of their own
+PROGRAM_ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "tests")]),
+    "OMP_NUM_THREADS": "1",
+}
+WORDS = "the old fox and a young owl live by the river in a small blue house near the mill where bread is baked".split()
+
+
+def adapter(directory: Path) -> dict:
+    """The tensors of a saved adapter."""
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def metrics(directory: Path) -> list[dict]:
+    """The records of a run."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

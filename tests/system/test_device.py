@@ -1,0 +1,68 @@
+"""The compute dtype follows the hardware, and the reason is said."""
+
+import pytest
+import torch
+
+from minilora import UserError
+from minilora.system import device
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend that there is a GPU of some name and compute capability."""
+
+    def pretend(name: str, capability: tuple[int, int]):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda *_: True
+        )  # what PyTorch says of a T4, counting emulation
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    "name, capability, dtype",
+    [
+        ("Tesla T4", (7, 5), torch.float16),
+        ("Tesla V100", (7, 0), torch.float16),
+        ("A100", (8, 0), torch.bfloat16),
+        ("H200", (9, 0), torch.bfloat16),
+    ],
+)
+def test_a_gpu_computes_in_bfloat16_from_capability_8_on_and_in_float16_before(gpu, name, capability, dtype):
+    gpu(name, capability)
+    placement = device.choose_placement()
+    assert (placement.device.type, placement.dtype) == ("cuda", dtype)
+    assert name in str(placement) and (dtype == torch.bfloat16 or "only emulates bfloat16" in str(placement))
+
+
+@pytest.mark.parametrize(
+    "flags, dtype",
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", torch.bfloat16),
+        ("flags\t\t: fpu avx512f amx_bf16 amx_tile", torch.bfloat16),
+        ("flags\t\t: fpu avx2 avx512f", torch.float32),
+        ("Features\t: fp asimd bf16", torch.float32),
+        ("", torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_only_with_instructions_for_it(monkeypatch, tmp_path, flags, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device.platform, "system", lambda: "Linux")
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    monkeypatch.setattr(device, "Path", lambda _: tmp_path / "cpuinfo")
+    placement = device.choose_placement()
+    assert (placement.device.type, placement.dtype) == ("cpu", dtype)
+
+
+def test_what_is_asked_for_wins_and_what_cannot_be_is_refused(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.choose_placement(bf16=True).dtype == torch.bfloat16
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        device.choose_placement(fp16=True)
+    gpu("A100", (8, 0))
+    assert device.choose_placement(fp16=True).dtype == torch.float16
+    with pytest.raises(UserError, match="both set"):
+        device.choose_placement(bf16=True, fp16=True)

@@ -1,0 +1,146 @@
+"""Several processes with gloo train as one with as many times the accumulation does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.families import relative_error
+from support.project import PROGRAM_ENVIRONMENT, ROOT, SUPPORT, adapter, metrics
+
+from minilora import UserError
+from minilora.run.checkpoints import read_checkpoint
+from minilora.system.distributed import Processes, join_processes
+
+ENVIRONMENT = PROGRAM_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(train, dataset, tmp_path):
+    """13 examples in steps of 12: every second step has one micro-batch of one example, and the second rank
+    none.
+    """
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(dataset.read_text().splitlines(keepends=True)[:13]))
+    keys = dict(
+        dataset=few,
+        eval_dataset=dataset,
+        max_steps=6,
+        eval_steps=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+        lora_dropout=0,
+    )
+    keys |= dict(per_device_train_batch_size=3, per_device_eval_batch_size=4, exact_match_samples=3)
+    one, expected = train("one", gradient_accumulation_steps=4, **keys)
+    settings = (one / "training_config.yaml").read_text().replace(str(one), str(tmp_path / "two"))
+    (tmp_path / "run.yaml").write_text(
+        settings.replace("gradient_accumulation_steps: 4", "gradient_accumulation_steps: 2")
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "scripts" / "train.py"), "--config", str(tmp_path / "run.yaml")]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    two = tmp_path / "two"
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    # One process prints, and it says the same.
+    plain = [
+        line.partition(" tok/s")[0].rpartition("  ")[0]
+        for line in expected.splitlines()
+        if line.startswith("step ")
+    ]
+    assert [
+        line.partition(" tok/s")[0].rpartition("  ")[0]
+        for line in run.stdout.splitlines()
+        if line.startswith("step ")
+    ] == plain
+    assert "; 2 processes" in run.stdout and run.stdout.count("adapter, metrics, plot and model card") == 1
+    # The same float32 numbers are added in another order: as accumulation in tests/test_train.py.
+    for kind in ("loss", "eval_loss"):
+        figures = [
+            [record[kind] for record in metrics(directory) if kind in record] for directory in (one, two)
+        ]
+        assert len(figures[0]) >= 3 and figures[1] == pytest.approx(figures[0], rel=1e-6)
+    for key, tensor in adapter(one).items():
+        assert relative_error(adapter(two)[key], tensor) <= 1e-4, key
+
+
+def test_two_processes_stop_together_go_on_exactly_and_speak_with_one_voice(
+    model_dir, dataset, train, tmp_path
+):
+    alike = (
+        tmp_path / "alike.jsonl"
+    )  # so that both draw as many random numbers, and other ones come of other seeds alone
+    alike.write_text(dataset.read_text().splitlines(keepends=True)[1] * 24)
+    keys = dict(
+        model=model_dir,
+        dataset=alike,
+        max_steps=6,
+        quantization_bit="none",
+        lora_dropout=0.1,
+        learning_rate=1e-2,
+    )
+    keys |= dict(per_device_train_batch_size=3, gradient_accumulation_steps=2, logging_steps=1)
+    words = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
+    command = [
+        sys.executable,
+        str(SUPPORT / "two_ranks.py"),
+        str(tmp_path / "report.json"),
+        str(tmp_path),
+        *words,
+    ]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    # The second rank alone got the signal; both stopped after step 3, and the first saved.
+    assert (
+        report["stopped"]["ended"] == [130, 130]
+        and "interrupted after step 3 of 6" in report["stopped"]["said"][0]
+    )
+    generators = read_checkpoint(tmp_path / "stopped" / "checkpoint-3")["random"]
+    assert len(generators) == 2 and not torch.equal(
+        generators[0]["torch"], generators[1]["torch"]
+    )  # other dropout masks
+    assert report["whole"]["ended"] == report["resumed"]["ended"] == [0, 0]
+    whole, resumed = adapter(tmp_path / "whole"), adapter(tmp_path / "stopped")
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+    losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("whole", "stopped")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    # A mistake that both find is told once.
+    assert report["mistaken"]["ended"] == [2, -15] and report["mistaken"]["said"][1] == ""
+    assert (
+        report["mistaken"]["said"][0].count("\n") == 1
+        and "nearest: 'learning_rate'" in report["mistaken"]["said"][0]
+    )
+    assert all(said[1] == "" for said in (job["said"] for job in report.values()))
+    # One process does not go on where two were.
+    _, err = train("stopped", code=2, resume_from_checkpoint="latest", **keys)
+    assert "the number of processes is 1 here, 2 there" in err
+
+
+def test_one_process_sets_nothing_up(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    alone = join_processes()
+    assert alone == Processes() and alone.main and not torch.distributed.is_initialized()
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([1.0, 2.0])
+    assert alone.sum_gradients([parameter], torch.tensor(3.0), 4, True) == [3.0, 4.0, 1.0]
+    assert alone.share([1, 2]) == [1, 2] and alone.mean(0.1, 3.0) == 0.1 and alone.gather({}) == [{}]
+    alone.wait_for_all(), alone.leave()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in dict(WORLD_SIZE=4, RANK=3, LOCAL_RANK=3, LOCAL_WORLD_SIZE=4).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="torchrun started 4 processes on 2 GPUs; use --nproc-per-node 2"):
+        join_processes()
+
+
+@given(count=st.integers(1, 9), items=st.lists(st.integers(), max_size=40))
+def test_every_micro_batch_goes_to_exactly_one_rank_and_shares_differ_by_at_most_one(count, items):
+    shares = [Processes(rank, count).share(items) for rank in range(count)]
+    assert sorted(item for share in shares for item in share) == sorted(items)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

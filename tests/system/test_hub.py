@@ -1,0 +1,287 @@
+"""The real client of the hub against a stand-in on loopback: what is asked for, what is told when it fails."""
+
+import hashlib
+import json
+from http.server import BaseHTTPRequestHandler
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from support.servers import serving
+
+from minilora import UserError
+from minilora.system.hub import resolve_model
+
+constants = pytest.importorskip("huggingface_hub.constants", reason="the hub's client")
+
+TOKEN = "hf_secretsecretsecret"
+MAIN, OLD = "a" * 40, "b" * 40  # commits
+READ = {
+    "config.json": b'{"model_type": "llama"}',
+    "generation_config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"pieces",
+    "tokenizer_config.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "model.safetensors.index.json": b"{}",
+    "model-00001-of-00002.safetensors": b"first half",
+    "model-00002-of-00002.safetensors": b"second half",
+}
+NOT_READ = {
+    "consolidated.safetensors": b"the same again",
+    "consolidated.00.pth": b"pickle",
+    "original/model.safetensors": b"the same again",
+    "original/params.json": b"{}",
+    "onnx/model.onnx": b"onnx",
+    "onnx/config.json": b"{}",
+    "pytorch_model.bin": b"pickle",
+    "pytorch_model.bin.index.json": b"{}",
+    "rust_model.ot": b"pickle",
+    "tf_model.h5": b"h5",
+    "tekken.json": b"{}",
+    "modeling_evil.py": b"raise SystemExit",
+    "README.md": b"# model",
+}
+ADAPTER = {
+    "adapter_config.json": b"{}",
+    "adapter_model.safetensors": b"A and B",
+    "adapter_model.bin": b"pickle",
+}
+REPOSITORIES = {
+    "owner/model": {MAIN: READ | NOT_READ, OLD: {"config.json": b"{}", "model.safetensors": b"older"}},
+    "owner/adapter": {MAIN: ADAPTER},
+    "owner/pickled": {MAIN: {"config.json": b"{}", "pytorch_model.bin": b"pickle"}},
+    "owner/gated": {MAIN: READ},
+    "owner/mistaken-token": {},
+    "owner/broken": {},
+}
+BRANCHES = {"main": MAIN, "v0": OLD, MAIN: MAIN, OLD: OLD}
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """The requests that snapshot_download makes: a revision's commit, its list of files, and each file (HEAD,
+    then GET).
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path).strip("/").split("/")
+        self.server.requests.append((self.command, "/".join(path), self.headers.get("Authorization")))
+        api, path = path[:2] == ["api", "models"], path[2:] if path[:2] == ["api", "models"] else path
+        repo_id, action, revision, file = "/".join(path[:2]), *(path[2:4] + ["", ""])[:2], "/".join(path[4:])
+        commit = BRANCHES.get(revision)
+        if repo_id not in REPOSITORIES:
+            return self.answer(404, error="RepoNotFound")
+        if repo_id == "owner/mistaken-token":
+            return self.answer(401, message="Invalid credentials in Authorization header")
+        if repo_id == "owner/broken":
+            return self.answer(500)
+        if commit not in REPOSITORIES[repo_id]:
+            return self.answer(404, error="RevisionNotFound")
+        files = REPOSITORIES[repo_id][commit]
+        if api and action == "revision":
+            return self.answer(200, json.dumps({"id": repo_id, "sha": commit, "siblings": []}).encode())
+        if api and action == "tree":
+            listing = [
+                {"type": "file", "path": name, "size": len(data), "oid": etag(data)}
+                for name, data in files.items()
+            ]
+            return self.answer(200, json.dumps(listing).encode())
+        if action != "resolve" or file not in files:
+            return self.answer(404, error="EntryNotFound")
+        if repo_id == "owner/gated" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.answer(403, error="GatedRepo")
+        return self.answer(200, files[file], ETag=f'"{etag(files[file])}"', X_Repo_Commit=commit)
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes = b"", error: str = "", message: str = "", **headers: str):
+        self.send_response(status)
+        headers |= {"X-Error-Code": error} if error else {}
+        headers |= {"X-Error-Message": message} if message else {}
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def etag(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(StandIn) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """The client, pointed at the stand-in and at an empty cache. It reads its environment on import, hence
+    its constants.
+    """
+    server.requests = []
+    point_to(monkeypatch, server.address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return server
+
+
+def point_to(monkeypatch, endpoint: str) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+
+
+def files_in(directory) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def refusal(*args, **kwargs) -> str:
+    """The message of the UserError: one line, without the token."""
+    with pytest.raises(UserError) as error:
+        resolve_model(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message and TOKEN not in message
+    return message
+
+
+# Local directories
+
+
+def test_a_local_directory_is_itself_even_where_it_looks_like_a_hub_id(hub, tmp_path, monkeypatch):
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert resolve_model(str(tmp_path)) == tmp_path
+    assert resolve_model("owner/model").samefile(tmp_path / "owner" / "model")
+    assert resolve_model("~/owner") == tmp_path / "owner"
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "path", ["./nope", "../nope", "/nope", "~/nope", "a\\b", "a/b/c", "nope--nope", "two words", "x.git", ""]
+)
+def test_a_path_that_leads_nowhere_is_no_such_directory_and_asks_nobody(hub, path):
+    assert refusal(path).startswith(f"no such directory: {path!r}")
+    assert hub.requests == []
+
+
+def test_a_file_is_answered_with_its_directory(hub, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    assert f"is a file; give the directory it lies in: {tmp_path}" in refusal(
+        str(tmp_path / "model.safetensors")
+    )
+    assert hub.requests == []
+
+
+# Downloads
+
+
+def test_a_download_holds_what_is_read_and_nothing_else(hub):
+    assert files_in(resolve_model("owner/model")) == READ
+    fetched = {
+        path.rpartition("/resolve/")[2].partition("/")[2]
+        for _, path, _ in hub.requests
+        if "/resolve/" in path
+    }
+    assert fetched == set(READ), "no file is even asked for that is not read"
+
+
+def test_an_adapter_is_downloaded_by_the_same_call(hub):
+    assert set(files_in(resolve_model("owner/adapter"))) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+@pytest.mark.parametrize("revision", ["v0", OLD])
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, revision):
+    assert files_in(resolve_model("owner/model", revision=revision)) == {
+        "config.json": b"{}",
+        "model.safetensors": b"older",
+    }
+
+
+def test_a_cached_snapshot_is_used_offline_and_without_a_network(hub, monkeypatch):
+    snapshot = resolve_model("owner/model")
+    asked = len(hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model("owner/model") == snapshot
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    point_to(monkeypatch, "http://127.0.0.1:9")  # the discard port: nobody listens
+    assert resolve_model("owner/model") == snapshot
+    assert len(hub.requests) == asked
+
+
+def test_the_token_is_sent_and_opens_a_gated_repository(hub):
+    assert files_in(resolve_model("owner/gated", token=TOKEN)) == READ
+    assert {authorization for _, _, authorization in hub.requests} == {f"Bearer {TOKEN}"}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("token", [None, TOKEN[:-1]])
+def test_a_gated_repository_says_accept_the_licence_and_log_in(hub, token):
+    message = refusal("owner/gated", token=token)
+    assert "owner/gated is gated" in message and f"{constants.ENDPOINT}/owner/gated" in message
+    assert "hf auth login" in message and "pass a token" in message
+    assert TOKEN[:-1] not in message
+
+
+def test_a_missing_repository_is_told_as_missing_or_private(hub):
+    message = refusal("owner/misspelt", token=TOKEN)
+    assert "'owner/misspelt' is neither a directory here nor a repository" in message and "private" in message
+
+
+def test_a_missing_revision_is_told(hub):
+    assert "owner/model has no revision 'v9'" in refusal("owner/model", revision="v9", token=TOKEN)
+
+
+def test_pickled_weights_alone_are_refused_and_not_downloaded(hub):
+    message = refusal("owner/pickled")
+    assert "owner/pickled holds no .safetensors weights, and pickled ones" in message
+    assert not any(path.endswith(".bin") for _, path, _ in hub.requests)
+
+
+def test_what_is_not_cached_is_told_offline(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = refusal("owner/model", token=TOKEN)
+    assert "owner/model is not (or not wholly) in the cache" in message and "HF_HUB_OFFLINE" in message
+    assert hub.requests == []
+
+
+def test_a_hub_out_of_reach_is_told(hub, monkeypatch):
+    point_to(monkeypatch, "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached (ConnectError); check the network" in refusal(
+        "owner/model", token=TOKEN
+    )
+
+
+def test_a_token_that_the_hub_does_not_accept_is_told(hub):
+    assert "answers 401: the token is not accepted" in refusal("owner/mistaken-token", token=TOKEN)
+
+
+def test_a_hub_that_is_broken_is_told(hub):
+    assert "answers 500: try again later" in refusal("owner/broken", token=TOKEN)
+
+
+@pytest.mark.parametrize("token", ["", TOKEN + "\n", f" {TOKEN}", TOKEN + "é"])
+def test_a_token_that_cannot_be_one_is_refused_before_it_is_sent(hub, token):
+    assert "the token given" in refusal("owner/model", token=token)
+    assert hub.requests == []
