@@ -13,7 +13,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from minilora.system.errors import UserError, nearest
+from minilora.system.errors import UserError, suggestion
 from minilora.system.files import read_json
 
 
@@ -392,7 +392,7 @@ class LoraConfig:
     def preset(cls, name: str, **changes) -> "LoraConfig":
         """One of `PRESETS`, with `changes` to single fields."""
         if name not in PRESETS:
-            raise UserError(f"preset {name!r} is not known{nearest(name, PRESETS)}")
+            raise UserError(f"preset {name!r} is not known{suggestion(name, PRESETS)}")
         return replace(PRESETS[name], **changes)
 
 

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.linear import Weight, dense
+from minilora.linear import Weight, dequantized
 
 _EPS, _TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 
@@ -92,7 +92,7 @@ class RowNorms:
 
         def compute() -> Tensor:
             squares, narrow = self._weight_squares(weight), A.to(dtype)
-            cross = (B * (dense(weight, narrow) @ narrow.T)).sum(1)  # (out,), of (out, r)
+            cross = (B * (dequantized(weight, narrow) @ narrow.T)).sum(1)  # (out,), of (out, r)
             update = (B * (B @ (A @ A.T))).sum(1)
             total = squares + 2 * scaling * cross + scaling**2 * update
             return torch.maximum(

@@ -43,7 +43,7 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.weight = weight
         wide = _widened(x, weight)
         y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=wide.dtype, device=x.device)  # (..., out)
-        rows, W = wide.reshape(-1, wide.shape[-1]), dense(weight, wide)
+        rows, W = wide.reshape(-1, wide.shape[-1]), dequantized(weight, wide)
         if bias is None:
             torch.mm(rows, W.T, out=y.view(len(rows), -1))
         else:
@@ -53,7 +53,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         wide = _widened(dy, ctx.weight)
-        return (wide @ dense(ctx.weight, wide)).to(dy.dtype), None, None  # (..., in)
+        return (wide @ dequantized(ctx.weight, wide)).to(dy.dtype), None, None  # (..., in)
 
 
 class _ReplayedLinear(torch.autograd.Function):
@@ -76,7 +76,7 @@ def frozen_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def replay_linear(layer: nn.Module, x: Tensor) -> Tensor:
+def rerun_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x) for the sake of its gradient: where the weight is frozen, the values are not computed. (...,
     in) -> (..., out)
     """
@@ -94,7 +94,7 @@ def _widened(x: Tensor, weight: Weight) -> Tensor:
     return x if isinstance(weight, Tensor) else x.to(ops.product_dtype(x))
 
 
-def dense(weight: Weight, like: Tensor) -> Tensor:
+def dequantized(weight: Weight, like: Tensor) -> Tensor:
     """W in the dtype of `like`, (out, in); a quantized one in the scratch buffer."""
     if isinstance(weight, Tensor):
         return weight.to(like.dtype)

@@ -33,8 +33,8 @@ from torch.autograd.function import once_differentiable
 from minilora import ops
 from minilora.config import LoraConfig
 from minilora.dora import Magnitude, RowNorms, row_factors
-from minilora.linear import QuantizedLinear, frozen_linear, replay_linear
-from minilora.system.errors import UserError, nearest
+from minilora.linear import QuantizedLinear, frozen_linear, rerun_linear
+from minilora.system.errors import UserError, suggestion
 
 OUTPUT_HEAD = "lm_head"
 
@@ -130,7 +130,7 @@ class LoraLinear(nn.Module):
 
     def replay(self, x: Tensor) -> Tensor:
         """`forward` for the sake of its gradient (see `linear.replay_linear`)."""
-        return self._adapted(x, replay_linear)
+        return self._adapted(x, rerun_linear)
 
     def _adapted(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         """The base layer's product with x, and what the active adapter makes of x."""
@@ -265,7 +265,7 @@ def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] 
         if not any(_names_layer(target, n) for n in names):
             leaves = {n.rpartition(".")[2] for n in names}
             raise UserError(
-                f"lora_target names {target!r}, which no linear layer is called{nearest(target, leaves | set(names))}"
+                f"lora_target names {target!r}, which no linear layer is called{suggestion(target, leaves | set(names))}"
             )
     return [n for n in names if any(_names_layer(t, n) for t in target_modules)]
 
@@ -353,4 +353,4 @@ def remove_lora(model: nn.Module, name: str | None = None) -> None:
 
 def _check_adapter(model: nn.Module, name: str) -> None:
     if name not in adapter_names(model):
-        raise UserError(f"the model has no adapter called {name!r}{nearest(name, adapter_names(model))}")
+        raise UserError(f"the model has no adapter called {name!r}{suggestion(name, adapter_names(model))}")

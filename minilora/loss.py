@@ -26,9 +26,9 @@ from minilora import ops
 from minilora.model import CausalLM
 from minilora.recompute import checkpoint
 
-IGNORE = -100  # the label of a place that is not learnt
+IGNORE_INDEX = -100  # the label of a place that is not learnt
 LOGITS_BYTES = 64 << 20  # of float32 logits at a time: 512 places of a vocabulary of 32k
-_WEIGHT_ROWS = 4096  # of the head, widened at a time where the product needs another dtype
+_HEAD_ROWS = 4096  # of the head, widened at a time where the product needs another dtype
 
 
 def causal_lm_loss(
@@ -36,9 +36,9 @@ def causal_lm_loss(
 ) -> Tensor:
     """Sum over supervised tokens of -log p(token | tokens before it), float32.
 
-    input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE; the place t is
+    input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE_INDEX; the place t is
     predicted from the places before it, of its own document where rows are packed. The first token of a
-    document is to be IGNORE: nothing predicts it.
+    document is to be IGNORE_INDEX: nothing predicts it.
     """
     hidden, targets, head = (
         model.model(input_ids, document_ids=document_ids)[:, :-1],
@@ -47,8 +47,8 @@ def causal_lm_loss(
     )
     if isinstance(head, nn.Linear):
         return linear_cross_entropy(hidden, head.weight, targets)
-    learnt = targets != IGNORE  # a head with an adapter: its logits are computed again in backward
-    chunks = (t.split(places_at_a_time(model.config.vocab_size)) for t in (hidden[learnt], targets[learnt]))
+    learnt = targets != IGNORE_INDEX  # a head with an adapter: its logits are computed again in backward
+    chunks = (t.split(rows_at_a_time(model.config.vocab_size)) for t in (hidden[learnt], targets[learnt]))
     losses = [
         checkpoint(_loss_behind, head, h, t, parameters=head.parameters())
         for h, t in zip(*chunks, strict=True)
@@ -58,21 +58,21 @@ def causal_lm_loss(
 
 def count_supervised(labels: Tensor) -> int:
     """How many tokens `causal_lm_loss` sums over. labels: (B, T)."""
-    return int((labels[:, 1:] != IGNORE).sum())
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum over the labels but IGNORE of the cross-entropy of hidden W^T, float32.
+    """Sum over the labels but IGNORE_INDEX of the cross-entropy of hidden W^T, float32.
 
     hidden: (..., D), weight: (V, D), labels: (...) of the same places, not shifted. Both may need gradients.
     Memory beside them and their gradients: twice LOGITS_BYTES, whatever V and the number of places. A
     weight's gradient is summed in float32.
     """
-    learnt = labels != IGNORE
+    learnt = labels != IGNORE_INDEX
     return _LinearCrossEntropy.apply(hidden[learnt], weight, labels[learnt])
 
 
-def places_at_a_time(vocab_size: int) -> int:
+def rows_at_a_time(vocab_size: int) -> int:
     """How many rows of logits are held at once."""
     return max(1, LOGITS_BYTES // (4 * vocab_size))
 
@@ -91,9 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # float16 loses probabilities below 6e-8 and, before the loss scale is applied, small gradients: these
         # are kept larger.
         scale = 1024.0 if dtype == torch.float16 else 1.0
-        chunk = places_at_a_time(len(weight))
+        chunk = rows_at_a_time(len(weight))
         # Without widening, the head in one piece.
-        parts = [weight] if weight.dtype == dtype else weight.split(_WEIGHT_ROWS)
+        parts = [weight] if weight.dtype == dtype else weight.split(_HEAD_ROWS)
         buffers = torch.empty(
             2, min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device
         )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minilora import ops
 from minilora.config import ModelConfig, RopeConfig
-from minilora.linear import replay_linear
+from minilora.linear import rerun_linear
 from minilora.recompute import OffloadedInputs, checkpoint
 
 PADDING = -1  # the document id of tokens that are only there to fill a row
@@ -122,7 +122,7 @@ class MLP(nn.Module):
 
     def replay(self, x: Tensor) -> Tensor:
         """`forward` for the sake of its backward: the output's values are not computed."""
-        return replay_linear(self.down_proj, ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return rerun_linear(self.down_proj, ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from minilora import ops
-from minilora.system.errors import UserError, describe
+from minilora.system.errors import UserError, summarize
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANT_TYPES = ("nf4", "fp4")
@@ -275,7 +275,7 @@ def from_bitsandbytes(entries: dict[str, Tensor], name: str = "weight") -> Quant
     ):
         problems.append(f"{', '.join(stray)} are there, but {key} names no nested_blocksize")
     if problems:
-        raise UserError(f"{name} cannot be read: {describe(problems)}")
+        raise UserError(f"{name} cannot be read: {summarize(problems)}")
     return QuantizedTensor(
         packed=packed.contiguous().view(-1).view(torch.uint8),
         absmax=entries[f"{name}.absmax"].reshape(-1),
@@ -319,7 +319,7 @@ def _read_state(packed: Tensor, key: str) -> dict:
     if problems := [
         f"{name} = {state.get(name)!r}" for name, fits in checks.items() if not fits(state.get(name))
     ]:
-        raise UserError(f"{key} cannot be honoured: {describe(problems)}")
+        raise UserError(f"{key} cannot be honoured: {summarize(problems)}")
     return state
 
 

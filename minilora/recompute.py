@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora.system.errors import UserError, nearest
+from minilora.system.errors import UserError, suggestion
 
 POLICIES = ("off", "selective", "full", "offload")  # from the fastest to the most frugal
 
@@ -50,7 +50,7 @@ def set_recompute(model: nn.Module, policy: str) -> str:
     Raises UserError for an unknown policy.
     """
     if policy not in POLICIES:
-        raise UserError(f"gradient_checkpointing = {policy!r} is not known{nearest(policy, POLICIES)}")
+        raise UserError(f"gradient_checkpointing = {policy!r} is not known{suggestion(policy, POLICIES)}")
     if policy == "offload" and not model.model.embed_tokens.weight.is_cuda:
         policy = "full"  # the inputs are in CPU memory already
     model.model.recompute = policy

@@ -46,7 +46,7 @@ from minilora.inference.load import (
     load_run_config,
 )
 from minilora.lora import adapter_names
-from minilora.system.errors import ArgumentParser, UserError, describe, nearest, run_script
+from minilora.system.errors import ArgumentParser, UserError, run_script, suggestion, summarize
 from minilora.system.files import check_writable, to_json, write_whole
 
 UNWORDED = "there is no chat template to word"
@@ -158,7 +158,7 @@ def encode_rows(
     lengths = [(place, len(prompt)) for (place, *_), prompt in zip(questions, prompts, strict=True)]
     if too_long := [f"{place} is {length} tokens long" for place, length in lengths if length >= positions]:
         raise UserError(
-            f"{describe(too_long)}; the model has {positions} positions for prompt and answer: shorten these rows"
+            f"{summarize(too_long)}; the model has {positions} positions for prompt and answer: shorten these rows"
         )
     return prompts
 
@@ -232,7 +232,7 @@ def obey(assistant: Assistant, command: str = "help", *arguments: str) -> None:
             fault = (
                 "takes other words; see /help"
                 if command in known
-                else f"is no command{nearest(command, known)}"
+                else f"is no command{suggestion(command, known)}"
             )
             raise UserError(f"/{command} {fault}")
 

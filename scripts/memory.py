@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from minilora.config import ModelConfig
-from minilora.formats.weights import CONFIG_FILE, read_config
+from minilora.formats.weights import MODEL_CONFIG_FILE, read_config
 from minilora.memory.ledger import (
     CATEGORIES,
     MARGIN,
@@ -114,7 +114,7 @@ def config_of(name: str, revision: str | None) -> ModelConfig:
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        return ModelConfig.from_file(hf_hub_download(name, CONFIG_FILE, revision=revision))
+        return ModelConfig.from_file(hf_hub_download(name, MODEL_CONFIG_FILE, revision=revision))
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise UserError(
             f"{name!r} is no directory, none of {', '.join(SHAPES)}, and the hub does not give its config.json "

@@ -46,8 +46,8 @@ from minilora.dora import row_factors
 from minilora.formats import adapter as adapters
 from minilora.formats.lint import lint_adapter, table
 from minilora.formats.weights import (
-    CONFIG_FILE,
     INDEX_FILE,
+    MODEL_CONFIG_FILE,
     SINGLE_FILE,
     StoredTensors,
     bitsandbytes_config,
@@ -303,11 +303,11 @@ def write_generation_config(base: Path, output: Path, tokenizer: Tokenizer) -> N
 
 def write_config(base: Path, output: Path, dtype: str, quant: QuantConfig | None) -> None:
     """The base model's `config.json`, which says that the weights are quantized if and only if they are."""
-    raw = json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))
+    raw = json.loads((base / MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
     raw.pop("quantization_config", None)
     if quant is not None:
         raw["quantization_config"] = bitsandbytes_config(quant.quant_type, quant.double_quant, dtype)
-    write_whole(output / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
+    write_whole(output / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
 def print_table(errors: dict[str, dict[str, float]], quant: QuantConfig, into: str, written: str) -> None:
@@ -337,7 +337,7 @@ def export_adapter(adapter: Path, output: Path, options: argparse.Namespace) -> 
             f"{adapter} is a DoRA adapter, which plain LoRA cannot express: merge it, with --output"
         )
     plain = as_plain_lora(lora)
-    raw = read_json(adapter / adapters.CONFIG_FILE) | {
+    raw = read_json(adapter / adapters.ADAPTER_CONFIG_FILE) | {
         "use_rslora": plain.use_rslora,
         "lora_alpha": plain.lora_alpha,
     }
@@ -346,9 +346,11 @@ def export_adapter(adapter: Path, output: Path, options: argparse.Namespace) -> 
         part = Path(passing) / "adapter"
         part.mkdir()
         for file in adapter.iterdir():  # but no other tensors: SGLang reads every one of a directory
-            if file.is_file() and (file.suffix != ".safetensors" or file.name == adapters.WEIGHTS_FILE):
+            if file.is_file() and (
+                file.suffix != ".safetensors" or file.name == adapters.ADAPTER_WEIGHTS_FILE
+            ):
                 write_whole(part / file.name, file.read_bytes())
-        write_whole(part / adapters.CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
+        write_whole(part / adapters.ADAPTER_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
         os.replace(part, output)
     print(
         f"{output} holds the adapter as plain LoRA: alpha {lora.lora_alpha:g} -> {plain.lora_alpha:g}, scaling {lora.scaling:g}"

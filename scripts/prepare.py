@@ -39,7 +39,7 @@ import yaml
 
 from minilora.data.chat import load_chat_template, training_clock
 from minilora.data.examples import Dataset
-from minilora.data.mask_view import view
+from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import save_tokens, tokens_file, tokens_key
 from minilora.data.rows import Row, record_of
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
@@ -51,7 +51,7 @@ from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
 from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import to_json, write_whole
 from minilora.system.hub import resolve_model
-from minilora.system.remote import check_address, shown, write_files
+from minilora.system.remote import check_address, redacted, write_files
 
 LISTED = 20  # wrong rows that are listed one by one
 DONE_HERE = (  # keys that the saved rows make up for
@@ -157,7 +157,7 @@ def main() -> None:
         write_files(
             options.to, {name: options.output / name for name in FILES if (options.output / name).is_file()}
         )
-        print(f"sent to {shown(options.to)}")
+        print(f"sent to {redacted(options.to)}")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -198,7 +198,7 @@ def show(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
     for i in range(0, len(dataset) if count else 0, max(1, len(dataset) // max(count, 1)))[:count]:
         example, row = dataset.examples[i], dataset.rows[i]
         print(f"--- {row.place}: {len(example.input_ids):,} tokens, {example.supervised:,} of them learnt")
-        print(view(example, tokenizer, colours), end="\n\n")
+        print(highlight_learned(example, tokenizer, colours), end="\n\n")
 
 
 def content(row: Row) -> str:

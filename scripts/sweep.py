@@ -38,7 +38,7 @@ import yaml
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import TrainConfig, load_train_config, read_yaml
 from minilora.run.tracker import METRICS_FILE
-from minilora.system.errors import ArgumentParser, UserError, describe, run_script
+from minilora.system.errors import ArgumentParser, UserError, run_script, summarize
 from minilora.system.files import check_writable, read_json_lines, write_whole
 
 TRAINER = Path(__file__).with_name("train.py")
@@ -103,7 +103,7 @@ def main() -> None:
     print_table(runs)
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed: {describe(failed)}; what they said stands above; when it is mended, "
+            f"{len(failed)} of {len(runs)} runs failed: {summarize(failed)}; what they said stands above; when it is mended, "
             "start the sweep again: finished runs are passed over"
         )
 
@@ -163,7 +163,7 @@ def check(run: Run, text: str, place: Path) -> None:
         changed = [f"{key} {saved.get(key)!r}" for key, value in wanted.items() if saved.get(key) != value]
         if changed:
             raise UserError(
-                f"{run.directory} was finished with {describe(changed)}; choose another output_dir, or remove it"
+                f"{run.directory} was finished with {summarize(changed)}; choose another output_dir, or remove it"
             )
 
 

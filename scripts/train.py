@@ -50,11 +50,11 @@ from minilora.optim import learning_rate, make_optimizer, set_learning_rate
 from minilora.recompute import set_recompute
 from minilora.run.checkpoints import (
     StopSignal,
-    bring_checkpoint,
     check_same_training,
-    checkpoints,
+    copy_checkpoint,
     delete_old_checkpoints,
     find_checkpoint,
+    list_checkpoints,
     random_state,
     sample_model,
     set_random_state,
@@ -80,7 +80,7 @@ def main() -> None:
         print(manual(), end="")
         return
     processes = join_processes()
-    with processes.one_voice():
+    with processes.only_main_prints():
         train(load_train_config(sys.argv[1:], DEFAULT_RUN), processes)
 
 
@@ -215,7 +215,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         loss_scale.step(optimizer, finite=math.isfinite(loss) and math.isfinite(norm))
         optimizer.zero_grad(set_to_none=True)
         if loss_scale.diverged:
-            good = checkpoints(output_dir, up_to=step + 1 - loss_scale.skipped_in_a_row)
+            good = list_checkpoints(output_dir, up_to=step + 1 - loss_scale.skipped_in_a_row)
             raise UserError(
                 f"loss {loss:g}, gradient norm {norm:g} at step {step + 1}: training diverged; lower learning_rate = "
                 f"{config.learning_rate:g} (last good checkpoint: {good[-1] if good else 'none was saved yet'})"
@@ -310,7 +310,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         if config.template is not None:
             template.save(output_dir)
         if checkpoint is not None and config.load_best_model_at_end and state["best"]["step"]:
-            bring_checkpoint(checkpoint.with_name(f"checkpoint-{state['best']['step']}"), output_dir)
+            copy_checkpoint(checkpoint.with_name(f"checkpoint-{state['best']['step']}"), output_dir)
     visible = output_dir if processes.main else None
     tracker = Tracker(
         visible, total_steps, epoch_steps, config.logging_steps, state.get("tracker"), reporters

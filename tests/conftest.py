@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from support.merging import make_adapter, make_base
 from support.project import WORDS
 from support.servers import S3_SECRET
+from support.tiny import randomize
 
-from minilora import CausalLM, ModelConfig, save_model
+from minilora import CausalLM, LoraConfig, ModelConfig, add_lora, load_model, save_adapter, save_model
 from minilora.system.device import Placement
 from minilora.system.errors import run_script
 
@@ -180,3 +182,29 @@ def in_float16(trainer, monkeypatch):
         )
 
     return choose
+
+
+@pytest.fixture
+def merge(call):
+    """Run `merge.py ARGUMENTS`: (exit code, stdout, stderr)."""
+    return partial(call, "merge")
+
+
+@pytest.fixture
+def place(tmp_path, model_dir):
+    """A base model in `base`, a random rsLoRA adapter on five kinds of layers in `adapter`; two kinds have none."""
+    make_base(tmp_path / "base", model_dir)
+    make_adapter(tmp_path / "base", tmp_path / "adapter")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory, model_dir):
+    """Two random adapters on different layers, `one` and `two`."""
+    directory = tmp_path_factory.mktemp("adapters")
+    for name, targets in (("one", ["q_proj", "down_proj"]), ("two", ["v_proj"])):
+        model = load_model(model_dir, dtype=torch.float32)
+        add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+        randomize(model)
+        save_adapter(model, directory / name, base_model_name_or_path=str(model_dir))
+    return directory

@@ -37,12 +37,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minilora.data.templates import MISTRAL_V1, TEMPLATES
 from minilora.data.tokenizer import Tokenizer
-from minilora.system.errors import UserError, nearest
+from minilora.system.errors import UserError, suggestion
 
 Message = dict[
     str, object
 ]  # {"role": "user", "content": "Hi"}; what else is in it is for the template to read
-OWN = "tokenizer"  # the name of the template that the tokenizer's files hold
+TOKENIZER_TEMPLATE = "tokenizer"  # the name of the template that the tokenizer's files hold
 
 
 def training_clock() -> datetime:
@@ -60,16 +60,18 @@ def load_chat_template(
     `now` is the clock of templates that tell the model the date. Raises UserError for a name that is not
     known, and for a template that the tokenizer lacks a token for.
     """
-    if name in (None, OWN):
+    if name in (None, TOKENIZER_TEMPLATE):
         if tokenizer.chat_template is None:
             if name is None:
                 return None
             raise UserError(
-                f"template = {OWN}, but the tokenizer has no chat_template; choose from {', '.join(TEMPLATES)}"
+                f"template = {TOKENIZER_TEMPLATE}, but the tokenizer has no chat_template; choose from {', '.join(TEMPLATES)}"
             )
-        return ChatTemplate(OWN, tokenizer.chat_template, tokenizer, now)
+        return ChatTemplate(TOKENIZER_TEMPLATE, tokenizer.chat_template, tokenizer, now)
     if name not in TEMPLATES:
-        raise UserError(f"template = {name!r} is not known{nearest(name, [*TEMPLATES, OWN])}")
+        raise UserError(
+            f"template = {name!r} is not known{suggestion(name, [*TEMPLATES, TOKENIZER_TEMPLATE])}"
+        )
     source = MISTRAL_V1 if name == "mistral" and tokenizer.token_id("[INST]") is None else TEMPLATES[name]
     for token in re.findall(r"<\|\w+\|>", source):
         if tokenizer.token_id(token) is None:

@@ -22,7 +22,7 @@ from minilora.data.chat import ChatTemplate
 from minilora.data.rows import Row
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import Tokenizer
-from minilora.loss import IGNORE
+from minilora.loss import IGNORE_INDEX
 from minilora.model import PADDING
 from minilora.system.errors import UserError, raise_error
 
@@ -140,7 +140,7 @@ def prompt_ids(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None = N
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad on the right to the longest: input_ids and labels, both int64 (B, T). Labels are the ids, or IGNORE
+    """Pad on the right to the longest: input_ids and labels, both int64 (B, T). Labels are the ids, or IGNORE_INDEX
     where not learnt.
 
     No mask is needed for padding: a token never sees what follows it, and padding is never learnt, whatever
@@ -148,11 +148,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     """
     T = max(len(e.input_ids) for e in examples)
     input_ids = torch.full((len(examples), T), pad_id)
-    labels = torch.full((len(examples), T), IGNORE)
+    labels = torch.full((len(examples), T), IGNORE_INDEX)
     for i, example in enumerate(examples):
         ids = torch.from_numpy(example.input_ids).long()
         input_ids[i, : len(ids)] = ids
-        labels[i, : len(ids)] = ids.where(torch.from_numpy(example.learnt), IGNORE)
+        labels[i, : len(ids)] = ids.where(torch.from_numpy(example.learnt), IGNORE_INDEX)
     return input_ids, labels
 
 

@@ -21,7 +21,7 @@ _GREEN, _PLAIN = "\x1b[32m", "\x1b[39m"
 _REVERSED, _UPRIGHT = "\x1b[7m", "\x1b[27m"
 
 
-def view(example: Example, tokenizer: Tokenizer, colours: bool) -> str:
+def highlight_learned(example: Example, tokenizer: Tokenizer, colours: bool) -> str:
     """The example as text in which learnt tokens stand out; in colour, or between brackets."""
     shown = ""
     for learnt, pieces in groupby(_pieces(example, tokenizer), key=lambda piece: piece.learnt):

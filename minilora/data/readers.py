@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from minilora.system.errors import UserError, raise_error
 from minilora.system.files import parse_json
-from minilora.system.remote import is_address, kind_of, read_file, shown
+from minilora.system.remote import error_kind, is_address, read_file, redacted
 
 Record = tuple[str, dict]  # its place, its columns
 _PREFERRED = [
@@ -49,7 +49,7 @@ def read_records(place: str | Path, on_error: Callable[[UserError], None] = rais
     for fault in faults:
         on_error(fault)
     if not records and not faults:
-        raise UserError(f"dataset {shown(place)} is empty")
+        raise UserError(f"dataset {redacted(place)} is empty")
     return records
 
 
@@ -59,7 +59,7 @@ def read_records(place: str | Path, on_error: Callable[[UserError], None] = rais
 def _files(place: str) -> list[tuple[str, str]]:
     """The files at a place: what to call each one, and where it is."""
     if is_address(place):
-        return [(shown(place), place)]
+        return [(redacted(place), place)]
     if os.path.isdir(place):  # Path's own methods raise for a name that is too long
         raise UserError(f"dataset {place} is a directory; name a {', '.join(_FORMATS)} file in it")
     if not os.path.exists(place):
@@ -95,7 +95,7 @@ def _hub_files(dataset: str) -> list[tuple[str, str]]:
         ) from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
         raise UserError(
-            f"dataset {repo_id} cannot be fetched from {constants.ENDPOINT}: {kind_of(error)}"
+            f"dataset {repo_id} cannot be fetched from {constants.ENDPOINT}: {error_kind(error)}"
         ) from error
     return [(f"{repo_id}/{name}", path) for name, path in zip(chosen, paths, strict=True)]
 
@@ -131,7 +131,7 @@ def _choose(names: list[str], repo_id: str, folder: str) -> list[str]:
 
 def _suffix(place: str) -> tuple[str, bool]:
     """The format's suffix, and whether the file is compressed."""
-    path = PurePosixPath(shown(place))
+    path = PurePosixPath(redacted(place))
     return (PurePosixPath(path.stem).suffix, True) if path.suffix == ".gz" else (path.suffix, False)
 
 

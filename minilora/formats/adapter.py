@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from minilora.config import LoraConfig
 from minilora.lora import add_lora, lora_layers, match_targets, remove_lora
-from minilora.system.errors import UserError, describe
+from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, write_whole
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAMES = {
     "lora_A": "lora_A.weight",
@@ -120,8 +120,8 @@ def save_adapter(
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    write_whole(directory / CONFIG_FILE, json.dumps(written, indent=2) + "\n")
+    write_whole(directory / ADAPTER_WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_whole(directory / ADAPTER_CONFIG_FILE, json.dumps(written, indent=2) + "\n")
 
 
 def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -146,9 +146,9 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
     """Read a PEFT `adapter_config.json`. Raises UserError naming the file and the key that cannot be
     honoured.
     """
-    path = Path(directory) / CONFIG_FILE
+    path = Path(directory) / ADAPTER_CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{directory} is not an adapter: it has no {CONFIG_FILE}")
+        raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG_FILE}")
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -186,7 +186,7 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, tuple[Ten
     config, problems = read_adapter_config(directory), []
     wanted = [name for kind, name in _NAMES.items() if config.use_dora or kind != "lora_magnitude_vector"]
     layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in sorted(_read_tensors(Path(directory) / WEIGHTS_FILE).items()):
+    for key, tensor in sorted(_read_tensors(Path(directory) / ADAPTER_WEIGHTS_FILE).items()):
         match = _KEY.fullmatch(key)
         if not match or match[2] not in wanted:
             problems.append(f"{key} is no {' or '.join(wanted)}")
@@ -200,7 +200,7 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, tuple[Ten
     for layer, tensors in layers.items():
         problems += [f"missing {_PREFIX}{layer}.{name}" for name in wanted if name not in tensors]
     if problems:
-        raise UserError(f"{directory} is not a sound adapter: {describe(problems)}")
+        raise UserError(f"{directory} is not a sound adapter: {summarize(problems)}")
     return config, {layer: tuple(tensors[name] for name in wanted) for layer, tensors in layers.items()}
 
 
@@ -214,7 +214,7 @@ def load_adapter(
     error; the model is then left as it was.
     """
     config = replace(read_adapter_config(directory), lora_fa=lora_fa)
-    tensors = _read_tensors(Path(directory) / WEIGHTS_FILE)
+    tensors = _read_tensors(Path(directory) / ADAPTER_WEIGHTS_FILE)
     add_lora(model, config, name)
     targets = _parameters(model, name)
     problems = [f"missing {key}" for key in sorted(targets.keys() - tensors.keys())]
@@ -226,7 +226,7 @@ def load_adapter(
             )
     if problems:
         remove_lora(model, name)
-        raise UserError(f"{directory} does not fit the model: {describe(problems)}")
+        raise UserError(f"{directory} does not fit the model: {summarize(problems)}")
     with torch.no_grad():
         for key, parameter in targets.items():
             parameter.copy_(tensors[key])
@@ -255,5 +255,5 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         f"{key} is infinite or NaN in places" for key, t in tensors.items() if not t.float().isfinite().all()
     ]
     if problems:
-        raise UserError(f"{path} is damaged or of a training that diverged: {describe(problems, 3)}")
+        raise UserError(f"{path} is damaged or of a training that diverged: {summarize(problems, 3)}")
     return tensors

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from minilora.config import ModelConfig
-from minilora.formats.adapter import CONFIG_FILE, PEFT_DEFAULTS, WEIGHTS_FILE
+from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PEFT_DEFAULTS
 from minilora.lora import OUTPUT_HEAD
 from minilora.model import CausalLM
 from minilora.system.errors import UserError
@@ -54,7 +54,7 @@ class AdapterHeader:
     def read(cls, directory: Path, base_config: ModelConfig | None) -> "AdapterHeader":
         """Raises UnreadableAdapter, or UserError for pickled weights."""
         try:
-            config = read_json(directory / CONFIG_FILE)
+            config = read_json(directory / ADAPTER_CONFIG_FILE)
         except UserError as error:
             raise UnreadableAdapter(str(error)) from error
         _check_types(config)
@@ -147,14 +147,14 @@ class AdapterHeader:
 def _check_types(config: object) -> None:
     """Raises UnreadableAdapter for a configuration with values that no program could take."""
     if not isinstance(config, dict):
-        raise UnreadableAdapter(f"{CONFIG_FILE} holds no JSON object")
+        raise UnreadableAdapter(f"{ADAPTER_CONFIG_FILE} holds no JSON object")
     for key, kind in _TYPES.items():
         if (value := config.get(key)) is not None and not isinstance(value, kind):
-            raise UnreadableAdapter(f"{key} = {value!r} in {CONFIG_FILE} is of the wrong type")
+            raise UnreadableAdapter(f"{key} = {value!r} in {ADAPTER_CONFIG_FILE} is of the wrong type")
     patterns = config.get("rank_pattern") or {}
     for rank in [*patterns.values(), *([] if config.get("r") is None else [config["r"]])]:
         if not isinstance(rank, int) or rank < 1:
-            raise UnreadableAdapter(f"{rank!r} in {CONFIG_FILE} is no rank")
+            raise UnreadableAdapter(f"{rank!r} in {ADAPTER_CONFIG_FILE} is no rank")
     for pattern in [
         *patterns,
         *([targets] if isinstance(targets := config.get("target_modules"), str) else []),
@@ -163,19 +163,19 @@ def _check_types(config: object) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UnreadableAdapter(
-                f"{pattern!r} in {CONFIG_FILE} is not a regular expression: {error}"
+                f"{pattern!r} in {ADAPTER_CONFIG_FILE} is not a regular expression: {error}"
             ) from error
 
 
 def _read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    if not (path := directory / WEIGHTS_FILE).is_file():
+    if not (path := directory / ADAPTER_WEIGHTS_FILE).is_file():
         if (pickled := directory / "adapter_model.bin").exists():
             raise UserError(
                 f"{pickled} is pickled and never opened here; save the adapter again as safetensors"
             )
-        raise UnreadableAdapter(f"{WEIGHTS_FILE} is missing")
+        raise UnreadableAdapter(f"{ADAPTER_WEIGHTS_FILE} is missing")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
-        raise UnreadableAdapter(f"{WEIGHTS_FILE} is truncated or corrupt: {error}") from error
+        raise UnreadableAdapter(f"{ADAPTER_WEIGHTS_FILE} is truncated or corrupt: {error}") from error

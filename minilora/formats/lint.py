@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 
 from minilora.config import ModelConfig
-from minilora.formats.adapter import CONFIG_FILE, PEFT_DEFAULTS, WEIGHTS_FILE
+from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PEFT_DEFAULTS
 from minilora.formats.adapter_header import MAGNITUDE, PARTNERS, AdapterHeader, UnreadableAdapter
-from minilora.system.errors import UserError, describe
+from minilora.system.errors import UserError, summarize
 
 SERVERS = ("PEFT", "vLLM", "SGLang")
 WILL_NOT_LOAD, LOADS_WRONGLY, NEEDS_OPTION = "will not load", "loads wrongly", "loads, if"
@@ -36,7 +36,7 @@ WILL_NOT_LOAD, LOADS_WRONGLY, NEEDS_OPTION = "will not load", "loads wrongly", "
 _EXPORT = "python scripts/merge.py --adapter DIRECTORY --export_adapter NEW"
 _MERGE = "python scripts/merge.py --adapter DIRECTORY --output NEW"
 _SAVE_AGAIN = "save or fetch the adapter again"
-_CORRECT = f"correct {CONFIG_FILE}"
+_CORRECT = f"correct {ADAPTER_CONFIG_FILE}"
 _CONVERT = "convert it to plain LoRA, with PEFT's path_initial_model_for_weight_conversion"
 
 _PEFT_INITS = re.compile(r"(?i:gaussian|olora|mica)|eva|orthogonal|lora_ga|loftq|corda|pissa(_niter_\d+)?")
@@ -71,19 +71,21 @@ def lint_adapter(directory: str | Path, base_config: ModelConfig | None = None) 
     no adapter at all, and for pickled weights.
     """
     directory = Path(directory)
-    if not (directory / CONFIG_FILE).is_file():
-        raise UserError(f"{directory} is not an adapter: it has no {CONFIG_FILE}")
+    if not (directory / ADAPTER_CONFIG_FILE).is_file():
+        raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG_FILE}")
     try:
         adapter = AdapterHeader.read(directory, base_config)
     except UnreadableAdapter as problem:
         return [Finding(server, WILL_NOT_LOAD, str(problem), _SAVE_AGAIN) for server in SERVERS]
-    other_files = sorted(path.name for path in directory.glob("*.safetensors") if path.name != WEIGHTS_FILE)
+    other_files = sorted(
+        path.name for path in directory.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS_FILE
+    )
     findings = [*_peft(adapter), *_vllm(adapter), *_sglang(adapter, other_files)]
     return [replace(finding, mend=finding.mend.replace("DIRECTORY", str(directory))) for finding in findings]
 
 
 def _finding(server: str, verdict: str, problems: list[str] | str, mend: str = _MERGE) -> Finding:
-    return Finding(server, verdict, problems if isinstance(problems, str) else describe(problems, 2), mend)
+    return Finding(server, verdict, problems if isinstance(problems, str) else summarize(problems, 2), mend)
 
 
 def loads(findings: list[Finding]) -> bool:
@@ -200,7 +202,7 @@ def _vllm(adapter: AdapterHeader) -> Iterator[Finding]:
     if wrong := adapter.halves() + adapter.wrong_widths() + unknown:
         yield refused(wrong, _SAVE_AGAIN)
     if wrong := adapter.wrong_ranks():
-        yield Finding("vLLM", LOADS_WRONGLY, f"{describe(wrong, 2)}: scaled by another rank", _CORRECT)
+        yield Finding("vLLM", LOADS_WRONGLY, f"{summarize(wrong, 2)}: scaled by another rank", _CORRECT)
 
 
 def _sglang(adapter: AdapterHeader, other_files: list[str]) -> Iterator[Finding]:

@@ -31,11 +31,11 @@ from minilora.quantization import (
     quantize_8bit,
     to_bitsandbytes,
 )
-from minilora.system.errors import UserError, describe
+from minilora.system.errors import UserError, summarize
 from minilora.system.files import write_whole
 from minilora.system.hub import resolve_model
 
-CONFIG_FILE = "config.json"
+MODEL_CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -110,9 +110,9 @@ def _quantized(weight: Tensor, bias: nn.Parameter | None, quant: QuantConfig) ->
 
 def read_config(directory: Path) -> ModelConfig:
     """The configuration in a model directory. Raises UserError if it has none or one that cannot be honoured."""
-    if not (directory / CONFIG_FILE).is_file():
-        raise UserError(f"{directory} is not a model directory: it has no {CONFIG_FILE}")
-    return ModelConfig.from_file(directory / CONFIG_FILE)
+    if not (directory / MODEL_CONFIG_FILE).is_file():
+        raise UserError(f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}")
+    return ModelConfig.from_file(directory / MODEL_CONFIG_FILE)
 
 
 def save_model(model: CausalLM, directory: str | Path) -> None:
@@ -138,7 +138,7 @@ def save_model(model: CausalLM, directory: str | Path) -> None:
         )
     directory.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, directory / SINGLE_FILE)
-    write_whole(directory / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
+    write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -225,14 +225,14 @@ class StoredTensors:
             if name in self.quantized:
                 continue  # its bytes say nothing of its shape; `read_quantized` checks it
             if name in self.shapes and self.shapes[name] != shape:
-                problems.append(f"{name} is {self.shapes[name]}, {CONFIG_FILE} says {shape}")
+                problems.append(f"{name} is {self.shapes[name]}, {MODEL_CONFIG_FILE} says {shape}")
             elif name in self.shapes and self.dtypes[name] not in _FLOAT_DTYPES:
                 problems.append(
                     f"{name} is of type {self.dtypes[name]}, supported: {', '.join(_FLOAT_DTYPES)}"
                 )
         if problems:
             raise UserError(
-                f"the weights in {self.directory} do not fit its {CONFIG_FILE}: {describe(problems)}"
+                f"the weights in {self.directory} do not fit its {MODEL_CONFIG_FILE}: {summarize(problems)}"
             )
 
     def read_quantized(
@@ -246,7 +246,7 @@ class StoredTensors:
         )
         if tuple(weight.shape) != shape:
             raise UserError(
-                f"{name} in {self.directory} is {tuple(weight.shape)}, {CONFIG_FILE} says {shape}"
+                f"{name} in {self.directory} is {tuple(weight.shape)}, {MODEL_CONFIG_FILE} says {shape}"
             )
         return weight.to(device)
 
@@ -279,6 +279,6 @@ def _config_dtype(config: ModelConfig, directory: Path) -> torch.dtype:
     names = {str(d).removeprefix("torch."): d for d in _FLOAT_DTYPES.values()}
     if config.dtype not in names:
         raise UserError(
-            f"{directory / CONFIG_FILE}: torch_dtype {config.dtype!r} is not supported; supported: {', '.join(names)}"
+            f"{directory / MODEL_CONFIG_FILE}: torch_dtype {config.dtype!r} is not supported; supported: {', '.join(names)}"
         )
     return names[config.dtype]

@@ -18,7 +18,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import check_sampling, end_tokens, generate_stream, generate_text
 from minilora.lora import set_adapter
 from minilora.model import CausalLM, KVCache
-from minilora.system.errors import UserError, nearest
+from minilora.system.errors import UserError, suggestion
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Settings:
     def changed(self, name: str, text: str) -> "Settings":
         """With one of them as a person typed it."""
         if name not in (known := [field.name for field in fields(self)]):
-            raise UserError(f"there is no setting {name!r}{nearest(name, known)}")
+            raise UserError(f"there is no setting {name!r}{suggestion(name, known)}")
         kind = type(getattr(self, name))
         try:
             return replace(self, **{name: kind(text)})

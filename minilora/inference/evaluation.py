@@ -28,7 +28,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import end_tokens, generate_text
 from minilora.loss import causal_lm_loss
 from minilora.model import CausalLM
-from minilora.system.errors import UserError, nearest
+from minilora.system.errors import UserError, suggestion
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def load_metric(name: str) -> Callable[[Sequence[str], Sequence[Row]], float]:
     is missing.
     """
     if name not in ("rouge", "bleu"):
-        raise UserError(f"metric {name!r} is not known{nearest(name, ('rouge', 'bleu'))}")
+        raise UserError(f"metric {name!r} is not known{suggestion(name, ('rouge', 'bleu'))}")
     try:
         if name == "rouge":
             from rouge_score.rouge_scorer import RougeScorer

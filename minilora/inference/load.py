@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import nn
 
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
-from minilora.formats.adapter import CONFIG_FILE, load_adapter, read_adapter_config
+from minilora.formats.adapter import ADAPTER_CONFIG_FILE, load_adapter, read_adapter_config
 from minilora.formats.weights import load_model
 from minilora.linear import describe_weights
 from minilora.lora import set_adapter
@@ -64,7 +64,7 @@ def find_base(asked: str | None, adapters: Iterable[Path]) -> Path:
         return EMBEDDED_MODEL if asked == "assets/base" else resolve_model(asked)
     named = {}
     for adapter in adapters:
-        raw = read_json(adapter / CONFIG_FILE)
+        raw = read_json(adapter / ADAPTER_CONFIG_FILE)
         if not raw.get("base_model_name_or_path"):
             raise UserError(f"{adapter} does not say which model it was trained on; name it with --model")
         named[raw["base_model_name_or_path"], raw.get("revision")] = adapter
@@ -86,7 +86,9 @@ def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **instead
     instead |= dict(
         bf16="false", fp16="false"
     )  # what is fast is this machine's affair, not that of the one that trained
-    if files := [place / SETTINGS_FILE for place in places_of(adapters) if (place / SETTINGS_FILE).is_file()]:
+    if files := [
+        place / SETTINGS_FILE for place in named_adapters(adapters) if (place / SETTINGS_FILE).is_file()
+    ]:
         instead["config"] = str(files[0])
     given = {key[2:].partition("=")[0].replace("-", "_") for key in keys}
     return load_train_config(
@@ -99,12 +101,13 @@ def load_adapted_tokenizer(base: Path, adapters: Mapping[str, Path]) -> Tokenize
     names = ("tokenizer.json", "tokenizer.model")
     return load_tokenizer(
         next(
-            (place for place in places_of(adapters) if any((place / name).is_file() for name in names)), base
+            (place for place in named_adapters(adapters) if any((place / name).is_file() for name in names)),
+            base,
         )
     )
 
 
-def places_of(adapters: Mapping[str, Path]) -> list[Path]:
+def named_adapters(adapters: Mapping[str, Path]) -> list[Path]:
     """Where what belongs to the first adapter lies: beside it, else, for a checkpoint, with the run's own
     adapter.
     """

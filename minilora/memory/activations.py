@@ -25,7 +25,7 @@ import torch
 
 from minilora import ops
 from minilora.config import LoraConfig, ModelConfig
-from minilora.loss import _WEIGHT_ROWS, places_at_a_time
+from minilora.loss import _HEAD_ROWS, rows_at_a_time
 
 
 class Widths(NamedTuple):
@@ -142,7 +142,7 @@ def loss_bytes(
 ) -> LossBytes:
     """Of the loss of (batch_size, length) tokens, the hidden states included."""
     V, D, places = c.vocab_size, c.hidden_size, batch_size * (length - 1)
-    chunk, rows = min(places, places_at_a_time(V)), min(V, _WEIGHT_ROWS)
+    chunk, rows = min(places, rows_at_a_time(V)), min(V, _HEAD_ROWS)
     hidden, d_hidden = places * D * widths.number, places * D * widths.d_hidden
     logits = 4 * chunk * V
     if head_is_adapted:  # log-softmax, its gradient, that of the logits

@@ -35,15 +35,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from minilora.formats.adapter import CONFIG_FILE, WEIGHTS_FILE
+from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.formats.weights import save_tensors
-from minilora.system.errors import UserError, describe
+from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, write_whole
 
 STATE_FILE = "training_state/state.json"
 TENSORS_FILE = "training_state/tensors.safetensors"
 DIGESTS_FILE = "training_state/digests.json"
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE, TENSORS_FILE)
+_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, STATE_FILE, TENSORS_FILE)
 _PASSING = (".part", ".old")  # name endings of checkpoints that are being written, and of those being deleted
 
 
@@ -52,7 +52,7 @@ _PASSING = (".part", ".old")  # name endings of checkpoints that are being writt
 
 def write_checkpoint(directory: Path, write_adapter: Callable[[Path], None], state: dict) -> None:
     """Write `checkpoint-N`, whole or not at all. `write_adapter(folder)` writes the adapter; `state`: see
-    `pack`.
+    `flatten`.
 
     Raises UserError where the disk is full or cannot be written; nothing that was there before is lost then.
     """
@@ -61,7 +61,7 @@ def write_checkpoint(directory: Path, write_adapter: Callable[[Path], None], sta
     try:
         write_adapter(part)
         (part / STATE_FILE).parent.mkdir()
-        tree, tensors = pack(state)
+        tree, tensors = flatten(state)
         save_tensors(tensors, part / TENSORS_FILE)
         write_whole(part / STATE_FILE, json.dumps(tree))
         write_whole(
@@ -93,7 +93,7 @@ def read_checkpoint(directory: Path) -> dict:
             raise UserError(
                 f"{directory / name} is truncated or corrupt: its SHA-256 is not the one in digests.json"
             )
-    return unpack(_read_whole_json(directory / STATE_FILE), load_file(directory / TENSORS_FILE))
+    return unflatten(_read_whole_json(directory / STATE_FILE), load_file(directory / TENSORS_FILE))
 
 
 def _read_whole_json(path: Path) -> object:
@@ -131,7 +131,7 @@ def _force_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def pack(tree: object) -> tuple[object, dict[str, Tensor]]:
+def flatten(tree: object) -> tuple[object, dict[str, Tensor]]:
     """A tree of dicts, lists, tensors and plain values as JSON, and its tensors (copied to the CPU) by their
     places.
 
@@ -160,23 +160,23 @@ def pack(tree: object) -> tuple[object, dict[str, Tensor]]:
     return walk(tree, ""), tensors
 
 
-def unpack(tree: object, tensors: dict[str, Tensor]) -> object:
-    """The tree that `pack` took apart."""
+def unflatten(tree: object, tensors: dict[str, Tensor]) -> object:
+    """The tree that `flatten` took apart."""
     if isinstance(tree, list):
-        return [unpack(value, tensors) for value in tree]
+        return [unflatten(value, tensors) for value in tree]
     if not isinstance(tree, dict):
         return tree
     if "$tensor" in tree:
         return tensors[tree["$tensor"]]
     return {
-        int(key[1:]) if key.startswith("#") else key: unpack(value, tensors) for key, value in tree.items()
+        int(key[1:]) if key.startswith("#") else key: unflatten(value, tensors) for key, value in tree.items()
     }
 
 
 # ---- the checkpoints of a run -------------------------------------------------------------------------------------------------
 
 
-def checkpoints(directory: Path, up_to: float = math.inf) -> list[Path]:
+def list_checkpoints(directory: Path, up_to: float = math.inf) -> list[Path]:
     """The `checkpoint-N` folders of a run with N <= up_to, oldest first."""
     steps = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
     found = {path: int(step) for path, step in steps.items() if step.isdecimal() and int(step) <= up_to}
@@ -192,13 +192,13 @@ def find_checkpoint(place: Path) -> tuple[Path | None, dict, list[str]]:
     if (place / STATE_FILE).parent.is_dir():
         return place, read_checkpoint(place), []
     faults: list[str] = []
-    for candidate in reversed(checkpoints(place)):
+    for candidate in reversed(list_checkpoints(place)):
         try:
             return candidate, read_checkpoint(candidate), faults
         except UserError as fault:
             faults.append(str(fault))
     if faults:
-        raise UserError(f"{place} has no whole checkpoint: {describe(faults)}")
+        raise UserError(f"{place} has no whole checkpoint: {summarize(faults)}")
     return None, {}, []
 
 
@@ -214,7 +214,7 @@ def delete_old_checkpoints(directory: Path, step: int, keep: int, spare: int | N
     """Of those up to `step` delete all but the newest `keep` and that of step `spare`. Later ones, of an
     earlier life, stay.
     """
-    for old in checkpoints(directory, up_to=step)[:-keep]:
+    for old in list_checkpoints(directory, up_to=step)[:-keep]:
         if old.name != f"checkpoint-{spare}":
             delete_checkpoint(old)
 
@@ -226,7 +226,7 @@ def delete_leftovers(directory: Path) -> None:
             shutil.rmtree(path)
 
 
-def bring_checkpoint(source: Path, directory: Path) -> None:
+def copy_checkpoint(source: Path, directory: Path) -> None:
     """Copy a checkpoint into a run's folder, unless it is there: of a run that goes on elsewhere."""
     target = directory / source.name
     if not target.is_dir():
@@ -303,7 +303,7 @@ def check_same_training(saved: dict, now: dict, may_change: set[str], checkpoint
     ]
     if changed:
         mend = "set it back, or start anew in another output_dir without resume_from_checkpoint"
-        raise UserError(f"{checkpoint} is of another training: {describe(changed)}; {mend}")
+        raise UserError(f"{checkpoint} is of another training: {summarize(changed)}; {mend}")
 
 
 class StopSignal:

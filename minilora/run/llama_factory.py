@@ -20,10 +20,10 @@ import os
 from pathlib import Path
 
 from minilora.data.rows import parse_datasets
-from minilora.system.errors import UserError, nearest
+from minilora.system.errors import UserError, suggestion
 from minilora.system.files import read_json
 
-MARKS = ("stage", "finetuning_type")  # keys that only a LLaMA-Factory file has
+LLAMA_FACTORY_ONLY = ("stage", "finetuning_type")  # keys that only a LLaMA-Factory file has
 DEFAULTS = (
     dict(  # those of LLaMA-Factory and of the TrainingArguments below it, where this trainer's are other ones
         quantization_bit=None,
@@ -124,7 +124,7 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
 
     Raises UserError for a key that asks for another kind of training.
     """
-    of_llama_factory = any(name in values for name in MARKS)
+    of_llama_factory = any(name in values for name in LLAMA_FACTORY_ONLY)
     for name, value in values.items():
         if name in NEEDED and _word(value) not in NEEDED[name]:
             mend = INSTEAD.get(name) or (
@@ -261,7 +261,7 @@ def _read_entry(name: str, known: dict, index: Path) -> tuple[str, dict[str, str
         if "/" in name or os.path.exists(name):
             return name, {}
         fault = (
-            f"not in {index}{nearest(name, known)}"
+            f"not in {index}{suggestion(name, known)}"
             if known
             else f"and there is no {index}; set dataset_dir, or name a file"
         )

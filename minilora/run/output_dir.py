@@ -7,20 +7,28 @@ Only files under the names that a run writes are ever removed, whatever else lie
 import os
 from pathlib import Path
 
-from minilora.formats.adapter import CONFIG_FILE, WEIGHTS_FILE
-from minilora.run.checkpoints import checkpoints, delete_checkpoint, delete_leftovers
+from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from minilora.run.checkpoints import delete_checkpoint, delete_leftovers, list_checkpoints
 from minilora.run.settings import TrainConfig
 from minilora.run.tracker import METRICS_FILE
 from minilora.system.errors import UserError
 from minilora.system.files import write_whole
 
 SETTINGS_FILE = "training_config.yaml"
-RUN_FILES = (SETTINGS_FILE, METRICS_FILE, CONFIG_FILE, WEIGHTS_FILE, "loss.png", "training.png", "README.md")
+RUN_FILES = (
+    SETTINGS_FILE,
+    METRICS_FILE,
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    "loss.png",
+    "training.png",
+    "README.md",
+)
 
 
 def files_of_a_run(directory: Path) -> list[Path]:
     """What a run writes under names that another one would overwrite."""
-    return [path for name in RUN_FILES if (path := directory / name).exists()] + checkpoints(directory)
+    return [path for name in RUN_FILES if (path := directory / name).exists()] + list_checkpoints(directory)
 
 
 def check_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
@@ -33,7 +41,9 @@ def check_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
         raise UserError(f"output_dir {directory}: {existing} is a file, not a directory")
     if not os.access(existing, os.W_OK):
         raise UserError(f"output_dir {directory} cannot be written: no permission in {existing}")
-    killed_early = config.resume_from_checkpoint == "latest" and not (directory / WEIGHTS_FILE).exists()
+    killed_early = (
+        config.resume_from_checkpoint == "latest" and not (directory / ADAPTER_WEIGHTS_FILE).exists()
+    )
     if config.overwrite_output_dir or killed_early or _holds(directory, checkpoint):
         return
     if found := files_of_a_run(directory):

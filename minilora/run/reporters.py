@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from minilora.system.errors import UserError, nearest
+from minilora.system.errors import UserError, suggestion
 
 PACKAGES = (
     "mlflow",
@@ -80,7 +80,9 @@ def make_reporters(
         names = [name for name in PACKAGES if importlib.util.find_spec(name)]
     for name in names:
         if name not in PACKAGES:
-            raise UserError(f"report_to = {name!r} is not known{nearest(name, (*PACKAGES, 'all', 'none'))}")
+            raise UserError(
+                f"report_to = {name!r} is not known{suggestion(name, (*PACKAGES, 'all', 'none'))}"
+            )
     try:
         password = tracking_uri and urlsplit(tracking_uri).password
     except ValueError as error:  # a bracket that is never closed

@@ -23,12 +23,12 @@ from pathlib import Path
 import yaml
 
 from minilora.config import LoraConfig, QuantConfig
-from minilora.data.chat import OWN
+from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.templates import TEMPLATES
 from minilora.optim import OPTIMIZERS, SCHEDULES
 from minilora.recompute import POLICIES
 from minilora.run import llama_factory
-from minilora.system.errors import UserError, nearest
+from minilora.system.errors import UserError, suggestion
 
 TRACKERS = ("mlflow", "tensorboard", "all")
 
@@ -152,9 +152,9 @@ class TrainConfig:
                 raise UserError(
                     f"{name} = {getattr(self, name)!r} is not known; choose from {', '.join(allowed)}"
                 )
-        if self.template not in (None, OWN, *TEMPLATES):
+        if self.template not in (None, TOKENIZER_TEMPLATE, *TEMPLATES):
             raise UserError(
-                f"template = {self.template!r} is not known; choose from {', '.join(TEMPLATES)}, {OWN}"
+                f"template = {self.template!r} is not known; choose from {', '.join(TEMPLATES)}, {TOKENIZER_TEMPLATE}"
             )
         for name in self.trackers():
             if name not in TRACKERS:
@@ -236,7 +236,7 @@ ALIASES = {
     "batch_size": "per_device_train_batch_size",
 }
 SWITCHES = ("use_4bit", "load_in_4bit")  # true: quantization_bit = 4, false: none
-SPOKEN = {  # what true and false stand for, where a key takes words and people, or YAML (on, off), say these
+WORDS_FOR_BOOLEANS = {  # what true and false stand for, where a key takes words and people, or YAML (on, off), say these
     "resume_from_checkpoint": {True: "latest", False: None},
     "gradient_checkpointing": {True: "full", False: "off"},
 }
@@ -343,11 +343,11 @@ def _canonical(given: dict[str, object], place: str) -> dict[str, object]:
         name = ALIASES.get(key, key)
         if key in SWITCHES:
             name, value = "quantization_bit", 4 if _coerce(key, value, bool) else None
-        if name in SPOKEN and str(value).lower() in _TRUE + _FALSE:
-            value = SPOKEN[name][str(value).lower() in _TRUE]
+        if name in WORDS_FOR_BOOLEANS and str(value).lower() in _TRUE + _FALSE:
+            value = WORDS_FOR_BOOLEANS[name][str(value).lower() in _TRUE]
         if name not in known:
             raise UserError(
-                f"unknown key {key!r} in {place}{nearest(key, known | ALIASES.keys() | set(SWITCHES))}"
+                f"unknown key {key!r} in {place}{suggestion(key, known | ALIASES.keys() | set(SWITCHES))}"
             )
         if name in values:
             raise UserError(f"{name} is set twice in {place}, once as {key!r}")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Protocol
 
 from minilora.data.tokenizer import TOKENIZER_FILES
-from minilora.formats.adapter import CONFIG_FILE, WEIGHTS_FILE
+from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.run.output_dir import RUN_FILES, SETTINGS_FILE
 from minilora.run.reporters import without_secrets
-from minilora.system.errors import UserError, describe
+from minilora.system.errors import UserError, summarize
 from minilora.system.hub import push_files
-from minilora.system.remote import check_address, shown, write_files
+from minilora.system.remote import check_address, redacted, write_files
 
 Files = Mapping[str, Path | bytes]  # name -> where it lies, or what is in it
 
@@ -54,7 +54,7 @@ class RemoteFolder:
     def send(self, files: Files, message: str) -> str:
         """Write the files. Nothing keeps a message there."""
         write_files(self.address, files)
-        return shown(self.address)
+        return redacted(self.address)
 
 
 def destinations(push_to_hub: str | None, private: bool, upload: str | None) -> list[Destination]:
@@ -76,7 +76,7 @@ def files_to_share(directory: Path, adapter: Path | None = None) -> dict[str, Pa
     names = [name for name in (*RUN_FILES, *TOKENIZER_FILES) if (directory / name).is_file()]
     files: dict[str, Path | bytes] = {name: directory / name for name in names}
     if adapter is not None:
-        files |= {name: adapter / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        files |= {name: adapter / name for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)}
     if SETTINGS_FILE in files:
         files[SETTINGS_FILE] = without_secrets(
             (directory / SETTINGS_FILE).read_text(encoding="utf-8")
@@ -95,4 +95,4 @@ def send_to_all(found: Sequence[Destination], files: Files, message: str) -> Non
         except UserError as error:
             failures.append(str(error))
     if failures:
-        raise UserError(describe(failures))
+        raise UserError(summarize(failures))

@@ -106,7 +106,7 @@ class Processes:
             dist.destroy_process_group()
 
     @contextmanager
-    def one_voice(self) -> Iterator[None]:
+    def only_main_prints(self) -> Iterator[None]:
         """Rank 0 alone prints. A mistake that all ranks find is told by it; its end then ends the others."""
         if self.main:
             yield

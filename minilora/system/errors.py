@@ -56,7 +56,7 @@ def raise_error(error: UserError) -> None:
     raise error
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """The known name closest to `name`, as the tail of an error message: "; nearest: 'v_proj'", or all of the
     known ones.
     """
@@ -65,7 +65,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; nearest: {match[0]!r}" if match else f"; known: {', '.join(sorted(known))}"
 
 
-def describe(problems: list[str], most: int = 8) -> str:
+def summarize(problems: list[str], most: int = 8) -> str:
     """Several problems in one line, the first `most` of them in full."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more

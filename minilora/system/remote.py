@@ -42,7 +42,7 @@ def is_address(place: str) -> bool:
     return "://" in place
 
 
-def shown(place: str) -> str:
+def redacted(place: str) -> str:
     """An address without what may be secret in it: user, password, query."""
     if not is_address(place):
         return place
@@ -60,10 +60,10 @@ def check_address(key: str, address: str) -> None:
     except ValueError:  # a bracket that is never closed
         parts = None
     if parts is None:
-        raise UserError(f"{key} = {shown(address)!r} is no address; write it as s3://bucket/folder")
+        raise UserError(f"{key} = {redacted(address)!r} is no address; write it as s3://bucket/folder")
     if parts.password or parts.query:
         raise UserError(
-            f"{key} = {shown(address)} holds a password or a signature, which would be saved with the settings; "
+            f"{key} = {redacted(address)} holds a password or a signature, which would be saved with the settings; "
             "put credentials into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
         )
 
@@ -153,14 +153,14 @@ def _open(address: str):
 @contextlib.contextmanager
 def _told(address: str, done: str) -> Iterator[None]:
     """Whatever goes wrong with an address as a UserError. `done`: read or written."""
-    name, scheme = shown(address), address.partition("://")[0]
+    name, scheme = redacted(address), address.partition("://")[0]
     try:
         yield
     except urllib.error.HTTPError as error:
         error.close()
         raise UserError(f"{name} cannot be {done}: the server answers {error.code} {error.reason}") from error
     except (urllib.error.URLError, http.client.HTTPException) as error:
-        reason = kind_of(getattr(error, "reason", error))
+        reason = error_kind(getattr(error, "reason", error))
         raise UserError(f"{name} cannot be {done}: {reason}; is the address right?") from error
     except ImportError as error:
         mend = "pip install 'minilora[s3]'" if scheme == "s3" else " ".join(str(error).split())
@@ -168,11 +168,11 @@ def _told(address: str, done: str) -> Iterator[None]:
     except Exception as error:  # every file system has its own
         known = f"; {error}" if "Protocol not known" in str(error) else ""
         raise UserError(
-            f"{name} cannot be {done}: {_MENDS.get(type(error).__name__) or kind_of(error)}{known}"
+            f"{name} cannot be {done}: {_MENDS.get(type(error).__name__) or error_kind(error)}{known}"
         ) from error
 
 
-def kind_of(error: object) -> str:
+def error_kind(error: object) -> str:
     """An error without its text, which may hold what belongs to nobody else: headers, keys."""
     if not isinstance(error, Exception):
         return str(error)

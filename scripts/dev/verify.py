@@ -38,7 +38,7 @@ import minilora
 from minilora import LoraConfig, QuantConfig, UserError
 from minilora.formats.weights import StoredTensors, read_config
 from minilora.lora import OUTPUT_HEAD, lora_layers
-from minilora.loss import IGNORE, causal_lm_loss, count_supervised
+from minilora.loss import IGNORE_INDEX, causal_lm_loss, count_supervised
 from minilora.optim import AdamW8bit, learning_rate, make_optimizer, set_learning_rate
 from minilora.quantization import QUANT_TYPES, four_bit_code
 from minilora.recompute import set_recompute
@@ -148,7 +148,7 @@ class Case:
         generator = torch.Generator().manual_seed(1000 * self.seed + step)
         input_ids = torch.randint(self.vocab_size, (2, TOKENS), generator=generator)
         labels = input_ids.clone()
-        labels[:, : TOKENS // 4] = IGNORE
+        labels[:, : TOKENS // 4] = IGNORE_INDEX
         return dict(input_ids=input_ids, labels=labels)
 
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import relative_error, same_model_here, transformers_model
-from test_lora import AFTER_20_STEPS, ALL_SEVEN, TOLERANCE, ids, tiny_model
-from test_recompute import gradients
+from support.tiny import AFTER_20_STEPS, ALL_SEVEN, TOLERANCE, gradients, ids, tiny_model
 from torch import nn
 
 from minilora import (
@@ -508,8 +507,8 @@ def test_every_recompute_policy_gives_the_gradients_of_off_to_the_bit(targets, q
 def test_generation_computes_norms_once_and_training_every_time(monkeypatch):
     import minilora.dora
 
-    calls, dense = [], minilora.dora.dense
-    monkeypatch.setattr(minilora.dora, "dense", lambda *a: calls.append(1) or dense(*a))
+    calls, dequantized = [], minilora.dora.dequantized
+    monkeypatch.setattr(minilora.dora, "dequantized", lambda *a: calls.append(1) or dequantized(*a))
     model = tiny_model()
     add_lora(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     randomize(model)

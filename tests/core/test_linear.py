@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.families import relative_error, transformers_model
-from test_lora import TOLERANCE, adapter_pairs, ids, randomize, tiny_model
+from support.tiny import TOLERANCE, adapter_pairs, ids, randomize, tiny_model
 from torch import nn
 
 from minilora import (

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, relative_error, same_model_here, transformers_model
+from support.tiny import AFTER_20_STEPS, CASES, TOLERANCE, adapter_pairs, ids, randomize, tiny_model
 from torch import nn
 
 from minilora import (
@@ -28,44 +29,8 @@ from minilora.lora import LoraLinear, adapter_names, lora_layers, match_targets
 from minilora.loss import causal_lm_loss
 from minilora.optim import make_optimizer
 
-# Forward and gradient: float32 sums in another order, as in test_model.
-TOLERANCE = 1e-5
-# After 20 AdamW steps: Adam divides by sqrt(v), so where a gradient is nearly zero its relative error is the
-# error of the step. 1e-6 of relative gradient error, 20 steps of equal direction, and the 1 / sqrt(v)
-# amplification stay below 1e-4 of the largest entry. Seen: 1e-5.
-AFTER_20_STEPS = 1e-4
-
 MISTRAL_7B = dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                   num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
-
-
-def tiny_model(seed: int = 0, **changes) -> CausalLM:
-    config = dict(
-        model_type="llama",
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = CausalLM(ModelConfig.from_dict(config | changes)).eval()
-    model.init_weights(std=0.1, seed=seed)
-    return model
-
-
-def randomize(model: nn.Module, seed: int = 0, scale: float = 0.1) -> None:
-    """Give A and B values that no initialisation would, so that nothing is hidden by B = 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            for name in layer.configs:
-                for parameter in (layer.lora_A[name], layer.lora_B[name]):
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-
-
-def ids(*shape: int, vocab: int = 61) -> torch.Tensor:
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(7))
 
 
 def pair_with_peft(family: str, **lora):
@@ -86,23 +51,6 @@ def pair_with_peft(family: str, **lora):
             twin.lora_A["default"].weight.copy_(layer.lora_A["default"])
             twin.lora_B["default"].weight.copy_(layer.lora_B["default"])
     return ours, theirs
-
-
-def adapter_pairs(ours, theirs):
-    """(name, our A or B, PEFT's)"""
-    for name, layer in lora_layers(ours).items():
-        twin = theirs.base_model.model.get_submodule(name)
-        yield name + ".lora_A", layer.lora_A["default"], twin.lora_A["default"].weight
-        yield name + ".lora_B", layer.lora_B["default"], twin.lora_B["default"].weight
-
-
-ALL_SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CASES = {
-    "qv": dict(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj")),
-    "all-linear": dict(r=3, lora_alpha=5, target_modules="all-linear"),
-    "rslora": dict(r=8, lora_alpha=4, target_modules=ALL_SEVEN, use_rslora=True),
-    "regex": dict(r=2, lora_alpha=2, target_modules=r".*layers\.[02]\.(self_attn\.q_proj|mlp\.down_proj)"),
-}
 
 
 @pytest.mark.parametrize("case", CASES)

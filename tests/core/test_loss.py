@@ -5,18 +5,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recompute import small_model
+from support.tiny import small_model
 
 import minilora.loss
 from minilora import trainable_parameters
-from minilora.loss import IGNORE, causal_lm_loss, linear_cross_entropy
+from minilora.loss import IGNORE_INDEX, causal_lm_loss, linear_cross_entropy
 from minilora.testing import peak_memory
 
 
 def plain(hidden, weight, labels):
     """The whole logits at once, through PyTorch's autograd."""
     return F.cross_entropy(
-        (hidden @ weight.T).float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        (hidden @ weight.T).float().flatten(0, -2),
+        labels.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
     )
 
 
@@ -33,8 +36,8 @@ def problems(draw):
     weight = torch.randn(V, D, generator=generator) * draw(st.sampled_from([0.02, 0.3, 1.0]))
     labels = torch.randint(0, V, (B, T), generator=generator)
     for row in labels:
-        row[draw(st.integers(0, T)) :] = IGNORE
-        row[: draw(st.integers(0, T))] = IGNORE
+        row[draw(st.integers(0, T)) :] = IGNORE_INDEX
+        row[: draw(st.integers(0, T))] = IGNORE_INDEX
     return hidden, weight, labels
 
 
@@ -53,7 +56,7 @@ def test_loss_and_gradients_equal_the_plain_ones_over_ragged_masks_and_chunks(pr
     # A softmax is exp of a difference of logits: their size, up to some 25 here, times 2^-24 is its error,
     # 1.5e-6 for single places, less in the norm.
     with torch.no_grad():
-        learnt = labels != IGNORE
+        learnt = labels != IGNORE_INDEX
         h, d_logits = hidden[learnt], (hidden[learnt] @ weight.T).softmax(-1)
         d_logits += F.one_hot(labels[learnt], len(weight))
         terms = torch.zeros_like(hidden)
@@ -70,7 +73,7 @@ def test_at_the_sizes_of_a_model_gradients_are_within_1e6_of_the_plain_ones(voca
         torch.randn(2, 70, 64, requires_grad=True),
         (0.02 * torch.randn(vocab_size, 64)).requires_grad_(),
     )
-    labels = torch.randint(0, vocab_size, (2, 70)).masked_fill_(torch.rand(2, 70) < 0.3, IGNORE)
+    labels = torch.randint(0, vocab_size, (2, 70)).masked_fill_(torch.rand(2, 70) < 0.3, IGNORE_INDEX)
     found = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), (hidden, weight))
     expected = torch.autograd.grad(plain(hidden, weight, labels), (hidden, weight))
     assert all(
@@ -130,7 +133,7 @@ def test_memory_does_not_grow_with_vocabulary_times_length():
 
 def test_nothing_supervised_is_a_loss_of_zero_with_zero_gradients():
     hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8)
-    loss = linear_cross_entropy(hidden, weight, torch.full((2, 3), IGNORE))
+    loss = linear_cross_entropy(hidden, weight, torch.full((2, 3), IGNORE_INDEX))
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any()
 

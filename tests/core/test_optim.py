@@ -26,7 +26,7 @@ from minilora.optim import (
     set_learning_rate,
     state_bytes,
 )
-from minilora.run.checkpoints import pack, unpack
+from minilora.run.checkpoints import flatten, unflatten
 from minilora.testing import weights
 
 # Ours -> bitsandbytes'.
@@ -295,8 +295,8 @@ def test_a_compiled_adamw_with_other_bits_is_not_used(monkeypatch, tmp_path):
 
 def through_files(state_dict: dict) -> dict:
     """A state dict as it comes back from a JSON and a safetensors file."""
-    tree, tensors = pack(state_dict)
-    return unpack(json.loads(json.dumps(tree)), load(save(tensors)))
+    tree, tensors = flatten(state_dict)
+    return unflatten(json.loads(json.dumps(tree)), load(save(tensors)))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)  # paged ones failed to resume for others

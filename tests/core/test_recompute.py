@@ -6,59 +6,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, same_model_here, transformers_model
+from support.tiny import adapted, gradients, small_model
 from torch import nn
 
-from minilora import CausalLM, LoraConfig, ModelConfig, UserError, add_lora, trainable_parameters
-from minilora.linear import Linear4bit, QuantizedLinear, replay_linear
+from minilora import CausalLM, LoraConfig, ModelConfig, UserError, trainable_parameters
+from minilora.linear import Linear4bit, QuantizedLinear, rerun_linear
 from minilora.lora import LoraLinear
 from minilora.loss import causal_lm_loss
 from minilora.quantization import quantize_4bit
 from minilora.recompute import POLICIES, checkpoint, set_recompute
 from minilora.testing import peak_memory
-
-
-def adapted(model: CausalLM, targets="all-linear", dropout=0.1, quantized=False) -> CausalLM:
-    """The model with random adapters, ready to train."""
-    if quantized:
-        for name, layer in list(model.model.layers.named_modules()):
-            if isinstance(layer, nn.Linear):
-                bias = None if layer.bias is None else layer.bias.data
-                model.model.layers.set_submodule(name, Linear4bit(quantize_4bit(layer.weight.data), bias))
-    add_lora(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.normal_(0, 0.1)
-    return model.train()
-
-
-def small_model(layers=3, width=64, quantized=False, **lora) -> CausalLM:
-    config = dict(
-        model_type="llama",
-        vocab_size=97,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-    )
-    config |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
-    model = CausalLM(ModelConfig.from_dict(config))
-    model.init_weights(std=0.1)
-    return adapted(model, quantized=quantized, **lora)
-
-
-def gradients(model: CausalLM, policy: str, B=2, T=17) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and every gradient under a policy, with the dropout of one seed; and the random state it leaves
-    behind.
-    """
-    set_recompute(model, policy)
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(3)
-    ids = torch.randint(0, 97, (B, T))
-    loss = causal_lm_loss(model, ids, ids)
-    loss.backward()
-    return loss.item(), {n: p.grad for n, p in trainable_parameters(model).items()} | {
-        "random state": torch.get_rng_state()
-    }
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:])
@@ -281,7 +238,7 @@ def test_a_replayed_layer_has_the_gradients_of_the_layer_and_no_values(kind):
     wanted = [torch.randn(5, 64, requires_grad=True), *(p for p in layer.parameters() if p.requires_grad)]
     dy = torch.randn(5, 32)
     expected = torch.autograd.grad(layer(wanted[0]), wanted, dy)
-    replayed = replay_linear(layer, wanted[0])
+    replayed = rerun_linear(layer, wanted[0])
     assert all(map(torch.equal, torch.autograd.grad(replayed, wanted, dy), expected))
     if kind in ("plain", "4-bit"):
         assert not replayed.any()

@@ -19,7 +19,7 @@ from minilora.data.examples import (
 )
 from minilora.data.rows import Row
 from minilora.data.tokenizer import load_tokenizer
-from minilora.loss import IGNORE, count_supervised
+from minilora.loss import IGNORE_INDEX, count_supervised
 
 
 @given(prompt=st.text(max_size=20), completion=st.text(max_size=20))
@@ -27,7 +27,7 @@ def test_exactly_the_completion_and_its_eos_are_supervised(model_dir, prompt, co
     tokenizer = load_tokenizer(model_dir)
     (example,) = tokenize([Row(prompt, completion)], tokenizer, cutoff_len=1000).examples
     input_ids, labels = collate([example], tokenizer.pad_id)
-    learnt = labels[0][labels[0] != IGNORE].tolist()
+    learnt = labels[0][labels[0] != IGNORE_INDEX].tolist()
     assert learnt == tokenizer.encode(completion, bos=False, eos=True) and learnt[-1] == tokenizer.eos_id
     assert input_ids[0].tolist() == tokenizer.encode(prompt) + learnt
     assert input_ids[0].tolist().count(tokenizer.bos_id) == 1
@@ -43,7 +43,7 @@ def test_plain_text_is_learnt_whole_and_the_prompt_too_where_asked(model_dir):
         _, labels = collate([example], tokenizer.pad_id)
         assert (labels[0, 1:] == torch.from_numpy(example.input_ids[1:]).long()).all() and labels[
             0, 0
-        ] == IGNORE
+        ] == IGNORE_INDEX
 
 
 QUESTION, ANSWER = {"role": "user", "content": "the old fox"}, {"role": "assistant", "content": "lives here"}
@@ -62,7 +62,7 @@ def test_of_a_conversation_the_template_says_what_is_learnt(model_dir):
         ).examples
         input_ids, labels = collate([example], tokenizer.pad_id)
         assert input_ids[0].tolist() == template.encode(CONVERSATION.messages)[0].tolist()
-        assert labels[0][labels[0] != IGNORE].tolist() == answer * count
+        assert labels[0][labels[0] != IGNORE_INDEX].tolist() == answer * count
     (example,) = tokenize([CONVERSATION], tokenizer, 100, train_on_prompt=True, template=template).examples
     assert example.supervised == len(example.input_ids) - 1
     ours, texts = (
@@ -104,7 +104,7 @@ def test_padding_is_never_learnt_even_where_its_id_occurs_in_the_text(model_dir)
     eos = int(examples[0].input_ids[-1])
     _, labels = collate(examples, pad_id=eos)  # the worst id that padding could have
     assert [count_supervised(labels[i : i + 1]) for i in range(2)] == [e.supervised for e in examples]
-    assert labels[0, len(examples[0].input_ids) :].eq(IGNORE).all()
+    assert labels[0, len(examples[0].input_ids) :].eq(IGNORE_INDEX).all()
 
 
 def test_long_examples_are_cut_and_counted_and_dropped_where_nothing_is_left(model_dir):

@@ -11,7 +11,7 @@ from minilora.data.chat import load_chat_template
 from minilora.data.examples import Dataset, Example, collate, document_ids, step_batches, tokenize
 from minilora.data.packing import best_fit, pack
 from minilora.data.rows import Row
-from minilora.loss import IGNORE, causal_lm_loss, count_supervised
+from minilora.loss import IGNORE_INDEX, causal_lm_loss, count_supervised
 from minilora.model import PADDING, positions_in_documents
 
 lengths_strategy = st.lists(st.integers(1, 20), max_size=60)
@@ -64,7 +64,7 @@ def test_packed_rows_are_examples_one_after_the_other_and_their_first_tokens_are
     assert [e.document_lengths for e in packed.examples] == [(4, 2), (3,)]
     input_ids, labels = collate(packed.examples, pad_id=0)
     assert input_ids.tolist() == [[6, 7, 8, 9, 4, 5], [1, 2, 3, 0, 0, 0]]
-    no = IGNORE
+    no = IGNORE_INDEX
     assert labels.tolist() == [[no, no, 8, 9, no, 5], [no, 2, 3, no, no, no]]
     ids = document_ids(packed.examples)
     assert ids.tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, PADDING, PADDING, PADDING]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import relative_error, same_model_here, transformers_model
-from test_lora import ALL_SEVEN, CASES, TOLERANCE, ids, randomize, tiny_model
+from support.tiny import ALL_SEVEN, CASES, TOLERANCE, ids, randomize, tiny_model
 
 from minilora import LoraConfig, UserError, add_lora, load_adapter, save_adapter, set_adapter
 from minilora.formats.adapter import read_adapter

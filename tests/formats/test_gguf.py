@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from support.families import FAMILIES, relative_error, transformers_model
+from support.merging import adapted, make_base
 from support.project import ROOT, WORDS
-from test_lora import ids
-from test_merge import adapted, make_adapter, make_base, merge, place, script  # noqa: F401  (fixtures)
+from support.tiny import ids
 from tokenizers import pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
@@ -483,7 +483,7 @@ def test_llama_cpp_generates_the_same_greedy_tokens(exported, ascii_tokenizer, t
 
 
 @torch.no_grad()
-def test_llama_cpp_runs_a_merged_model_as_minilora_runs_base_and_adapter(merge, place):  # noqa: F811
+def test_llama_cpp_runs_a_merged_model_as_minilora_runs_base_and_adapter(merge, place):
     code, out, _ = merge("--adapter", place / "adapter", "--output", place / "merged.gguf")
     assert code == 0 and "merged.gguf holds the merged model, 0 MB" in out
     assert {path.name for path in place.iterdir()} == {"base", "adapter", "merged.gguf"}
@@ -607,7 +607,7 @@ def test_llama_cpp_splits_texts_into_words_as_each_named_expression_does(tmp_pat
 
 
 @pytest.mark.parametrize("into", ["original", "dequantized"])
-def test_the_merged_file_holds_the_tensors_of_the_merged_directory(merge, place, into):  # noqa: F811
+def test_the_merged_file_holds_the_tensors_of_the_merged_directory(merge, place, into):
     arguments = ("--adapter", place / "adapter", "--into", into, "--output")
     assert (
         merge(*arguments, place / "merged")[0]
@@ -620,7 +620,7 @@ def test_the_merged_file_holds_the_tensors_of_the_merged_directory(merge, place,
     assert [path.name for path in (place / "new").iterdir()] == ["merged.gguf"]
 
 
-def test_merging_a_model_with_a_window_prints_what_llama_cpp_does_otherwise(merge, place, model_dir):  # noqa: F811
+def test_merging_a_model_with_a_window_prints_what_llama_cpp_does_otherwise(merge, place, model_dir):
     make_base(place / "windowed", model_dir, family="mistral-window")
     code, out, _ = merge(
         "--adapter", place / "adapter", "--model", place / "windowed", "--output", place / "merged.gguf"
@@ -628,7 +628,7 @@ def test_merging_a_model_with_a_window_prints_what_llama_cpp_does_otherwise(merg
     assert code == 0 and "note: llama.cpp has no sliding window for this model: exact up to 7 tokens" in out
 
 
-def test_options_that_contradict_the_kind_of_file_are_refused(merge, place):  # noqa: F811
+def test_options_that_contradict_the_kind_of_file_are_refused(merge, place):
     for output, option, said in [
         ("merged", ("--outtype", "f16"), "let --output end in .gguf"),
         ("merged.gguf", ("--quantize",), "which no .gguf file holds: leave it out, or choose --outtype q8_0"),
@@ -637,7 +637,7 @@ def test_options_that_contradict_the_kind_of_file_are_refused(merge, place):  # 
         assert code == 2 and said in err and err.count("\n") == 1 and not (place / output).exists()
 
 
-def test_without_the_package_the_line_says_what_to_install(merge, place, monkeypatch):  # noqa: F811
+def test_without_the_package_the_line_says_what_to_install(merge, place, monkeypatch):
     monkeypatch.delitem(sys.modules, "minilora.formats.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged.gguf")

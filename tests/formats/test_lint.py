@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.families import relative_error, transformers_model
-from test_merge import TOLERANCE, adapted, change_config, change_tensors, make_adapter, make_base
+from support.merging import adapted, change_config, change_tensors, make_adapter, make_base
+from support.tiny import TOLERANCE
 
 from minilora import UserError
 from minilora.formats.lint import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILIES, relative_error, transformers_model
-from test_lora import ids, tiny_model
+from support.tiny import ids, tiny_model
 
 from minilora import CausalLM, ModelConfig, UserError, load_model, save_model
 

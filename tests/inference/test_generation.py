@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, same_model_here, transformers_model
-from test_lora import ids, tiny_model
+from support.tiny import ids, tiny_model
 
 from minilora import UserError, generate
 from minilora.inference.generation import (

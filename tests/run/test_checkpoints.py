@@ -26,15 +26,15 @@ from minilora.run.checkpoints import (
     STATE_FILE,
     TENSORS_FILE,
     StopSignal,
-    checkpoints,
     delete_old_checkpoints,
     find_checkpoint,
-    pack,
+    flatten,
+    list_checkpoints,
     random_state,
     read_checkpoint,
     sample_model,
     set_random_state,
-    unpack,
+    unflatten,
     write_checkpoint,
 )
 from minilora.system.device import Placement
@@ -104,7 +104,7 @@ def test_pain_4_a_run_killed_20_times_ends_as_if_it_had_been_left_alone(model_di
     assert report["operations"]["while_saving"] >= 5
     for name in ("times", "operations"):
         assert_same_run(tmp_path / "whole", tmp_path / name)
-        assert checkpoints(tmp_path / name)[-1].name == "checkpoint-40" and not list(
+        assert list_checkpoints(tmp_path / name)[-1].name == "checkpoint-40" and not list(
             (tmp_path / name).glob("checkpoint-*.*")
         )
 
@@ -137,7 +137,7 @@ def test_pain_14_every_optimizer_the_paged_one_too_goes_on_with_the_moments_it_h
         train, optim=optim, preset="high_capacity_r32_all", lora_rank=64, loraplus_lr_ratio=4
     )
     states = [read_checkpoint(path / "checkpoint-6")["optimizer"] for path in (whole, stopped)]
-    (tree, tensors), (other_tree, others) = map(pack, states)
+    (tree, tensors), (other_tree, others) = map(flatten, states)
     assert tree == other_tree and all(torch.equal(tensors[key], other) for key, other in others.items())
     assert any(tensor.dtype == torch.uint8 for tensor in tensors.values()) == (optim != "adamw_torch")
 
@@ -185,7 +185,7 @@ def test_the_best_adapter_and_the_patience_go_on(train, trainer, monkeypatch):
     # In another output_dir too: the best adapter is brought there.
     elsewhere, out = run("elsewhere", already=4, resume_from_checkpoint=whole / "checkpoint-6")
     assert_same_run(whole, elsewhere)
-    assert [path.name for path in checkpoints(elsewhere)] == ["checkpoint-4"]
+    assert [path.name for path in list_checkpoints(elsewhere)] == ["checkpoint-4"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -242,7 +242,9 @@ def test_an_explicit_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_wri
     directory, _ = train(**keys)
     expected = adapter(directory)
     _, out = train(resume_from_checkpoint=directory / "checkpoint-2", save_total_limit=1, **keys)
-    assert "after step 2 of 6" in out and [path.name for path in checkpoints(directory)] == ["checkpoint-6"]
+    assert "after step 2 of 6" in out and [path.name for path in list_checkpoints(directory)] == [
+        "checkpoint-6"
+    ]
     assert all(torch.equal(expected[key], value) for key, value in adapter(directory).items())
 
 
@@ -428,10 +430,10 @@ def test_any_state_comes_back_from_its_files_as_it_was(tree, tmp_path):
 
 def test_views_and_tensors_that_share_memory_are_packed_apart():
     base = torch.arange(12.0).view(3, 4)
-    tree, parts = pack({"a": base, "b": base.T, "c": [base[0], math.inf]})
+    tree, parts = flatten({"a": base, "b": base.T, "c": [base[0], math.inf]})
     assert json.loads(json.dumps(tree))["a"] == {"$tensor": "a"} and parts["b"].is_contiguous()
     base.zero_()
-    assert torch.equal(unpack(tree, parts)["b"], torch.arange(12.0).view(3, 4).T)
+    assert torch.equal(unflatten(tree, parts)["b"], torch.arange(12.0).view(3, 4).T)
 
 
 @pytest.fixture(scope="module")
@@ -513,7 +515,7 @@ def test_a_disk_that_fills_up_during_a_save_ends_the_run_and_loses_nothing(train
     monkeypatch.setattr(trainer, "write_checkpoint", on_a_full_disk)
     stopped, err = train("stopped", code=2, **keys)
     assert "checkpoint-4 could not be saved" in err and err.count("\n") == 1 and "Traceback" not in err
-    assert [path.name for path in checkpoints(stopped)] == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(stopped)] == ["checkpoint-2"]
     monkeypatch.setattr(trainer, "write_checkpoint", write)
     train("stopped", resume_from_checkpoint="latest", **keys)
     assert_same_run(whole, stopped)
@@ -540,7 +542,7 @@ def test_an_error_at_any_operation_leaves_the_earlier_checkpoint_alone(tmp_path,
         except UserError as error:
             assert "No space left on device" in str(error)
         monkeypatch.setattr(os, operation, original)
-        whole = checkpoints(tmp_path)
+        whole = list_checkpoints(tmp_path)
         assert whole[0].name == "checkpoint-1" and all(equal(state, read_checkpoint(path)) for path in whole)
         assert sorted(whole) == sorted(tmp_path.iterdir())
         if calls < fail_at:
@@ -566,7 +568,7 @@ def test_old_checkpoints_go_the_newest_and_the_best_stay_and_so_do_those_of_an_e
     delete_old_checkpoints(tmp_path, step, keep, spare)
     up_to_now = sorted(n for n in steps | {step} if n <= step)
     left = set(up_to_now[-keep:]) | {n for n in up_to_now if n == spare} | {n for n in steps if n > step}
-    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in sorted(left)]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in sorted(left)]
     assert step in left and (tmp_path / "checkpoint-mine").is_dir()
 
 
@@ -597,7 +599,7 @@ def test_all_generators_go_on_where_they_were(seed, draws):
 
     for _ in range(draws):
         draw()
-    state = unpack(*pack(random_state(CPU)))
+    state = unflatten(*flatten(random_state(CPU)))
     expected = draw(), draw()
     draw()
     set_random_state(state, CPU)

@@ -16,7 +16,7 @@ from minilora.run.llama_factory import (
     DEFAULTS,
     INSTEAD,
     KEYS,
-    MARKS,
+    LLAMA_FACTORY_ONLY,
     NEEDED,
     NO_EFFECT,
     TRANSLATED,
@@ -402,7 +402,7 @@ def test_no_key_has_two_meanings():
     own = {field.name for field in fields(TrainConfig)} | ALIASES.keys() | set(SWITCHES)
     named = [*TRANSLATED, *NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())]
     assert len(named) == len(set(named)) == len(KEYS) and not KEYS & own
-    assert set(MARKS) <= KEYS and INSTEAD.keys() <= NEEDED.keys() and {*DEFAULTS, *VALUES} <= own
+    assert set(LLAMA_FACTORY_ONLY) <= KEYS and INSTEAD.keys() <= NEEDED.keys() and {*DEFAULTS, *VALUES} <= own
     ours = asdict(TrainConfig())
     assert all(ours[name] != value for name, value in DEFAULTS.items())
 

@@ -22,7 +22,7 @@ from minilora.data.readers import read_records
 from minilora.run.sharing import RemoteFolder, destinations, files_to_share
 from minilora.system import remote
 from minilora.system.hub import push_files, resolve_model
-from minilora.system.remote import fetch_folder, read_file, shown, write_files
+from minilora.system.remote import fetch_folder, read_file, redacted, write_files
 
 SHARED = {
     *(
@@ -126,7 +126,7 @@ def test_an_upload_that_fails_costs_a_warning_and_at_the_end_exit_code_2_and_not
     def fail_later(address, files):
         calls.append(address)
         if len(calls) > 1:
-            raise UserError(f"{shown(address)} cannot be written: the server cannot be reached")
+            raise UserError(f"{redacted(address)} cannot be written: the server cannot be reached")
         write(address, files)
 
     monkeypatch.setattr("minilora.run.sharing.write_files", fail_later)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_evaluate import adapters  # noqa: F401  a fixture
 
 from minilora import CausalLM, UserError, generate, load_adapter, load_model, load_tokenizer, save_model
 from minilora.data.chat import load_chat_template
@@ -50,7 +49,7 @@ def test_an_instruction_prints_its_answer_and_nothing_else(chat, model_dir):
     assert out == expected_answer(model_dir, "the old fox") + "\n"
 
 
-def test_adapters_are_switched_within_a_conversation(chat, model_dir, adapters):  # noqa: F811
+def test_adapters_are_switched_within_a_conversation(chat, model_dir, adapters):
     typed = "the old fox\n/adapter two\nthe old fox\n/base\nthe old fox\n/adapter\n/adapter three\n/quit\nnot read\n"
     chosen = ("--adapter", adapters / "one", "--adapter", adapters / "two")
     code, out, err = chat(*chosen, *GREEDY, typed=typed)

@@ -10,9 +10,8 @@ from functools import partial
 import pytest
 import torch
 from support.project import WORDS
-from test_lora import randomize
 
-from minilora import LoraConfig, add_lora, load_model, load_tokenizer, save_adapter, save_model
+from minilora import load_model, load_tokenizer, save_model
 from minilora.data.chat import load_chat_template
 from minilora.data.examples import tokenize
 from minilora.data.rows import Row, read_rows
@@ -29,18 +28,6 @@ TOLERANCE = 1e-5
 def evaluate(call):
     """Run `evaluate.py ARGUMENTS`: (exit code, stdout, stderr)."""
     return partial(call, "evaluate")
-
-
-@pytest.fixture(scope="session")
-def adapters(tmp_path_factory, model_dir):
-    """Two random adapters on different layers, `one` and `two`."""
-    directory = tmp_path_factory.mktemp("adapters")
-    for name, targets in (("one", ["q_proj", "down_proj"]), ("two", ["v_proj"])):
-        model = load_model(model_dir, dtype=torch.float32)
-        add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
-        randomize(model)
-        save_adapter(model, directory / name, base_model_name_or_path=str(model_dir))
-    return directory
 
 
 @torch.no_grad()

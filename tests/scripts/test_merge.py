@@ -6,7 +6,6 @@ import errno
 import json
 import re
 import shutil
-from functools import partial
 from statistics import median
 
 import pytest
@@ -14,19 +13,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from support.families import relative_error, transformers_model
+from support.merging import adapted, change_config, change_tensors, make_adapter, make_base
 from support.project import ROOT
-from test_lora import ids, randomize
+from support.tiny import TOLERANCE, ids
 
 from minilora import (
     LoraConfig,
     QuantConfig,
-    add_lora,
     load_adapter,
     load_model,
     quantize_4bit,
-    save_adapter,
     save_model,
 )
 from minilora.formats import weights
@@ -35,7 +32,6 @@ from minilora.lora import lora_layers
 
 # Merged or beside it, the adapter's part is summed in another order in float32: eps 6e-8 times the depth of
 # the sums, as in test_model. Seen: 1e-6.
-TOLERANCE = 1e-5
 CHOICES = {
     "original": "original weights merged",
     "dequantized": "dequantized weights merged",
@@ -47,62 +43,12 @@ CHOICES = {
 INTO_FP4 = ("--into", "dequantized", "--quantization_type", "fp4", "--double_quantization", "false")
 
 
-@pytest.fixture
-def script():
-    """scripts/merge.py as a module."""
-    import merge
-
-    return merge
-
-
-@pytest.fixture
-def merge(call):
-    """Run `merge.py ARGUMENTS`: (exit code, stdout, stderr)."""
-    return partial(call, "merge")
-
-
-@pytest.fixture
-def place(tmp_path, model_dir):
-    """A base model in `base`, a random rsLoRA adapter on five kinds of layers in `adapter`; the two other
-    kinds have none.
-    """
-    make_base(tmp_path / "base", model_dir)
-    make_adapter(tmp_path / "base", tmp_path / "adapter")
-    return tmp_path
-
-
-def make_base(directory, model_dir, dtype=torch.float32, family="llama-gqa"):
-    theirs = transformers_model(family, vocab_size=320).to(dtype)
-    theirs.generation_config.max_length = 33
-    theirs.save_pretrained(directory)
-    shutil.copy(model_dir / "tokenizer.model", directory)
-
-
-def make_adapter(base, directory, **changes):
-    lora = dict(
-        r=4,
-        lora_alpha=3,
-        use_rslora=True,
-        target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"],
-    )
-    model = load_model(base)
-    add_lora(model, LoraConfig(**lora | changes))
-    randomize(model)
-    save_adapter(model, directory, base_model_name_or_path=str(base))
-
-
 def in_transformers(directory, **options):
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", **options
     ).eval()
-
-
-def adapted(place, quant=None):
-    model = load_model(place / "base", quant)
-    load_adapter(model, place / "adapter")
-    return model
 
 
 def stored(directory) -> dict[str, torch.Tensor]:
@@ -114,6 +60,14 @@ def printed_errors(out: str) -> dict[str, tuple[float, float]]:
     """choice -> (worst, median)"""
     rows = {choice: re.search(rf"^  {text} +(\S+) +(\S+)", out, re.M) for choice, text in CHOICES.items()}
     return {choice: (float(row[1]), float(row[2])) for choice, row in rows.items() if row}
+
+
+@pytest.fixture
+def script():
+    """scripts/merge.py as a module."""
+    import merge
+
+    return merge
 
 
 @torch.no_grad()
@@ -348,18 +302,6 @@ def test_weights_are_dequantized_as_the_run_quantized_them(merge, place):
     assert "against what training saw: fp4\n" in out and all(
         torch.equal(asked[name], found[name]) for name in asked
     )
-
-
-def change_config(place, **changes):
-    path = place / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_tensors(place, change):
-    path = place / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"

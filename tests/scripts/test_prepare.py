@@ -17,7 +17,7 @@ from support.project import adapter, metrics
 from minilora import load_tokenizer
 from minilora.data.chat import load_chat_template
 from minilora.data.examples import tokenize
-from minilora.data.mask_view import view
+from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import load_tokens, save_tokens, tokens_file, tokens_key
 from minilora.data.rows import Row, read_rows, record_of
 
@@ -138,7 +138,7 @@ def test_a_file_that_holds_no_tokens_of_ours_is_left_alone(tmp_path):
 def test_what_stands_between_the_brackets_is_what_is_learnt(model_dir, row):
     tokenizer = load_tokenizer(model_dir)
     for example in tokenize([Row(*row)], tokenizer, 64).examples:
-        shown = view(example, tokenizer, colours=False)
+        shown = highlight_learned(example, tokenizer, colours=False)
         inside = "".join(part.partition("⟧")[0] for part in shown.split("⟦")[1:])
         if not {"⟦", "⟧"} & set("".join(filter(None, row))):
             assert inside.count("</s>") == (example.input_ids[-1] == tokenizer.eos_id) + row[1].count("</s>")
@@ -150,8 +150,8 @@ def test_what_stands_between_the_brackets_is_what_is_learnt(model_dir, row):
 def test_an_example_is_shown_with_its_special_tokens_and_its_line_ends(model_dir):
     tokenizer = load_tokenizer(model_dir)
     example = tokenize([Row("the old\nfox", " the\n owl")], tokenizer, 64).examples[0]
-    assert view(example, tokenizer, colours=False) == "<s>the old↵\nfox⟦  the↵\n owl</s>⟧"
-    coloured = view(example, tokenizer, colours=True)
+    assert highlight_learned(example, tokenizer, colours=False) == "<s>the old↵\nfox⟦  the↵\n owl</s>⟧"
+    coloured = highlight_learned(example, tokenizer, colours=True)
     assert coloured == "\x1b[7m<s>\x1b[27mthe old↵\nfox\x1b[32m  the↵\n owl\x1b[7m</s>\x1b[27m\x1b[39m"
 
 

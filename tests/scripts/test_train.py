@@ -22,7 +22,7 @@ from minilora.data.rows import read_rows
 from minilora.data.tokenizer import load_tokenizer
 from minilora.inference.evaluation import evaluate_loss, perplexity
 from minilora.lora import lora_layers
-from minilora.loss import IGNORE
+from minilora.loss import IGNORE_INDEX
 from minilora.loss_scale import LossScale
 
 
@@ -397,7 +397,7 @@ def test_pain_6_the_end_token_is_learnt_even_where_it_is_the_padding(train, batc
     padded = 0
     for ids, labels in batches:
         for row, targets in zip(ids.tolist(), labels.tolist(), strict=True):
-            last = max(i for i, label in enumerate(targets) if label != IGNORE)
+            last = max(i for i, label in enumerate(targets) if label != IGNORE_INDEX)
             assert targets[last] == row[last] == 2 and 2 not in row[:last]  # EOS, once
             assert set(row[last:]) == {2}
             padded += len(row) - 1 - last
@@ -411,10 +411,13 @@ def test_pain_7_the_prompt_is_read_and_not_learnt_unless_asked(train, batches, m
     for ids, labels in batches:
         for row, targets in zip(ids.tolist(), labels.tolist(), strict=True):
             prompt = max((p for p in prompts if row[: len(p)] == p), key=len)
-            assert targets[: len(prompt)] == [IGNORE] * len(prompt) and targets[len(prompt)] != IGNORE
+            assert (
+                targets[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
+                and targets[len(prompt)] != IGNORE_INDEX
+            )
     batches.clear()
     train("all", train_on_prompt=True)
-    assert all((labels[:, 1] != IGNORE).all() for _, labels in batches)
+    assert all((labels[:, 1] != IGNORE_INDEX).all() for _, labels in batches)
 
 
 @pytest.mark.parametrize("policy", ["off", "selective", "full", "offload"])

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from minilora.run.checkpoints import checkpoints, read_checkpoint
+from minilora.run.checkpoints import list_checkpoints, read_checkpoint
 from support.forked_trainer import start, status
 
 FILE_OPERATIONS = "fsync replace mkdir rmdir unlink open".split()
@@ -54,7 +54,7 @@ def killed_run(folder: Path, arguments: list[str], attempt: Callable[[Callable[.
         )  # 0: at its end before it was killed; the next one goes on from there
         kills += ended != 0
         while_saving += ended != 0 and any(folder.glob("checkpoint-*.*"))  # one was being written or deleted
-        for checkpoint in checkpoints(folder):
+        for checkpoint in list_checkpoints(folder):
             read_checkpoint(checkpoint)  # whole at any time
     assert status(start(arguments, log)) == 0, log.read_text()
     return dict(kills=kills, while_saving=while_saving)

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.project import ROOT
 
-from minilora.system.errors import UserError, describe, nearest, run_script
+from minilora.system.errors import UserError, run_script, suggestion, summarize
 from minilora.system.files import check_writable, read_json, to_json, write_whole
 
 SCRIPTS = sorted(
@@ -156,9 +156,9 @@ def test_faults_of_the_program_keep_their_traceback():
 
 
 def test_messages_name_the_nearest_or_all_and_list_many_problems_in_one_line():
-    assert nearest("v_porj", ["q_proj", "v_proj"]) == "; nearest: 'v_proj'"
-    assert nearest("zzz", ["b", "a"]) == "; known: a, b"
-    assert describe([str(i) for i in range(11)]) == "0; 1; 2; 3; 4; 5; 6; 7; and 3 more"
+    assert suggestion("v_porj", ["q_proj", "v_proj"]) == "; suggestion: 'v_proj'"
+    assert suggestion("zzz", ["b", "a"]) == "; known: a, b"
+    assert summarize([str(i) for i in range(11)]) == "0; 1; 2; 3; 4; 5; 6; 7; and 3 more"
 
 
 @given(st.text(st.characters(codec=None)))  # halves of surrogate pairs too
