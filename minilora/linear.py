@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora import ops
-from minilora.quantization import Quantized8bitTensor, QuantizedTensor, gemv_4bit
+from minilora.int8 import Int8Tensor
+from minilora.quantization import QuantizedTensor, gemv_4bit
 
-Weight = QuantizedTensor | Quantized8bitTensor | Tensor
+Weight = QuantizedTensor | Int8Tensor | Tensor
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -104,7 +105,7 @@ def dequantized(weight: Weight, like: Tensor) -> Tensor:
 class QuantizedLinear(nn.Module):
     """x: (..., in) -> (..., out) with a quantized, frozen weight (out, in)."""
 
-    def __init__(self, weight: QuantizedTensor | Quantized8bitTensor, bias: Tensor | None = None):
+    def __init__(self, weight: QuantizedTensor | Int8Tensor, bias: Tensor | None = None):
         super().__init__()
         self.weight = weight  # not a Parameter: nothing to train, and nn.Module must not convert its bytes to another dtype
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -138,7 +139,7 @@ class Linear4bit(QuantizedLinear):
 
 
 class Linear8bit(QuantizedLinear):
-    """Row-wise int8: see `minilora.quantization.quantize_8bit`."""
+    """Row-wise int8: see `minilora.int8`."""
 
 
 def describe_weights(model: nn.Module) -> str:

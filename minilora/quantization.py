@@ -26,7 +26,6 @@ gives the wrong scale to a block that spans rows of a matrix whose width is a mu
 block. And fp4's second zero, symbol 8, reads as -0 or +0 depending on CPU and width; here as +0.
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -35,16 +34,15 @@ import torch
 from torch import Tensor
 
 from minilora import ops
-from minilora.system.errors import UserError, summarize
+from minilora.system.errors import UserError
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANT_TYPES = ("nf4", "fp4")
 NESTED_BLOCK_SIZE = 256
-_FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TABLE = dict(
     dtype=torch.float32, device="cpu"
 )  # of every codebook at first, whatever the defaults are at that moment
-_STATE_KEY = "quant_state.bitsandbytes__"  # + quant_type
 
 
 @lru_cache
@@ -142,11 +140,11 @@ def quantize_4bit(
         raise UserError(
             f"blocksize {blocksize} is not supported; choose one of {', '.join(map(str, BLOCK_SIZES))}"
         )
-    _check_floats(weight)
+    check_floats(weight)
     packed, absmax = ops.quantize_4bit(weight.detach().contiguous().view(-1), code, blocksize)
     offset = absmax.mean()
     if not offset.isfinite():
-        _check_finite(weight, absmax)
+        check_finite(weight, absmax)
         if double_quant:
             raise UserError(
                 f"the weight's magnitudes, up to {absmax.max():.3g}, are too large for double quantization; leave it out"
@@ -172,8 +170,8 @@ def dequantize_4bit(
     saves the larger part of the time on a CPU. Raises UserError for an `out` that does not fit.
     """
     dtype = dtype or (q.dtype if out is None else out.dtype)
-    if dtype not in _FLOATS.values():
-        raise UserError(f"cannot dequantize to {dtype}; choose {', '.join(_FLOATS)}")
+    if dtype not in FLOATS.values():
+        raise UserError(f"cannot dequantize to {dtype}; choose {', '.join(FLOATS)}")
     device = q.packed.device
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=device)
@@ -198,203 +196,14 @@ def gemv_4bit(q: QuantizedTensor, x: Tensor) -> Tensor:
     )
 
 
-def to_bitsandbytes(q: QuantizedTensor, name: str = "weight") -> dict[str, Tensor]:
-    """The entries of a state dict that bitsandbytes writes for a Linear4bit's weight called `name`, to the
-    byte.
-    """
-    state = {
-        "quant_type": q.quant_type,
-        "blocksize": q.blocksize,
-    }  # in the order in which bitsandbytes writes them
-    state |= {"dtype": str(q.dtype).removeprefix("torch."), "shape": list(q.shape)}
-    entries = {
-        "": q.packed.view(-1, 1),
-        ".absmax": q.absmax,
-        ".quant_map": four_bit_code(q.quant_type, q.packed.device).clone(),
-    }
-    if q.nested_absmax is not None:
-        entries[".nested_absmax"] = q.nested_absmax
-        entries[".nested_quant_map"] = dynamic_code(True, q.packed.device).clone()
-        state |= {
-            "nested_blocksize": NESTED_BLOCK_SIZE,
-            "nested_dtype": "float32",
-            "nested_offset": q.offset.item(),
-        }
-    packed_state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
-    return {name + suffix: t for suffix, t in entries.items()} | {
-        f"{name}.{_STATE_KEY}{q.quant_type}": packed_state
-    }
-
-
-def from_bitsandbytes(entries: dict[str, Tensor], name: str = "weight") -> QuantizedTensor:
-    """The tensor that bitsandbytes stored as `name`, `name.absmax`, ...; other entries are ignored.
-
-    Codebooks that differ from ours by rounding only, as other versions' do, are taken for ours. Raises
-    UserError, with the problems by name, if entries are missing, truncated, or contradict one another.
-    """
-    state_keys = [key for key in entries if key.startswith(f"{name}.{_STATE_KEY}")]
-    if len(state_keys) != 1:
-        raise UserError(
-            f"{name} needs exactly one entry {name}.{_STATE_KEY}nf4 or ...fp4; found {', '.join(state_keys) or 'none'}"
-        )
-    key = state_keys[0]
-    state = _read_state(entries[key], key)
-    nested = "nested_blocksize" in state
-    wanted = ["", ".absmax", ".quant_map"] + [".nested_absmax", ".nested_quant_map"] * nested
-    if missing := [name + suffix for suffix in wanted if name + suffix not in entries]:
-        raise UserError(f"{name} is incomplete: {key} is there, but not {', '.join(missing)}")
-
-    n = torch.Size(state["shape"]).numel()
-    blocks = -(-n // state["blocksize"])
-    packed = entries[name]
-    expected = {  # suffix -> (elements, dtype)
-        ".absmax": (blocks, torch.uint8 if nested else torch.float32),
-        ".quant_map": (16, torch.float32),
-        ".nested_absmax": (-(-blocks // NESTED_BLOCK_SIZE), torch.float32),
-        ".nested_quant_map": (256, torch.float32),
-    }
-    problems = []  # `packed` may be called bfloat16, say, so that others can shard it: bytes they are
-    if packed.dtype not in (torch.uint8, *_FLOATS.values()) or packed.nbytes != (n + 1) // 2:
-        problems.append(
-            f"{name} has {packed.nbytes} bytes of {packed.dtype}, {n} weights need {(n + 1) // 2}"
-        )
-    for suffix in wanted[1:]:
-        t, (size, dtype) = entries[name + suffix], expected[suffix]
-        if (t.numel(), t.dtype) != (size, dtype):
-            problems.append(f"{name}{suffix} has {t.numel()} values of {t.dtype}, not {size} of {dtype}")
-        elif suffix.endswith("quant_map"):
-            code = dynamic_code() if "nested" in suffix else four_bit_code(state["quant_type"])
-            if not torch.allclose(t.cpu(), code, rtol=0, atol=1e-6):
-                problems.append(
-                    f"{name}{suffix} is not the {'dynamic' if 'nested' in suffix else state['quant_type']} code"
-                )
-        elif t.is_floating_point() and not t.isfinite().all():
-            problems.append(f"{name}{suffix} holds infinities or NaN")
-    if not nested and (
-        stray := [name + s for s in (".nested_absmax", ".nested_quant_map") if name + s in entries]
-    ):
-        problems.append(f"{', '.join(stray)} are there, but {key} names no nested_blocksize")
-    if problems:
-        raise UserError(f"{name} cannot be read: {summarize(problems)}")
-    return QuantizedTensor(
-        packed=packed.contiguous().view(-1).view(torch.uint8),
-        absmax=entries[f"{name}.absmax"].reshape(-1),
-        shape=torch.Size(state["shape"]),
-        dtype=_FLOATS[state["dtype"]],
-        quant_type=state["quant_type"],
-        blocksize=state["blocksize"],
-        nested_absmax=entries[f"{name}.nested_absmax"].reshape(-1) if nested else None,
-        offset=torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
-        if nested
-        else None,
-    )
-
-
-def _read_state(packed: Tensor, key: str) -> dict:
-    """The JSON object of a quant_state entry, with every value checked. Raises UserError."""
-    try:
-        state = json.loads(bytes(packed.cpu().view(-1).tolist()))
-        if not isinstance(state, dict):
-            raise ValueError("it is no object")
-    except (ValueError, TypeError, RecursionError) as error:  # truncated, not UTF-8, not JSON, not bytes
-        raise UserError(f"{key} is truncated or corrupt: {error}; download again") from error
-
-    def is_size(x) -> bool:
-        return isinstance(x, int) and not isinstance(x, bool) and x > 0
-
-    checks = {
-        "quant_type": lambda x: x == key.rpartition("__")[2] and x in QUANT_TYPES,
-        "blocksize": lambda x: is_size(x) and x in BLOCK_SIZES,
-        "dtype": lambda x: x in list(_FLOATS),
-        "shape": lambda x: isinstance(x, list) and all(map(is_size, x)),
-    }
-    if any(name.startswith("nested_") for name in state):
-        checks |= {
-            "nested_blocksize": lambda x: x == NESTED_BLOCK_SIZE,
-            "nested_dtype": lambda x: x == "float32",
-            "nested_offset": lambda x: (
-                isinstance(x, (int, float)) and abs(x) <= torch.finfo(torch.float32).max
-            ),
-        }
-    if problems := [
-        f"{name} = {state.get(name)!r}" for name, fits in checks.items() if not fits(state.get(name))
-    ]:
-        raise UserError(f"{key} cannot be honoured: {summarize(problems)}")
-    return state
-
-
-@dataclass(frozen=True)
-class Quantized8bitTensor:
-    """A matrix in 8 bits: w ~ data * absmax / 127, one absmax a row (LLM.int8's vector-wise quantization,
-    arXiv:2208.07339).
-
-    Outliers are not split off into a 16-bit matrix as that paper does for activations: this is storage for
-    frozen weights only, whose products are taken in floating point.
-    """
-
-    data: Tensor  # (..., in) int8
-    absmax: Tensor  # (...,) float32
-    dtype: torch.dtype  # of the tensor that was quantized, and of `dequantize()`
-
-    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-        """data * absmax / 127, computed in float32, in the dtype given, or out's, or the original's."""
-        dtype = dtype or (self.dtype if out is None else out.dtype)
-        values = self.data.float().mul_(self.absmax.unsqueeze(-1)).mul_(1 / 127)
-        return values.to(dtype) if out is None else out.copy_(values)
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + self.absmax.nbytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.data.numel()
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.data.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    def to(self, device: torch.device | str) -> "Quantized8bitTensor":
-        return replace(self, data=self.data.to(device), absmax=self.absmax.to(device))
-
-
-def quantize_8bit(weight: Tensor) -> Quantized8bitTensor:
-    """Each row, the last dimension, divided by its largest magnitude and rounded to a multiple of 1/127.
-    weight: (..., in).
-
-    Raises UserError for infinities, NaN and other dtypes than float32, bfloat16 and float16.
-    """
-    _check_floats(weight)
-    if weight.dim() == 0:
-        raise UserError("cannot quantize a single number to 8 bits: it has no rows")
-    weight, width = weight.detach(), weight.shape[-1]
-    data = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    absmax = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
-    by_rows = (
-        weight.reshape(-1, width).split(256),
-        data.view(-1, width).split(256),
-        absmax.view(-1).split(256),
-    )
-    for rows, result, scale in zip(*by_rows, strict=True):  # a few at a time: no second copy of the weight
-        scale.copy_(rows.abs().amax(-1))
-        inverse = 127.0 / scale.clamp(min=1e-36)  # a row of zeros stays zeros
-        result.copy_((rows * inverse.view(-1, 1)).round_())
-    _check_finite(weight, absmax)
-    return Quantized8bitTensor(data, absmax, weight.dtype)
-
-
-def _check_floats(weight: Tensor) -> None:
-    if weight.dtype not in _FLOATS.values():
-        raise UserError(f"cannot quantize {weight.dtype}; the weight must be one of {', '.join(_FLOATS)}")
+def check_floats(weight: Tensor) -> None:
+    if weight.dtype not in FLOATS.values():
+        raise UserError(f"cannot quantize {weight.dtype}; the weight must be one of {', '.join(FLOATS)}")
     if weight.numel() == 0:
         raise UserError(f"cannot quantize a weight of shape {tuple(weight.shape)}: it is empty")
 
 
-def _check_finite(weight: Tensor, absmax: Tensor) -> None:
+def check_finite(weight: Tensor, absmax: Tensor) -> None:
     """Infinities and NaN come out as such in the scale of their block, which is all that has to be searched."""
     if not absmax.isfinite().all():
         bad = int((~weight.isfinite()).sum())

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from minilora.config import ModelConfig
+from minilora.formats.config_json import parse_config, read_config_file
 from minilora.formats.weights import MODEL_CONFIG_FILE, read_config
 from minilora.memory.ledger import (
     CATEGORIES,
@@ -43,7 +44,7 @@ CUDA_CONTEXT = 0.5 * GB  # what a process has on a GPU before its first tensor
 
 
 def _shape(model_type: str, V: int, D: int, F: int, layers: int, H: int, G: int) -> ModelConfig:
-    return ModelConfig.from_dict(
+    return parse_config(
         dict(model_type=model_type, vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=layers,
              num_attention_heads=H, num_key_value_heads=G, max_position_embeddings=32768)
     )  # fmt: skip
@@ -114,7 +115,7 @@ def config_of(name: str, revision: str | None) -> ModelConfig:
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        return ModelConfig.from_file(hf_hub_download(name, MODEL_CONFIG_FILE, revision=revision))
+        return read_config_file(hf_hub_download(name, MODEL_CONFIG_FILE, revision=revision))
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise UserError(
             f"{name!r} is no directory, none of {', '.join(SHAPES)}, and the hub does not give its config.json "

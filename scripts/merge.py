@@ -44,6 +44,7 @@ from minilora.data.chat import answer_end
 from minilora.data.tokenizer import Tokenizer
 from minilora.dora import row_factors
 from minilora.formats import adapter as adapters
+from minilora.formats.bnb import to_bitsandbytes
 from minilora.formats.lint import lint_adapter, table
 from minilora.formats.weights import (
     INDEX_FILE,
@@ -58,7 +59,7 @@ from minilora.formats.weights import (
 from minilora.inference.load import find_base, load_adapted_tokenizer
 from minilora.lora import OUTPUT_HEAD, match_targets
 from minilora.model import CausalLM
-from minilora.quantization import QUANT_TYPES, quantize_4bit, to_bitsandbytes
+from minilora.quantization import QUANT_TYPES, quantize_4bit
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import read_yaml
 from minilora.system.errors import ArgumentParser, UserError, run_script

@@ -15,7 +15,8 @@ from support.project import WORDS
 from support.servers import S3_SECRET
 from support.tiny import randomize
 
-from minilora import CausalLM, LoraConfig, ModelConfig, add_lora, load_model, save_adapter, save_model
+from minilora import CausalLM, LoraConfig, add_lora, load_model, save_adapter, save_model
+from minilora.formats.config_json import parse_config
 from minilora.system.device import Placement
 from minilora.system.errors import run_script
 
@@ -49,7 +50,7 @@ def model_dir(tmp_path_factory) -> Path:
         eos_token_id=2,
         max_position_embeddings=256,
     )
-    model = CausalLM(ModelConfig.from_dict(config))
+    model = CausalLM(parse_config(config))
     model.init_weights(std=0.1)
     save_model(model, directory)
     return directory

@@ -21,16 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minilora.config import ModelConfig, QuantConfig
+from minilora.formats.bnb import from_bitsandbytes, to_bitsandbytes
+from minilora.formats.config_json import read_config_file, to_config_json
+from minilora.int8 import quantize_int8
 from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
 from minilora.lora import OUTPUT_HEAD
 from minilora.model import CausalLM
-from minilora.quantization import (
-    QuantizedTensor,
-    from_bitsandbytes,
-    quantize_4bit,
-    quantize_8bit,
-    to_bitsandbytes,
-)
+from minilora.quantization import QuantizedTensor, quantize_4bit
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import write_whole
 from minilora.system.hub import resolve_model
@@ -104,7 +101,7 @@ def load_model(
 
 def _quantized(weight: Tensor, bias: nn.Parameter | None, quant: QuantConfig) -> QuantizedLinear:
     if quant.bits == 8:
-        return Linear8bit(quantize_8bit(weight), bias)
+        return Linear8bit(quantize_int8(weight), bias)
     return Linear4bit(quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant), bias)
 
 
@@ -112,7 +109,7 @@ def read_config(directory: Path) -> ModelConfig:
     """The configuration in a model directory. Raises UserError if it has none or one that cannot be honoured."""
     if not (directory / MODEL_CONFIG_FILE).is_file():
         raise UserError(f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}")
-    return ModelConfig.from_file(directory / MODEL_CONFIG_FILE)
+    return read_config_file(directory / MODEL_CONFIG_FILE)
 
 
 def save_model(model: CausalLM, directory: str | Path) -> None:
@@ -124,7 +121,9 @@ def save_model(model: CausalLM, directory: str | Path) -> None:
     """
     directory = Path(directory)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    raw = model.config.to_dict() | {"torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    raw = to_config_json(model.config) | {
+        "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")
+    }
     quantized = {name: m.weight for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     for name, weight in quantized.items():
         if not isinstance(weight, QuantizedTensor):

@@ -41,6 +41,7 @@ from minilora import (
     save_model,
     trainable_parameters,
 )
+from minilora.formats.config_json import parse_config
 from minilora.formats.weights import read_config
 from minilora.loss import causal_lm_loss
 from minilora.ops import product_dtype
@@ -114,7 +115,7 @@ def write_random_model(options: argparse.Namespace) -> None:
     config |= dict(
         intermediate_size=11 * options.width // 4 // 64 * 64, num_attention_heads=options.width // 64
     )
-    model = CausalLM(ModelConfig.from_dict(config | dict(max_position_embeddings=max(2048, options.tokens))))
+    model = CausalLM(parse_config(config | dict(max_position_embeddings=max(2048, options.tokens))))
     model.init_weights()
     save_model(model.to(torch.bfloat16), options.model)
 

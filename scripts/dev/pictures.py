@@ -31,7 +31,7 @@ from minilora import (
     quantize_4bit,
     trainable_parameters,
 )
-from minilora.config import ModelConfig
+from minilora.formats.config_json import parse_config
 from minilora.memory.ledger import MARGIN, memory_ledger
 from minilora.model import CausalLM
 from minilora.quantization import four_bit_code
@@ -200,7 +200,7 @@ def draw_lora(figure) -> None:
 def draw_memory(figure) -> None:
     figure.set_size_inches(8.6, 4.6)
     kind = dict(batch_size=4, length=1024, dtype=torch.float16, optim="adamw_8bit")
-    mistral, lora = ModelConfig.from_dict(MISTRAL_7B), PRESETS["standard_r8_qkvo"]
+    mistral, lora = parse_config(MISTRAL_7B), PRESETS["standard_r8_qkvo"]
     ledgers = [memory_ledger(mistral, lora, QuantConfig(), recompute=policy, **kind) for policy in POLICIES]
     draw_bars(
         figure.subplots(),
@@ -212,7 +212,7 @@ def draw_memory(figure) -> None:
 def trained(config: LoraConfig) -> int:
     """How many parameters of Mistral-7B the adapter trains, counted on PyTorch's meta device."""
     with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(MISTRAL_7B))
+        model = CausalLM(parse_config(MISTRAL_7B))
     add_lora(model, config)
     return sum(p.numel() for p in trainable_parameters(model).values())
 

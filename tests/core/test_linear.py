@@ -21,10 +21,11 @@ from minilora import (
     save_model,
     set_adapter,
 )
+from minilora.int8 import quantize_int8
 from minilora.linear import Linear4bit, Linear8bit, count_parameters, describe_weights, scratch
 from minilora.lora import lora_layers
 from minilora.loss import causal_lm_loss
-from minilora.quantization import gemv_4bit, quantize_4bit, quantize_8bit
+from minilora.quantization import gemv_4bit, quantize_4bit
 
 QUANTS = {
     "nf4": QuantConfig(),
@@ -36,7 +37,7 @@ QUANTS = {
 
 def layer_of(kind: str, weight: torch.Tensor, bias: torch.Tensor | None = None):
     if kind == "int8":
-        return Linear8bit(quantize_8bit(weight), bias)
+        return Linear8bit(quantize_int8(weight), bias)
     return Linear4bit(quantize_4bit(weight, QUANTS[kind].quant_type, 64, QUANTS[kind].double_quant), bias)
 
 

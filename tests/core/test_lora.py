@@ -16,7 +16,6 @@ from minilora import (
     PRESETS,
     CausalLM,
     LoraConfig,
-    ModelConfig,
     UserError,
     add_lora,
     merge_lora,
@@ -25,6 +24,7 @@ from minilora import (
     trainable_parameters,
     unmerge_lora,
 )
+from minilora.formats.config_json import parse_config
 from minilora.lora import LoraLinear, adapter_names, lora_layers, match_targets
 from minilora.loss import causal_lm_loss
 from minilora.optim import make_optimizer
@@ -99,7 +99,7 @@ COUNTS = {
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_train_exactly_so_many_parameters_of_mistral_7b(preset):
     with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_dict(MISTRAL_7B))
+        model = CausalLM(parse_config(MISTRAL_7B))
     add_lora(model, LoraConfig.preset(preset))
     assert sum(p.numel() for p in trainable_parameters(model).values()) == COUNTS[preset]
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, relative_error, same_model_here, transformers_model
 
-from minilora import CausalLM, KVCache, ModelConfig, ops
+from minilora import CausalLM, KVCache, ops
+from minilora.formats.config_json import parse_config
 from minilora.model import PADDING, attention_mask, positions_in_documents
 
 # Both sides compute in float32 and differ in the order of their sums. A sum of n products errs by about
@@ -32,7 +33,7 @@ def small_model(**changes) -> CausalLM:
         num_key_value_heads=2,
         sliding_window=None,
     )
-    model = CausalLM(ModelConfig.from_dict(config | changes)).eval()
+    model = CausalLM(parse_config(config | changes)).eval()
     model.init_weights(std=0.1)
     return model
 
@@ -54,7 +55,7 @@ def test_the_comparison_notices_a_wrong_window_and_a_missing_rope_scaling():
     ):
         theirs = transformers_model(family)
         raw = theirs.config.to_dict() | {"architectures": [type(theirs).__name__]} | wrong
-        ours = CausalLM(ModelConfig.from_dict(raw)).eval()
+        ours = CausalLM(parse_config(raw)).eval()
         ours.load_state_dict(theirs.state_dict())
         ids = random_ids(2, 50)
         assert relative_error(ours(ids), theirs(ids).logits) > 100 * LOGITS_TOLERANCE

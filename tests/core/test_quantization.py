@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 
 from minilora import ops
 from minilora.backend import native
+from minilora.formats.bnb import from_bitsandbytes, to_bitsandbytes
+from minilora.int8 import quantize_int8
 from minilora.quantization import (
     BLOCK_SIZES,
     QUANT_TYPES,
     dequantize_4bit,
     dynamic_code,
     four_bit_code,
-    from_bitsandbytes,
     quantize_4bit,
-    quantize_8bit,
-    to_bitsandbytes,
 )
 from minilora.system.errors import UserError
 from minilora.testing import (
@@ -385,7 +384,7 @@ def test_doubly_quantized_nf4_takes_4_127_bits_a_weight():
         4 + 8 / 64 + 32 / (64 * 256), abs=1e-5
     )  # 4 bytes of offset more
     assert quantize_4bit(weight, double_quant=False).bits_per_weight == 4.5
-    assert quantize_8bit(weight).bits_per_weight == 8 + 32 / 2**11
+    assert quantize_int8(weight).bits_per_weight == 8 + 32 / 2**11
 
 
 def test_double_quantization_moves_scales_by_less_than_a_hundredth_of_their_spread():
@@ -427,7 +426,7 @@ def test_strided_weights_are_quantized_in_their_logical_order():
     weight = torch.randn(64, 66, generator=torch.Generator().manual_seed(8))
     a, b = quantize_4bit(weight.t()), quantize_4bit(weight.t().contiguous())
     assert torch.equal(a.packed, b.packed) and torch.equal(
-        quantize_8bit(weight.t()).data, quantize_8bit(weight.t().contiguous()).data
+        quantize_int8(weight.t()).data, quantize_int8(weight.t().contiguous()).data
     )
 
 
@@ -437,7 +436,7 @@ def test_strided_weights_are_quantized_in_their_logical_order():
 def test_infinities_and_nan_are_refused(path, bad, dtype, place):
     weight = torch.ones(130, dtype=dtype)
     weight[place] = bad
-    for quantize in (quantize_4bit, quantize_8bit):
+    for quantize in (quantize_4bit, quantize_int8):
         with pytest.raises(UserError, match="1 of its 130 values are infinite or NaN"):
             quantize(weight)
 
@@ -576,7 +575,7 @@ def test_packed_bytes_stored_as_another_dtype_are_read():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_rows_are_those_of_bitsandbytes(dtype):
     weight = torch.randn(300, 100, generator=torch.Generator().manual_seed(10)).to(dtype)
-    q = quantize_8bit(weight)
+    q = quantize_int8(weight)
     rows, absmax, _ = bnb.int8_vectorwise_quant(weight)
     assert torch.equal(q.data, rows) and torch.equal(q.absmax, absmax)
     assert torch.equal(q.dequantize(torch.float32), bnb.int8_vectorwise_dequant(rows, absmax))
@@ -585,7 +584,7 @@ def test_int8_rows_are_those_of_bitsandbytes(dtype):
 @fuzz
 @given(weight=weights())
 def test_int8_error_is_at_most_half_a_step(weight):
-    q = quantize_8bit(weight)
+    q = quantize_int8(weight)
     absmax = weight.double().abs().amax(-1, keepdim=True)
     error = (q.dequantize(torch.float32).double() - weight.double()).abs()
     # Half a step, and the roundings of the scale and of both products, 2^-22 of absmax at most; and the floor
@@ -595,9 +594,9 @@ def test_int8_error_is_at_most_half_a_step(weight):
 
 def test_int8_refuses_what_has_no_rows():
     with pytest.raises(UserError, match="has no rows"):
-        quantize_8bit(torch.tensor(1.0))
+        quantize_int8(torch.tensor(1.0))
 
 
 def test_int8_keeps_zero_rows():
     weight = torch.tensor([[0.0, -0.0], [1.0, -0.5]])
-    assert quantize_8bit(weight).dequantize().tolist() == [[0, 0], [1, pytest.approx(-0.5, abs=0.5 / 127)]]
+    assert quantize_int8(weight).dequantize().tolist() == [[0, 0], [1, pytest.approx(-0.5, abs=0.5 / 127)]]

@@ -9,7 +9,8 @@ from support.families import FAMILIES, same_model_here, transformers_model
 from support.tiny import adapted, gradients, small_model
 from torch import nn
 
-from minilora import CausalLM, LoraConfig, ModelConfig, UserError, trainable_parameters
+from minilora import CausalLM, LoraConfig, UserError, trainable_parameters
+from minilora.formats.config_json import parse_config
 from minilora.linear import Linear4bit, QuantizedLinear, rerun_linear
 from minilora.lora import LoraLinear
 from minilora.loss import causal_lm_loss
@@ -66,7 +67,7 @@ def test_full_training_of_the_weights_is_the_same_too():
     config = dict(
         model_type="llama", vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2
     )
-    model = CausalLM(ModelConfig.from_dict(config | dict(num_attention_heads=4, max_position_embeddings=64)))
+    model = CausalLM(parse_config(config | dict(num_attention_heads=4, max_position_embeddings=64)))
     model.init_weights(std=0.1)
     (loss, expected), (again, found) = gradients(model, "off"), gradients(model, "selective")
     assert loss == again and all(torch.equal(found[name], expected[name]) for name in expected)

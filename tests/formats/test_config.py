@@ -5,7 +5,8 @@ import json
 import pytest
 from support.families import FAMILIES, config_dict, transformers_model
 
-from minilora import LoraConfig, ModelConfig, UserError
+from minilora import LoraConfig, UserError
+from minilora.formats.config_json import parse_config, read_config_file, to_config_json
 
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=32,
              num_hidden_layers=2, num_attention_heads=4)  # fmt: skip
@@ -23,8 +24,8 @@ LLAMA3_SCALING = dict(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_writes_is_read_and_written_back_as_the_same_model(family):
-    config = ModelConfig.from_dict(config_dict(transformers_model(family)))
-    assert ModelConfig.from_dict(config.to_dict()) == config
+    config = parse_config(config_dict(transformers_model(family)))
+    assert parse_config(to_config_json(config)) == config
 
 
 def test_the_old_and_the_new_spelling_give_the_same_model():
@@ -33,23 +34,23 @@ def test_the_old_and_the_new_spelling_give_the_same_model():
         rope_theta=5e5, rope_scaling={"type": "llama3"} | LLAMA3_SCALING, torch_dtype="bfloat16"
     )
     new = LLAMA | dict(rope_parameters=LLAMA3_SCALING | {"rope_theta": 5e5}, dtype="bfloat16")
-    assert ModelConfig.from_dict(old) == ModelConfig.from_dict(older) == ModelConfig.from_dict(new)
-    assert ModelConfig.from_dict(new).dtype == "bfloat16"
+    assert parse_config(old) == parse_config(older) == parse_config(new)
+    assert parse_config(new).dtype == "bfloat16"
 
 
 def test_absent_and_null_key_value_heads_mean_what_they_mean_in_transformers():
-    assert ModelConfig.from_dict(LLAMA).num_key_value_heads == 4
+    assert parse_config(LLAMA).num_key_value_heads == 4
     mistral = LLAMA | dict(
         architectures=["MistralForCausalLM"], model_type="mistral", num_attention_heads=16, hidden_size=64
     )
-    assert ModelConfig.from_dict(mistral).num_key_value_heads == 8
-    assert ModelConfig.from_dict(mistral | dict(num_key_value_heads=None)).num_key_value_heads == 16
-    assert ModelConfig.from_dict(mistral).layer_windows == (4096, 4096)
-    assert ModelConfig.from_dict(mistral | dict(sliding_window=None)).layer_windows == (None, None)
+    assert parse_config(mistral).num_key_value_heads == 8
+    assert parse_config(mistral | dict(num_key_value_heads=None)).num_key_value_heads == 16
+    assert parse_config(mistral).layer_windows == (4096, 4096)
+    assert parse_config(mistral | dict(sliding_window=None)).layer_windows == (None, None)
 
 
 def test_windows_follow_use_sliding_window_max_window_layers_and_layer_types():
-    windows = lambda **changes: ModelConfig.from_dict(QWEN | changes).layer_windows  # noqa: E731
+    windows = lambda **changes: parse_config(QWEN | changes).layer_windows  # noqa: E731
     assert windows(sliding_window=8) == (None,) * 4
     assert windows(sliding_window=8, use_sliding_window=True, max_window_layers=3) == (None, None, None, 8)
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -90,29 +91,29 @@ def test_windows_follow_use_sliding_window_max_window_layers_and_layer_types():
 )
 def test_what_cannot_be_honoured_is_refused_by_name(changes, said):
     with pytest.raises(UserError) as error:
-        ModelConfig.from_dict(LLAMA | changes)
+        parse_config(LLAMA | changes)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_size_is_named():
     with pytest.raises(UserError, match="intermediate_size is missing"):
-        ModelConfig.from_dict({k: v for k, v in LLAMA.items() if k != "intermediate_size"})
+        parse_config({k: v for k, v in LLAMA.items() if k != "intermediate_size"})
 
 
 def test_bookkeeping_fields_and_switched_off_features_are_accepted():
     harmless = dict(initializer_range=0.02, use_cache=True, pretraining_tp=1, transformers_version="4.40.0", _name_or_path="x",
                     rope_interleaved=False, final_logit_softcapping=None, is_llama_config=True, temperature=0.6)  # fmt: skip
-    assert ModelConfig.from_dict(LLAMA | harmless) == ModelConfig.from_dict(LLAMA)
+    assert parse_config(LLAMA | harmless) == parse_config(LLAMA)
 
 
 def test_a_broken_config_file_names_the_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{not json")
     with pytest.raises(UserError, match="config.json is not valid JSON"):
-        ModelConfig.from_file(path)
+        read_config_file(path)
     path.write_text(json.dumps(LLAMA | dict(hidden_act="gelu")))
     with pytest.raises(UserError, match="config.json: hidden_act"):
-        ModelConfig.from_file(path)
+        read_config_file(path)
 
 
 @pytest.mark.parametrize(

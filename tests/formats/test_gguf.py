@@ -26,7 +26,8 @@ from support.tiny import ids
 from tokenizers import pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-from minilora import CausalLM, ModelConfig, UserError, generate, load_model, load_tokenizer
+from minilora import CausalLM, UserError, generate, load_model, load_tokenizer
+from minilora.formats.config_json import parse_config
 from minilora.formats.weights import read_config
 
 gguf = pytest.importorskip("gguf")
@@ -243,7 +244,7 @@ def test_a_byte_level_tokenizer_is_written_with_its_merges_its_added_tokens_and_
     config = (
         dict(model_type="qwen2", vocab_size=n + 5, num_key_value_heads=2, eos_token_id=[im_end, end]) | TINY
     )
-    model = CausalLM(ModelConfig.from_dict(config))
+    model = CausalLM(parse_config(config))
     model.init_weights()
     write(tmp_path / "model.gguf", model, chat_tokenizer)
     written = {
@@ -523,9 +524,7 @@ def assert_encodes_the_same(tmp_path, tokenizer: Path) -> list[str]:
     the export.
     """
     model = CausalLM(
-        ModelConfig.from_dict(
-            dict(model_type="llama", vocab_size=load_tokenizer(tokenizer).vocab_size) | TINY
-        )
+        parse_config(dict(model_type="llama", vocab_size=load_tokenizer(tokenizer).vocab_size) | TINY)
     )
     model.init_weights()
     notes = write(tmp_path / "model.gguf", model, tokenizer)
@@ -663,9 +662,7 @@ def test_without_the_package_the_line_says_what_to_install(merge, place, monkeyp
 def test_a_model_that_llama_cpp_cannot_express_is_refused_before_anything_is_read(
     tmp_path, model_dir, changes, said
 ):
-    config = ModelConfig.from_dict(
-        dict(model_type="llama", vocab_size=V, num_key_value_heads=2) | TINY | changes
-    )
+    config = parse_config(dict(model_type="llama", vocab_size=V, num_key_value_heads=2) | TINY | changes)
     with pytest.raises(UserError, match=said):
         write_gguf(tmp_path / "model.gguf", model_dir, config, {}, None)
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from support.families import FAMILIES, relative_error, transformers_model
 from support.tiny import ids, tiny_model
 
-from minilora import CausalLM, ModelConfig, UserError, load_model, save_model
+from minilora import CausalLM, UserError, load_model, save_model
+from minilora.formats.config_json import parse_config
 
 TOLERANCE = 1e-5  # float32 sums in another order, as in test_model
 
@@ -67,9 +68,7 @@ def test_loading_never_holds_the_weights_twice(tmp_path):
     config = dict(
         model_type="llama", vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=40
     )
-    model = CausalLM(
-        ModelConfig.from_dict(config | dict(num_attention_heads=8, num_key_value_heads=8))
-    ).bfloat16()
+    model = CausalLM(parse_config(config | dict(num_attention_heads=8, num_key_value_heads=8))).bfloat16()
     save_model(model, tmp_path)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     code = f"""

@@ -2,7 +2,8 @@
 
 import torch
 
-from minilora import CausalLM, ModelConfig
+from minilora import CausalLM
+from minilora.formats.config_json import parse_config
 
 _SMALL = dict(
     vocab_size=97,
@@ -64,7 +65,7 @@ def config_dict(theirs) -> dict:
 
 def same_model_here(theirs) -> CausalLM:
     """Our model with the weights of a transformers model."""
-    ours = CausalLM(ModelConfig.from_dict(config_dict(theirs))).eval()
+    ours = CausalLM(parse_config(config_dict(theirs))).eval()
     ours.load_state_dict(theirs.state_dict())
     return ours
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from minilora import CausalLM, LoraConfig, ModelConfig, add_lora, linear, quantize_4bit, trainable_parameters
+from minilora.formats.config_json import parse_config
 from minilora.linear import Linear4bit
 from minilora.loss import causal_lm_loss
 from minilora.optim import make_optimizer
@@ -44,7 +45,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> CausalLM:
 
 def peaks(config: dict, lora: dict, dtype: str, batch_size: int, length: int) -> dict[str, int]:
     """Bytes by policy."""
-    model = random_model(ModelConfig.from_dict(config), getattr(torch, dtype))
+    model = random_model(parse_config(config), getattr(torch, dtype))
     add_lora(model, LoraConfig(**lora))
     model.train()
     trainable, found = trainable_parameters(model), {}

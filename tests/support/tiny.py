@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from minilora import CausalLM, LoraConfig, ModelConfig, add_lora, quantize_4bit, trainable_parameters
+from minilora import CausalLM, LoraConfig, add_lora, quantize_4bit, trainable_parameters
+from minilora.formats.config_json import parse_config
 from minilora.linear import Linear4bit
 from minilora.lora import lora_layers
 from minilora.loss import causal_lm_loss
@@ -27,7 +28,7 @@ def tiny_model(seed: int = 0, **changes) -> CausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    model = CausalLM(ModelConfig.from_dict(config | changes)).eval()
+    model = CausalLM(parse_config(config | changes)).eval()
     model.init_weights(std=0.1, seed=seed)
     return model
 
@@ -89,7 +90,7 @@ def small_model(layers=3, width=64, quantized=False, **lora) -> CausalLM:
         num_hidden_layers=layers,
     )
     config |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
-    model = CausalLM(ModelConfig.from_dict(config))
+    model = CausalLM(parse_config(config))
     model.init_weights(std=0.1)
     return adapted(model, quantized=quantized, **lora)
 
