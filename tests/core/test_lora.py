@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, relative_error, same_model_here, transformers_model
-from support.tiny import AFTER_20_STEPS, CASES, TOLERANCE, adapter_pairs, ids, randomize, tiny_model
+from support.tiny import (
+    AFTER_20_STEPS,
+    CASES,
+    TOLERANCE,
+    adapter_pairs,
+    ids,
+    pair_with_peft,
+    randomize,
+    tiny_model,
+)
 from torch import nn
 
 from minilora import (
@@ -31,26 +40,6 @@ from minilora.optim import make_optimizer
 
 MISTRAL_7B = dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                   num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
-
-
-def pair_with_peft(family: str, **lora):
-    """The same weights and the same random adapter, here and in PEFT."""
-    peft = pytest.importorskip("peft")
-    theirs = transformers_model(family)
-    ours = same_model_here(theirs)
-    config = LoraConfig(**lora)
-    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    theirs = peft.get_peft_model(
-        theirs, peft.LoraConfig(task_type="CAUSAL_LM", **lora | dict(target_modules=targets))
-    )
-    add_lora(ours, config)
-    randomize(ours)
-    with torch.no_grad():
-        for name, layer in lora_layers(ours).items():
-            twin = theirs.base_model.model.get_submodule(name)
-            twin.lora_A["default"].weight.copy_(layer.lora_A["default"])
-            twin.lora_B["default"].weight.copy_(layer.lora_B["default"])
-    return ours, theirs
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -431,7 +431,8 @@ def test_without_loraplus_all_parameters_are_one_group(ratio):
 def test_5_loraplus_steps_equal_pefts():
     pytest.importorskip("peft")
     from peft.optimizers import create_loraplus_optimizer
-    from support.tiny import AFTER_20_STEPS, CASES, adapter_pairs, pair_with_peft, relative_error
+    from support.families import relative_error
+    from support.tiny import AFTER_20_STEPS, CASES, adapter_pairs, pair_with_peft
 
     ours, theirs = pair_with_peft("llama-gqa", **CASES["all-linear"])
     optimizer = make_optimizer(

@@ -1,5 +1,6 @@
 """Models of a few thousand parameters, adapters with values that hide nothing, and what comes of them."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,7 @@ from minilora.linear import Linear4bit
 from minilora.lora import lora_layers
 from minilora.loss import causal_lm_loss
 from minilora.recompute import set_recompute
+from support.families import same_model_here, transformers_model
 
 # Forward and gradient: float32 sums in another order, as in test_model.
 TOLERANCE = 1e-5
@@ -45,6 +47,26 @@ def randomize(model: nn.Module, seed: int = 0, scale: float = 0.1) -> None:
 
 def ids(*shape: int, vocab: int = 61) -> torch.Tensor:
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(7))
+
+
+def pair_with_peft(family: str, **lora):
+    """The same weights and the same random adapter, here and in PEFT."""
+    peft = pytest.importorskip("peft")
+    theirs = transformers_model(family)
+    ours = same_model_here(theirs)
+    config = LoraConfig(**lora)
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    theirs = peft.get_peft_model(
+        theirs, peft.LoraConfig(task_type="CAUSAL_LM", **lora | dict(target_modules=targets))
+    )
+    add_lora(ours, config)
+    randomize(ours)
+    with torch.no_grad():
+        for name, layer in lora_layers(ours).items():
+            twin = theirs.base_model.model.get_submodule(name)
+            twin.lora_A["default"].weight.copy_(layer.lora_A["default"])
+            twin.lora_B["default"].weight.copy_(layer.lora_B["default"])
+    return ours, theirs
 
 
 def adapter_pairs(ours, theirs):
