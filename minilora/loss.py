@@ -26,7 +26,7 @@ from minilora import ops
 from minilora.model import CausalLM
 from minilora.recompute import checkpoint
 
-IGNORE_INDEX = -100  # the label of a place that is not learnt
+IGNORE_INDEX = -100  # the label of a place that is not learned
 LOGITS_BYTES = 64 << 20  # of float32 logits at a time: 512 places of a vocabulary of 32k
 _HEAD_ROWS = 4096  # of the head, widened at a time where the product needs another dtype
 
@@ -47,8 +47,10 @@ def causal_lm_loss(
     )
     if isinstance(head, nn.Linear):
         return linear_cross_entropy(hidden, head.weight, targets)
-    learnt = targets != IGNORE_INDEX  # a head with an adapter: its logits are computed again in backward
-    chunks = (t.split(rows_at_a_time(model.config.vocab_size)) for t in (hidden[learnt], targets[learnt]))
+    supervised = targets != IGNORE_INDEX  # a head with an adapter: its logits are computed again in backward
+    chunks = (
+        t.split(rows_at_a_time(model.config.vocab_size)) for t in (hidden[supervised], targets[supervised])
+    )
     losses = [
         checkpoint(_loss_behind, head, h, t, parameters=head.parameters())
         for h, t in zip(*chunks, strict=True)
@@ -68,8 +70,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     Memory beside them and their gradients: twice LOGITS_BYTES, whatever V and the number of places. A
     weight's gradient is summed in float32.
     """
-    learnt = labels != IGNORE_INDEX
-    return _LinearCrossEntropy.apply(hidden[learnt], weight, labels[learnt])
+    supervised = labels != IGNORE_INDEX
+    return _LinearCrossEntropy.apply(hidden[supervised], weight, labels[supervised])
 
 
 def rows_at_a_time(vocab_size: int) -> int:

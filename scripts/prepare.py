@@ -2,13 +2,13 @@
 for training.
 
     python scripts/prepare.py --model mistralai/Mistral-7B-v0.1 --dataset my.jsonl --template mistral --val_size 0.1
-    python scripts/prepare.py --config run.yaml --show 3                     three examples, what is learnt of them in colour
+    python scripts/prepare.py --config run.yaml --show 3                     three examples, what is learned of them in colour
     python scripts/prepare.py --config run.yaml --to s3://bucket/prepared    the same files there too
     python scripts/train.py --config prepared/train.yaml
 
 Keys are the trainer's (`python scripts/train.py --help`), and besides
 
-    --show N            show N examples as they go into the model: special tokens, and which tokens are learnt
+    --show N            show N examples as they go into the model: special tokens, and which tokens are learned
     --skip_invalid      leave rows out that are wrong; else they are listed, and nothing is saved
     --output DIR        default: prepared; what is there already is replaced with --overwrite_output_dir
     --to ADDRESS        send the files to s3://bucket/folder or another place that fsspec can write
@@ -17,7 +17,7 @@ The directory then holds
 
     train.jsonl, validation.jsonl                 the rows in one form, mixed and split
     train.safetensors, validation.safetensors     their tokens; training, resuming and evaluating take them from here
-    statistics.json, lengths.png                  how long, how much of it is learnt, how much is cut
+    statistics.json, lengths.png                  how long, how much of it is learned, how much is cut
     train.yaml                                    the settings of a training on it, for train.py --config
 
 No weight is read, and of a model on the hub none is downloaded.
@@ -197,7 +197,7 @@ def show(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for i in range(0, len(dataset) if count else 0, max(1, len(dataset) // max(count, 1)))[:count]:
         example, row = dataset.examples[i], dataset.rows[i]
-        print(f"--- {row.place}: {len(example.input_ids):,} tokens, {example.supervised:,} of them learnt")
+        print(f"--- {row.place}: {len(example.input_ids):,} tokens, {example.supervised:,} of them learned")
         print(highlight_learned(example, tokenizer, colours), end="\n\n")
 
 

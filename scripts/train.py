@@ -355,7 +355,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     if not processes.main:
         return
 
-    # ---- the end: best adapter, files, what was learnt ---------------------------------------------------------------
+    # ---- the end: best adapter, files, what was learned ---------------------------------------------------------------
 
     if config.load_best_model_at_end and 0 < best["step"] < step:
         remove_lora(model)
@@ -394,9 +394,11 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 
 def fingerprint_of(dataset: Dataset | None) -> str | None:
-    """Changes with any token, and with any token's being learnt or not."""
+    """Changes with any token, and with any token's being learned or not."""
     parts = (
-        ((e.input_ids, e.learnt, np.array(e.document_lengths)) for e in dataset.examples) if dataset else ()
+        ((e.input_ids, e.loss_mask, np.array(e.document_lengths)) for e in dataset.examples)
+        if dataset
+        else ()
     )
     return dataset and fingerprint(b"".join(part.tobytes() for part in example) for example in parts)
 

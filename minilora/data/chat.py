@@ -1,16 +1,16 @@
-r"""A conversation as token ids, and which of them are learnt.
+r"""A conversation as token ids, and which of them are learned.
 
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
     <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
-                                                           ~~~~~~~~~~~~~~~     learnt: what the assistant writes, and its end token
+                                                           ~~~~~~~~~~~~~~~     learned: what the assistant writes, and its end token
 
 The wording is a Jinja template, the tokenizer's own or one of `minilora.data.templates`; it comes from a
 model's files, so it runs in a sandbox, which knows no files and no Python. What it sees and what comes out
 are as in transformers' `apply_chat_template`.
 
 The text is tokenized as a whole, and special tokens are those that the template writes: no BOS is added to
-its own. A token is learnt if one of its characters is. Which characters are, nobody searches for. A template
+its own. A token is learned if one of its characters is. Which characters are, nobody searches for. A template
 with {% generation %} blocks says it, by marks that the blocks put around their text and that are taken out
 again. For any other template
 
@@ -112,7 +112,7 @@ class ChatTemplate:
     def encode(
         self, messages: Sequence[Message], mask_history: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a conversation, int32 (T,), and which of them are learnt, bool (T,): all answers, or the
+        """The ids of a conversation, int32 (T,), and which of them are learned, bool (T,): all answers, or the
         last one only.
 
         Raises UserError for what the template refuses, in the template's own words.
@@ -127,14 +127,14 @@ class ChatTemplate:
         if mask_history:  # an answer may have several blocks
             history = self._find_end_of_history(messages, text)
             spans = [span for span in spans if span[0] >= history] or spans[-1:]
-        learnt = np.zeros(len(tokens), dtype=bool)
+        loss_mask = np.zeros(len(tokens), dtype=bool)
         begins, ends = (
             places[:, 0],
             np.maximum(places[:, 1], places[:, 0] + 1),
         )  # what stands for no character goes with the next
         for start, end in spans:
-            learnt |= (start < end) & (begins < end) & (ends > start)
-        return np.array(tokens, dtype=np.int32), learnt
+            loss_mask |= (start < end) & (begins < end) & (ends > start)
+        return np.array(tokens, dtype=np.int32), loss_mask
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation up to where the assistant goes on."""
@@ -148,10 +148,10 @@ class ChatTemplate:
 
         Raises UserError for a template that refuses the simplest conversation.
         """
-        input_ids, learnt = self.encode(
+        input_ids, loss_mask = self.encode(
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         )
-        last = int(input_ids[learnt][-1])
+        last = int(input_ids[loss_mask][-1])
         return last if self._tokenizer.is_special(last) else None
 
     def save(self, directory: str | Path) -> None:

@@ -1,9 +1,9 @@
-"""From rows to token ids, and the order in which they are learnt.
+"""From rows to token ids, and the order in which they are learned.
 
-Which tokens are learnt is known from how a row is made, and never searched for in it: of a prompt and its
+Which tokens are learned is known from how a row is made, and never searched for in it: of a prompt and its
 completion, which are encoded apart, exactly the completion with its EOS, without which the model would never
 learn to stop; of a conversation what `minilora.data.chat` says; of plain text all of it. The first token of a
-document is learnt in no case: nothing comes before it to predict it.
+document is learned in no case: nothing comes before it to predict it.
 
 The order is a pure function of (seed, epoch, position): no iterator has a state to lose, and any step of a
 run can be computed without the steps before it.
@@ -33,20 +33,20 @@ class Example(NamedTuple):
     """One example as tokens, or several packed into one row, one after the other."""
 
     input_ids: np.ndarray  # int32 (T,)
-    learnt: (
+    loss_mask: (
         np.ndarray
     )  # bool (T,): whether the loss is taken on predicting this token; never on the first one of a document
     document_lengths: tuple[int, ...]  # of what is packed; their sum is T
 
     @property
     def supervised(self) -> int:
-        """How many tokens are learnt."""
-        return int(self.learnt.sum())
+        """How many tokens are learned."""
+        return int(self.loss_mask.sum())
 
     @property
     def prompt_length(self) -> int:
-        """The first tokens, which are read and not learnt."""
-        return int(self.learnt.argmax())
+        """The first tokens, which are read and not learned."""
+        return int(self.loss_mask.argmax())
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Dataset:
     def summary(self) -> str:
         """A line for the start of a run."""
         tokens = sum(len(e.input_ids) for e in self.examples)
-        learnt = sum(e.supervised for e in self.examples)
-        text = f"{len(self.rows):,} examples, {tokens:,} tokens, {learnt:,} of them supervised ({learnt / max(tokens, 1):.0%})"
+        learned = sum(e.supervised for e in self.examples)
+        text = f"{len(self.rows):,} examples, {tokens:,} tokens, {learned:,} of them supervised ({learned / max(tokens, 1):.0%})"
         if len(self.rows) != len(self):
             text += f", packed into {len(self):,} rows"
         total = len(self.rows) + self.dropped
@@ -89,27 +89,27 @@ def tokenize(
     """Encode rows. What is longer than `cutoff_len` tokens is cut at its end, and dropped if nothing to learn
     is left.
 
-    Conversations are worded by `template`; `mask_history`: of each only the last answer is learnt. Raises
+    Conversations are worded by `template`; `mask_history`: of each only the last answer is learned. Raises
     UserError, with the row's place, for a conversation where there is no template, or that the template
     refuses; or `on_error` does something else.
     """
     kept, examples, truncated, dropped, uncut_lengths = [], [], 0, 0, []
     for row in rows:
         try:
-            input_ids, learnt = _encode(row, tokenizer, template, mask_history)
+            input_ids, loss_mask = _encode(row, tokenizer, template, mask_history)
         except UserError as error:
             on_error(error)
             continue
         length = len(input_ids)
-        input_ids, learnt = input_ids[:cutoff_len].copy(), learnt[:cutoff_len] | train_on_prompt
-        learnt[:1] = False
-        if not learnt.any():
+        input_ids, loss_mask = input_ids[:cutoff_len].copy(), loss_mask[:cutoff_len] | train_on_prompt
+        loss_mask[:1] = False
+        if not loss_mask.any():
             dropped += 1
             continue
         truncated += length > cutoff_len
         uncut_lengths.append(length)
         kept.append(row)
-        examples.append(Example(input_ids, learnt, (len(input_ids),)))
+        examples.append(Example(input_ids, loss_mask, (len(input_ids),)))
     return Dataset(kept, examples, truncated, dropped, tuple(uncut_lengths))
 
 
@@ -141,9 +141,9 @@ def prompt_ids(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None = N
 
 def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad on the right to the longest: input_ids and labels, both int64 (B, T). Labels are the ids, or IGNORE_INDEX
-    where not learnt.
+    where not learned.
 
-    No mask is needed for padding: a token never sees what follows it, and padding is never learnt, whatever
+    No mask is needed for padding: a token never sees what follows it, and padding is never learned, whatever
     its id.
     """
     T = max(len(e.input_ids) for e in examples)
@@ -152,7 +152,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     for i, example in enumerate(examples):
         ids = torch.from_numpy(example.input_ids).long()
         input_ids[i, : len(ids)] = ids
-        labels[i, : len(ids)] = ids.where(torch.from_numpy(example.learnt), IGNORE_INDEX)
+        labels[i, : len(ids)] = ids.where(torch.from_numpy(example.loss_mask), IGNORE_INDEX)
     return input_ids, labels
 
 

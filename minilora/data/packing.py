@@ -59,5 +59,5 @@ def best_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]
 
 
 def _join(examples: Sequence[Example]) -> Example:
-    input_ids, learnt, document_lengths = zip(*examples, strict=True)
-    return Example(np.concatenate(input_ids), np.concatenate(learnt), sum(document_lengths, ()))
+    input_ids, loss_mask, document_lengths = zip(*examples, strict=True)
+    return Example(np.concatenate(input_ids), np.concatenate(loss_mask), sum(document_lengths, ()))

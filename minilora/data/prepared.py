@@ -4,7 +4,7 @@ do it again.
     prepared/train.jsonl         rows, as `read_rows` reads them
     prepared/train.safetensors   their tokens
         input_ids        int32 (N,), of all examples one after the other
-        learnt           bool (N,)
+        loss_mask        bool (N,)
         lengths          int32, of every example; their sum is N
         uncut_lengths    int32, of every example before it was cut
 
@@ -27,7 +27,7 @@ from minilora.data.rows import Row, record_of
 from minilora.data.tokenizer import Tokenizer
 from minilora.system.files import fingerprint, write_whole
 
-_FORMAT = "minilora tokens 1"  # to be raised whenever the same rows would give other tokens
+_FORMAT = "minilora tokens 2"  # to be raised whenever the same rows would give other tokens
 
 
 def tokens_file(rows_file: str | Path) -> Path:
@@ -49,7 +49,7 @@ def save_tokens(path: Path, dataset: Dataset, key: str) -> None:
     """Write the tokens of a set that is not packed. `key`: that of its rows."""
     tensors = {
         "input_ids": np.concatenate([e.input_ids for e in dataset.examples]),
-        "learnt": np.concatenate([e.learnt for e in dataset.examples]),
+        "loss_mask": np.concatenate([e.loss_mask for e in dataset.examples]),
         "lengths": np.array([len(e.input_ids) for e in dataset.examples], dtype=np.int32),
         "uncut_lengths": np.array(dataset.uncut_lengths, dtype=np.int32),
     }
@@ -66,7 +66,7 @@ def load_tokens(path: Path, rows: list[Row], key: str) -> Dataset | None:
     except (OSError, SafetensorError):  # missing, or not written by us
         return None
     ends = np.cumsum(tensors["lengths"])[:-1]
-    parts = zip(np.split(tensors["input_ids"], ends), np.split(tensors["learnt"], ends), strict=True)
-    examples = [Example(input_ids, learnt, (len(input_ids),)) for input_ids, learnt in parts]
+    parts = zip(np.split(tensors["input_ids"], ends), np.split(tensors["loss_mask"], ends), strict=True)
+    examples = [Example(input_ids, loss_mask, (len(input_ids),)) for input_ids, loss_mask in parts]
     truncated = int((tensors["uncut_lengths"] > tensors["lengths"]).sum())
     return Dataset(rows, examples, truncated, uncut_lengths=tuple(tensors["uncut_lengths"].tolist()))

@@ -225,7 +225,7 @@ def _conversation(place: str, record: dict, column: str) -> Row:
     if record.get("system") and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, _message("system", _text(place, record, "system")))
     while messages and messages[-1]["role"] != "assistant":
-        messages.pop()  # nothing is learnt from what comes after the last answer
+        messages.pop()  # nothing is learned from what comes after the last answer
     if not messages:
         raise UserError(
             f"{place}: the conversation has no message of the assistant, so there is nothing to learn"
@@ -256,7 +256,7 @@ def _read_message(place: str, turn: object) -> Message:
 def _refuse_tools(place: str, holder: dict, names: Sequence[str]) -> None:
     for name in names:
         if holder.get(name) not in (None, "", "[]", [], {}):
-            mend = "leave the row out, or write what is to be learnt into the content of its messages"
+            mend = "leave the row out, or write what is to be learned into the content of its messages"
             raise UserError(
                 f"{place}: {name} {_fault(holder, name, 'empty')}, and tools are not taught here; {mend}"
             )

@@ -104,7 +104,7 @@ NEEDED = {  # what these must be
     _OFF,
 )
 INSTEAD = {
-    "stage": "plain text (pt) is learnt from a dataset with a text column; preferences are not",
+    "stage": "plain text (pt) is learned from a dataset with a text column; preferences are not",
     "deepspeed": "torchrun --nproc-per-node N scripts/train.py shares the batches between GPUs",
     "fsdp": "torchrun --nproc-per-node N scripts/train.py shares the batches between GPUs",
     "finetuning_type": "the nearest is lora with lora_target: all and a high rank",

@@ -99,15 +99,15 @@ def plot_runs(runs: dict[str, list[dict]], path: Path) -> None:
 
 
 def plot_lengths(lengths: Sequence[int], supervised: Sequence[int], cutoff_len: int, path: Path) -> None:
-    """How long examples are, before any is cut, and how many of their tokens are learnt. The last bar gathers
+    """How long examples are, before any is cut, and how many of their tokens are learned. The last bar gathers
     a long tail.
     """
     figure = _figure(10, 4)
-    whole, learnt = figure.subplots(1, 2)
+    whole, learned = figure.subplots(1, 2)
     over = sum(length > cutoff_len for length in lengths) / len(lengths)
     for axes, values, label in (
         (whole, lengths, "tokens of an example"),
-        (learnt, supervised, "supervised tokens of an example"),
+        (learned, supervised, "supervised tokens of an example"),
     ):
         top = (
             sorted(values)[int(0.99 * (len(values) - 1))] * 1.25

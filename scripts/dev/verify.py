@@ -144,7 +144,7 @@ class Case:
     seed: int
 
     def batch(self, step: int = 0) -> dict[str, Tensor]:
-        """input_ids and labels of a step, (2, T) each; the labels' first quarter is not learnt."""
+        """input_ids and labels of a step, (2, T) each; the labels' first quarter is not learned."""
         generator = torch.Generator().manual_seed(1000 * self.seed + step)
         input_ids = torch.randint(self.vocab_size, (2, TOKENS), generator=generator)
         labels = input_ids.clone()

@@ -56,11 +56,11 @@ def test_loss_and_gradients_equal_the_plain_ones_over_ragged_masks_and_chunks(pr
     # A softmax is exp of a difference of logits: their size, up to some 25 here, times 2^-24 is its error,
     # 1.5e-6 for single places, less in the norm.
     with torch.no_grad():
-        learnt = labels != IGNORE_INDEX
-        h, d_logits = hidden[learnt], (hidden[learnt] @ weight.T).softmax(-1)
-        d_logits += F.one_hot(labels[learnt], len(weight))
+        supervised = labels != IGNORE_INDEX
+        h, d_logits = hidden[supervised], (hidden[supervised] @ weight.T).softmax(-1)
+        d_logits += F.one_hot(labels[supervised], len(weight))
         terms = torch.zeros_like(hidden)
-        terms[learnt] = factor * d_logits @ weight.abs()
+        terms[supervised] = factor * d_logits @ weight.abs()
         terms = terms, factor * d_logits.T @ h.abs()
     assert all((a - b).norm() <= 1.5e-6 * t.norm() for a, b, t in zip(found, expected, terms, strict=True))
 
@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_vocabulary_times_length():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minilora.loss, "LOGITS_BYTES", limit)
         small, large = peak(256), peak(2048)
-    # What may grow: hidden states of the learnt places, their gradient twice (ours, and what backward
+    # What may grow: hidden states of the learned places, their gradient twice (ours, and what backward
     # returns), labels; and the selection's index. 6 float32 tensors (places, D) and 4 int64 (places,) are
     # more than that.
     assert large - small <= (2048 - 256) * (6 * 4 * D + 4 * 8)

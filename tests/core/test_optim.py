@@ -204,7 +204,7 @@ def test_final_loss_is_within_a_percent_of_32bit_adamws():
             optimizer.step()
             optimizer.zero_grad()
         losses[name] = (x @ A.T @ B.T - y).square().mean().item()
-    assert losses["adamw_torch"] < 0.3 < 1.5 < y.square().mean()  # it was learnt
+    assert losses["adamw_torch"] < 0.3 < 1.5 < y.square().mean()  # it was learned
     assert losses["adamw_8bit"] == pytest.approx(losses["adamw_torch"], rel=0.01)
 
 

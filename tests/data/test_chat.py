@@ -1,5 +1,5 @@
 """Chat templates: the tokens of transformers and of mistral_common, and exactly what the assistant writes is
-learnt.
+learned.
 """
 
 import json
@@ -197,14 +197,14 @@ def test_tokens_and_mask_of_every_named_template_are_transformers(ours, theirs, 
         messages[0]["content"] or template != "plain"
     )  # an answer that ends with token 0: transformers takes 0 for none
     chat = load_chat_template(template, ours[name])
-    input_ids, learnt = chat.encode(messages)
+    input_ids, loss_mask = chat.encode(messages)
     ids, mask = written(chat.source, theirs[name], messages, return_assistant_tokens_mask=True)
     assert input_ids.tolist() == ids
     rendered = theirs[name].apply_chat_template(messages, chat_template=chat.source, tokenize=False)
     if name != "qwen" or unicodedata.is_normalized(
         "NFC", rendered
     ):  # transformers finds no token for an accent that NFC joins
-        assert learnt.tolist() == [bool(m) for m in mask]
+        assert loss_mask.tolist() == [bool(m) for m in mask]
 
 
 @pytest.mark.parametrize(("name", "template"), SUPPORTED)
@@ -304,9 +304,9 @@ def test_qwen3_keeps_the_thoughts_before_the_last_answer_and_drops_older_ones(ou
     answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}
     messages = [{"role": "user", "content": "a"}, answer, {"role": "user", "content": "b"}, answer]
     apart = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
-    input_ids, learnt = chat.encode(messages)
+    input_ids, loss_mask = chat.encode(messages)
     assert input_ids.tolist() == chat.encode([messages[0], apart, messages[2], apart])[0].tolist()
-    assert ours["qwen"].decode(input_ids[learnt]) == "yes<think>\nhm\n</think>\n\nyes"
+    assert ours["qwen"].decode(input_ids[loss_mask]) == "yes<think>\nhm\n</think>\n\nyes"
 
 
 @given(thoughts=st.none() | texts, words=texts | st.just("<think>\nhm\n</think>\n\nyes"))
@@ -352,21 +352,21 @@ def test_tokens_of_the_mistral_template_are_mistral_commons(ours, mistral_common
     assume(all(m["content"].strip() for m in messages if m["role"] == "assistant"))
     chat = load_chat_template("mistral", ours[name])
     assert chat.encode_prompt(messages[:-1]) == mistral_common(name, messages[:-1])
-    input_ids, learnt = chat.encode(messages)
+    input_ids, loss_mask = chat.encode(messages)
     prompt, answer = mistral_common(name, messages[:-1]), messages[-1]["content"]
     answer_ids = ours[name].encode(
         answer if name == "mistral-v1" else answer.rstrip(" "), bos=False, eos=True
     )
     assert input_ids.tolist() == prompt + answer_ids
     assert input_ids[chat.encode(messages, mask_history=True)[1]].tolist() == answer_ids
-    assert learnt[: len(prompt)].sum() == sum(
+    assert loss_mask[: len(prompt)].sum() == sum(
         len(ours[name].encode(m["content"].rstrip(" " if name == "mistral-v3" else ""), bos=False, eos=True))
         for m in messages[:-1]
         if m["role"] == "assistant"
     )
 
 
-# What is learnt
+# What is learned
 
 
 @pytest.mark.parametrize(("name", "template"), SUPPORTED)
@@ -379,7 +379,7 @@ def test_a_template_that_does_not_mark_its_answers_gives_the_same_mask(ours, nam
     chat = load_chat_template(template, ours[name])
     marked_ids, marked = chat.encode(messages)
     try:
-        input_ids, learnt = without_generation(chat, ours[name]).encode(messages)
+        input_ids, loss_mask = without_generation(chat, ours[name]).encode(messages)
     except UserError as error:
         assert "cannot be found in the text" in str(error)
         assert template in ("qwen3", "mistral") and any(
@@ -389,9 +389,9 @@ def test_a_template_that_does_not_mark_its_answers_gives_the_same_mask(ours, nam
     assert input_ids.tolist() == marked_ids.tolist()
     if (
         template == "mistral"
-    ):  # its prompts differ from the text where the system message moves; then its own blank is not learnt
-        marked[(marked_ids == ours[name].token_id("▁")) & ~learnt] = False
-    assert learnt.tolist() == marked.tolist()
+    ):  # its prompts differ from the text where the system message moves; then its own blank is not learned
+        marked[(marked_ids == ours[name].token_id("▁")) & ~loss_mask] = False
+    assert loss_mask.tolist() == marked.tolist()
 
 
 @pytest.mark.parametrize(("name", "template"), SUPPORTED)
@@ -405,21 +405,21 @@ def test_exactly_the_answers_and_their_end_tokens_are_learnt(ours, name, templat
         ("assistant", "four"),
     ]
     messages = [{"role": role, "content": content} for role, content in turns]
-    input_ids, learnt = chat.encode(messages)
-    runs = "".join("x" if flag else " " for flag in learnt).split()
+    input_ids, loss_mask = chat.encode(messages)
+    runs = "".join("x" if flag else " " for flag in loss_mask).split()
     assert (
         len(runs) == 2
-        and input_ids[learnt].tolist().count(chat.end_id) == 2
+        and input_ids[loss_mask].tolist().count(chat.end_id) == 2
         and tokenizer.is_special(chat.end_id)
     )
     thoughts = "<think>\n\n</think>\n\n" if template == "qwen3" else ""
     first, second = (
-        tokenizer.decode(input_ids[learnt][: len(runs[0])]),
-        tokenizer.decode(input_ids[learnt][len(runs[0]) :]),
+        tokenizer.decode(input_ids[loss_mask][: len(runs[0])]),
+        tokenizer.decode(input_ids[loss_mask][len(runs[0]) :]),
     )
     assert (first.strip(), second.strip()) == ("two", thoughts + "four")
     last_ids, last = chat.encode(messages, mask_history=True)
-    assert last_ids.tolist() == input_ids.tolist() and last.sum() == len(runs[1]) and (learnt[last]).all()
+    assert last_ids.tolist() == input_ids.tolist() and last.sum() == len(runs[1]) and (loss_mask[last]).all()
 
 
 TWO_BLOCKS = (  # as templates that put what the model thinks apart; older thoughts are left out
@@ -435,12 +435,12 @@ TWO_BLOCKS = (  # as templates that put what the model thinks apart; older thoug
 @settings(max_examples=30, deadline=None)
 def test_of_the_last_answer_all_blocks_are_learnt_and_of_the_history_none(ours, messages):
     chat = ChatTemplate("two", TWO_BLOCKS, ours["qwen"])
-    input_ids, learnt = chat.encode(messages, mask_history=True)
-    assert ours["qwen"].decode(input_ids[learnt]) == "<think>" + messages[-1]["content"]
-    assert (input_ids[learnt] == ours["qwen"].token_id("<|im_end|>")).sum() == 1
+    input_ids, loss_mask = chat.encode(messages, mask_history=True)
+    assert ours["qwen"].decode(input_ids[loss_mask]) == "<think>" + messages[-1]["content"]
+    assert (input_ids[loss_mask] == ours["qwen"].token_id("<|im_end|>")).sum() == 1
     answers = "".join(message["content"] for message in messages[:-1] if message["role"] == "assistant")
-    input_ids, learnt = chat.encode(messages)
-    assert ours["qwen"].decode(input_ids[learnt]) == answers + "<think>" + messages[-1]["content"]
+    input_ids, loss_mask = chat.encode(messages)
+    assert ours["qwen"].decode(input_ids[loss_mask]) == answers + "<think>" + messages[-1]["content"]
 
 
 def test_the_answers_of_a_long_conversation_are_found_together(ours, monkeypatch):
@@ -452,8 +452,10 @@ def test_the_answers_of_a_long_conversation_are_found_together(ours, monkeypatch
         "_render",
         lambda messages, *given, **named: rendered.append(1) or render(messages, *given, **named),
     )
-    input_ids, learnt = chat.encode(messages)
-    assert ours["qwen"].decode(input_ids[learnt]) == "".join(message["content"] for message in messages[1::2])
+    input_ids, loss_mask = chat.encode(messages)
+    assert ours["qwen"].decode(input_ids[loss_mask]) == "".join(
+        message["content"] for message in messages[1::2]
+    )
     assert (
         len(rendered) <= 200 + 3
     )  # a prompt for each answer; the text, and the text with marks in front of and behind all answers
@@ -466,8 +468,11 @@ OLD_CHATML = (  # as templates were before add_generation_prompt
 
 def test_the_header_of_an_answer_is_not_learnt_where_the_template_knows_no_generation_prompt(ours):
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": " two\n"}]
-    input_ids, learnt = ChatTemplate("old", OLD_CHATML, ours["qwen"]).encode(messages)
-    assert ours["qwen"].decode(input_ids[learnt]) == " two\n" and input_ids[learnt][-1] == ours["qwen"].eos_id
+    input_ids, loss_mask = ChatTemplate("old", OLD_CHATML, ours["qwen"]).encode(messages)
+    assert (
+        ours["qwen"].decode(input_ids[loss_mask]) == " two\n"
+        and input_ids[loss_mask][-1] == ours["qwen"].eos_id
+    )
 
 
 def test_what_an_answer_ends_with_is_learnt_through_blanks_but_no_further(ours):
@@ -477,9 +482,9 @@ def test_what_an_answer_ends_with_is_learnt_through_blanks_but_no_further(ours):
         {"role": "assistant", "content": " two "},
         {"role": "user", "content": "x"},
     ]
-    input_ids, learnt = ChatTemplate("blanks", source, ours["qwen"]).encode(messages)
+    input_ids, loss_mask = ChatTemplate("blanks", source, ours["qwen"]).encode(messages)
     expected = ours["qwen"].encode_with_offsets("two  <|im_end|>")[0]
-    assert input_ids[learnt].tolist() == expected
+    assert input_ids[loss_mask].tolist() == expected
 
 
 # The tokenizer's own template
@@ -579,10 +584,12 @@ def test_there_is_exactly_one_bos_where_the_tokenizer_puts_one(ours, name, templ
 @given(messages=conversations(st.sampled_from(["<s>struck out</s>", "[INST] <unk>", "</s>", "<</s>/s>"])))
 @settings(max_examples=20, deadline=None)
 def test_special_tokens_that_people_type_stay_text_under_sentencepiece(ours, name, messages):
-    input_ids, learnt = load_chat_template("mistral", ours[name]).encode(messages)
+    input_ids, loss_mask = load_chat_template("mistral", ours[name]).encode(messages)
     answers = sum(message["role"] == "assistant" for message in messages)
     assert (input_ids == ours[name].bos_id).sum() == 1
-    assert (input_ids == ours[name].eos_id).sum() == (input_ids[learnt] == ours[name].eos_id).sum() == answers
+    assert (
+        (input_ids == ours[name].eos_id).sum() == (input_ids[loss_mask] == ours[name].eos_id).sum() == answers
+    )
     for message in messages:
         assert message["content"] in ours[name].decode(input_ids)
 

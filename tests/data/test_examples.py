@@ -27,11 +27,13 @@ def test_exactly_the_completion_and_its_eos_are_supervised(model_dir, prompt, co
     tokenizer = load_tokenizer(model_dir)
     (example,) = tokenize([Row(prompt, completion)], tokenizer, cutoff_len=1000).examples
     input_ids, labels = collate([example], tokenizer.pad_id)
-    learnt = labels[0][labels[0] != IGNORE_INDEX].tolist()
-    assert learnt == tokenizer.encode(completion, bos=False, eos=True) and learnt[-1] == tokenizer.eos_id
-    assert input_ids[0].tolist() == tokenizer.encode(prompt) + learnt
+    loss_mask = labels[0][labels[0] != IGNORE_INDEX].tolist()
+    assert (
+        loss_mask == tokenizer.encode(completion, bos=False, eos=True) and loss_mask[-1] == tokenizer.eos_id
+    )
+    assert input_ids[0].tolist() == tokenizer.encode(prompt) + loss_mask
     assert input_ids[0].tolist().count(tokenizer.bos_id) == 1
-    assert count_supervised(labels) == example.supervised == len(learnt)
+    assert count_supervised(labels) == example.supervised == len(loss_mask)
 
 
 def test_plain_text_is_learnt_whole_and_the_prompt_too_where_asked(model_dir):

@@ -197,7 +197,7 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
 @pytest.mark.parametrize(
     "key, value, mend",
     [
-        ("stage", "dpo", "plain text (pt) is learnt from a dataset with a text column; preferences are not"),
+        ("stage", "dpo", "plain text (pt) is learned from a dataset with a text column; preferences are not"),
         ("finetuning_type", "full", "the nearest is lora with lora_target: all and a high rank"),
         ("finetuning_type", "freeze", "lora"),
         ("deepspeed", "ds_z3_config.json", "torchrun"),

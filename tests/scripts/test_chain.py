@@ -43,7 +43,7 @@ def short_rows(name: str, count: int, instead: list[dict]) -> list[dict]:
 def saved_examples(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Ids and labels of every example in a file of tokens."""
     tensors = load_file(path)
-    labels = tensors["input_ids"].where(tensors["learnt"], -100).long()
+    labels = tensors["input_ids"].where(tensors["loss_mask"], -100).long()
     lengths = tensors["lengths"].tolist()
     return list(zip(tensors["input_ids"].long().split(lengths), labels.split(lengths), strict=True))
 

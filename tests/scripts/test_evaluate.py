@@ -42,7 +42,7 @@ def transformers_perplexity(model_dir, dataset, adapter=None):
     total = count = 0
     for example in tokenize(read_rows(dataset), load_tokenizer(model_dir), 256).examples:
         input_ids = torch.from_numpy(example.input_ids).long()
-        labels = input_ids.where(torch.from_numpy(example.learnt), -100)
+        labels = input_ids.where(torch.from_numpy(example.loss_mask), -100)
         total += theirs(input_ids=input_ids[None], labels=labels[None]).loss.item() * example.supervised
         count += example.supervised
     return math.exp(total / count)

@@ -82,7 +82,7 @@ CHATS = [
 def equal(one, other) -> bool:
     alike = (len(one), one.truncated, one.uncut_lengths) == (len(other), other.truncated, other.uncut_lengths)
     return alike and all(
-        np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.learnt, b.learnt) and a[2] == b[2]
+        np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.loss_mask, b.loss_mask) and a[2] == b[2]
         for a, b in zip(one.examples, other.examples, strict=True)
     )
 
