@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from minilora import ops
+from minilora.backend.offload import OffloadedInputs
 from minilora.config import ModelConfig, RopeConfig
 from minilora.linear import rerun_linear
-from minilora.recompute import OffloadedInputs, checkpoint
+from minilora.recompute import checkpoint
 
 PADDING = -1  # the document id of tokens that are only there to fill a row
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: 2 * layers * B * G * max_length * K numbers, allocated once."""
+    """Keys and values of the tokens seen so far: 2 * layers * B * G * max_length * K numbers, one block."""
 
     def __init__(
         self,
@@ -120,8 +121,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
-    def replay(self, x: Tensor) -> Tensor:
-        """`forward` for the sake of its backward: the output's values are not computed."""
+    def rerun_for_backward(self, x: Tensor) -> Tensor:
+        """Return an output with forward's gradient and arbitrary values (see DecoderLayer)."""
         return rerun_linear(self.down_proj, ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -141,12 +142,12 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)  # (B, T, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def replay(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def rerun_for_backward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """`forward` once more, for its backward: that reads every value but the output, so down_proj's
         product is left out.
         """
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, None)  # (B, T, D)
-        return x + self.mlp.replay(self.post_attention_layernorm(x))
+        return x + self.mlp.rerun_for_backward(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -202,7 +203,7 @@ class Decoder(nn.Module):
             if recompute == "off":
                 x = layer(x, cos, sin, masks[window], cache)
             else:
-                x = checkpoint(layer, x, cos, sin, masks[window], replay=layer.replay, **keep)
+                x = checkpoint(layer, x, cos, sin, masks[window], rerun=layer.rerun_for_backward, **keep)
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -41,7 +41,6 @@ from minilora.formats.adapter import load_adapter, save_adapter
 from minilora.formats.lint import lint_adapter, table
 from minilora.formats.weights import load_model, read_config
 from minilora.inference.evaluation import answers, evaluate_loss, exact_match
-from minilora.linear import describe_weights
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
@@ -61,6 +60,7 @@ from minilora.run.checkpoints import (
     write_checkpoint,
 )
 from minilora.run.datasets import load_datasets, token_settings
+from minilora.run.describe import describe_weights
 from minilora.run.output_dir import SETTINGS_FILE, check_output_dir, files_of_a_run, open_output_dir
 from minilora.run.plots import plot_loss, plot_training
 from minilora.run.reporters import make_reporters, without_secrets

@@ -19,9 +19,9 @@ from torch import nn
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, load_adapter, read_adapter_config
 from minilora.formats.weights import load_model
-from minilora.linear import describe_weights
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
+from minilora.run.describe import describe_weights
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import EMBEDDED_MODEL

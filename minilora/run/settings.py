@@ -38,18 +38,26 @@ class TrainConfig:
     """One training run. The comments are the manual that --help prints."""
 
     # model
-    model_name_or_path: str | None = None  # directory or hub id; none: the small base model that comes with minilora
+    model_name_or_path: str | None = (
+        None  # directory or hub id; none: the small base model that comes with minilora
+    )
     model_revision: str | None = None  # branch, tag or commit on the hub
     # data
-    dataset: str | list[str] | None = None  # a file, address or hub dataset; several with weights: a.jsonl:0.7,b.json:0.3
+    dataset: str | list[str] | None = (
+        None  # a file, address or hub dataset; several with weights: a.jsonl:0.7,b.json:0.3
+    )
     eval_dataset: str | list[str] | None = None  # held-out examples
     val_size: float = 0.0  # or hold out a share (below 1) or a number of the training examples
     prompt_column: str = "prompt"  # what the prompt is called in the dataset
     completion_column: str = "completion"  # what the completion is called
     messages_column: str | None = None  # what the list of messages is called; none: messages or conversations
-    cutoff_len: int | None = None  # longer examples are cut, and counted; none: 1024, or what the model can where that is less
+    cutoff_len: int | None = (
+        None  # longer examples are cut, and counted; none: 1024, or what the model can where that is less
+    )
     max_samples: int | None = None  # the first examples of each dataset alone, to try something
-    template: str | None = None  # alpaca, llama2, llama3, mistral, chatml, qwen3, plain, tokenizer: its own; none: its own if any
+    template: str | None = (
+        None  # alpaca, llama2, llama3, mistral, chatml, qwen3, plain, tokenizer: its own; none: its own if any
+    )
     train_on_prompt: bool = False  # learn the prompt as well
     mask_history: bool = False  # of a conversation learn the last answer alone
     packing: bool = False  # fill rows of cutoff_len with whole examples, which do not see each other
@@ -57,13 +65,17 @@ class TrainConfig:
     # output
     output_dir: str = "outputs"  # adapter, metrics, plot, model card, checkpoints
     overwrite_output_dir: bool = False  # replace what an earlier run left there
-    resume_from_checkpoint: str | None = None  # latest: go on from the newest in output_dir; or a checkpoint-N, of any run
+    resume_from_checkpoint: str | None = (
+        None  # latest: go on from the newest in output_dir; or a checkpoint-N, of any run
+    )
     # quantization of the frozen weights: QLoRA
     quantization_bit: int | None = 4  # 4 or 8; none: as they are in the files, plain LoRA
     quantization_type: str = "nf4"  # nf4 or fp4, for 4 bits
     double_quantization: bool = True  # store the scales in 8 bits too: 4.127 bits a weight instead of 4.5
     # adapter
-    preset: str = "standard_r8_qkvo"  # minimal_r4_qv, standard_r8_qkvo, aggressive_r16_all, high_capacity_r32_all
+    preset: str = (
+        "standard_r8_qkvo"  # minimal_r4_qv, standard_r8_qkvo, aggressive_r16_all, high_capacity_r32_all
+    )
     lora_rank: int | None = None  # these change single settings of the preset
     lora_alpha: float | None = None  # none: the preset's, or 2 * lora_rank where that is given
     lora_dropout: float | None = None
@@ -87,7 +99,9 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
     bf16: bool = False  # compute in bfloat16; neither: what is fast on this machine
     fp16: bool = False  # compute in float16, on a GPU
-    gradient_checkpointing: str = "auto"  # off, selective, full, offload: keep less, compute it again; auto: the fastest that fits
+    gradient_checkpointing: str = (
+        "auto"  # off, selective, full, offload: keep less, compute it again; auto: the fastest that fits
+    )
     seed: int = 42
     # watching and saving
     logging_steps: int = 10  # steps from one record to the next, wherever they go; 1: every step
@@ -96,12 +110,18 @@ class TrainConfig:
     save_total_limit: int | None = None  # keep so many checkpoints; the best one is kept beside them
     load_best_model_at_end: bool = False  # end with the adapter of the lowest evaluation loss
     early_stopping_patience: int | None = None  # stop after so many evaluations without a lower loss
-    exact_match_samples: int = 0  # held-out prompts to answer before and after, and to compare with the expected completion
+    exact_match_samples: int = (
+        0  # held-out prompts to answer before and after, and to compare with the expected completion
+    )
     report_to: str | list[str] = "none"  # mlflow, tensorboard: also record there what metrics.jsonl holds
     run_name: str | None = None  # what the run is called there; none: as its output_dir
-    mlflow_tracking_uri: str | None = None  # a server or store; none: MLFLOW_TRACKING_URI, or mlflow.db beside output_dir
+    mlflow_tracking_uri: str | None = (
+        None  # a server or store; none: MLFLOW_TRACKING_URI, or mlflow.db beside output_dir
+    )
     # sharing
-    push_to_hub: str | None = None  # a repository on the hub, owner/name, for adapter, model card and metrics; made if need be
+    push_to_hub: str | None = (
+        None  # a repository on the hub, owner/name, for adapter, model card and metrics; made if need be
+    )
     hub_private_repo: bool = False  # whether it is private where it has to be made
     upload: str | None = None  # an address for the same files: s3://bucket/folder
     hub_strategy: str = "end"  # when both are sent: end, or every_save, with each checkpoint too

@@ -19,11 +19,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minilora.data.examples import Dataset, Row
-from minilora.linear import count_parameters, describe_weights
 from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
-from minilora.optim import describe_optimizer
+from minilora.run.describe import count_parameters, describe_optimizer, describe_weights
 from minilora.run.reporters import Reporter
 from minilora.run.settings import TrainConfig
 from minilora.system.device import Placement
