@@ -6,7 +6,7 @@ The YAML file is read first, and the command line overrides it. The names are th
 TrainingArguments and of LLaMA-Factory. Hyphens work like underscores, and the usual short names are aliases.
 `minilora.run.llama_factory` translates the keys that only LLaMA-Factory has.
 
-An unknown key is an error that names the nearest known one: a misspelt key that is silently ignored costs a
+An unknown key is an error that names the nearest known one: a misspelled key that is silently ignored costs a
 night of training. A key that is set twice in one file or one command line is an error too; YAML alone would
 take the last value.
 """
@@ -218,8 +218,8 @@ class TrainConfig:
 
     def may_change(self) -> set[str]:
         """The keys that a resumed run may change, because no number of its training depends on them."""
+        # Every other schedule depends on the total number of steps, and so does a warm-up ratio.
         constant_rate = self.lr_scheduler_type == "constant" and not self.warmup_ratio
-        # Any other schedule, and a warm-up ratio, depend on the total number of steps.
         return MAY_CHANGE | ({"max_steps", "num_train_epochs"} if constant_rate else set())
 
     def to_yaml(self) -> str:
@@ -261,7 +261,7 @@ ALIASES = {
     "batch_size": "per_device_train_batch_size",
 }
 SWITCHES = ("use_4bit", "load_in_4bit")  # true: quantization_bit = 4, false: none
-BOOLEAN_SHORTHANDS = {  # two keys that take words also take true and false, and so YAML's on and off
+BOOLEAN_SHORTHANDS = {  # these keys take words; true and false (on and off in YAML) stand for two of them
     "resume_from_checkpoint": {True: "latest", False: None},
     "gradient_checkpointing": {True: "full", False: "off"},
 }

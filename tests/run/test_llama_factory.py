@@ -12,11 +12,12 @@ from support.project import ROOT
 
 from minilora import UserError
 from minilora.data.rows import parse_datasets, read_rows
+from minilora.run import llama_factory
 from minilora.run.llama_factory import (
     DEFAULTS,
     INSTEAD,
     KEYS,
-    LLAMA_FACTORY_ONLY,
+    MARKERS,
     NEEDED,
     NO_EFFECT,
     TRANSLATED,
@@ -241,7 +242,7 @@ def test_numbers_are_compared_as_numbers_however_yaml_reads_them():
     [
         ("ridles", "nearest: 'riddles'"),
         ("preferences", "preferences: ranking, chosen is not supported"),
-        ("quiz,exam", "dataset exam: data/dataset_info.json calls its columns otherwise"),
+        ("quiz,exam", "dataset exam: data/dataset_info.json names its columns differently"),
         ("riddles,,quiz", "names nothing between two commas"),
     ],
 )
@@ -344,12 +345,12 @@ def test_what_an_entry_asks_for_is_read_whatever_other_columns_a_row_has(entry, 
             {"formatting": "sharegpt", "tags": {"role_tag": "role"}},
             "role_tag role goes with content_tag content, not value",
         ),
-        ({"formatting": "sharegpt", "columns": {"system": "preface"}}, "call the column preface system"),
+        ({"formatting": "sharegpt", "columns": {"system": "preface"}}, "rename the column preface to system"),
         ({"formatting": "xml"}, "formatting xml is not supported"),
-        ({"columns": {"prompt": "text"}}, "columns prompt are no whole example; name prompt and response"),
+        ({"columns": {"prompt": "text"}}, "columns prompt do not make an example; name prompt and response"),
         (
             {"columns": {"prompt": "q", "query": "input", "response": "a"}},
-            "call the columns q, a instruction, input, output",
+            "rename the columns q, a to instruction, input, output",
         ),
         ({"columns": ["prompt", "response"]}, "columns must be an object, not ['prompt', 'response']"),
         ({"tags": "human"}, "tags must be an object, not 'human'"),
@@ -402,11 +403,11 @@ def test_no_key_has_two_meanings():
     own = {field.name for field in fields(TrainConfig)} | ALIASES.keys() | set(SWITCHES)
     named = [*TRANSLATED, *NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())]
     assert len(named) == len(set(named)) == len(KEYS) and not KEYS & own
-    assert set(LLAMA_FACTORY_ONLY) <= KEYS and INSTEAD.keys() <= NEEDED.keys() and {*DEFAULTS, *VALUES} <= own
+    assert set(MARKERS) <= KEYS and INSTEAD.keys() <= NEEDED.keys() and {*DEFAULTS, *VALUES} <= own
     ours = asdict(TrainConfig())
     assert all(ours[name] != value for name, value in DEFAULTS.items())
 
 
 def test_every_translated_key_is_read():
-    source = inspect.getsource(translate)
+    _, _, source = inspect.getsource(llama_factory).partition("def translate(")
     assert all(f'"{name}"' in source for name in TRANSLATED)
