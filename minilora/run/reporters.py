@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from minilora.run.secrets import without_secrets
+from minilora.run.redaction import without_secrets
 from minilora.run.services import MlflowRun, Service, TensorBoardLog
 from minilora.system.errors import UserError, suggestion
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from minilora.run.secrets import without_secrets
+from minilora.run.redaction import without_secrets
 
 MLFLOW_DEFAULTS = {  # where the environment sets no other value
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; MLflow's default is 120

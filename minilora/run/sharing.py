@@ -1,13 +1,13 @@
 """Share a run's results: in a repository on the Hugging Face hub, and at any address that fsspec can write.
 
-    --push_to_hub owner/name       one commit for each sending; the repository is created if it does not exist,
-                                   private with --hub_private_repo true
-    --upload s3://bucket/folder    file by file; a file is there in full or not at all
+    --push_to_hub owner/name       one commit each time; a missing repository is created, and is private with
+                                   --hub_private_repo true
+    --upload s3://bucket/folder    file by file; each arrives in full or not at all
 
-The trainer sends the settings before its first step, so missing permissions stop the run there and not after a
-night of training. Checkpoints are not shared, because only this run can use them. A save that cannot be shared
-in the middle of a run is a warning. The end of the run is the last attempt; later `scripts/share.py` can send
-the results again.
+The trainer sends the settings before its first step, so a missing permission stops the run at its start and
+not after a night of training. Checkpoints are not shared, because only this run can use them. A save that
+cannot be shared in the middle of a run only prints a warning. The end of the run is the last attempt; after
+that, `scripts/share.py` sends the results again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from typing import Protocol
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.run.output_dir import RUN_FILES, SETTINGS_FILE
-from minilora.run.secrets import without_secrets
+from minilora.run.redaction import without_secrets
 from minilora.system.errors import UserError, summarize
 from minilora.system.hub import push_files
 from minilora.system.remote import check_address, redacted, write_files
