@@ -61,7 +61,7 @@ class TrainConfig:
     """One training run. --help prints these comments, where "none:" gives the effect of an unset key."""
 
     # model
-    model_name_or_path: str | None = None  # directory or hub id; none: the small model inside minilora
+    model_name_or_path: str | None = None  # directory or hub id; none: the small model included in minilora
     model_revision: str | None = None  # branch, tag or commit on the hub; none: the hub's main branch
     # data
     dataset: str | list[str] | None = None  # file, address or hub id; mixed by weight: a.json:0.7,b.json:0.3
@@ -70,7 +70,7 @@ class TrainConfig:
     prompt_column: str = "prompt"  # name of the column that holds the prompt
     completion_column: str = "completion"  # name of the column that holds the completion
     messages_column: str | None = None  # name of the column of messages; none: messages or conversations
-    cutoff_len: int | None = None  # cut examples to this many tokens; none: 1024 or the model's lower limit
+    cutoff_len: int | None = None  # cut examples to this many tokens; none: min(1024, the model's limit)
     max_samples: int | None = None  # use only this many examples of each dataset, the first ones; none: all
     template: str | None = None  # alpaca llama2 llama3 mistral chatml qwen3 plain; tokenizer or none: its own
     train_on_prompt: bool = False  # learn the prompt too
@@ -105,7 +105,7 @@ class TrainConfig:
     warmup_steps: int = 0  # optimizer steps over which the learning rate rises from 0
     warmup_ratio: float = 0.0  # or the same as a share of all steps
     optim: str = "adamw_torch"  # adamw_torch, adamw_8bit, adamw_bnb_8bit or paged_adamw_8bit
-    loraplus_lr_ratio: float | None = None  # LoRA+: learning rate of B divided by that of A; none: equal
+    loraplus_lr_ratio: float | None = None  # LoRA+: learning rate of B divided by A's; none: both are equal
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     max_grad_norm: float = 1.0  # scale larger gradients down to this norm; 0: never
     bf16: bool = False  # compute in bfloat16; neither: what is fast on this machine
@@ -119,7 +119,7 @@ class TrainConfig:
     save_total_limit: int | None = None  # number of newest checkpoints to keep beside the best one; none: all
     load_best_model_at_end: bool = False  # end with the adapter of the lowest evaluation loss
     early_stopping_patience: int | None = None  # stop after this many evaluations without a lower loss
-    exact_match_samples: int = 0  # held-out prompts to answer before and after training, and compare exactly
+    exact_match_samples: int = 0  # held-out prompts answered before and after training, and compared exactly
     report_to: str | list[str] = "none"  # mlflow, tensorboard or all: also send the metrics there
     run_name: str | None = None  # name of the run in MLflow; none: the name of output_dir
     mlflow_tracking_uri: str | None = None  # server; none: MLFLOW_TRACKING_URI or mlflow.db beside output_dir
