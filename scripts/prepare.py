@@ -197,7 +197,7 @@ def show(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for i in range(0, len(dataset) if count else 0, max(1, len(dataset) // max(count, 1)))[:count]:
         example, row = dataset.examples[i], dataset.rows[i]
-        print(f"--- {row.place}: {len(example.input_ids):,} tokens, {example.supervised:,} of them learned")
+        print(f"--- {row.location}: {len(example.input_ids):,} tokens, {example.supervised:,} of them learned")
         print(highlight_learned(example, tokenizer, colours), end="\n\n")
 
 

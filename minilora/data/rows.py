@@ -49,7 +49,7 @@ class Row:
     messages: tuple[Message, ...] | None = (
         None  # the conversation, where a chat template is to word it; it ends with `completion`
     )
-    place: str = field(default="", compare=False, repr=False)  # "data.jsonl, line 3"
+    location: str = field(default="", compare=False, repr=False)  # "data.jsonl, line 3"
 
 
 def read_rows(
@@ -69,7 +69,7 @@ def read_rows(
     records = read_records(path, on_error)
     if not records:
         return []
-    place, columns = (
+    location, columns = (
         records[0][0],
         records[0][1].keys(),
     )  # the first record decides the form; every other one must have it too
@@ -91,7 +91,7 @@ def read_rows(
         read = _plain_text
     else:
         raise UserError(
-            f"{place}: no columns {prompt_column} + {completion_column}, instruction + output, messages, conversations or text; "
+            f"{location}: no columns {prompt_column} + {completion_column}, instruction + output, messages, conversations or text; "
             f"it has {', '.join(columns) or 'none'}; say which with prompt_column and completion_column, or messages_column"
         )
     rows = []
@@ -161,32 +161,34 @@ def mix_rows(parts: Sequence[list[Row]], weights: Sequence[Fraction | None], see
 
 
 def _prompt_and_completion(
-    place: str, record: dict, prompt_column: str, completion_column: str, chat: bool
+    location: str, record: dict, prompt_column: str, completion_column: str, chat: bool
 ) -> Row:
-    prompt, completion = _text(place, record, prompt_column), _text(place, record, completion_column)
+    prompt, completion = _text(location, record, prompt_column), _text(location, record, completion_column)
     messages = (_message("user", prompt), _message("assistant", completion)) if chat else None
-    return Row(prompt, completion, messages, place)
+    return Row(prompt, completion, messages, location)
 
 
-def _alpaca(place: str, record: dict, chat: bool) -> Row:
-    messages, completion = alpaca_question(place, record), _text(place, record, "output")
+def _alpaca(location: str, record: dict, chat: bool) -> Row:
+    messages, completion = alpaca_question(location, record), _text(location, record, "output")
     if chat:
-        return Row(messages[-1]["content"], completion, (*messages, _message("assistant", completion)), place)
+        return Row(
+            messages[-1]["content"], completion, (*messages, _message("assistant", completion)), location
+        )
     if len(messages) > 1:
         raise UserError(
-            f"{place}: a row with system or history needs a chat template to word it, such as --template alpaca"
+            f"{location}: a row with system or history needs a chat template to word it, such as --template alpaca"
         )
     wording = dict(bos_token="", add_generation_prompt=True)
-    return Row(render(TEMPLATES["alpaca"], messages, **wording), completion, place=place)
+    return Row(render(TEMPLATES["alpaca"], messages, **wording), completion, location=location)
 
 
-def alpaca_question(place: str, record: dict) -> list[Message]:
+def alpaca_question(location: str, record: dict) -> list[Message]:
     """Columns of Alpaca's form, but for the output, as a conversation that waits for an answer: system,
     history, question.
     """
-    instruction = _text(place, record, "instruction")
+    instruction = _text(location, record, "instruction")
     context, system = (
-        _text(place, record, column) if record.get(column) else "" for column in ("input", "system")
+        _text(location, record, column) if record.get(column) else "" for column in ("input", "system")
     )
     question = _message("user", f"{instruction}\n{context}" if context else instruction)
     if context:
@@ -194,16 +196,16 @@ def alpaca_question(place: str, record: dict) -> list[Message]:
             "instruction": instruction,
             "input": context,
         }  # for the alpaca template, which words them apart
-    return ([_message("system", system)] if system else []) + [*_history(place, record), question]
+    return ([_message("system", system)] if system else []) + [*_history(location, record), question]
 
 
-def _history(place: str, record: dict) -> list[Message]:
+def _history(location: str, record: dict) -> list[Message]:
     turns = record.get("history") or []
     if not isinstance(turns, list) or not all(
         isinstance(turn, list) and list(map(type, turn)) == [str, str] for turn in turns
     ):
         raise UserError(
-            f"{place}: the column history {_fault(record, 'history', 'a list of [question, answer]')}"
+            f"{location}: the column history {_fault(record, 'history', 'a list of [question, answer]')}"
         )
     return [
         message
@@ -212,40 +214,40 @@ def _history(place: str, record: dict) -> list[Message]:
     ]
 
 
-def _plain_text(place: str, record: dict) -> Row:
-    return Row(None, _text(place, record, "text"), place=place)
+def _plain_text(location: str, record: dict) -> Row:
+    return Row(None, _text(location, record, "text"), location=location)
 
 
-def _conversation(place: str, record: dict, column: str) -> Row:
-    _refuse_tools(place, record, ("tools", "functions"))
+def _conversation(location: str, record: dict, column: str) -> Row:
+    _refuse_tools(location, record, ("tools", "functions"))
     turns = record.get(column)
     if not isinstance(turns, list):
-        raise UserError(f"{place}: the column {column} {_fault(record, column, 'a list of messages')}")
-    messages = [_read_message(f"{place}, message {i}", turn) for i, turn in enumerate(turns, start=1)]
+        raise UserError(f"{location}: the column {column} {_fault(record, column, 'a list of messages')}")
+    messages = [_read_message(f"{location}, message {i}", turn) for i, turn in enumerate(turns, start=1)]
     if record.get("system") and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, _message("system", _text(place, record, "system")))
+        messages.insert(0, _message("system", _text(location, record, "system")))
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()  # nothing is learned from what comes after the last answer
     if not messages:
         raise UserError(
-            f"{place}: the conversation has no message of the assistant, so there is nothing to learn"
+            f"{location}: the conversation has no message of the assistant, so there is nothing to learn"
         )
     questions = [message["content"] for message in messages if message["role"] == "user"]
-    return Row(questions[-1] if questions else "", messages[-1]["content"], tuple(messages), place)
+    return Row(questions[-1] if questions else "", messages[-1]["content"], tuple(messages), location)
 
 
-def _read_message(place: str, turn: object) -> Message:
+def _read_message(location: str, turn: object) -> Message:
     if not isinstance(turn, dict):
-        raise UserError(f"{place}: expected an object with role and content, found {type(turn).__name__}")
-    _refuse_tools(place, turn, ("tool_calls", "function_call"))
+        raise UserError(f"{location}: expected an object with role and content, found {type(turn).__name__}")
+    _refuse_tools(location, turn, ("tool_calls", "function_call"))
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    role, content = _text(place, turn, role_key), _text(place, turn, content_key)
+    role, content = _text(location, turn, role_key), _text(location, turn, content_key)
     if role not in _ROLES:
-        raise UserError(f"{place}: the role {role!r} is not known; known: {', '.join(_ROLES)}")
+        raise UserError(f"{location}: the role {role!r} is not known; known: {', '.join(_ROLES)}")
     if _ROLES[role] == "assistant" and turn.get("weight") not in (None, 1):
         mend = "leave its row out, or end the row with the answer to learn and say --mask_history"
         raise UserError(
-            f"{place}: the answer has weight {turn['weight']!r}, and every answer counts alike here; {mend}"
+            f"{location}: the answer has weight {turn['weight']!r}, and every answer counts alike here; {mend}"
         )
     more = {
         key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None
@@ -253,12 +255,12 @@ def _read_message(place: str, turn: object) -> Message:
     return more | _message(_ROLES[role], content)
 
 
-def _refuse_tools(place: str, holder: dict, names: Sequence[str]) -> None:
+def _refuse_tools(location: str, holder: dict, names: Sequence[str]) -> None:
     for name in names:
         if holder.get(name) not in (None, "", "[]", [], {}):
             mend = "leave the row out, or write what is to be learned into the content of its messages"
             raise UserError(
-                f"{place}: {name} {_fault(holder, name, 'empty')}, and tools are not taught here; {mend}"
+                f"{location}: {name} {_fault(holder, name, 'empty')}, and tools are not taught here; {mend}"
             )
 
 
@@ -266,10 +268,10 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _text(place: str, record: dict, column: str) -> str:
+def _text(location: str, record: dict, column: str) -> str:
     value = record.get(column)
     if not isinstance(value, str):
-        raise UserError(f"{place}: the column {column} {_fault(record, column, 'text')}")
+        raise UserError(f"{location}: the column {column} {_fault(record, column, 'text')}")
     return value
 
 

@@ -27,7 +27,7 @@ def test_prompt_and_completion_are_read_under_their_own_names_and_under_others(t
     )
     assert read_rows(path) == [Row("a", "b"), Row("", "c")]
     assert read_rows(path, chat=True) == [Row("a", "b", said("a", "b")), Row("", "c", said("", "c"))]
-    assert [row.place for row in read_rows(path)] == [f"{path}, line 1", f"{path}, line 2"]
+    assert [row.location for row in read_rows(path)] == [f"{path}, line 1", f"{path}, line 2"]
     path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "b"})
     assert read_rows(path, "question", "answer") == [Row("a", "b")]
 

@@ -120,7 +120,7 @@ def test_the_key_changes_with_all_that_changes_tokens(model_dir, tmp_path):
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == tokens_key(
-        [replace(row, place="elsewhere") for row in ROWS], load_tokenizer(model_dir), None, SETTINGS
+        [replace(row, location="elsewhere") for row in ROWS], load_tokenizer(model_dir), None, SETTINGS
     )
 
 
