@@ -32,7 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.data.chat import Message, render
+from minilora.data.chat import Message
+from minilora.data.jinja_sandbox import render
 from minilora.data.readers import read_records
 from minilora.data.templates import TEMPLATES
 from minilora.system.errors import UserError, raise_error

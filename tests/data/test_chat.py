@@ -626,9 +626,9 @@ def test_offsets_go_through_the_text_and_leave_no_character_out(ours, name, text
         (
             "plain",
             "chatml",
-            r"template = chatml needs the token <\|im_start\|>, which the tokenizer lacks; plain and alpaca",
+            r"template = chatml needs the token <\|im_start\|>, which the tokenizer lacks; plain and alpaca need no",
         ),
-        ("plain", "plain", "template = plain ends answers with EOS, and the tokenizer names none"),
+        ("plain", "plain", "template = plain ends answers with EOS, but the tokenizer names none; set eos_token in"),
     ],
 )
 def test_a_template_that_cannot_be_is_refused_by_name(ours, tmp_path, name, template, said):
@@ -671,15 +671,15 @@ def test_turns_in_an_order_that_the_format_has_no_words_for_are_refused(ours, te
         ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "changes answer 1"),
         (
             "{% set a %}{% generation %}b{% endgeneration %}{% endset %}{{ a[1:] }}",
-            "cuts a {% generation %} block",
+            "cuts or nests a {% generation %} block",
         ),
         (
             "{% set a %}{% generation %}b{% endgeneration %}{% endset %}{{ a | reverse }}",
-            "cuts a {% generation %} block",
+            "cuts or nests a {% generation %} block",
         ),
         (
             "{% generation %}{% generation %}b{% endgeneration %}{% endgeneration %}",
-            "cuts a {% generation %} block, or puts",
+            "cuts or nests a {% generation %} block; it must",
         ),
     ],
 )
