@@ -65,8 +65,7 @@ def load_chat_template(
 def training_clock() -> datetime:
     """Return one fixed date for templates that print the date.
 
-    With today's date, tokens would change overnight, and a resumed run would differ from an uninterrupted
-    one.
+    With today's date, tokens would change overnight, and a resumed run would not be exact.
     """
     return datetime(2024, 7, 26)
 
@@ -316,8 +315,7 @@ class ChatTemplate:
         return located if unmarked_text == text and removed == list(markers) else None
 
     def _include_end_token(self, text: str, end: int, ids: Sequence[int], offsets: np.ndarray) -> int:
-        """Return the end of an answer and its end token, which is the next non-blank token if that is
-        special."""
+        """Return the end of an answer with its end token: the next non-blank token, if it is special."""
         for i in range(int(np.searchsorted(offsets[:, 0], end)), len(ids)):
             token_start, token_end = offsets[i].tolist()
             if token_start < token_end and not text[token_start:token_end].isspace():
@@ -337,8 +335,7 @@ class ChatTemplate:
 
 
 def _tokens_in_spans(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Return bool (T,): whether a token, with characters offsets[i] = [start, end), meets one of the
-    spans."""
+    """Return bool (T,): whether token i, the characters offsets[i] = [start, end), meets one of the spans."""
     token_starts = offsets[:, 0]
     # A token without characters, such as "▁" in front of a text, belongs to the character behind it.
     token_ends = np.maximum(offsets[:, 1], token_starts + 1)
