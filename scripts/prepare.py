@@ -41,7 +41,7 @@ from minilora.data.chat import load_chat_template, training_clock
 from minilora.data.examples import Dataset
 from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import save_tokens, tokens_file, tokens_key
-from minilora.data.rows import Row, record_of
+from minilora.data.rows import Row, to_record
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.weights import read_config
 from minilora.run.datasets import read_datasets, token_settings, tokenize_rows
@@ -133,7 +133,7 @@ def main() -> None:
         part = Path(passing)
         for name, dataset in sets.items():
             write_whole(
-                part / f"{name}.jsonl", "".join(to_json(record_of(row)) + "\n" for row in dataset.rows)
+                part / f"{name}.jsonl", "".join(to_json(to_record(row)) + "\n" for row in dataset.rows)
             )
             save_tokens(
                 tokens_file(part / f"{name}.jsonl"),
@@ -203,7 +203,7 @@ def show(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
 
 def content(row: Row) -> str:
     """What makes two rows the same one."""
-    return json.dumps(record_of(row))
+    return json.dumps(to_record(row))
 
 
 def count(dataset: Dataset) -> dict[str, int | float]:

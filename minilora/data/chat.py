@@ -247,9 +247,10 @@ class ChatTemplate:
             if prompt_end is not None:
                 start = prompt_end
             if start is None or end is None or start > end:
+                number = len(spans) + 1
                 raise UserError(
-                    f"the chat template {self.name} changes answer {len(spans) + 1} so that it cannot be "
-                    "found in the text; put {% generation %} and {% endgeneration %} around answers in the template"
+                    f"the chat template {self.name} changes answer {number} so that it cannot be found "
+                    "in the text; put {% generation %} and {% endgeneration %} around answers in the template"
                 )
             spans.append((start, end))
         return spans

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 
 from minilora.data.chat import ChatTemplate
 from minilora.data.examples import Dataset, Example
-from minilora.data.rows import Row, record_of
+from minilora.data.rows import Row, to_record
 from minilora.data.tokenizer import Tokenizer
 from minilora.system.files import fingerprint, write_whole
 
@@ -42,7 +42,7 @@ def tokens_key(
     `minilora.data.examples.tokenize`.
     """
     wording = [_FORMAT, tokenizer.fingerprint(), template and template.source, sorted(settings.items())]
-    return fingerprint(json.dumps(part, sort_keys=True).encode() for part in (wording, *map(record_of, rows)))
+    return fingerprint(json.dumps(part, sort_keys=True).encode() for part in (wording, *map(to_record, rows)))
 
 
 def save_tokens(path: Path, dataset: Dataset, key: str) -> None:

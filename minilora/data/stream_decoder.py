@@ -12,7 +12,7 @@ from minilora.data.tokenizer import Tokenizer
 
 
 class StreamDecoder:
-    """Decodes ids one by one: the results of `feed` and `flush`, joined, are `Tokenizer.decode` of all ids."""
+    """Decodes ids one by one. The joined results of `feed` and `flush` are `Tokenizer.decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer

@@ -1,10 +1,9 @@
-"""The two tokenizers that a model directory may hold, with the same methods for
-`minilora.data.tokenizer.Tokenizer`.
+"""The two kinds of tokenizer that a model directory may hold, behind `minilora.data.tokenizer.Tokenizer`.
 
     TokenizerJson    tokenizer.json, read by the tokenizers package
     SentencePiece    tokenizer.model, read by sentencepiece
 
-Both have these attributes:
+Both have the same methods and attributes:
 
     vocab_size       every id is below it
     special_ids      ids that decode to nothing

@@ -167,9 +167,9 @@ A, B = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     [
         (
             {"question": "a", "answer": "b"},
-            "it has question, answer; say which with prompt_column and completion_column",
+            "it has question, answer; name yours with prompt_column and completion_column",
         ),
-        ({}, "it has none; say which"),
+        ({}, "it has none; name yours"),
         ({"instruction": "a", "output": "b", "input": 5}, "the column input holds 5, not text"),
         (
             {"instruction": "a", "output": "b", "history": [["a"]]},
@@ -208,11 +208,11 @@ A, B = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ),
         (
             {"conversations": [A, B], "functions": [1]},
-            "functions holds [1], not empty, and tools are not taught here; leave",
+            "functions holds [1], not empty, and tools are not supported; leave",
         ),
         (
             {"messages": [A, B | {"weight": 0}, A, B]},
-            "message 2: the answer has weight 0, and every answer counts alike here",
+            "message 2: the answer has weight 0, but all answers have equal weight here; leave the row out",
         ),
     ],
 )
@@ -245,9 +245,9 @@ def test_datasets_are_parsed_with_and_without_weights():
 @pytest.mark.parametrize(
     ("datasets", "message"),
     [
-        ("a.jsonl:1,b.json", "some have a weight and some have none"),
+        ("a.jsonl:1,b.json", "only some datasets have a weight; give one to all of them"),
         ("a.jsonl:1,b.json:0", "a weight is 0"),
-        ("a.jsonl,,b.json", "names nothing between two commas"),
+        ("a.jsonl,,b.json", "names nothing between two commas; remove one of them"),
         ("", "names nothing"),
     ],
 )

@@ -19,7 +19,7 @@ from minilora.data.chat import load_chat_template
 from minilora.data.examples import tokenize
 from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import load_tokens, save_tokens, tokens_file, tokens_key
-from minilora.data.rows import Row, read_rows, record_of
+from minilora.data.rows import Row, read_rows, to_record
 
 SETTINGS = dict(cutoff_len=64, train_on_prompt=False, mask_history=False)
 
@@ -67,7 +67,7 @@ def test_a_row_that_is_saved_is_read_back_as_the_same_row(tmp_path_factory, reco
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     path.write_text(json.dumps(record))
     rows = read_rows(path, chat=chat)
-    path.write_text(json.dumps(record_of(rows[0])))
+    path.write_text(json.dumps(to_record(rows[0])))
     assert read_rows(path, chat=chat) == rows
 
 
