@@ -4,8 +4,8 @@
     instruction, input, output    Stanford Alpaca's form; `input` may be empty or absent. LLaMA-Factory adds
                                   `system` and `history`, a list of [question, answer]
     messages                      a list of {"role": "user", "content": "Hi"}; system, user or assistant
-    conversations                 ShareGPT's form, a list of {"from": "human", "value": "Hi"}; system, human, gpt.
-                                  A list of either form may have another name, with messages_column
+    conversations                 ShareGPT's form, a list of {"from": "human", "value": "Hi"}; system, human
+                                  or gpt. A list of either form may have another name, with messages_column
     text                          every token is learned
 
 The first record decides the form of a dataset, and every other record must have it too. A dataset may have

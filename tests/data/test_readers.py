@@ -425,7 +425,7 @@ def test_a_hub_that_does_not_answer_is_told_in_one_line(hub):
             "secret", response=response
         ),
         "cannot be fetched from http.*: HTTPError": errors.HTTPError("secret"),
-        "nor can it be a hub id": errors.HFValidationError("secret"),
+        "it is not a hub id either": errors.HFValidationError("secret"),
         "cannot be fetched .*LocalEntryNotFoundError": errors.LocalEntryNotFoundError("secret"),
     }
     for said, failure in failures.items():
