@@ -247,10 +247,10 @@ def test_every_wrong_row_is_listed_and_nothing_is_saved(prepare, write, tmp_path
         and out == ""
         and [line.split(":")[0] for line in listed] == [f"{path}, line {i}" for i in (2, 4, 5, 6)]
     )
-    assert last == f"error: 4 rows are wrong in {path}; correct them, or leave them out with --skip_invalid"
+    assert last == f"error: 4 rows are wrong in {path}; correct them, or skip them with --skip_invalid"
     assert not (tmp_path / "prepared").exists()
     code, out, err = prepare("--dataset", path, "--skip_invalid")
-    assert code == 0 and f"left out   4 rows that are wrong; the first: {path}, line 2" in out
+    assert code == 0 and f"skipped    4 wrong rows; the first: {path}, line 2" in out
     assert len((tmp_path / "prepared" / "train.jsonl").read_text().splitlines()) == 3
 
 
@@ -275,7 +275,7 @@ def test_held_out_rows_that_are_all_wrong_leave_a_set_without_them(prepare, writ
         "--dataset", write({"prompt": "a", "completion": "b"}), "--eval_dataset", wrong, "--skip_invalid"
     )
     assert code == 0, err
-    assert "left out   1 row that is wrong; the first: " in out and not list(
+    assert "skipped    1 wrong row; the first: " in out and not list(
         (tmp_path / "prepared").glob("validation.*")
     )
     assert "eval_dataset" not in (tmp_path / "prepared" / "train.yaml").read_text()
@@ -338,7 +338,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(prepare, dataset, tmp_path, 
         (("--to", "elsewhere"), "--to = 'elsewhere' is no address; write it as s3://bucket/folder"),
         (("--to", "s3://me:secret@[::1/x"), "--to = 's3://[::1/x' is no address"),
         (("--to", "s3://me:secret@bucket/x"), "--to = s3://bucket/x holds a password"),
-        (("--output", "a/b"), "is no directory that may be written"),
+        (("--output", "a/b"), "is not a writable directory"),
         (("--output", "rows.jsonl"), "--output rows.jsonl is a file"),
         (("--cutoff_len", "999"), "cutoff_len = 999 is more than the 256 positions of the model"),
         (("--cutof_len", "9"), "unknown key 'cutof_len'"),
