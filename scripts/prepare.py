@@ -29,7 +29,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -100,6 +100,16 @@ class Encoding:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     settings: dict[str, object]  # cutoff_len, train_on_prompt, mask_history
+
+    def tokenize(
+        self, rows: list[Row], source: str | Sequence[str], on_error: Callable[[UserError], None]
+    ) -> Dataset:
+        return tokenize_rows(
+            rows, source, self.settings, self.model_config, self.tokenizer, self.template, on_error
+        )
+
+    def key(self, rows: Sequence[Row]) -> str:
+        return tokens_key(rows, self.tokenizer, self.template, self.settings)
 
 
 def main() -> None:
@@ -181,14 +191,8 @@ def tokenize_sets(config: TrainConfig, encoding: Encoding, errors: list[UserErro
     rows_of = {"train": (train_rows, config.dataset)}
     if held_out_rows:
         rows_of["validation"] = (held_out_rows, config.eval_dataset or config.dataset)
-    sets, e = {}, encoding
-    for name, (rows, source) in rows_of.items():
-        dataset = tokenize_rows(
-            rows, source, e.settings, e.model_config, e.tokenizer, e.template, errors.append
-        )
-        if dataset.examples:
-            sets[name] = dataset
-    return sets
+    sets = {name: encoding.tokenize(rows, source, errors.append) for name, (rows, source) in rows_of.items()}
+    return {name: dataset for name, dataset in sets.items() if dataset.examples}
 
 
 def refuse(errors: list[UserError], dataset: str | Sequence[str]) -> None:
@@ -286,8 +290,7 @@ def save(
         for name, dataset in sets.items():
             rows_file = temporary / f"{name}.jsonl"
             write_whole(rows_file, "".join(to_json(to_record(row)) + "\n" for row in dataset.rows))
-            key = tokens_key(dataset.rows, encoding.tokenizer, encoding.template, encoding.settings)
-            save_tokens(tokens_file(rows_file), dataset, key)
+            save_tokens(tokens_file(rows_file), dataset, encoding.key(dataset.rows))
         write_whole(temporary / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         cutoff_len, train_set = encoding.settings["cutoff_len"], sets["train"]
         write_whole(temporary / RUN_FILE, run_settings(config, output, cutoff_len, "validation" in sets))

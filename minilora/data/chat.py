@@ -154,8 +154,8 @@ class ChatTemplate:
             answers = self._locate_answers(messages, text)
             spans = [(start, self._include_end_token(text, end, ids, offsets)) for start, end in answers]
         if mask_history:
-            # Several blocks may form the last answer. If the end of the history is unknown, keep the last
-            # block.
+            # The last answer may have several blocks. If the end of the history is unknown, only the last
+            # block is learned.
             history_end = self._locate_history_end(messages, text)
             spans = [span for span in spans if span[0] >= history_end] or spans[-1:]
         return np.array(ids, dtype=np.int32), _tokens_in_spans(offsets, spans)

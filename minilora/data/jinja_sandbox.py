@@ -1,9 +1,8 @@
-"""Runs a chat template: a Jinja program that writes a conversation as text.
+"""Chat templates run in a sandbox: a template is a Jinja program that writes a conversation as text.
 
-A template comes with a model's files, so it is a program by a stranger. It runs in Jinja's sandbox, where it
-sees the conversation and can read no file, reach no Python internals and change no message. Whitespace rules,
-filters and functions are those that transformers' `apply_chat_template` offers, {% generation %} and {% break
-%} among them.
+A template comes with a model's files, so a stranger wrote it. In Jinja's sandbox it can read no file, reach no
+Python internals and change no message. Whitespace, filters, functions and the tags {% generation %} and
+{% break %} work as in transformers' `apply_chat_template`.
 """
 
 import json

@@ -35,9 +35,8 @@ class TokenizerJson:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = self._tokenizer.get_vocab_size()
-        # A run of byte tokens that is not UTF-8 as a whole decodes to U+FFFD as a whole, so the next byte
-        # token can
-        # still change the text of those before it.
+        # A run of byte tokens that is not UTF-8 as a whole decodes to U+FFFD as a whole. So the next byte
+        # token can still change the text of those before it.
         self.unsettled_ids = {self.token_id(f"<0x{byte:02X}>") for byte in range(256)} - {None}
         # The post-processor's prefix: the special tokens that it puts in front of a text.
         example = self._tokenizer.encode("a")
@@ -128,21 +127,22 @@ class SentencePiece:
         Offsets are computed here, since sentencepiece's own interface to them changed between versions. The
         way back: pieces -> bytes -> characters of the normalized text -> characters of `text`.
         """
-        # Remove the escape marks. unmarked -> text: character i was text[kept[i]].
+        # Remove the escape marks. Character i of the unmarked text was text[kept[i]].
         kept = np.arange(len(text) + 1)
         if mark and mark in text:
             kept = np.delete(kept, [i for i, character in enumerate(text) if character == mark])
             text = text.replace(mark, "")
 
-        # normalized -> unmarked: character i was character origin[i]. The pieces joined are the normalized
-        # text.
+        # Character i of the normalized text was character origin[i] of the unmarked text.
         normalized, origin = self._model.normalize(text, with_offsets=True)
 
-        # bytes -> normalized. In UTF-8 every byte but the first of a character is 10xxxxxx.
+        # Byte i of the normalized text belongs to its character character_of_byte[i]. In UTF-8, all bytes of a
+        # character but the first are 10xxxxxx.
         first_bytes = (np.frombuffer(normalized.encode(), dtype=np.uint8) & 0xC0) != 0x80
         character_of_byte = np.cumsum(first_bytes) - 1
 
-        # pieces -> bytes: piece i is the bytes [starts[i], ends[i]). A byte token, "<0xF0>", is one byte.
+        # The pieces, joined, are the normalized text: piece i is its bytes [starts[i], ends[i]). The piece
+        # "<0xF0>" is a single byte.
         pieces = self._model.encode(text, out_type=str)
         ids = self._model.piece_to_id(pieces)
         byte_counts = [
