@@ -1,7 +1,7 @@
 """Chat templates run in a sandbox: a template is a Jinja program that writes a conversation as text.
 
-A template comes with a model's files, so a stranger wrote it. In Jinja's sandbox it can read no file, reach no
-Python internals and change no message. Whitespace, filters, functions and the tags {% generation %} and
+A template comes with a model's files, so a stranger wrote it. In Jinja's sandbox it can read no file, reach
+no Python internals and change no message. Whitespace, filters, functions and the tags {% generation %} and
 {% break %} work as in transformers' `apply_chat_template`.
 """
 

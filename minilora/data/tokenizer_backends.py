@@ -136,8 +136,8 @@ class SentencePiece:
         # Character i of the normalized text was character origin[i] of the unmarked text.
         normalized, origin = self._model.normalize(text, with_offsets=True)
 
-        # Byte i of the normalized text belongs to its character character_of_byte[i]. In UTF-8, all bytes of a
-        # character but the first are 10xxxxxx.
+        # Byte i of the normalized text belongs to its character character_of_byte[i]. In UTF-8, all bytes of
+        # a character but the first are 10xxxxxx.
         first_bytes = (np.frombuffer(normalized.encode(), dtype=np.uint8) & 0xC0) != 0x80
         character_of_byte = np.cumsum(first_bytes) - 1
 
