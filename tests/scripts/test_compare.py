@@ -118,7 +118,7 @@ def test_a_path_that_is_no_directory_is_one_line_and_exit_2(run, make_run):
     make_run("good", [record(1, 1.0)])
     for arguments, said in (
         (["good", "nowhere"], "nowhere does not exist"),
-        (["good", "--output", "no/a.png"], "no is no directory that may be written"),
+        (["good", "--output", "no/a.png"], "no (No such file or directory)"),
         (["good", "--output", "good"], "--output good exists and is no file"),
     ):
         code, out, err = run(*arguments)

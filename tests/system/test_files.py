@@ -57,14 +57,14 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
         (
             "none/new",
             False,
-            r"--output .*/none/new: .*/none is no directory that may be written \(No such file",
+            r"--output .*/none/new: cannot write to .*/none \(No such file",
         ),
         (
             "file/new",
             False,
-            r"--output .*/file/new: .*/file is no directory that may be written \(Not a directory",
+            r"--output .*/file/new: cannot write to .*/file \(Not a directory",
         ),
-        ("file/none/new", True, "--output .*/file/none/new: .*/file is no directory"),
+        ("file/none/new", True, "--output .*/file/none/new: cannot write to .*/file"),
     ):
         with pytest.raises(UserError, match=said):
             check_writable("--output", tmp_path / place, parents)
@@ -156,7 +156,7 @@ def test_faults_of_the_program_keep_their_traceback():
 
 
 def test_messages_name_the_nearest_or_all_and_list_many_problems_in_one_line():
-    assert suggestion("v_porj", ["q_proj", "v_proj"]) == "; suggestion: 'v_proj'"
+    assert suggestion("v_porj", ["q_proj", "v_proj"]) == "; nearest: 'v_proj'"
     assert suggestion("zzz", ["b", "a"]) == "; known: a, b"
     assert summarize([str(i) for i in range(11)]) == "0; 1; 2; 3; 4; 5; 6; 7; and 3 more"
 
