@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from minilora import CausalLM, UserError, generate, load_adapter, load_model, load_tokenizer, save_model
 from minilora.data.chat import load_chat_template
-from minilora.inference.assistant import Assistant, Settings, carry_over
+from minilora.inference.assistant import Assistant, GenerationSettings, reuse_cache
 from minilora.inference.generation import generate_stream, generate_text
 
 TEMPLATE = r"""{{- bos_token }}
@@ -97,8 +97,8 @@ def test_settings_are_shown_changed_and_checked(chat, model_dir):
     assert unknown == "error: there is no setting 'top_q'; nearest: 'top_p'"
     assert range_ == "error: top_p must be above 0 and at most 1, not 2.0"
     assert kind == "error: top_k must be a whole number, not 'much'"
-    assert command.startswith("error: /sett is no command") and "/adapter" in help_
-    assert arguments == "error: /set takes other words; see /help"
+    assert command.startswith("error: /sett is not a command") and "/adapter" in help_
+    assert arguments == "error: /set takes other arguments; see /help"
 
 
 def test_the_same_seed_draws_the_same_answers(chat, model_dir):
@@ -183,7 +183,7 @@ def test_rows_that_leave_no_room_or_have_no_words_are_named_before_anything_is_r
         ({"prompt": "a " * 300}, "in.jsonl, line 2 is 302 tokens long; the model has 256 positions"),
         (
             {"messages": [{"role": "user", "content": "fox"}]},
-            "in.jsonl, line 2: there is no chat template to word messages",
+            "in.jsonl, line 2: messages need a chat template",
         ),
     ):
         (tmp_path / "in.jsonl").write_text('{"prompt": "fox"}\n' + json.dumps(row) + "\n")
@@ -205,7 +205,7 @@ def test_a_tokenizer_of_another_model_is_one_line(chat, model_dir, tmp_path):
         code, _, err = chat("--model", tmp_path / "model", *keys, *GREEDY)
         assert (
             code == 2
-            and "the model knows 100: they are not of one model" in err.splitlines()[-1]
+            and "but the model knows 100: they do not belong to the same model" in err.splitlines()[-1]
             and "Traceback" not in err
         )
 
@@ -235,7 +235,7 @@ def test_instructions_and_messages_in_a_file_are_worded_by_the_template(chat, mo
     wanted = [expected_answer(model_dir, template.encode_prompt(messages)).strip() for messages in asked]
     assert found == wanted
     assert [
-        chat_script.question("in.jsonl", row)[1] for row in rows
+        chat_script.parse_question("in.jsonl", row).messages for row in rows
     ] == asked  # a random model may answer two of them alike
     assert found[0] != expected_answer(model_dir, "the old\nfox").strip()
 
@@ -262,7 +262,7 @@ def test_prompts_in_a_file_stay_as_they_are_where_training_left_them_so(chat, mo
     "keys, message",
     [
         (("--input", "in.jsonl"), "--input and --output go together"),
-        (("--input", "in.jsonl", "--output", "no/such/out.jsonl"), "no/such is no directory"),
+        (("--input", "in.jsonl", "--output", "no/such/out.jsonl"), "no/such (No such file or directory)"),
         (("--input", "in.jsonl", "--output", "."), "--output . exists and is no file"),
         (
             ("--input", "in.jsonl", "--output", "out.jsonl"),
@@ -275,7 +275,7 @@ def test_prompts_in_a_file_stay_as_they_are_where_training_left_them_so(chat, mo
         ),
         (("--temperature", "nan"), "or at least 1e-06, not nan"),
         (("--seed", "-1"), "seed must be at least 0"),
-        (("--system", "be brief"), "no chat template"),
+        (("--system", "be brief"), "a system prompt needs a chat template"),
         (("--template", "chatml"), "needs the token <|im_start|>"),
         (
             ("--instruction", "fox " * 300, "--quantization_bit", "none"),
@@ -308,7 +308,7 @@ def test_a_cache_carried_over_changes_no_token(model, shared, new, answered, see
     """The second prompt shares any part of the first one, from nothing to all of it."""
     generator = torch.Generator().manual_seed(seed)
     first, other = (torch.randint(3, 300, (1, 12), generator=generator) for _ in range(2))
-    cache = carry_over(model, None, [], first[0].tolist(), 5)
+    cache = reuse_cache(model, None, [], first[0].tolist(), 5)
     tokens = first[0].tolist()
     for _, token in zip(
         range(answered),
@@ -317,7 +317,7 @@ def test_a_cache_carried_over_changes_no_token(model, shared, new, answered, see
     ):
         tokens.append(int(token))
     second = torch.cat((first[:, :shared], other[:, :new]), dim=1)
-    carried = carry_over(model, cache, tokens, second[0].tolist(), 4)
+    carried = reuse_cache(model, cache, tokens, second[0].tolist(), 4)
     assert carried.length <= second.shape[1] - 1
     assert carried.length >= min(shared, cache.length, second.shape[1] - 1)
     steps = list(generate_stream(model, second, max_new_tokens=4, eos_token_ids=(), cache=carried))
@@ -330,7 +330,7 @@ def test_a_cache_carried_over_changes_no_token(model, shared, new, answered, see
 def test_of_a_second_turn_only_what_is_new_goes_through_the_model(model, model_dir):
     tokenizer = load_tokenizer(model_dir)
     plain = load_chat_template("alpaca", tokenizer)
-    assistant = Assistant(model, tokenizer, plain, Settings(temperature=0, max_new_tokens=5))
+    assistant = Assistant(model, tokenizer, plain, GenerationSettings(temperature=0, max_new_tokens=5))
     lengths = []
     hook = model.model.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
     question = {"role": "user", "content": "the old fox and a young owl"}
@@ -347,13 +347,15 @@ def test_of_a_second_turn_only_what_is_new_goes_through_the_model(model, model_d
 
 
 def test_an_adapter_that_is_switched_to_does_not_see_through_the_eyes_of_the_last_one(model, model_dir):
-    assistant = Assistant(model, load_tokenizer(model_dir), None, Settings(temperature=0, max_new_tokens=2))
+    assistant = Assistant(
+        model, load_tokenizer(model_dir), None, GenerationSettings(temperature=0, max_new_tokens=2)
+    )
     "".join(assistant.stream([{"role": "user", "content": "the old fox"}]))
     assert assistant.cache.length > 0
-    assistant.switch(None)
+    assistant.switch_adapter(None)
     assert assistant.cache is None
 
 
 def test_settings_out_of_range_are_refused():
     with pytest.raises(UserError, match="max_new_tokens must be at least 1, not 0"):
-        Settings(max_new_tokens=0)
+        GenerationSettings(max_new_tokens=0)

@@ -261,7 +261,7 @@ def test_a_missing_package_is_named_with_its_mend(monkeypatch, package, name):
         ({"--metrics": "rogue", "--exact_match_samples": 1}, "metric 'rogue' is not known; nearest: 'rouge'"),
         ({"--metrics": "bleu"}, "--exact_match_samples N"),
         ({"--template": "llama9"}, "template = 'llama9' is not known"),
-        ({"--output": "no/such/place.json"}, "no/such is no directory"),
+        ({"--output": "no/such/place.json"}, "no/such (No such file or directory)"),
         ({"--output": "."}, "--output . exists and is no file"),
     ],
 )
