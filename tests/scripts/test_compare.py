@@ -103,7 +103,7 @@ def broken(name, text):
             "line 1 is not valid JSON",
         ),
         (broken("training_config.yaml", "a: [1"), "training_config.yaml is not valid YAML"),
-        (broken("training_config.yaml", "- 1"), "training_config.yaml must hold"),
+        (broken("training_config.yaml", "- 1"), "training_config.yaml must contain"),
     ],
 )
 def test_a_directory_without_a_readable_run_is_one_line_and_exit_2(run, make_run, tmp_path, spoil, said):
@@ -132,9 +132,9 @@ def test_what_is_no_run_is_passed_over_with_a_note_unless_nothing_else_is_named(
     others = ["runs/compare.png", "runs/logs"]
     code, out, err = run("runs/a", *others)
     assert code == 0 and [line.split()[0] for line in out.splitlines()[:2]] == ["run", "a"]
-    assert err == "".join(f"note: {name} is passed over: it holds no metrics.jsonl\n" for name in others)
+    assert err == "".join(f"note: {name} is skipped: it has no metrics.jsonl\n" for name in others)
     code, out, err = run(*others)
-    assert code == 2 and out == "" and "no training run is there" in err.splitlines()[-1]
+    assert code == 2 and out == "" and "there is no training run" in err.splitlines()[-1]
 
 
 def test_values_that_are_no_numbers_are_left_out_of_table_and_picture(run, make_run):

@@ -119,7 +119,7 @@ def test_a_stopped_sweep_lets_the_trainer_save_and_tells_how_to_go_on(tmp_path, 
         # Ctrl-C in a terminal goes to both programs, SIGTERM to the one that is named.
         os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
         out = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "to go on: python scripts/sweep.py --config sweep.yaml" in out
+    assert process.returncode == 130 and "to resume: python scripts/sweep.py --config sweep.yaml" in out
     assert ("saved\n" in out) == (trainer is SAVING) and "run 2 of 2" not in out
 
 
@@ -137,7 +137,7 @@ def test_an_interrupted_run_ends_the_sweep(run_sweep, stand_in):
     code, out, _ = run_sweep({"lora_rank": [15, 4]})
     assert (
         code == 130
-        and "interrupted; to go on: python scripts/sweep.py" in out
+        and "interrupted; to resume: python scripts/sweep.py" in out
         and stand_in == ["lora_rank-15"]
     )
 
@@ -229,7 +229,7 @@ def test_every_combination_is_one_run_of_its_own_name(swept):
         grid = sweep.combinations(swept, "sweep.yaml")
     except UserError as error:
         assert "would be called" in str(error)
-        shown = [[sweep.short(value) for value in values] for values in swept.values()]
+        shown = [[sweep.file_name_part(value) for value in values] for values in swept.values()]
         assert any(len(set(values)) < len(values) for values in shown)
         return
     assert len(grid) == math.prod(map(len, swept.values()))
