@@ -10,12 +10,12 @@
     python scripts/chat.py --adapter sql=runs/a --adapter tutor=runs/b
 
 The chat template formats what you type: by default the tokenizer's own, which training saves with the
-adapter, or --template NAME; plain adds nothing to the words. Without any template, turns cannot be told
-apart, so every line is a separate prompt, as in training.
+adapter, or --template NAME; plain adds nothing to the words. Without any template, the model cannot tell one
+turn from the next, so every line is a separate prompt, as in training.
 
     --temperature 0.7  --top_p 0.9  --top_k 50    how tokens are sampled; temperature 0: the most likely one
     --repetition_penalty 1  --max_new_tokens 512  --seed 42
-    --system TEXT                                 the system prompt, if the template has a place for it
+    --system TEXT                                 the system prompt, if the template supports one
 
 All other keys are the trainer's (`python scripts/train.py --help`), such as --quantization_bit none. Keys
 that are not given keep the value of the first adapter's run, or the trainer's default.

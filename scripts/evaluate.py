@@ -66,7 +66,7 @@ class Task:
     """What every model is measured on."""
 
     dataset: Dataset
-    asked: list[Row]  # the rows whose prompts every model answers
+    answered: list[Row]  # every model answers the prompts of these rows
     scored: int  # the answers to this many of them are scored
     metrics: dict[str, Metric]
 
@@ -89,14 +89,14 @@ def main() -> None:
     if source is None:
         raise UserError("dataset is missing; name the examples to evaluate on with --dataset FILE")
     dataset = load_dataset(source, setup)
-    asked = dataset.rows[: max(options.exact_match_samples, options.samples)]
-    if any(row.prompt is None for row in asked):
+    answered = dataset.rows[: max(options.exact_match_samples, options.samples)]
+    if any(row.prompt is None for row in answered):
         raise UserError(f"{source} is plain text: without prompts there are no answers to compare")
-    task = Task(dataset, asked, min(options.exact_match_samples, len(asked)), metrics)
+    task = Task(dataset, answered, min(options.exact_match_samples, len(answered)), metrics)
     print(f"{source}: {dataset.summary()}")
 
     results = evaluate_models(setup, task)
-    print_samples(asked[: options.samples], results)
+    print_samples(answered[: options.samples], results)
     print_table(results, task.scored)
     if options.output:
         write_results(Path(options.output), setup, source, task, results)
@@ -151,9 +151,11 @@ def evaluate_model(model: CausalLM, setup: InferenceSetup, task: Task, base: Res
         figures["loss_change"] = loss - base.figures["loss"]
         # exp(loss) / exp(base loss) - 1; the difference is limited because exp overflows above 709
         figures["perplexity_change"] = math.expm1(min(figures["loss_change"], 700))
-    texts = answers(model, tokenizer, task.asked, batch_size, template=setup.template) if task.asked else []
+    texts: list[str] = []
+    if task.answered:
+        texts = answers(model, tokenizer, task.answered, batch_size, template=setup.template)
     if task.scored:
-        scored = texts[: task.scored], task.asked[: task.scored]
+        scored = texts[: task.scored], task.answered[: task.scored]
         figures["exact_match"] = exact_match(*scored)
         figures |= {name: metric(*scored) for name, metric in task.metrics.items()}
     return Result(figures, texts)
@@ -214,7 +216,7 @@ def write_results(
         "examples": len(task.dataset),
         "supervised_tokens": sum(e.supervised for e in task.dataset.examples),
         "results": figures,
-        "answers": answer_records(task.asked, results),
+        "answers": answer_records(task.answered, results),
     }
     write_whole(path, to_json(document, indent=2) + "\n")
 

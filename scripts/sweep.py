@@ -94,26 +94,6 @@ def prepare_runs(config: Path) -> list[Run]:
     return runs
 
 
-def train_all(runs: list[Run], config: Path) -> list[str]:
-    """Train every run that is not finished, and return the names of those that failed.
-
-    Raises KeyboardInterrupt if the sweep is interrupted.
-    """
-    failed = []
-    for i, run in enumerate(runs, start=1):
-        note = "  (finished before)" if run.finished else ""
-        print(f"\n==== run {i} of {len(runs)}: {run.directory.name}{note}", flush=True)
-        if run.finished:
-            continue
-        code = train(run)
-        if code == 130:
-            print(f"interrupted; to resume: python scripts/sweep.py --config {config}")
-            raise KeyboardInterrupt
-        if code:
-            failed.append(f"{run.directory.name} (exit code {code})")
-    return failed
-
-
 def combinations(swept: object, config: Path) -> dict[str, dict[str, object]]:
     """Name -> swept settings, of every combination; the last key changes fastest. Raises UserError."""
     if not isinstance(swept, dict) or not swept:
@@ -146,7 +126,7 @@ def check(run: Run, text: str, config: Path) -> None:
     `text` are the settings as YAML. Nothing is written to the output directory.
     """
     check_writable("output_dir", run.file, parents=True)
-    # The run itself prints what the trainer has to say about its keys.
+    # The run itself prints the trainer's notes on its keys.
     with TemporaryDirectory() as temporary, redirect_stdout(io.StringIO()):
         file = Path(temporary) / run.file.name
         file.write_text(text, encoding="utf-8")
@@ -173,6 +153,26 @@ def check_finished(run: Run, settings: TrainConfig) -> None:
     ]
     if changed:
         raise UserError(f"{run.directory} was finished with {summarize(changed)}; {remedy}")
+
+
+def train_all(runs: list[Run], config: Path) -> list[str]:
+    """Train every run that is not finished, and return the names of those that failed.
+
+    Raises KeyboardInterrupt if the sweep is interrupted.
+    """
+    failed = []
+    for i, run in enumerate(runs, start=1):
+        note = "  (finished before)" if run.finished else ""
+        print(f"\n==== run {i} of {len(runs)}: {run.directory.name}{note}", flush=True)
+        if run.finished:
+            continue
+        code = train(run)
+        if code == 130:
+            print(f"interrupted; to resume: python scripts/sweep.py --config {config}")
+            raise KeyboardInterrupt
+        if code:
+            failed.append(f"{run.directory.name} (exit code {code})")
+    return failed
 
 
 def train(run: Run) -> int:

@@ -42,9 +42,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device(
-        "cpu"
-    )  # of messages: NCCL sends from GPU memory, gloo from main memory
+    device: torch.device = torch.device("cpu")  # of messages: NCCL needs them on the GPU, gloo on the CPU
 
     @property
     def main(self) -> bool:
@@ -60,8 +58,9 @@ class Processes:
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter], *numbers: Tensor | float) -> list[float]:
-        """Sum gradients in place, and `numbers` as float32, over all ranks in one message. Returns the sums
-        of the numbers.
+        """The sums of float32 `numbers` over all ranks; sums gradients in place with the same message.
+
+        A rank without micro-batches contributes zeros for its missing gradients.
         """
         if self.count == 1:
             return [float(number) for number in numbers]
@@ -125,7 +124,7 @@ class Processes:
 
 
 def join_processes() -> Processes:
-    """Connect the processes that torchrun started, each on a GPU of its own; without torchrun, return one."""
+    """Connect the processes that torchrun started, each on its own GPU. Without torchrun there is one."""
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
     count, rank, local_rank = (int(os.environ.get(name, "0")) for name in names)
     if count <= 1:

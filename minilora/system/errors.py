@@ -1,6 +1,6 @@
 """Mistakes that the user can fix, reported in one line.
 
-A mistake of the user is a `UserError`. Its text names the wrong value, where it stands and how to fix it.
+A mistake of the user is a `UserError`. Its text names the wrong value, where it is and how to fix it.
 Scripts run their `main` through `run_script`, which prints this one line to stderr and exits with code 2,
 without a traceback. It does the same for a full disk, a missing permission or a file name that is too long.
 Every other exception is a bug in this program and keeps its traceback.
