@@ -232,9 +232,8 @@ def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] 
         except re.error as error:
             raise UserError(f"lora_target {target_modules!r} is not a regular expression: {error}") from error
         if not matched:
-            raise UserError(
-                f"lora_target {target_modules!r} matches no layer; it must match a name like {names[0]!r}"
-            )
+            example = f"it must match a whole name such as {names[0]!r}"
+            raise UserError(f"lora_target {target_modules!r} matches no layer; {example}")
         return matched
     for target in target_modules:
         if not any(_names_layer(target, n) for n in names):

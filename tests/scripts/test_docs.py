@@ -42,7 +42,7 @@ def test_every_command_names_a_script_and_options_that_it_has(command):
     script, options = ROOT / command.split()[0], re.findall(r"(?<!\S)--([\w-]+)", command)
     source = script.read_text(encoding="utf-8")
     keys = {field.name for field in fields(TrainConfig)} | ALIASES.keys() | {*SWITCHES, "config"}
-    takes_keys = "load_train_config" in source or "load_run_config" in source
+    takes_keys = "load_train_config" in source or "prepare_inference" in source
     for option in options:
         name = option.replace("-", "_")
         assert (takes_keys and name in keys) or re.search(rf'"--{name}"|--{name}\b', source), (
