@@ -25,9 +25,7 @@ _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of this shape in the buffer that all layers share. Its contents live until the next
-    call.
-    """
+    """Return a tensor of this shape in the buffer that all layers share; the next call overwrites it."""
     count = shape[0] * shape[1]
     buffer = _scratch.get((device, dtype))
     if buffer is None or buffer.numel() < count:
@@ -77,9 +75,7 @@ class _GradientOnly(torch.autograd.Function):
 
 
 def _widened(x: Tensor, weight: Weight) -> Tensor:
-    """Return x in the dtype of its product with W. A plain weight keeps its own, to agree with nn.Linear's
-    bits.
-    """
+    """Return x in its product's dtype. A plain weight keeps its own, to agree with nn.Linear's bits."""
     return x if isinstance(weight, Tensor) else x.to(product_dtype(x))
 
 

@@ -220,9 +220,7 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
 
 
 def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] | str) -> list[str]:
-    """Return full names of the linear layers that `target_modules` selects, in the model's order (see
-    `add_lora`).
-    """
+    """Return full names of the linear layers that `target_modules` selects, in the model's order."""
     names = [n for n, m in model.named_modules() if isinstance(m, _LINEAR) and not n.endswith(".base_layer")]
     if target_modules in ("all-linear", "all"):
         return [n for n in names if n != OUTPUT_HEAD]
@@ -282,9 +280,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the active adapter to the base weights, so that it costs nothing at inference. Undo:
-    `unmerge_lora`.
-    """
+    """Add the active adapter to the base weights, so that it costs nothing; `unmerge_lora` undoes it."""
     for name, layer in lora_layers(model).items():
         if isinstance(layer.base_layer, QuantizedLinear):
             raise UserError(

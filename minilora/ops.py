@@ -59,8 +59,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i + K/2}) of every head by the angle of its position (arXiv:2104.09864,
     3.2.2).
 
-    x: (B, heads, T, K); cos, sin: (B or 1, 1, T, K), both halves of the last dimension alike -> (B, heads, T,
-    K).
+    x: (B, heads, T, K); cos, sin: (B or 1, 1, T, K), both halves of K alike -> (B, heads, T, K).
     """
     left, right = x.chunk(2, dim=-1)  # (B, heads, T, K/2) each
     return x * cos + torch.cat((-right, left), dim=-1) * sin

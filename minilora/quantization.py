@@ -181,7 +181,7 @@ def quantize_4bit(
                 f"the weight's magnitudes, up to {absmax.max():.3g}, overflow double quantization; omit it"
             )
     fields = dict(
-        packed=packed, shape=weight.shape, dtype=weight.dtype, quant_type=quant_type, blocksize=blocksize
+        packed=packed, shape=weight.shape, dtype=x.dtype, quant_type=quant_type, blocksize=blocksize
     )
     if not double_quant:
         return QuantizedTensor(absmax=absmax, **fields)
@@ -191,9 +191,7 @@ def quantize_4bit(
 
 
 def nearest_code_bounds(code: Tensor) -> tuple[Tensor, Tensor]:
-    """code: (16,) -> midpoints between neighbouring codes, ascending (15,), and symbols in the codes' order
-    (16,).
-    """
+    """code: (16,) -> the midpoints between codes, ascending (15,), and the symbols in that order (16,)."""
     symbols = code.argsort(stable=True)
     return (code[symbols[:-1]] + code[symbols[1:]]) / 2, symbols.to(torch.uint8)
 
@@ -355,9 +353,7 @@ def check_floats(weight: Tensor) -> None:
 
 
 def check_finite(weight: Tensor, absmax: Tensor) -> None:
-    """Raise UserError for infinities and NaN. They show in the scale of their block: only scales are
-    searched.
-    """
+    """Raise UserError for infinities and NaN: they show in the scale of their block."""
     if not absmax.isfinite().all():
         bad = int((~weight.isfinite()).sum())
         raise UserError(
