@@ -184,8 +184,7 @@ _LINEAR = (nn.Linear, QuantizedLinear, LoraLinear)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
-    """Freeze the model, wrap the layers that `config.target_modules` names, and make the new adapter active
-    and trainable.
+    """Freeze the model, wrap the layers of `config.target_modules`, make the adapter active and trainable.
 
     `target_modules` is a list of leaf names (`q_proj`) or full names, or a string: `all-linear` (every linear
     layer but the output head) or a regular expression that matches whole names. Raises UserError for a name
@@ -196,17 +195,13 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
     if hasattr(nn.ParameterDict, name):  # PyTorch would take it for one of its own methods
         raise UserError(f"adapter name {name!r} is a name that PyTorch uses itself; choose another")
     if name in adapter_names(model):
-        raise UserError(
-            f"the model already has an adapter called {name!r}; choose another name or remove it first"
-        )
+        raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it")
     targets = match_targets(model, config.target_modules)
     if OUTPUT_HEAD in targets and model.config.tie_word_embeddings:
+        raise UserError(f"lora_target names {OUTPUT_HEAD!r}, whose weight is the embedding's; leave it out")
+    if merged := [layer.merged for layer in lora_layers(model).values() if layer.merged is not None]:
         raise UserError(
-            f"lora_target names {OUTPUT_HEAD!r}, whose weight is the embedding's in this model; leave it out"
-        )
-    if merged := [m for m in lora_layers(model).values() if m.merged is not None]:
-        raise UserError(
-            f"adapter {merged[0].merged!r} is merged into the weights; unmerge it before adding {name!r}"
+            f"adapter {merged[0]!r} is merged into the weights; unmerge it before adding {name!r}"
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -235,10 +230,8 @@ def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] 
         return matched
     for target in target_modules:
         if not any(_names_layer(target, n) for n in names):
-            known = {n.rpartition(".")[2] for n in names} | set(names)
-            raise UserError(
-                f"lora_target names {target!r}, which no linear layer is called{suggestion(target, known)}"
-            )
+            hint = suggestion(target, {n.rpartition(".")[2] for n in names} | set(names))
+            raise UserError(f"lora_target names {target!r}, which no linear layer is called{hint}")
     return [n for n in names if any(_names_layer(t, n) for t in target_modules)]
 
 
@@ -267,9 +260,9 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     if name is not None:
         _check_adapter(model, name)
     for layer in lora_layers(model).values():
-        if layer.merged is not None and layer.merged != name:
+        if layer.merged not in (None, name):
             raise UserError(
-                f"adapter {layer.merged!r} is merged into the weights; unmerge it before taking {name!r}"
+                f"adapter {layer.merged!r} is merged into the weights; unmerge it before {name!r}"
             )
     for layer in lora_layers(model).values():
         layer.active = name if name in layer.configs else None
@@ -284,7 +277,7 @@ def merge_lora(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
         if isinstance(layer.base_layer, QuantizedLinear):
             raise UserError(
-                f"{name} is quantized, and rounding would lose most of the adapter: merge into plain weights"
+                f"{name} is quantized: rounding would lose most of the adapter; merge into plain weights"
             )
         if name == OUTPUT_HEAD and model.config.tie_word_embeddings:
             raise UserError(
@@ -300,8 +293,7 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def remove_lora(model: nn.Module, name: str | None = None) -> None:
-    """Take one adapter off the model, or all of them. A merged adapter stays in the weights: unmerge it
-    first.
+    """Take one adapter off the model, or all of them. Unmerge first: a merged one stays in the weights.
 
     Layers without an adapter left become plain layers again, so parameter names are again the checkpoint's.
     """

@@ -1,5 +1,4 @@
-"""Optimizers by name, AdamW, AdamW with 8-bit moments, and learning-rate schedules as plain functions of the
-step.
+"""Optimizers by name, AdamW, AdamW with 8-bit moments, and learning rates as plain functions of the step.
 
 AdamW keeps two numbers for every trained one: m, the mean of its gradients, and v, the mean of their squares.
 In float32 they take 8 bytes. Their range matters, as v spans many decades, and their last digits do not. So
@@ -91,13 +90,10 @@ def make_optimizer(
     for parameter_name, parameter in named_parameters.items():
         is_fast = loraplus_lr_ratio and ("lora_B" in parameter_name or parameter.ndim == 1)
         by_scale[loraplus_lr_ratio if is_fast else 1.0].append(parameter)
-    groups = [
-        dict(params=params, lr=lr * scale, lr_scale=scale) for scale, params in by_scale.items() if params
-    ]
+    groups = [dict(params=group, lr=lr * scale, lr_scale=scale) for scale, group in by_scale.items() if group]
     settings = dict(lr=lr, weight_decay=weight_decay)
     if name == "adamw_torch":
-        # Fused: an adapter is hundreds of small tensors, and a loop over them would cost more than the
-        # arithmetic.
+        # Fused: a loop over an adapter's hundreds of small tensors would cost more than the arithmetic.
         return torch.optim.AdamW(groups, **settings, fused=True)
     if name == "adamw_8bit":
         return AdamW8bit(groups, **settings)
@@ -112,15 +108,13 @@ def _bitsandbytes_optim(name: str):
     try:
         from bitsandbytes import optim
     except ImportError as error:
-        raise UserError(
-            f"optim = {name!r} needs bitsandbytes: pip install bitsandbytes, or choose adamw_8bit"
-        ) from error
+        message = f"optim = {name!r} needs bitsandbytes: pip install bitsandbytes, or choose adamw_8bit"
+        raise UserError(message) from error
     return optim
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose moments take a byte each. Raises UserError for settings out of range and for other than
-    float32.
+    """AdamW whose moments take a byte each. Raises UserError for wrong settings and for other than float32.
 
     The state of a parameter is flat: `step`, a number; `exp_avg` and `exp_avg_sq` in its shape, float32 if it
     is small, else uint8, and then `exp_avg_absmax` and `exp_avg_sq_absmax`, float32 (ceil(n / 256),).

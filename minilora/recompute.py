@@ -46,8 +46,7 @@ POLICIES = ("off", "selective", "full", "offload")  # from the fastest to the mo
 
 
 def set_recompute(model: nn.Module, policy: str) -> str:
-    """Choose what the decoder's layers keep for backward. Returns the policy in effect: on a CPU `offload` is
-    `full`.
+    """Choose what layers keep for backward. Returns the policy in effect: on a CPU `offload` is `full`.
 
     Raises UserError for an unknown policy.
     """
