@@ -276,6 +276,11 @@ VLLM = {
         WILL_NOT_LOAD,
         "'pissa_niter_4' changed the base",
     ),
+    "LoRA-GA": (
+        lambda place: change_config(place, init_lora_weights="lora_ga"),
+        WILL_NOT_LOAD,
+        "'lora_ga' changed the base",
+    ),
     "aLoRA": (
         lambda place: change_config(place, alora_invocation_tokens=[1]),
         WILL_NOT_LOAD,
@@ -372,6 +377,11 @@ SGLANG = {
         LOADS_WRONGLY,
         "'loftq' changed the base model",
     ),
+    "LoRA-GA": (
+        lambda place: change_config(place, init_lora_weights="lora_ga"),
+        LOADS_WRONGLY,
+        "'lora_ga' changed the base model",
+    ),
     "trained copies": (
         lambda place: saved_by_peft(place, r=4, target_modules=["o_proj"], modules_to_save=["lm_head"]),
         LOADS_WRONGLY,
@@ -467,7 +477,7 @@ def test_mistakes_of_the_user_are_one_line_and_exit_with_2(command, place):
     for arguments, said in [
         ((place / "nowhere",), "no such directory"),
         ((place / "empty",), "is not an adapter: it has no adapter_config.json"),
-        ((place / "pickled",), "is pickled and never opened here; save the adapter again as safetensors"),
+        ((place / "pickled",), "is pickled and never read; save the adapter again as safetensors"),
         ((place / "adapter", "--model", place / "empty"), "is not a model directory"),
     ]:
         code, out, err = command(*arguments)
