@@ -102,7 +102,7 @@ def _config_dtype(config: ModelConfig, directory: Path) -> torch.dtype:
 
 
 def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
-    """A predicate over tensor names: whether files may hold the tensor although the model does not need it."""
+    """A test of tensor names: whether files may hold the tensor although the model does not need it."""
     tied_head = "lm_head.weight" if config.tie_word_embeddings else None
     return lambda name: name == tied_head or bool(_ROTARY_BUFFERS.fullmatch(name))
 
@@ -174,7 +174,7 @@ class StoredTensors:
     def read_quantized(
         self, name: str, shape: tuple[int, ...], device: torch.device | str
     ) -> QuantizedTensor:
-        """A weight in bitsandbytes' 4 bits. Raises UserError for entries that contradict `shape`, or others."""
+        """A weight in bitsandbytes' 4 bits. Raises UserError for entries that contradict one another."""
         entries = {entry: self.read(entry, None, "cpu") for entry in self.quantized[name]}
         weight = from_bitsandbytes(entries, name)
         if tuple(weight.shape) != shape:
