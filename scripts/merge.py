@@ -1,9 +1,9 @@
 """Merge a LoRA adapter into its base model, for every program that may run it.
 
-    merge.py --adapter outputs --output merged                      a directory: transformers, vLLM, minilora
-    merge.py --adapter outputs --output merged --quantize           the same, quantized to 4 bits again
-    merge.py --adapter outputs --output model.gguf --outtype q8_0   one file: llama.cpp, Ollama, LM Studio
-    merge.py --adapter outputs --export_adapter plain               the adapter alone, for every server
+    python scripts/merge.py --adapter outputs --output merged                     transformers, vLLM, minilora
+    python scripts/merge.py --adapter outputs --output merged --quantize          the same, in 4 bits again
+    python scripts/merge.py --adapter outputs --output model.gguf --outtype q8_0  llama.cpp, Ollama, LM Studio
+    python scripts/merge.py --adapter outputs --export_adapter plain              any server; merges nothing
 
 An adapter corrects the weights it was trained on. QLoRA trains on Q = dequantize(quantize(W)), which is all
 that 4 bits keep of W. So there are two weights to add the adapter to:
@@ -79,8 +79,7 @@ def main() -> None:
     if options.export_adapter:
         export_adapter(adapter, output)
     else:
-        plan = make_plan(adapter, options)
-        merge(plan, output)
+        merge_model(make_plan(adapter, options), output)
 
 
 def parse_options() -> argparse.Namespace:
@@ -226,7 +225,7 @@ def choose_for_4_bit_files(
 # ---- one tensor, then all of them ----
 
 
-def merge(plan: Plan, output: Path) -> None:
+def merge_model(plan: Plan, output: Path) -> None:
     """Write the merged model, and print the errors of each choice."""
     size = f"r {plan.lora.r}, scaling {plan.lora.scaling:g}, {len(plan.factors)} layers"
     print(f"merging {plan.adapter} ({size}) into the {plan.choice.into} weights of {plan.base}")
