@@ -87,21 +87,11 @@ def parse_options() -> argparse.Namespace:
     add, target = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     add("--adapter", required=True, help="its directory, or its hub id")
     target.add_argument("--output", help="new directory, or new file that ends in .gguf")
-    target.add_argument(
-        "--export_adapter", metavar="DIRECTORY", help="write the adapter as plain LoRA, without merging"
-    )
+    target.add_argument("--export_adapter", metavar="DIRECTORY", help="new directory for the plain adapter")
     add("--model", help="base model, directory or hub id; default: the one that the adapter names")
-    add(
-        "--into",
-        choices=("original", "dequantized"),
-        help="default: original, unless the files are quantized",
-    )
+    add("--into", choices=("original", "dequantized"), help="default: original, if the files hold them")
     add("--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16")
-    add(
-        "--quantize",
-        action="store_true",
-        help="write the merged weights in 4 bits, in bitsandbytes' format",
-    )
+    add("--quantize", action="store_true", help="write the merged weights in bitsandbytes' 4 bits")
     add("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
     add("--double_quantization", choices=("true", "false"), help="as in training; default: true")
     options = parser.parse_args()
@@ -164,11 +154,11 @@ class Plan:
 
 
 def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
-    """Read both configurations and all headers, and compare them. Raises UserError for everything amiss."""
+    """Read the adapter and the base model's headers. Raises UserError if they do not fit together."""
     lora, factors = read_adapter(adapter)
     base = find_base(options.model, [adapter])
     config, stored = read_config(base), StoredTensors(base)
-    tokenizer = load_adapted_tokenizer(base, {"adapter": adapter})  # holds training's chat template
+    tokenizer = load_adapted_tokenizer(base, {"adapter": adapter})  # with training's chat template
     if OUTPUT_HEAD in factors and config.tie_word_embeddings:
         raise UserError(
             f"{adapter} adapts {OUTPUT_HEAD}, whose weight is also the embedding in {base}: "
@@ -180,9 +170,19 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
     linear = {f"{layer}.weight" for layer in match_targets(model, "all-linear")}
     load_adapter(model, adapter)  # The model has shapes and no memory; every tensor must fit it.
     stored.check(shapes, ignore=is_redundant(config))
-    choice = choose(options, stored, shapes, adapter)
-    gguf_type = (options.outtype or "f16") if options.to_gguf else None
-    return Plan(adapter, lora, factors, base, config, stored, shapes, linear, tokenizer, choice, gguf_type)
+    return Plan(
+        adapter=adapter,
+        lora=lora,
+        factors=factors,
+        base=base,
+        config=config,
+        stored=stored,
+        shapes=shapes,
+        linear=linear,
+        tokenizer=tokenizer,
+        choice=choose(options, stored, shapes, adapter),
+        gguf_type=(options.outtype or "f16") if options.to_gguf else None,
+    )
 
 
 def choose(
@@ -212,7 +212,7 @@ def choose_for_4_bit_files(
     if options.into == "original" or options.quantization_type or options.double_quantization:
         raise UserError(
             f"the files in {stored.directory} hold 4 bits a weight: "
-            "leave out --into original and how to quantize"
+            "leave out --into original, --quantization_type and --double_quantization"
         )
     print(
         "the base model's files hold 4 bits a weight, "

@@ -34,6 +34,7 @@ from minilora.system.files import read_json, write_whole
 
 _PARTS = {"lora_A": A, "lora_B": B, "lora_magnitude_vector": MAGNITUDE}  # LoraLinear's name -> the file's
 
+# Every key is honoured, or known to change nothing, or refused unless it has its default.
 _HONOURED = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"}
 _CHANGES_NOTHING = set(
     """
@@ -114,7 +115,7 @@ def _check_required(raw: dict) -> None:
 
 
 def _check_honoured(key: str, value: object) -> None:
-    """Raise UserError for a key whose value asks for something that is not done here."""
+    """Raise UserError for a key whose value this implementation does not honour."""
     if key in _HONOURED | _CHANGES_NOTHING:
         return
     if key == "init_lora_weights":

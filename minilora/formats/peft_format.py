@@ -35,7 +35,7 @@ def split_key(key: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-# The names that `init_lora_weights` may hold. PEFT reads some of them in any case.
+# The names that `init_lora_weights` may hold. Some of them may be written in upper case.
 KNOWN_INITS = re.compile(r"(?i:gaussian|olora|mica)|eva|orthogonal|lora_ga|loftq|corda|pissa(_niter_\d+)?")
 _INITS_THAT_KEEP_THE_BASE = ("gaussian", "orthogonal", "eva", "mica")
 
@@ -43,9 +43,9 @@ _INITS_THAT_KEEP_THE_BASE = ("gaussian", "orthogonal", "eva", "mica")
 def changes_base(init: str) -> bool:
     """Whether an initialisation rewrote the base weights, so that the adapter alone is not the whole update.
 
-    The first A and B of PiSSA, OLoRA, CorDA and LoRA-GA are not zero together. PEFT subtracts their product
-    from W, so that training starts from the base model's function. LoftQ puts other quantized weights in W's
-    place. The other initialisations choose A, or B, and keep W.
+    PiSSA, OLoRA, CorDA and LoRA-GA start with a product B A that is not zero. PEFT subtracts it from W, so
+    that training starts from the base model's function. LoftQ replaces W by weights that it quantized itself.
+    The other initialisations start with B A = 0 and keep W.
     """
     return init.lower() not in _INITS_THAT_KEEP_THE_BASE
 
