@@ -239,7 +239,7 @@ def merge_model(plan: Plan, output: Path) -> None:
         differences = write_gguf(output, directory, config, plan.shapes, merger.tensor, plan.gguf_type)
     else:
         write_directory(output, plan, merger)
-    if merger.errors:  # None for the output head alone, which training does not quantize.
+    if merger.errors:  # Empty if the adapter holds the output head alone, which is never quantized.
         print_table(merger.errors, plan.choice)
     elif not plan.choice.trained_in_4_bits:
         print(

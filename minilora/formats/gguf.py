@@ -46,7 +46,6 @@ except ImportError as error:
         "a .gguf file is written with the gguf package, which is not installed: pip install gguf"
     ) from error
 
-OUTTYPES = ("f16", "q8_0")
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _ROWS = 4096  # rows of a matrix that are converted at a time
 
