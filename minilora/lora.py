@@ -23,7 +23,7 @@ change nothing but dropout: merging is a separate verb.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -221,7 +221,7 @@ def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] 
         return [n for n in names if n != OUTPUT_HEAD]
     if isinstance(target_modules, str):
         try:
-            matched = [n for n in names if re.fullmatch(target_modules, n)]
+            matched = matching_names(names, target_modules)
         except re.error as error:
             raise UserError(f"lora_target {target_modules!r} is not a regular expression: {error}") from error
         if not matched:
@@ -229,14 +229,21 @@ def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] 
             raise UserError(f"lora_target {target_modules!r} matches no layer; {example}")
         return matched
     for target in target_modules:
-        if not any(_names_layer(target, n) for n in names):
+        if not matching_names(names, [target]):
             hint = suggestion(target, {n.rpartition(".")[2] for n in names} | set(names))
             raise UserError(f"lora_target names {target!r}, which no linear layer is called{hint}")
-    return [n for n in names if any(_names_layer(t, n) for t in target_modules)]
+    return matching_names(names, target_modules)
 
 
-def _names_layer(target: str, name: str) -> bool:
-    return name == target or name.endswith("." + target)
+def matching_names(names: Iterable[str], target_modules: Sequence[str] | str) -> list[str]:
+    """Return the names that PEFT's rule for `target_modules` selects, in their order.
+
+    A string is a regular expression that matches the whole name. A list holds full names, or their last parts.
+    """
+    if isinstance(target_modules, str):
+        return [name for name in names if re.fullmatch(target_modules, name)]
+    endings = tuple(f".{target}" for target in target_modules)
+    return [name for name in names if f".{name}".endswith(endings)]
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
