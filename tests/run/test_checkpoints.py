@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from support.project import PROGRAM_ENVIRONMENT, SUPPORT, adapter, metrics
 
 from minilora import UserError
+from minilora.run import checkpoints
 from minilora.run.checkpoints import (
     DIGESTS_FILE,
     STATE_FILE,
@@ -44,10 +45,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(trainer, monkeypatch):
-    """Drawing one takes longer than these trainings."""
-    monkeypatch.setattr(trainer, "plot_loss", lambda *_: None)
-    monkeypatch.setattr(trainer, "plot_training", lambda *_: None)
+def without_pictures(monkeypatch):
+    """Drawing a picture takes longer than one of these trainings."""
+    monkeypatch.setattr("minilora.run.report.plot_loss", lambda *_: None)
+    monkeypatch.setattr("minilora.run.report.plot_training", lambda *_: None)
 
 
 def numbers(directory):
@@ -123,7 +124,7 @@ def go_on(train, stopped_at=3, **keys):
         if path.name != f"checkpoint-{stopped_at}" and not path.name.startswith("training"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     _, out = train("stopped", resume_from_checkpoint="latest", **keys)
-    assert f"going on from {stopped / f'checkpoint-{stopped_at}'}, after step {stopped_at} of" in out
+    assert f"resuming from {stopped / f'checkpoint-{stopped_at}'}, after step {stopped_at} of" in out
     assert_same_run(whole, stopped)
     return whole, stopped
 
@@ -204,7 +205,7 @@ def test_ctrl_c_and_sigterm_save_everything_and_exit_130(train, trainer, monkeyp
     before = signal.getsignal(signal.SIGTERM)
     stopped, out = train("stopped", code=130, **keys)
     assert (
-        f"interrupted after step 3 of 6; to go on from {stopped / 'checkpoint-3'}: --resume_from_checkpoint latest"
+        f"interrupted after step 3 of 6; to resume from {stopped / 'checkpoint-3'}: --resume_from_checkpoint latest"
         in out
     )
     monkeypatch.setattr(trainer, "causal_lm_loss", original)
@@ -219,7 +220,7 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
     stop = StopSignal(said.append)
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.asked and said
+    assert stop.requested and said
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     stop.release()
@@ -318,7 +319,7 @@ def test_other_settings_are_refused_by_name_with_both_values(stopped, tmp_path):
     directory, refused = stopped
     said = refused(learning_rate=1e-3)
     assert (
-        f"{directory / 'checkpoint-6'} is of another training: learning_rate is 0.001 here, 0.0002 there; set it back"
+        f"{directory / 'checkpoint-6'} belongs to another training: learning_rate is 0.001 here, 0.0002 there; set it back"
         in said
     )
     assert "lora_rank is 4 here, None there" in refused(lora_rank=4)
@@ -345,9 +346,10 @@ def test_another_dataset_and_another_model_are_refused_whatever_they_are_called(
     assert "the fingerprint of the model is" in refused(model=tmp_path / "other")
 
 
-def test_another_dtype_is_refused(stopped, trainer, monkeypatch):
+def test_another_dtype_is_refused(stopped, monkeypatch):
     _, refused = stopped
-    monkeypatch.setattr(trainer, "choose_placement", lambda *_: Placement(CPU, torch.bfloat16, "a test"))
+    placement = Placement(CPU, torch.bfloat16, "a test")
+    monkeypatch.setattr("minilora.run.plan.choose_placement", lambda *_: placement)
     assert "the dtype of computing is 'torch.bfloat16 on cpu' here, 'torch.float32 on cpu' there" in refused()
 
 
@@ -357,7 +359,7 @@ def test_a_place_without_a_checkpoint_is_refused(stopped, tmp_path):
     shutil.rmtree(directory / "checkpoint-6" / "training_state")
     assert "no checkpoint with a training_state is there" in refused(directory / "checkpoint-6")
     shutil.rmtree(directory / "checkpoint-3" / "training_state")
-    assert "checkpoint-6 holds no training_state to go on from; " in refused()
+    assert "checkpoint-6 holds no training_state to resume from; " in refused()
 
 
 def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_passes_it_over(stopped, train):
@@ -369,10 +371,10 @@ def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_passes_it_
     whole = other.read_text()
     other.write_text(whole[:-1])
     said = refused()
-    assert f"{directory} has no whole checkpoint" in said and str(path) in said and str(other) in said
+    assert f"{directory} has no complete checkpoint" in said and str(path) in said and str(other) in said
     other.write_text(whole)
     _, out = train(max_steps=6, save_steps=3, resume_from_checkpoint="latest")
-    assert f"passed over: {path} is truncated or corrupt" in out and "after step 3 of 6" in out
+    assert f"skipped: {path} is truncated or corrupt" in out and "after step 3 of 6" in out
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------------
@@ -490,7 +492,7 @@ def test_a_save_without_room_loses_nothing_and_is_one_line(tmp_path, room):
         for step in (1, 2):
             with pytest.raises(
                 UserError,
-                match=rf"checkpoint-{step} could not be saved: .+; the checkpoints before it are whole",
+                match=rf"checkpoint-{step} could not be saved: .+; earlier checkpoints are complete",
             ):
                 write_checkpoint(tmp_path / f"checkpoint-{step}", write_adapter, state)
     finally:
@@ -499,24 +501,23 @@ def test_a_save_without_room_loses_nothing_and_is_one_line(tmp_path, room):
     assert equal(state, read_checkpoint(tmp_path / "checkpoint-1"))
 
 
-def test_a_disk_that_fills_up_during_a_save_ends_the_run_and_loses_nothing(train, trainer, monkeypatch):
+def test_a_disk_that_fills_up_during_a_save_ends_the_run_and_loses_nothing(train, monkeypatch):
     keys = dict(max_steps=6, save_steps=2, lora_dropout=0.1, learning_rate=1e-2, save_total_limit=1)
     whole, _ = train("whole", **keys)
-    write = trainer.write_checkpoint
 
     def on_a_full_disk(directory, *arguments):
         try:
             if directory.name == "checkpoint-4":
                 limit_files(40_000)  # the adapter fits, the optimizer's moments do not
-            write(directory, *arguments)
+            write_checkpoint(directory, *arguments)
         finally:
             limit_files(resource.RLIM_INFINITY)
 
-    monkeypatch.setattr(trainer, "write_checkpoint", on_a_full_disk)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", on_a_full_disk)
     stopped, err = train("stopped", code=2, **keys)
     assert "checkpoint-4 could not be saved" in err and err.count("\n") == 1 and "Traceback" not in err
     assert [path.name for path in list_checkpoints(stopped)] == ["checkpoint-2"]
-    monkeypatch.setattr(trainer, "write_checkpoint", write)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write_checkpoint)
     train("stopped", resume_from_checkpoint="latest", **keys)
     assert_same_run(whole, stopped)
 

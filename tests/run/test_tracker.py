@@ -20,10 +20,10 @@ from support.project import metrics
 
 from minilora import UserError
 from minilora.loss_scale import LossScale
-from minilora.run import plots, reporters
+from minilora.run import checkpoints, plots, reporters
 from minilora.run.plots import plot_loss, plot_runs, plot_training
 from minilora.run.reporters import Reporter, make_reporters, without_secrets
-from minilora.run.tracker import Tracker
+from minilora.run.tracker import StepMetrics, Tracker
 
 NO_SCALE = LossScale(torch.device("cpu"), enabled=False)
 OTHERS_WARN = pytest.mark.filterwarnings("ignore")  # what MLflow and TensorBoard import is their own business
@@ -73,7 +73,7 @@ def tracker_of(directory, *reporters, state=None, total_steps=6):
 
 def take_steps(tracker, first, last):
     for step in range(first, last + 1):
-        tracker.step(step, 1 / step, 1e-3, 2.0, 100, 0.5, 2**30, NO_SCALE)
+        tracker.step(StepMetrics(step, 1 / step, 1e-3, 2.0, 100, 0.5, 2**30), NO_SCALE)
 
 
 @given(outages=st.lists(st.booleans(), max_size=30), count=st.integers(1, 12))
@@ -196,7 +196,7 @@ def test_the_time_that_is_left_is_that_of_steps_not_of_what_came_before_them(tmp
     tracker = tracker_of(tmp_path)
     now[0] += 500  # an evaluation
     now[0] += 2
-    tracker.step(1, 1.0, 1e-3, 2.0, 100, 2.0, 2**30, NO_SCALE)
+    tracker.step(StepMetrics(1, 1.0, 1e-3, 2.0, 100, 2.0, 2**30), NO_SCALE)
     assert capsys.readouterr().out.endswith("0:10 left\n")  # five more steps of two seconds
 
 
@@ -245,7 +245,7 @@ def test_pictures_are_drawn_of_whatever_was_recorded(tmp_path):
     tracker = tracker_of(tmp_path)
     tracker.log(step=0, eval_loss=2.0)
     take_steps(tracker, 1, 3)
-    tracker.step(4, 0.2, 1e-3, math.nan, 100, 0.5, 2**30, NO_SCALE)  # no gradient norm is recorded
+    tracker.step(StepMetrics(4, 0.2, 1e-3, math.nan, 100, 0.5, 2**30), NO_SCALE)  # records no gradient norm
     for draw in (plot_loss, plot_training):
         draw(tracker.records, tmp_path / "a.png")
         whole = (tmp_path / "a.png").read_bytes()
@@ -394,14 +394,14 @@ def test_a_training_is_a_run_in_mlflows_store_with_the_metrics_of_metrics_jsonl_
 
 
 @OTHERS_WARN
-def test_a_training_that_fails_is_told_to_mlflow(train, trainer, tmp_path, monkeypatch):
+def test_a_training_that_fails_is_reported_to_mlflow(train, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def full(*_):
         raise UserError("checkpoint-2 could not be saved: No space left on device")
 
-    monkeypatch.setattr(trainer, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", full)
     train(code=2, save_steps=2, report_to="mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("minilora").experiment_id])
@@ -444,9 +444,9 @@ def test_a_training_whose_mlflow_server_is_killed_goes_on_to_its_end(train, trai
             time.sleep(0.2)
         take_step, seen = Tracker.step, []
 
-        def kill_after_step_3(self, step, *arguments):
-            take_step(self, step, *arguments)
-            if step == 3:
+        def kill_after_step_3(self, done, loss_scale):
+            take_step(self, done, loss_scale)
+            if done.step == 3:
                 client = mlflow.MlflowClient(uri)
                 (run,) = client.search_runs([client.get_experiment_by_name("minilora").experiment_id])
                 seen.extend(point.step for point in client.get_metric_history(run.info.run_id, "loss"))

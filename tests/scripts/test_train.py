@@ -24,6 +24,8 @@ from minilora.inference.evaluation import evaluate_loss, perplexity
 from minilora.lora import lora_layers
 from minilora.loss import IGNORE_INDEX
 from minilora.loss_scale import LossScale
+from minilora.run import plan
+from minilora.system.device import choose_placement
 
 
 def test_training_lowers_the_loss_and_leaves_everything_it_should(train):
@@ -302,12 +304,12 @@ def test_pain_2_every_trainable_is_float32_before_the_first_step_or_there_is_non
         train()
 
 
-def test_pain_3_a_t4_gets_float16_though_pytorch_says_that_it_supports_bfloat16(trainer, monkeypatch):
+def test_pain_3_a_t4_gets_float16_though_pytorch_says_that_it_supports_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
-    placement = trainer.choose_placement()
+    placement = choose_placement()
     assert placement.dtype == torch.float16 and "only emulates bfloat16" in str(placement)
 
 
@@ -384,15 +386,15 @@ def batches(trainer, monkeypatch):
     return seen
 
 
-def test_pain_6_the_end_token_is_learnt_even_where_it_is_the_padding(train, batches, trainer, monkeypatch):
-    load = trainer.load_tokenizer
+def test_pain_6_the_end_token_is_learned_even_where_it_is_the_padding(train, batches, monkeypatch):
+    load = plan.load_tokenizer
 
     def with_eos_as_padding(directory):
         tokenizer = load(directory)
         tokenizer.pad_id = tokenizer.eos_id
         return tokenizer
 
-    monkeypatch.setattr(trainer, "load_tokenizer", with_eos_as_padding)
+    monkeypatch.setattr(plan, "load_tokenizer", with_eos_as_padding)
     train()
     padded = 0
     for ids, labels in batches:
@@ -439,7 +441,7 @@ def test_pain_12_every_b_has_a_gradient_at_step_1_behind_the_frozen_embedding_wh
     monkeypatch.setattr(trainer, "trainable_parameters", remember)
     monkeypatch.setattr(trainer, "LossScale", Watched)
     _, out = train(gradient_checkpointing=policy, preset="aggressive_r16_all")
-    taken = "full (offload needs a GPU)" if policy == "offload" else f"{policy} (as asked)"
+    taken = "full (offload needs a GPU)" if policy == "offload" else f"{policy} (as requested)"
     assert f"recompute  {taken}\n" in out
     assert len(first) == 2 * 2 * 7  # A and B, layers, linear layers in each
     for name, gradient in first.items():
@@ -453,11 +455,11 @@ def test_pain_12_a_run_in_which_no_gradient_reaches_the_adapter_ends_at_step_1(t
         train()
 
 
-def test_auto_takes_the_fastest_policy_that_fits_and_says_why(train, trainer, monkeypatch):
+def test_auto_takes_the_fastest_policy_that_fits_and_says_why(train, monkeypatch):
     _, out = train(gradient_checkpointing="auto")
     assert re.search(r"recompute  off \(off needs [\d.]+ GiB; [\d.]+ GiB are free\)\n", out)
     assert re.search(r"memory     [\d.]+ GiB predicted at the peak\n", out)
-    monkeypatch.setattr(trainer, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(plan, "available_memory", lambda device: 1000)
     directory, out = train("tight", gradient_checkpointing="auto")
     assert re.search(
         r"recompute  full \(even full needs [\d.]+ GiB; 0.00 GiB are free, and a tenth should be left\)", out
@@ -528,7 +530,7 @@ def test_a_model_without_a_tokenizer_or_with_another_models(refused, model_dir, 
     small = copy_model(model_dir, tmp_path / "small")
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    assert "they are not of one model" in refused(model=small)
+    assert "they do not belong to one model" in refused(model=small)
 
 
 def test_an_unknown_key_and_impossible_values(refused):
