@@ -1,4 +1,4 @@
-"""Masks built from structure, collation, and the order of the data."""
+"""Loss masks, collation, and the order of the examples."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def test_exactly_the_completion_and_its_eos_are_supervised(model_dir, prompt, co
     assert count_supervised(labels) == example.supervised == len(loss_mask)
 
 
-def test_plain_text_is_learnt_whole_and_the_prompt_too_where_asked(model_dir):
+def test_all_plain_text_is_learned_and_the_prompt_too_if_requested(model_dir):
     tokenizer = load_tokenizer(model_dir)
     text, both = tokenize(
         [Row(None, "the fox"), Row("the", "fox")], tokenizer, 100, train_on_prompt=True
@@ -45,7 +45,7 @@ QUESTION, ANSWER = {"role": "user", "content": "the old fox"}, {"role": "assista
 CONVERSATION = Row("the old fox", "lives here", (QUESTION, ANSWER, QUESTION, ANSWER), "a.jsonl, line 7")
 
 
-def test_of_a_conversation_the_template_says_what_is_learnt(model_dir):
+def test_the_template_decides_which_tokens_of_a_conversation_are_learned(model_dir):
     tokenizer = load_tokenizer(model_dir)
     template = load_chat_template("plain", tokenizer)
     answer = tokenizer.encode("the old foxlives here", bos=False, eos=True)[
@@ -70,7 +70,7 @@ def test_of_a_conversation_the_template_says_what_is_learnt(model_dir):
     )
 
 
-def test_the_prompt_of_a_row_is_what_its_example_begins_with(model_dir):
+def test_an_example_begins_with_the_prompt_of_its_row(model_dir):
     tokenizer = load_tokenizer(model_dir)
     template = load_chat_template("llama2", tokenizer)
     for row in (Row("the old", "fox"), CONVERSATION):
@@ -78,7 +78,7 @@ def test_the_prompt_of_a_row_is_what_its_example_begins_with(model_dir):
         assert prompt_ids(row, tokenizer, template) == example.input_ids[: example.prompt_length].tolist()
 
 
-def test_a_conversation_without_a_template_or_refused_by_one_is_told_with_its_place(model_dir):
+def test_a_conversation_without_a_template_or_refused_by_one_is_reported_with_its_location(model_dir):
     tokenizer = load_tokenizer(model_dir)
     with pytest.raises(
         UserError,
@@ -92,17 +92,17 @@ def test_a_conversation_without_a_template_or_refused_by_one_is_told_with_its_pl
         tokenize([CONVERSATION, alone], tokenizer, 100, template=load_chat_template("llama2", tokenizer))
 
 
-def test_padding_is_never_learnt_even_where_its_id_occurs_in_the_text(model_dir):
+def test_padding_is_never_learned_even_if_its_id_occurs_in_the_text(model_dir):
     tokenizer = load_tokenizer(model_dir)
     rows = [Row("a", "b"), Row("the old fox", "and a young owl live")]
     examples = tokenize(rows, tokenizer, 100).examples
     eos = int(examples[0].input_ids[-1])
-    _, labels = collate(examples, pad_id=eos)  # the worst id that padding could have
+    _, labels = collate(examples, pad_id=eos)  # the worst id for padding: it occurs in the text
     assert [count_supervised(labels[i : i + 1]) for i in range(2)] == [e.supervised for e in examples]
     assert labels[0, len(examples[0].input_ids) :].eq(IGNORE_INDEX).all()
 
 
-def test_long_examples_are_cut_and_counted_and_dropped_where_nothing_is_left(model_dir):
+def test_long_examples_are_cut_and_counted_and_dropped_if_nothing_is_left(model_dir):
     tokenizer = load_tokenizer(model_dir)
     prompt_length = len(tokenizer.encode("the old fox"))
     rows = [

@@ -1,6 +1,4 @@
-"""A run that goes on is the run that was never stopped, bit for bit; and what is not the same run is refused
-by name.
-"""
+"""A resumed run equals one that was never stopped, bit for bit; any other resume is refused by name."""
 
 import errno
 import json
@@ -67,13 +65,11 @@ def assert_same_run(one, other):
     assert numbers(one) == numbers(other)
 
 
-# ---- a run that is stopped and goes on -------------------------------------------------------------------------------------
+# ---- a run that is stopped and resumed ---------------------------------------------------------------------
 
 
 def test_pain_4_a_run_killed_20_times_ends_as_if_it_had_been_left_alone(model_dir, dataset, tmp_path):
-    """SIGKILL at 20 random moments, and before 20 random operations on files, most of which are those of a
-    save.
-    """
+    """SIGKILL at 20 random moments, and before 20 random file operations, most of them within a save."""
     keys = dict(
         model=model_dir,
         dataset=dataset,
@@ -111,9 +107,7 @@ def test_pain_4_a_run_killed_20_times_ends_as_if_it_had_been_left_alone(model_di
 
 
 def go_on(train, stopped_at=3, **keys):
-    """The same run twice: in one go, and from its checkpoint of step `stopped_at`, as if it had been killed
-    after it.
-    """
+    """Run twice: without a stop, and from the checkpoint of step `stopped_at`, as if killed after it."""
     keys = (
         dict(max_steps=6, save_steps=stopped_at, lora_dropout=0.1, learning_rate=1e-2, logging_steps=2) | keys
     )
@@ -131,7 +125,7 @@ def go_on(train, stopped_at=3, **keys):
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"])
 def test_pain_14_every_optimizer_the_paged_one_too_goes_on_with_the_moments_it_had(train, optim):
-    """At rank 64 all factors have 4096 elements or more, so the moments are in 8 bits."""
+    """At rank 64 every factor has at least 4096 elements, so its moments take 8 bits."""
     if "bnb" in optim or "paged" in optim:
         pytest.importorskip("bitsandbytes")
     whole, stopped = go_on(
@@ -156,9 +150,8 @@ def test_the_loss_scale_and_the_steps_it_left_out_go_on(train, in_float16):
     in_float16(scale=2.0**26)
     whole, _ = go_on(train, stopped_at=4, max_steps=16, logging_steps=1)
     records = metrics(whole)
-    assert (
-        records[3]["loss_scale"] == 2.0**22 and records[3]["skipped_steps"] == 4
-    )  # the checkpoint lies within the overflows
+    # The checkpoint lies within the overflows.
+    assert records[3]["loss_scale"] == 2.0**22 and records[3]["skipped_steps"] == 4
     assert records[-1]["skipped_steps"] < 12 and "grad_norm" not in records[3] and "grad_norm" in records[-1]
 
 
@@ -183,7 +176,7 @@ def test_the_best_adapter_and_the_patience_go_on(train, trainer, monkeypatch):
         and "back to the adapter of step 4, held-out loss 1.0000" in out
     )
     assert_same_run(whole, stopped)
-    # In another output_dir too: the best adapter is brought there.
+    # A run resumed in another output_dir copies the best adapter there.
     elsewhere, out = run("elsewhere", already=4, resume_from_checkpoint=whole / "checkpoint-6")
     assert_same_run(whole, elsewhere)
     assert [path.name for path in list_checkpoints(elsewhere)] == ["checkpoint-4"]
@@ -238,7 +231,7 @@ def test_a_finished_run_that_is_resumed_ends_the_same_again(train):
     )
 
 
-def test_an_explicit_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_written_anew(train):
+def test_an_explicit_older_checkpoint_is_resumed_and_the_newer_ones_are_overwritten(train):
     keys = dict(max_steps=6, save_steps=2, lora_dropout=0.1, learning_rate=1e-2)
     directory, _ = train(**keys)
     expected = adapter(directory)
@@ -284,17 +277,14 @@ def test_a_constant_rate_lets_a_training_become_longer(train):
 def test_latest_without_a_checkpoint_starts_at_the_beginning_and_says_so(train, tmp_path):
     directory, out = train(resume_from_checkpoint="latest")
     assert f"no checkpoint in {directory} yet: starting at the beginning" in out
-    for name in (
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ):  # as if killed before the first checkpoint
-        (directory / name).unlink()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (directory / name).unlink()  # as if killed before the first checkpoint
     train(resume_from_checkpoint="latest")
-    _, err = train(resume_from_checkpoint="latest", code=2)  # but a finished run is not written over
+    _, err = train(resume_from_checkpoint="latest", code=2)  # a finished run is not overwritten
     assert "already holds a run" in err
 
 
-# ---- what is not the same run is refused -----------------------------------------------------------------------------------
+# ---- a resume of another training is refused ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -362,7 +352,7 @@ def test_a_place_without_a_checkpoint_is_refused(stopped, tmp_path):
     assert "checkpoint-6 holds no training_state to resume from; " in refused()
 
 
-def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_passes_it_over(stopped, train):
+def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_skips_it(stopped, train):
     directory, refused = stopped
     path = directory / "checkpoint-6" / TENSORS_FILE
     path.write_bytes(path.read_bytes()[:-1])
@@ -377,7 +367,7 @@ def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_passes_it_
     assert f"skipped: {path} is truncated or corrupt" in out and "after step 3 of 6" in out
 
 
-# ---- the files -------------------------------------------------------------------------------------------------------------
+# ---- the files ---------------------------------------------------------------------------------------------
 
 
 def write_adapter(folder):
@@ -477,13 +467,12 @@ def test_broken_digests_are_noticed(tmp_path, content):
 
 
 def limit_files(size):
-    """Let the system refuse every file that grows beyond `size` bytes, as a full disk would."""
+    """Make the system refuse every file that grows beyond `size` bytes, as a full disk would."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.mark.parametrize(
-    "room", [100, 300, 3000]
-)  # for no adapter; for the adapter alone; for half of the tensors
+# Room for no adapter; for the adapter alone; for half of the tensors.
+@pytest.mark.parametrize("room", [100, 300, 3000])
 def test_a_save_without_room_loses_nothing_and_is_one_line(tmp_path, room):
     state = {"step": 1, "optimizer": {0: torch.arange(1000.0)}}
     write_checkpoint(tmp_path / "checkpoint-1", write_adapter, state)
@@ -573,7 +562,7 @@ def test_old_checkpoints_go_the_newest_and_the_best_stay_and_so_do_those_of_an_e
     assert step in left and (tmp_path / "checkpoint-mine").is_dir()
 
 
-def test_what_a_kill_left_half_done_is_removed_at_the_next_start(train, tmp_path):
+def test_the_half_done_checkpoints_of_a_killed_run_are_deleted_at_the_next_start(train, tmp_path):
     directory, _ = train(save_steps=2)
     for name in ("checkpoint-3.part", "checkpoint-1.old"):
         shutil.copytree(directory / "checkpoint-2", directory / name)
@@ -582,11 +571,11 @@ def test_what_a_kill_left_half_done_is_removed_at_the_next_start(train, tmp_path
     assert not list(directory.glob("checkpoint-*.*"))
 
 
-# ---- generators and fingerprints -------------------------------------------------------------------------------------------
+# ---- generators and fingerprints ---------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 2**32 - 1), draws=st.integers(0, 5))
-def test_all_generators_go_on_where_they_were(seed, draws):
+def test_restored_generators_draw_the_same_numbers_again(seed, draws):
     torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
 
     def draw():

@@ -1,6 +1,4 @@
-"""The records of a run: metrics.jsonl, what MLflow and TensorBoard get of it, and that neither can stop a
-training.
-"""
+"""The records of a run in metrics.jsonl, MLflow and TensorBoard; a failure of the last two never stops it."""
 
 import json
 import math
@@ -26,13 +24,11 @@ from minilora.run.reporters import Reporter, make_reporters, without_secrets
 from minilora.run.tracker import StepMetrics, Tracker
 
 NO_SCALE = LossScale(torch.device("cpu"), enabled=False)
-OTHERS_WARN = pytest.mark.filterwarnings("ignore")  # what MLflow and TensorBoard import is their own business
+OTHERS_WARN = pytest.mark.filterwarnings("ignore")  # of MLflow's and TensorBoard's imports
 
 
 class Shelf:
-    """A place in memory, which like MLflow keeps what it got and takes a step once. Calls fail as `outages`
-    says.
-    """
+    """A service in memory that, like MLflow, records each step once. Calls fail as `outages` says."""
 
     name, address = "shelf", "a shelf"
 
@@ -49,7 +45,7 @@ class Shelf:
 
     def send(self, records):
         for _, record in records:
-            self.call()  # so that a part may arrive
+            self.call()  # any record may be the last to arrive
             if record["step"] not in self.kept:
                 self.kept.append(record["step"])
 
@@ -100,9 +96,9 @@ def test_an_outage_is_one_line_and_the_place_then_rests(tmp_path, capsys, monkey
     warned = "warning: a shelf does not record (fell down); training goes on and metrics.jsonl has it all"
     assert [line for line in capsys.readouterr().out.splitlines() if "warning" in line] == [warned]
     now[0] += reporters.REST
-    take_steps(tracker, 5, 5)  # still down, and nothing is said
+    take_steps(tracker, 5, 5)  # still down, without another warning
     assert shelf.kept == [1, 2] and "warning" not in capsys.readouterr().out
-    tracker.finish("FINISHED", [])  # a last try, rest or no rest
+    tracker.finish("FINISHED", [])  # one last try, even before the retry time
     assert shelf.kept == [1, 2, 3, 4, 5] and shelf.finished
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         1,
@@ -190,7 +186,7 @@ def test_text_without_secrets_stays_as_it_is():
         assert without_secrets(text) == text
 
 
-def test_the_time_that_is_left_is_that_of_steps_not_of_what_came_before_them(tmp_path, monkeypatch, capsys):
+def test_the_time_left_counts_steps_and_not_the_evaluation_before_them(tmp_path, monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr("minilora.run.tracker.time.perf_counter", lambda: now[0])
     tracker = tracker_of(tmp_path)
@@ -238,7 +234,7 @@ def test_every_name_of_a_run_is_whole_in_the_picture(tmp_path, monkeypatch, leng
     )
 
 
-def test_pictures_are_drawn_of_whatever_was_recorded(tmp_path):
+def test_pictures_draw_any_records(tmp_path):
     plot_loss([{"step": 0, "eval_loss": 1.0}], tmp_path / "nothing.png")
     plot_training([], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
@@ -253,12 +249,12 @@ def test_pictures_are_drawn_of_whatever_was_recorded(tmp_path):
         assert whole.startswith(b"\x89PNG") and (tmp_path / "a.png").read_bytes() != whole
 
 
-# ---- the real packages -------------------------------------------------------------------------------------------------
+# ---- the real packages -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A directory of runs, whose MLflow store is made once: that takes seconds."""
+    """A directory of runs that share one MLflow store, because making a store takes seconds."""
     return tmp_path_factory.mktemp("my runs")
 
 
@@ -315,7 +311,7 @@ def test_mlflow_holds_one_run_with_parameters_metrics_and_artifacts_which_a_resu
         and (runs / "mlartifacts" / run.info.run_id / "artifacts" / artifact.path).is_file()
     )
 
-    other = start(runs / "b", state)  # from a's checkpoint into another directory: a training of its own
+    other = start(runs / "b", state)  # a's checkpoint in another directory: a new MLflow run
     take_steps(other, 3, 3)
     other.finish("KILLED")
     assert other.state_dict()["mlflow"] != state["mlflow"]
@@ -340,7 +336,7 @@ def test_an_mlflow_server_that_is_dead_or_hangs_costs_a_line_and_one_timeout(
         take_steps(tracker, 1, 1)
         started = time.perf_counter()
         take_steps(tracker, 2, 6)
-        assert time.perf_counter() - started < 0.9  # less than a timeout: the server is not asked again
+        assert time.perf_counter() - started < 0.9  # less than a timeout: no second request
         tracker.finish("FINISHED", [])
     out, err = capsys.readouterr()
     warnings = [line for line in out.splitlines() if not line.startswith("step")]
@@ -360,7 +356,7 @@ def test_a_store_that_cannot_be_opened_costs_a_line_and_no_time(tmp_path, capsys
     started = time.perf_counter()
     take_steps(tracker, 1, 2)
     tracker.finish("FINISHED")
-    assert time.perf_counter() - started < 5  # MLflow itself would try for a minute and a half
+    assert time.perf_counter() - started < 5  # MLflow alone would retry for a minute and a half
     assert capsys.readouterr().out.count("warning: MLflow at") == 1
 
 
@@ -483,7 +479,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     take_steps(tracker, 1, 2)
     state = json.loads(json.dumps(tracker.state_dict()))
     take_steps(tracker, 3, 4)  # after the checkpoint; then it is killed
-    time.sleep(1.1)  # the names of event files, by which they are ordered, hold whole seconds
+    time.sleep(1.1)  # event files are ordered by names that hold whole seconds
     tracker = tracker_of(tmp_path, *make_reporters(["tensorboard"], tmp_path, {"lora_rank": 8}), state=state)
     take_steps(tracker, 3, 3)
     tracker.finish("FINISHED")
