@@ -232,7 +232,7 @@ def find_resumed(config: TrainConfig, training: dict, total_steps: int) -> tuple
 
 
 def best_checkpoint(checkpoint: Path, state: dict) -> Path | None:
-    """The checkpoint, beside this one, of the lowest held-out loss so far; None if no step was evaluated."""
+    """The checkpoint, beside this one, of the lowest held-out loss so far; None if there is none yet."""
     step = state["best"]["step"]
     return checkpoint.with_name(f"checkpoint-{step}") if step else None
 

@@ -34,11 +34,11 @@ from minilora.system.hub import resolve_model
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What the layers keep for backward, and the memory that this is predicted to take."""
+    """The recompute policy of a run and its predicted memory."""
 
-    recompute: str  # the policy in effect; see minilora.recompute
+    recompute: str  # what layers keep for backward; see minilora.recompute
     reason: str
-    peak: int  # bytes
+    peak: int  # predicted bytes
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Plan:
     # where the run begins
     training: dict  # settings and fingerprints that a run must share with the checkpoint it resumes
     checkpoint: Path | None  # None: begin at step 0
-    state: dict  # the state saved in `checkpoint`
+    state: dict  # saved in `checkpoint`; empty at step 0
     # where results go
     destinations: list[Destination]
     reporters: list[Reporter]
@@ -109,20 +109,21 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     }
     checkpoint, state = find_resumed(config, training, schedule.total_steps)
     check_output_dir(config, checkpoint)
-    destinations, reporters = open_outlets(config) if processes.main else ([], [])
+    receivers, reporters = open_outlets(config) if processes.main else ([], [])
+    memory = plan_memory(config, model_config, placement, order, evaluates=bool(eval_set))
     return Plan(
-        config, processes, placement,
-        model_dir, model_config, tokenizer, template, train_set, eval_set,
-        order, schedule, plan_memory(config, model_config, placement, order, evaluates=bool(eval_set)),
-        training, checkpoint, state,
-        destinations, reporters,
+        config=config, processes=processes, placement=placement,
+        model_dir=model_dir, model_config=model_config, tokenizer=tokenizer, template=template,
+        train_set=train_set, eval_set=eval_set, order=order, schedule=schedule, memory=memory,
+        training=training, checkpoint=checkpoint, state=state,
+        destinations=receivers, reporters=reporters,
     )  # fmt: skip
 
 
 def load_examples(
     config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> tuple[Dataset, Dataset | None]:
-    """The training examples, packed if the settings say so, and the held-out ones."""
+    """Return the training examples, packed if the settings say so, and the held-out ones or None."""
     train_set, eval_set = load_datasets(config, model_config, tokenizer, template)
     if config.packing:
         train_set = pack(train_set, token_settings(config, model_config)["cutoff_len"], config.seed)
@@ -134,7 +135,7 @@ def load_examples(
 
 
 def make_order(config: TrainConfig, train_set: Dataset, processes: Processes) -> Order:
-    """The micro-batches of every step. Each process adds its own accumulation to a step."""
+    """Return the order of the examples. The micro-batches of all processes together make one step."""
     return Order(
         lengths=[len(example.input_ids) for example in train_set.examples],
         batch_size=config.per_device_train_batch_size,
@@ -145,7 +146,7 @@ def make_order(config: TrainConfig, train_set: Dataset, processes: Processes) ->
 
 
 def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
-    """The number of steps, and the learning rate of each."""
+    """Return the number of steps and the learning rate of each."""
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
     if warmup >= steps:
@@ -154,11 +155,11 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
 
 
 def open_outlets(config: TrainConfig) -> tuple[list[Destination], list[Reporter]]:
-    """The repositories and folders that will receive the results, and the reporters.
+    """Return the destinations of the results, and the reporters.
 
-    Each destination receives the settings now: a user without permission learns it before the training.
+    Each destination receives the settings now, so a missing permission shows before the training.
     """
-    found = destinations(config.push_to_hub, config.hub_private_repo, config.upload)
+    receivers = destinations(config.push_to_hub, config.hub_private_repo, config.upload)
     reporters = make_reporters(
         config.trackers(),
         Path(config.output_dir),
@@ -167,15 +168,15 @@ def open_outlets(config: TrainConfig) -> tuple[list[Destination], list[Reporter]
         config.mlflow_tracking_uri,
     )
     settings = without_secrets(config.to_yaml()).encode()
-    for destination in found:
-        destination.send({SETTINGS_FILE: settings}, "Begin training")
-    return found, reporters
+    for receiver in receivers:
+        receiver.send({SETTINGS_FILE: settings}, "Begin training")
+    return receivers, reporters
 
 
 def plan_memory(
     config: TrainConfig, model_config: ModelConfig, placement: Placement, order: Order, evaluates: bool
 ) -> MemoryPlan:
-    """The recompute policy of the settings; `auto` stands for the fastest one that fits into free memory."""
+    """Choose the recompute policy and predict its memory. `auto` is the fastest one that fits."""
     device = placement.device
     ledger_of = partial(
         memory_ledger,
