@@ -1,12 +1,13 @@
 """From rows to token ids, and the order in which a training sees them.
 
-How a row is built decides which tokens are learned; nothing is searched for in the text.
+The structure of a row decides which tokens are learned. No text is searched for where a completion starts:
+prompt and completion are encoded separately.
 
     prompt and completion    the completion and its EOS, which teaches the model to stop
     conversation             the assistant's answers, as `minilora.data.chat` marks them
-    plain text               everything
+    plain text               all of it
 
-The first token of a document is never learned: nothing comes before it that could predict it.
+The first token of a document is never learned: no token comes before it to predict it from.
 
 The order is a pure function of (seed, epoch, position). No iterator has a state to lose, and any step can be
 computed without the steps before it.
@@ -210,14 +211,14 @@ class Order:
     def batches(self, step: int) -> list[list[int]]:
         """The micro-batches of optimizer step `step` (from 0), as lists of example indices."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        examples, size = _permutation(self.seed, epoch, len(self.lengths)), self.examples_per_step
+        permutation, size = _permutation(self.seed, epoch, len(self.lengths)), self.examples_per_step
         if self.group_by_length:
             position = int(_permutation(self.seed, epoch, self.steps_per_epoch)[position])
             first = position - position % _GROUPED_STEPS  # the first step of those that are sorted together
-            group = self._by_length(examples[first * size : (first + _GROUPED_STEPS) * size])
+            group = self._by_length(permutation[first * size : (first + _GROUPED_STEPS) * size])
             chosen = group[(position - first) * size : (position - first + 1) * size]
         else:
-            chosen = self._by_length(examples[position * size : (position + 1) * size])
+            chosen = self._by_length(permutation[position * size : (position + 1) * size])
         return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
 
     def padding_share(self) -> float:

@@ -33,7 +33,7 @@ def files_of_a_run(directory: Path) -> list[Path]:
 
 
 def check_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
-    """Raise UserError if output_dir is not writable or holds another run than that of `checkpoint`."""
+    """Raise UserError if output_dir is not writable or holds a run that does not contain `checkpoint`."""
     directory = Path(config.output_dir)
     parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not parent.is_dir():
