@@ -24,6 +24,7 @@ remaining steps that are done,
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -44,21 +45,31 @@ _POLYNOMIAL_END = 1e-7
 # ---- learning rate -----------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, base: float, schedule: str) -> float:
-    """Return the learning rate of step `step`, counted from 0."""
-    if step < warmup_steps:
-        return base * step / warmup_steps
-    t = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    match schedule:
-        case "constant":
-            return base
-        case "linear":
-            return base * max(0.0, 1.0 - t)
-        case "cosine":
-            return base * 0.5 * (1.0 + math.cos(math.pi * t))
-        case "polynomial":
-            return _POLYNOMIAL_END if t > 1 else (base - _POLYNOMIAL_END) * (1.0 - t) + _POLYNOMIAL_END
-    raise ValueError(f"schedule {schedule!r} is not one of {SCHEDULES}")
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step: it rises from 0 to `peak`, then follows the curve called `name`."""
+
+    name: str  # one of SCHEDULES
+    peak: float
+    total_steps: int
+    warmup_steps: int = 0
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak * step / self.warmup_steps
+        t = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        match self.name:
+            case "constant":
+                return self.peak
+            case "linear":
+                return self.peak * max(0.0, 1.0 - t)
+            case "cosine":
+                return self.peak * 0.5 * (1.0 + math.cos(math.pi * t))
+            case "polynomial":
+                end = _POLYNOMIAL_END
+                return end if t > 1 else (self.peak - end) * (1.0 - t) + end
+        raise ValueError(f"schedule {self.name!r} is not one of {SCHEDULES}")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

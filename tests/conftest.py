@@ -168,16 +168,13 @@ def s3(s3_server, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def in_float16(trainer, monkeypatch):
-    """Let the trainer compute in float16 on this CPU, which it refuses to its users, with a loss scale of
-    one's choice.
-    """
+def in_float16(monkeypatch):
+    """Make the trainer compute in float16 on this CPU, which it refuses its users, with a given loss scale."""
+    placement = Placement(torch.device("cpu"), torch.float16, "a test")
 
     def choose(scale=2.0**16):
         scaler = torch.amp.GradScaler
-        monkeypatch.setattr(
-            trainer, "choose_placement", lambda *_: Placement(torch.device("cpu"), torch.float16, "a test")
-        )
+        monkeypatch.setattr("minilora.run.plan.choose_placement", lambda *_: placement)
         monkeypatch.setattr(
             torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=scale, enabled=enabled)
         )

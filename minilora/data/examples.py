@@ -1,12 +1,16 @@
-"""From rows to token ids, and the order in which they are learned.
+"""From rows to token ids, and the order in which a training sees them.
 
-Which tokens are learned is known from how a row is made, and never searched for in it: of a prompt and its
-completion, which are encoded apart, exactly the completion with its EOS, without which the model would never
-learn to stop; of a conversation what `minilora.data.chat` says; of plain text all of it. The first token of a
-document is learned in no case: nothing comes before it to predict it.
+The structure of a row decides which tokens are learned. No text is searched for where a completion starts:
+prompt and completion are encoded separately.
 
-The order is a pure function of (seed, epoch, position): no iterator has a state to lose, and any step of a
-run can be computed without the steps before it.
+    prompt and completion    the completion and its EOS, which teaches the model to stop
+    conversation             the assistant's answers, as `minilora.data.chat` marks them
+    plain text               all of it
+
+The first token of a document is never learned: no token comes before it to predict it from.
+
+The order is a pure function of (seed, epoch, position). No iterator has a state to lose, and any step can be
+computed without the steps before it.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,48 +29,48 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.loss import IGNORE_INDEX
 from minilora.model import PADDING
 from minilora.system.errors import UserError, raise_error
+from minilora.system.files import fingerprint
 
-_GROUPED_STEPS = 50  # how many steps' examples are sorted by length together
+_GROUPED_STEPS = 50  # group_by_length sorts the examples of this many steps together
 
 
 class Example(NamedTuple):
     """One example as tokens, or several packed into one row, one after the other."""
 
     input_ids: np.ndarray  # int32 (T,)
-    loss_mask: (
-        np.ndarray
-    )  # bool (T,): whether the loss is taken on predicting this token; never on the first one of a document
-    document_lengths: tuple[int, ...]  # of what is packed; their sum is T
+    loss_mask: np.ndarray  # bool (T,): True where the token is learned; never at the start of a document
+    document_lengths: tuple[int, ...]  # the tokens of each packed document; they sum to T
 
     @property
     def supervised(self) -> int:
-        """How many tokens are learned."""
+        """Number of learned tokens."""
         return int(self.loss_mask.sum())
 
     @property
     def prompt_length(self) -> int:
-        """The first tokens, which are read and not learned."""
+        """Number of tokens before the first learned one."""
         return int(self.loss_mask.argmax())
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenized examples, their texts, and what happened to those that were too long."""
+    """Tokenized examples, the rows they come from, and counts of those that were too long."""
 
     rows: list[Row]
-    examples: list[Example]  # one a row, until they are packed
-    truncated: int = 0  # cut at cutoff_len; they have no EOS to learn
-    dropped: int = 0  # nothing to learn was left of them
+    examples: list[Example]  # one for each row; fewer once they are packed
+    truncated: int = 0  # examples cut at cutoff_len: their EOS is lost
+    dropped: int = 0  # examples without a learned token before cutoff_len
     uncut_lengths: tuple[int, ...] = ()  # tokens of each row before it was cut
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def summary(self) -> str:
-        """A line for the start of a run."""
+        """One line on the examples, for the start of a run."""
         tokens = sum(len(e.input_ids) for e in self.examples)
         learned = sum(e.supervised for e in self.examples)
-        text = f"{len(self.rows):,} examples, {tokens:,} tokens, {learned:,} of them supervised ({learned / max(tokens, 1):.0%})"
+        text = f"{len(self.rows):,} examples, {tokens:,} tokens, "
+        text += f"{learned:,} of them supervised ({learned / max(tokens, 1):.0%})"
         if len(self.rows) != len(self):
             text += f", packed into {len(self):,} rows"
         total = len(self.rows) + self.dropped
@@ -75,6 +79,11 @@ class Dataset:
         if self.dropped:
             text += f"; dropped with nothing left to learn: {self.dropped:,} ({self.dropped / total:.1%})"
         return text
+
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that change with any token and any bit of its mask."""
+        arrays = ((e.input_ids, e.loss_mask, np.array(e.document_lengths)) for e in self.examples)
+        return fingerprint(b"".join(array.tobytes() for array in example) for example in arrays)
 
 
 def tokenize(
@@ -86,12 +95,11 @@ def tokenize(
     mask_history: bool = False,
     on_error: Callable[[UserError], None] = raise_error,
 ) -> Dataset:
-    """Encode rows. What is longer than `cutoff_len` tokens is cut at its end, and dropped if nothing to learn
-    is left.
+    """Encode rows, cut each at `cutoff_len` tokens, and drop those that keep no learned token.
 
-    Conversations are worded by `template`; `mask_history`: of each only the last answer is learned. Raises
-    UserError, with the row's place, for a conversation where there is no template, or that the template
-    refuses; or `on_error` does something else.
+    `template` words conversations; with `mask_history` only the last answer of each is learned. A
+    conversation without a template, or one that the template refuses, is a UserError with the row's location.
+    `on_error` receives it; by default it is raised.
     """
     kept, examples, truncated, dropped, uncut_lengths = [], [], 0, 0, []
     for row in rows:
@@ -116,7 +124,7 @@ def tokenize(
 def _encode(
     row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, mask_history: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids, int32 (T,), and which of them are the row's own to learn, bool (T,)."""
+    """The row's token ids, int32 (T,), and its loss mask, bool (T,)."""
     if row.messages is None:
         prompt_ids = [] if row.prompt is None else tokenizer.encode(row.prompt)
         completion_ids = tokenizer.encode(row.completion, bos=row.prompt is None, eos=True)
@@ -124,7 +132,8 @@ def _encode(
         return input_ids, np.arange(len(input_ids)) >= len(prompt_ids)
     if template is None:
         raise UserError(
-            f"{row.location}: the tokenizer has no chat template for conversations; choose one of {', '.join(TEMPLATES)}"
+            f"{row.location}: the tokenizer has no chat template for conversations; "
+            f"choose one of {', '.join(TEMPLATES)}"
         )
     try:
         return template.encode(row.messages, mask_history)
@@ -133,18 +142,17 @@ def _encode(
 
 
 def prompt_ids(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> list[int]:
-    """What a model is given to answer a row: all that comes before its completion."""
+    """Token ids of everything before a row's completion: the input from which a model answers it."""
     if row.messages is None:
         return tokenizer.encode(row.prompt)
     return template.encode_prompt(row.messages[:-1])
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad on the right to the longest: input_ids and labels, both int64 (B, T). Labels are the ids, or IGNORE_INDEX
-    where not learned.
+    """Return input_ids and labels, both int64 (B, T), padded on the right to the longest example.
 
-    No mask is needed for padding: a token never sees what follows it, and padding is never learned, whatever
-    its id.
+    A label is the token's id, or IGNORE_INDEX if the token is not learned. Padding needs no mask: no token
+    attends to tokens after it, and padding is never learned, whatever its id.
     """
     T = max(len(e.input_ids) for e in examples)
     input_ids = torch.full((len(examples), T), pad_id)
@@ -157,9 +165,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def document_ids(examples: Sequence[Example]) -> Tensor | None:
-    """Which document of its row each token of `collate` belongs to, int64 (B, T); None where no row holds
-    more than one.
-    """
+    """Index of each token's document within its row, int64 (B, T); None if every row is one document."""
     if all(len(e.document_lengths) == 1 for e in examples):
         return None
     T = max(len(e.input_ids) for e in examples)
@@ -170,47 +176,59 @@ def document_ids(examples: Sequence[Example]) -> Tensor | None:
     return ids
 
 
-# ---- the order -------------------------------------------------------------------------------------------------------------
+# ---- the order ---------------------------------------------------------------------------------------------
 
 
-def steps_per_epoch(count: int, batch_size: int, accumulation: int) -> int:
-    """Optimizer steps in one pass over `count` examples; one of them may be smaller."""
-    return -(-count // (batch_size * accumulation))
+@dataclass(frozen=True)
+class Order:
+    """Which examples form the micro-batches of each optimizer step.
 
+    An epoch is a permutation of all examples, drawn from (seed, epoch) and cut into steps. Within a step the
+    examples are sorted by length, so examples of similar length share a micro-batch. The loss of a step is a
+    sum over all its examples, so this changes nothing but the amount of padding.
 
-def step_batches(
-    lengths: Sequence[int],
-    step: int,
-    batch_size: int,
-    accumulation: int,
-    seed: int,
-    group_by_length: bool = False,
-) -> list[list[int]]:
-    """The micro-batches of optimizer step `step` (from 0), as indices: a pure function of its arguments.
-
-    An epoch is a permutation drawn from (seed, epoch), cut into steps. Within a step the examples are sorted
-    by length, so that neighbours of like length share a micro-batch; the loss of the step is a sum over all
-    of them, so this changes nothing but the amount of padding.
-
-    `group_by_length` saves more and changes more: the permutation is sorted by length 50 steps at a time, so
-    that a step holds examples of like length, and the steps are taken in an order of their own, lest every 50
-    steps begin with the short ones.
+    `group_by_length` saves more padding and changes more. It sorts the permutation by length, 50 steps at a
+    time, so a step holds examples of similar length. The steps are then shuffled, or every 50 of them would
+    begin with the shortest examples.
     """
-    steps = steps_per_epoch(len(lengths), batch_size, accumulation)
-    epoch, position = divmod(step, steps)
-    order, size = _permutation(seed, epoch, len(lengths)), batch_size * accumulation
 
-    def by_length(i: int) -> tuple[int, int]:
-        return lengths[i], i
+    lengths: Sequence[int]  # tokens of each example
+    batch_size: int  # examples in a micro-batch
+    accumulation: int  # micro-batches in a step
+    seed: int
+    group_by_length: bool = False
 
-    if group_by_length:
-        position = int(_permutation(seed, epoch, steps)[position])
-        first = position - position % _GROUPED_STEPS
-        order = sorted(order[first * size : (first + _GROUPED_STEPS) * size].tolist(), key=by_length)
-        chosen = order[(position - first) * size : (position - first + 1) * size]
-    else:
-        chosen = sorted(order[position * size : (position + 1) * size].tolist(), key=by_length)
-    return [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    @property
+    def examples_per_step(self) -> int:
+        """Examples in a full step; the last step of an epoch may hold fewer."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over all examples."""
+        return -(-len(self.lengths) // self.examples_per_step)
+
+    def batches(self, step: int) -> list[list[int]]:
+        """The micro-batches of optimizer step `step` (from 0), as lists of example indices."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        permutation, size = _permutation(self.seed, epoch, len(self.lengths)), self.examples_per_step
+        if self.group_by_length:
+            position = int(_permutation(self.seed, epoch, self.steps_per_epoch)[position])
+            first = position - position % _GROUPED_STEPS  # the first step of those that are sorted together
+            group = self._by_length(permutation[first * size : (first + _GROUPED_STEPS) * size])
+            chosen = group[(position - first) * size : (position - first + 1) * size]
+        else:
+            chosen = self._by_length(permutation[position * size : (position + 1) * size])
+        return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+
+    def padding_share(self) -> float:
+        """The share of padding among all tokens that the model reads in the first epoch."""
+        steps = map(self.batches, range(self.steps_per_epoch))
+        read = sum(len(batch) * max(self.lengths[i] for i in batch) for step in steps for batch in step)
+        return 1 - sum(self.lengths) / read
+
+    def _by_length(self, indices: np.ndarray) -> list[int]:
+        return sorted(indices.tolist(), key=lambda i: (self.lengths[i], i))
 
 
 @lru_cache(maxsize=4)
@@ -218,23 +236,13 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
-def padding_share(
-    lengths: Sequence[int], batch_size: int, accumulation: int, seed: int, group_by_length: bool = False
-) -> float:
-    """The share of padding in all that goes through the model in the first epoch."""
-    padded = 0
-    for step in range(steps_per_epoch(len(lengths), batch_size, accumulation)):
-        for batch in step_batches(lengths, step, batch_size, accumulation, seed, group_by_length):
-            padded += len(batch) * max(lengths[i] for i in batch)
-    return 1 - sum(lengths) / padded
-
-
 def split(rows: list[Row], val_size: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Hold out a share (below 1) or a number of rows, chosen by the seed; the order of the others is kept."""
+    """Return the rows to train on and those held out: a share (below 1) or a number, chosen by the seed."""
     count = round(len(rows) * val_size) if val_size < 1 else int(val_size)
     if not 0 < count < len(rows):
         raise UserError(
-            f"val_size = {val_size:g} would hold out {count} of {len(rows)} rows; both parts need at least one"
+            f"val_size = {val_size:g} would hold out {count} of {len(rows)} rows; "
+            "both parts need at least one"
         )
     held_out = set(_permutation(seed, 0, len(rows))[:count].tolist())
     return [r for i, r in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]

@@ -1,9 +1,9 @@
-"""One training run around its loop, which is in scripts/train.py. Read in this order:
+"""One training run, except for its loop, which is in scripts/train.py. Read in this order:
 
-settings.py      every key of a run, from YAML and command line; llama_factory.py: LLaMA-Factory's words for them
-plan.py          everything that is decided before a weight is read; datasets.py: its examples
-output_dir.py    the folder of results: may it be written, and must something go?
-checkpoints.py   everything that a resumed run needs, written so that no kill can spoil it
-tracker.py       progress and metrics.jsonl; report.py: summary, model card; plots.py: pictures
+settings.py      every key of a run, from YAML and the command line; llama_factory.py: LLaMA-Factory's keys
+plan.py          every decision that needs no weights; datasets.py: the examples
+output_dir.py    the directory of results: is it writable, and which files of an earlier run are deleted?
+checkpoints.py   everything that a resumed run needs; no kill leaves an incomplete checkpoint
+tracker.py       progress and metrics.jsonl; report.py: summary, model card, uploads; plots.py: pictures
 reporters.py     MLflow, TensorBoard; sharing.py: the hub, S3
 """

@@ -1,23 +1,25 @@
-"""Stopping a training and going on as if nothing had happened.
+"""Stop a training and resume it as if nothing had happened.
 
     checkpoint-40/
       adapter_config.json, adapter_model.safetensors    the adapter, in PEFT's format
-      training_state/                                   the rest; a folder below, for servers read every *.safetensors of an adapter
-        state.json             numbers and texts, and where in them the tensors belong
+      training_state/                                   everything else
+        state.json             numbers and texts, with references to the tensors
         tensors.safetensors    the tensors
         digests.json           SHA-256 of every other file
 
-What step n + 1 computes depends on the adapter, the optimizer's state, the loss scale, the random generators
-(dropout) and n itself, of which the data order and the learning rate are pure functions. All that is saved
-and restored bit for bit. It also depends on what the user gives: settings, model, data. That is compared, and
-a resume under anything else is refused by its name.
+`training_state` is a folder because servers read every *.safetensors file beside an adapter.
 
-A checkpoint is whole or not there. Its files are written into `checkpoint-40.part` and forced to the disk
-before the folder gets its name, which is one atomic step; older checkpoints are deleted after that, and lose
-their name before their files. So a kill or a full disk at any moment leaves every folder called checkpoint-N
-whole. What happens to files later, the digests tell.
+The result of step n + 1 depends on the adapter, the optimizer's state, the loss scale, the random generators
+(dropout) and n itself; the data order and the learning rate are pure functions of n. A checkpoint saves all
+of these and restores them bit for bit. The result also depends on the user's settings, model and data. A
+resume compares them and refuses any difference by name.
 
-`torch.save` would be three lines. It writes a pickle, and reading a pickle runs whatever program lies in it.
+A checkpoint is complete or does not exist. Its files are first written to `checkpoint-40.part` and forced to
+disk. Then one atomic rename gives the folder its name. Older checkpoints are deleted after that, and they
+lose their name before their files. So after a kill or a full disk at any moment, every folder called
+checkpoint-N is complete. The digests reveal any later damage.
+
+`torch.save` would take three lines. But it writes a pickle, and reading a pickle runs any program inside it.
 """
 
 import hashlib
@@ -37,6 +39,7 @@ from torch import Tensor
 
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.formats.weights import save_tensors
+from minilora.run.settings import TrainConfig
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, write_whole
 
@@ -44,19 +47,19 @@ STATE_FILE = "training_state/state.json"
 TENSORS_FILE = "training_state/tensors.safetensors"
 DIGESTS_FILE = "training_state/digests.json"
 _FILES = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, STATE_FILE, TENSORS_FILE)
-_PASSING = (".part", ".old")  # name endings of checkpoints that are being written, and of those being deleted
+_PART, _OLD = ".part", ".old"  # suffixes of a checkpoint that is being written, and of one being deleted
 
 
-# ---- writing and reading ---------------------------------------------------------------------------------------------------
+# ---- writing and reading -----------------------------------------------------------------------------------
 
 
 def write_checkpoint(directory: Path, write_adapter: Callable[[Path], None], state: dict) -> None:
-    """Write `checkpoint-N`, whole or not at all. `write_adapter(folder)` writes the adapter; `state`: see
-    `flatten`.
+    """Write `checkpoint-N` completely or not at all.
 
-    Raises UserError where the disk is full or cannot be written; nothing that was there before is lost then.
+    `write_adapter(folder)` writes the adapter; `state` is a tree as `flatten` takes it. Raises UserError if
+    the disk is full or not writable; earlier checkpoints stay complete.
     """
-    part = directory.with_name(directory.name + ".part")
+    part = directory.with_name(directory.name + _PART)
     shutil.rmtree(part, ignore_errors=True)
     try:
         write_adapter(part)
@@ -64,26 +67,22 @@ def write_checkpoint(directory: Path, write_adapter: Callable[[Path], None], sta
         tree, tensors = flatten(state)
         save_tensors(tensors, part / TENSORS_FILE)
         write_whole(part / STATE_FILE, json.dumps(tree))
-        write_whole(
-            part / DIGESTS_FILE, json.dumps({name: _digest(part / name) for name in _FILES}, indent=2) + "\n"
-        )
-        _give_name(part, directory)
+        digests = {name: _digest(part / name) for name in _FILES}
+        write_whole(part / DIGESTS_FILE, json.dumps(digests, indent=2) + "\n")
+        _sync_and_rename(part, directory)
     except (OSError, UserError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"{directory} could not be saved: {reason}; the checkpoints before it are whole"
-        ) from error
+        message = f"{directory} could not be saved: {reason}; earlier checkpoints are complete"
+        raise UserError(message) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def read_checkpoint(directory: Path) -> dict:
-    """The state that `write_checkpoint` was given, on the CPU. Raises UserError naming a file that is missing
-    or corrupt.
-    """
-    if not (directory / STATE_FILE).parent.is_dir():
-        raise UserError(f"{directory} holds no training_state to go on from")
-    digests = _read_whole_json(directory / DIGESTS_FILE)
+    """Return the saved state, on the CPU. Raises UserError naming a missing or corrupt file."""
+    if not _has_state(directory):
+        raise UserError(f"{directory} holds no training_state to resume from")
+    digests = _read_existing_json(directory / DIGESTS_FILE)
     if not isinstance(digests, dict) or not digests.keys() >= set(_FILES):
         raise UserError(f"{directory / DIGESTS_FILE} is corrupt: it does not list the files of a checkpoint")
     for name in _FILES:
@@ -93,10 +92,14 @@ def read_checkpoint(directory: Path) -> dict:
             raise UserError(
                 f"{directory / name} is truncated or corrupt: its SHA-256 is not the one in digests.json"
             )
-    return unflatten(_read_whole_json(directory / STATE_FILE), load_file(directory / TENSORS_FILE))
+    return unflatten(_read_existing_json(directory / STATE_FILE), load_file(directory / TENSORS_FILE))
 
 
-def _read_whole_json(path: Path) -> object:
+def _has_state(directory: Path) -> bool:
+    return (directory / STATE_FILE).parent.is_dir()
+
+
+def _read_existing_json(path: Path) -> object:
     if not path.is_file():
         raise UserError(f"{path} is missing")
     return read_json(path)
@@ -110,19 +113,19 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _give_name(part: Path, directory: Path) -> None:
-    """Force a folder with all that is in it to the disk, then rename it."""
+def _sync_and_rename(part: Path, directory: Path) -> None:
+    """Force a folder and everything in it to disk, then give it its final name."""
     for path in (*part.rglob("*"), part):
-        _force_to_disk(path)
+        _sync(path)
     if directory.exists():
         delete_checkpoint(directory)
     os.replace(part, directory)
-    _force_to_disk(directory.parent)
+    _sync(directory.parent)
 
 
-def _force_to_disk(path: Path) -> None:
-    """fsync a file, or a directory: the names in it. Windows cannot do that to what was opened for reading."""
-    if os.name == "nt":
+def _sync(path: Path) -> None:
+    """fsync a file, or the list of names in a directory."""
+    if os.name == "nt":  # Windows cannot sync a file that is open for reading only.
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -131,121 +134,168 @@ def _force_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def flatten(tree: object) -> tuple[object, dict[str, Tensor]]:
-    """A tree of dicts, lists, tensors and plain values as JSON, and its tensors (copied to the CPU) by their
-    places.
+def flatten(tree: object, key: str = "") -> tuple[object, dict[str, Tensor]]:
+    """Split a tree of dicts, lists, tensors and plain values into JSON and CPU copies of its tensors.
 
-    {"state": {0: {"exp_avg": t}}}  ->  {"state": {"#0": {"exp_avg": {"$tensor": "state.#0.exp_avg"}}}},
-    {"state.#0.exp_avg": t}
+    {"state": {0: {"m": t}}}  ->  {"state": {"#0": {"m": {"$tensor": "state.#0.m"}}}},  {"state.#0.m": t}
 
-    Optimizers number their parameters, and JSON knows no numbers as keys: hence "#0". Tuples come back as
-    lists.
+    Optimizers number their parameters, but JSON has no integer keys: hence "#0". Tuples become lists. `key`
+    is the dotted path of `tree` within the whole.
     """
+    if isinstance(tree, Tensor):
+        return {"$tensor": key}, {key: tree.detach().to("cpu", copy=True).contiguous()}
+    if not isinstance(tree, (dict, list, tuple)):
+        is_plain = tree is None or isinstance(tree, (bool, int, float, str))
+        assert is_plain, f"{key} is {type(tree)}, which JSON cannot represent"
+        return tree, {}
+    items = tree.items() if isinstance(tree, dict) else ((str(i), value) for i, value in enumerate(tree))
+    nodes: dict[str, object] = {}
     tensors: dict[str, Tensor] = {}
-
-    def walk(node: object, place: str) -> object:
-        if isinstance(node, Tensor):
-            tensors[place] = node.detach().to("cpu", copy=True).contiguous()
-            return {"$tensor": place}
-        if isinstance(node, dict):
-            named = {f"#{key}" if isinstance(key, int) else key: value for key, value in node.items()}
-            return {key: walk(value, f"{place}.{key}" if place else key) for key, value in named.items()}
-        if isinstance(node, (list, tuple)):
-            return [walk(value, f"{place}.{i}") for i, value in enumerate(node)]
-        assert node is None or isinstance(node, (bool, int, float, str)), (
-            f"{place} is {type(node)}, which JSON does not know"
-        )
-        return node
-
-    return walk(tree, ""), tensors
+    for name, value in items:
+        name = f"#{name}" if isinstance(name, int) else name
+        nodes[name], inner = flatten(value, f"{key}.{name}" if key else name)
+        tensors |= inner
+    return nodes if isinstance(tree, dict) else list(nodes.values()), tensors
 
 
 def unflatten(tree: object, tensors: dict[str, Tensor]) -> object:
-    """The tree that `flatten` took apart."""
+    """Rebuild the tree that `flatten` took apart."""
     if isinstance(tree, list):
         return [unflatten(value, tensors) for value in tree]
     if not isinstance(tree, dict):
         return tree
     if "$tensor" in tree:
         return tensors[tree["$tensor"]]
-    return {
-        int(key[1:]) if key.startswith("#") else key: unflatten(value, tensors) for key, value in tree.items()
-    }
+    keys = {key: int(key[1:]) if key.startswith("#") else key for key in tree}
+    return {keys[key]: unflatten(value, tensors) for key, value in tree.items()}
 
 
-# ---- the checkpoints of a run -------------------------------------------------------------------------------------------------
+# ---- the checkpoints of a run ------------------------------------------------------------------------------
 
 
 def list_checkpoints(directory: Path, up_to: float = math.inf) -> list[Path]:
     """The `checkpoint-N` folders of a run with N <= up_to, oldest first."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
-    found = {path: int(step) for path, step in steps.items() if step.isdecimal() and int(step) <= up_to}
-    return sorted(found, key=found.__getitem__)
+    names = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
+    steps = {path: int(name) for path, name in names.items() if name.isdecimal()}
+    return sorted((path for path, step in steps.items() if step <= up_to), key=steps.__getitem__)
 
 
-def find_checkpoint(place: Path) -> tuple[Path | None, dict, list[str]]:
-    """A checkpoint, or the newest whole one of a run: its folder, its state, and what is wrong with newer
-    ones, a line each.
+def find_checkpoint(directory: Path) -> tuple[Path | None, dict, list[str]]:
+    """Find a checkpoint, or the newest complete one of a run: folder, state, and the faults of newer ones.
 
-    (None, {}, []) if there is none. Raises UserError if there are some and none of them is whole.
+    Returns (None, {}, []) if there is none. Raises UserError if there are some and all of them are damaged.
     """
-    if (place / STATE_FILE).parent.is_dir():
-        return place, read_checkpoint(place), []
+    if _has_state(directory):
+        return directory, read_checkpoint(directory), []
     faults: list[str] = []
-    for candidate in reversed(list_checkpoints(place)):
+    for candidate in reversed(list_checkpoints(directory)):
         try:
             return candidate, read_checkpoint(candidate), faults
         except UserError as fault:
             faults.append(str(fault))
     if faults:
-        raise UserError(f"{place} has no whole checkpoint: {summarize(faults)}")
+        raise UserError(f"{directory} has no complete checkpoint: {summarize(faults)}")
     return None, {}, []
 
 
+def find_resumed(config: TrainConfig, training: dict, total_steps: int) -> tuple[Path | None, dict]:
+    """Return the checkpoint to resume from and its state, or (None, {}) for a run that starts at step 0.
+
+    `training` must equal the checkpoint's own; see `check_same_training`. Raises UserError for a checkpoint
+    that does not exist, belongs to another training or lies beyond `total_steps`.
+    """
+    requested = config.resume_from_checkpoint
+    if requested is None:
+        return None, {}
+    directory = Path(config.output_dir if requested == "latest" else requested)
+    checkpoint, state, faults = find_checkpoint(directory)
+    if checkpoint is None:
+        if requested != "latest":
+            raise UserError(
+                f"resume_from_checkpoint = {requested}: no checkpoint with a training_state is there"
+            )
+        print(f"no checkpoint in {directory} yet: starting at the beginning")
+        return None, {}
+    for fault in faults:
+        print(f"skipped: {fault}")
+    check_same_training(state["training"], training, config.may_change(), checkpoint)
+    if state["step"] > total_steps:
+        raise UserError(
+            f"{checkpoint} is beyond the {total_steps} steps of this training; "
+            "raise max_steps or num_train_epochs"
+        )
+    best = best_checkpoint(checkpoint, state)
+    if config.load_best_model_at_end and best is not None and not best.is_dir():
+        raise UserError(f"{best} is missing: load_best_model_at_end needs the best adapter so far")
+    print(f"resuming from {checkpoint}, after step {state['step']} of {total_steps}")
+    return checkpoint, state
+
+
+def best_checkpoint(checkpoint: Path, state: dict) -> Path | None:
+    """The checkpoint, beside this one, of the lowest held-out loss so far; None if there is none yet."""
+    step = state["best"]["step"]
+    return checkpoint.with_name(f"checkpoint-{step}") if step else None
+
+
+def check_same_training(saved: dict, now: dict, may_change: set[str], checkpoint: Path) -> None:
+    """Raise UserError if settings differ that may not, naming each one with both values."""
+    now = json.loads(json.dumps(now))  # as `saved` went through JSON: tuples are lists
+    changed = [
+        f"{name} is {now.get(name)!r} here, {saved.get(name)!r} there"
+        for name in sorted((saved.keys() | now.keys()) - may_change)
+        if now.get(name) != saved.get(name)
+    ]
+    if changed:
+        fix = "set it back, or start anew in another output_dir without resume_from_checkpoint"
+        raise UserError(f"{checkpoint} belongs to another training: {summarize(changed)}; {fix}")
+
+
 def delete_checkpoint(directory: Path) -> None:
-    """Take its name first, so that no half of it looks whole."""
-    passing = directory.with_name(directory.name + ".old")
-    shutil.rmtree(passing, ignore_errors=True)
-    os.replace(directory, passing)
-    shutil.rmtree(passing)
+    """Rename a checkpoint, then delete it, so that a half-deleted one never looks complete."""
+    renamed = directory.with_name(directory.name + _OLD)
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.replace(directory, renamed)
+    shutil.rmtree(renamed)
 
 
-def delete_old_checkpoints(directory: Path, step: int, keep: int, spare: int | None = None) -> None:
-    """Of those up to `step` delete all but the newest `keep` and that of step `spare`. Later ones, of an
-    earlier life, stay.
+def delete_old_checkpoints(directory: Path, step: int, keep: int, best_step: int | None = None) -> None:
+    """Of the checkpoints up to `step`, keep the newest `keep` and the one of `best_step`; delete the others.
+
+    Checkpoints after `step` stay: an older checkpoint was resumed, and they will be overwritten.
     """
     for old in list_checkpoints(directory, up_to=step)[:-keep]:
-        if old.name != f"checkpoint-{spare}":
+        if old.name != f"checkpoint-{best_step}":
             delete_checkpoint(old)
 
 
 def delete_leftovers(directory: Path) -> None:
-    """Remove what a kill left half written or half deleted."""
-    for ending in _PASSING:
-        for path in directory.glob(f"checkpoint-*{ending}"):
+    """Delete the half-written and half-deleted checkpoints that a killed run left."""
+    for suffix in (_PART, _OLD):
+        for path in directory.glob(f"checkpoint-*{suffix}"):
             shutil.rmtree(path)
 
 
 def copy_checkpoint(source: Path, directory: Path) -> None:
-    """Copy a checkpoint into a run's folder, unless it is there: of a run that goes on elsewhere."""
+    """Copy a checkpoint into another run's directory, unless it is already there."""
     target = directory / source.name
-    if not target.is_dir():
-        part = target.with_name(target.name + ".part")
-        for path in source.rglob("*"):
-            if path.is_file():
-                (part / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(
-                    path, part / path.relative_to(source)
-                )  # contents alone: the source may be read-only
-        _give_name(part, target)
+    if target.is_dir():
+        return
+    part = target.with_name(target.name + _PART)
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = part / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)  # without permissions: the source may be read-only
+    _sync_and_rename(part, target)
 
 
-# ---- what else belongs to the state of a training -----------------------------------------------------------------------------
+# ---- random generators, the model's fingerprint, interrupts ------------------------------------------------
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The generators of this process: PyTorch's on the CPU and on its GPU, numpy's, Python's. Always of the
-    same shapes.
+    """The state of this process's random generators: PyTorch's on the CPU and its GPU, numpy's, Python's.
+
+    The shapes never change, so that processes can gather each other's states.
     """
     _, keys, *counters, normal = np.random.get_state()
     _, words, gauss = random.getstate()
@@ -258,7 +308,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put the generators back to where `random_state` found them."""
+    """Restore the generators to a state that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -277,8 +327,9 @@ def _number(bits: int) -> float:
 
 
 def sample_model(directory: Path, samples: int = 64, size: int = 4096) -> Iterator[bytes]:
-    """What tells one model from another, for `fingerprint`: config.json, and of every weights file its length
-    and some places.
+    """Yield config.json, then the length of every weights file and `samples` evenly spaced blocks of it.
+
+    Their `fingerprint` identifies a model without reading all of its weights.
     """
     yield (directory / "config.json").read_bytes()
     for path in sorted(directory.glob("*.safetensors")):
@@ -286,44 +337,27 @@ def sample_model(directory: Path, samples: int = 64, size: int = 4096) -> Iterat
         yield length.to_bytes(8, "little")
         with path.open("rb") as file:
             for i in range(samples):
-                file.seek(
-                    i * max(0, length - size) // (samples - 1)
-                )  # the first place is the start, the last one ends the file
+                file.seek(i * max(0, length - size) // (samples - 1))  # from the file's start to its end
                 yield file.read(size)
 
 
-def check_same_training(saved: dict, now: dict, may_change: set[str], checkpoint: Path) -> None:
-    """Raise UserError naming all settings with both values that differ and may not."""
-    now = json.loads(json.dumps(now))
-    names = sorted((saved.keys() | now.keys()) - may_change)
-    changed = [
-        f"{name} is {now.get(name)!r} here, {saved.get(name)!r} there"
-        for name in names
-        if now.get(name) != saved.get(name)
-    ]
-    if changed:
-        mend = "set it back, or start anew in another output_dir without resume_from_checkpoint"
-        raise UserError(f"{checkpoint} is of another training: {summarize(changed)}; {mend}")
-
-
 class StopSignal:
-    """Ctrl-C, or SIGTERM as schedulers send it, asks for a stop after the present step, so that what is saved
-    is whole.
+    """Ctrl-C, or SIGTERM as schedulers send it, requests a stop after the current step, which is then saved.
 
-    A second Ctrl-C stops at once. A second SIGTERM does not: one often comes twice, to a process and to its
+    A second Ctrl-C stops at once. A second SIGTERM does not: schedulers often send it to a process and to its
     group.
     """
 
     def __init__(self, say: Callable[[str], None]):
-        self.asked, self.say = False, say
-        self._before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.requested, self.say = False, say
+        self._previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __call__(self, number: int, frame: object) -> None:
-        self.asked = True
+        self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.say("stopping after this step; Ctrl-C again to stop at once without saving")
 
     def release(self) -> None:
-        """Give both signals back the meaning they had."""
-        for number, handler in self._before.items():
+        """Restore the handlers that both signals had before."""
+        for number, handler in self._previous.items():
             signal.signal(number, handler)

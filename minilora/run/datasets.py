@@ -1,6 +1,6 @@
-"""From the settings of a run to its examples: read, mixed, split, tokenized and checked.
+"""Read, mix, split, tokenize and check the examples that a run's settings name.
 
-Trainer, evaluation and preparation get their examples here, so they cannot see a row in different ways.
+Training, evaluation and preparation all get their examples here, so they see every row in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,31 +16,27 @@ from minilora.run.settings import TrainConfig
 from minilora.system.assets import ASSETS
 from minilora.system.errors import UserError, raise_error
 
-Places = (
-    str | Sequence[str]
-)  # one or several datasets, perhaps with weights: the keys dataset and eval_dataset
+Sources = str | Sequence[str]  # a value of the keys dataset and eval_dataset: names, perhaps with weights
 
 
 def load_datasets(
     config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out examples of a run. Raises UserError for whatever is wrong with them."""
-    settings = token_settings(config, model_config)
+    """Return the training examples of a run, and the held-out ones or None. Raises UserError for bad data."""
+    encoding = token_settings(config, model_config), model_config, tokenizer, template
     rows, held_out = read_datasets(config)
-    train_set = tokenize_rows(rows, config.dataset, settings, model_config, tokenizer, template)
+    train_set = tokenize_rows(rows, config.dataset, *encoding)
     if not held_out:
         return train_set, None
-    return train_set, tokenize_rows(
-        held_out, config.eval_dataset or config.dataset, settings, model_config, tokenizer, template
-    )
+    return train_set, tokenize_rows(held_out, config.eval_dataset or config.dataset, *encoding)
 
 
 def read_datasets(
     config: TrainConfig, on_error: Callable[[UserError], None] = raise_error
 ) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out, mixed by weights and split as the settings say."""
+    """Return the rows to train on and those held out, after mixing by weight and splitting."""
     if config.dataset is None:
-        raise UserError("dataset is missing; name a file, an address or a dataset of the hub with --dataset")
+        raise UserError("dataset is missing; name a file, an address or a dataset on the hub with --dataset")
     rows = read_mixed(config.dataset, config, on_error)
     if config.eval_dataset:
         return rows, read_mixed(config.eval_dataset, config, on_error)
@@ -48,17 +44,15 @@ def read_datasets(
 
 
 def read_mixed(
-    places: Places, config: TrainConfig, on_error: Callable[[UserError], None] = raise_error
+    sources: Sources, config: TrainConfig, on_error: Callable[[UserError], None] = raise_error
 ) -> list[Row]:
-    """The rows of one or several datasets."""
+    """Return the rows of one or several datasets, mixed by their weights."""
+    columns = config.prompt_column, config.completion_column, config.messages_column
     parts, weights = [], []
-    for place, weight in parse_datasets(places):
-        if place.startswith("assets/") and not Path(place).exists():
-            place = str(
-                ASSETS.parent / place
-            )  # the examples that come with minilora are found from every working directory
-        columns = config.prompt_column, config.completion_column, config.messages_column
-        rows = read_rows(place, *columns, chat=config.template is not None, on_error=on_error)
+    for source, weight in parse_datasets(sources):
+        if source.startswith("assets/") and not Path(source).exists():
+            source = str(ASSETS.parent / source)  # minilora's own examples, from any working directory
+        rows = read_rows(source, *columns, chat=config.template is not None, on_error=on_error)
         parts.append(rows[: config.max_samples])
         weights.append(weight)
     return mix_rows(parts, weights, config.seed)
@@ -66,46 +60,45 @@ def read_mixed(
 
 def tokenize_rows(
     rows: list[Row],
-    places: Places,
+    sources: Sources,
     settings: dict[str, object],
     model_config: ModelConfig,
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     on_error: Callable[[UserError], None] = raise_error,
 ) -> Dataset:
-    """The rows of `places` as examples, encoded as `token_settings` say; or from tokens that lie ready.
+    """Encode the rows of `sources` with `token_settings`, or load the tokens that scripts/prepare.py saved.
 
-    Raises UserError if nothing to learn is left, and for a tokenizer that is of another model.
+    Raises UserError if no learned token is left, or if the tokenizer belongs to another model.
     """
     dataset = None
-    if isinstance(places, str) and (path := tokens_file(places)).is_file():
+    if isinstance(sources, str) and (path := tokens_file(sources)).is_file():
         dataset = load_tokens(path, rows, tokens_key(rows, tokenizer, template, settings))
-        print(
-            f"tokens     {f'lie ready in {path}' if dataset else f'of {path} are of other rows or settings, and left alone'}"
-        )
+        ignored = f"of {path} are of other rows or settings, and ignored"
+        print(f"tokens     {f'lie ready in {path}' if dataset else ignored}")
     dataset = dataset or tokenize(rows, tokenizer, template=template, on_error=on_error, **settings)
     if not dataset.examples and dataset.dropped:
         raise UserError(
-            f"{places}: no token to learn is left in any of its {len(rows)} examples; raise cutoff_len = {settings['cutoff_len']}"
+            f"{sources}: no token to learn is left in any of its {len(rows)} examples; "
+            f"raise cutoff_len = {settings['cutoff_len']}"
         )
-    if (
-        largest := max((int(e.input_ids.max()) for e in dataset.examples), default=0)
-    ) >= model_config.vocab_size:
+    largest = max((int(example.input_ids.max()) for example in dataset.examples), default=0)
+    if largest >= model_config.vocab_size:
         raise UserError(
-            f"the tokenizer gives token {largest}, the model knows {model_config.vocab_size}: they are not of one model"
+            f"the tokenizer gives token {largest}, but the model has {model_config.vocab_size} tokens: "
+            "they do not belong to one model"
         )
     return dataset
 
 
 def token_settings(config: TrainConfig, model_config: ModelConfig) -> dict[str, object]:
-    """What of a run's settings `minilora.data.examples.tokenize` takes. Raises UserError for rows that are
-    longer than the model reads.
-    """
+    """Return the settings for `tokenize`. Raises UserError if cutoff_len exceeds the model's positions."""
     limit = model_config.max_position_embeddings
     cutoff_len = config.cutoff_len or min(1024, limit)
     if cutoff_len > limit:
         raise UserError(
-            f"cutoff_len = {cutoff_len} is more than the {limit} positions of the model; set --cutoff_len {limit}"
+            f"cutoff_len = {cutoff_len} is more than the {limit} positions of the model; "
+            f"set --cutoff_len {limit}"
         )
     return dict(
         cutoff_len=cutoff_len, train_on_prompt=config.train_on_prompt, mask_history=config.mask_history

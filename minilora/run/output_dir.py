@@ -1,7 +1,7 @@
-"""The directory that a run leaves its results in: may it, and what of an earlier run has to go.
+"""The directory of a run's results: check that the run may use it, then clear what an earlier run left.
 
-Only files under the names that a run writes are ever removed, whatever else lies there. Nothing is written by
-`check_output_dir`: a run that is refused leaves no trace.
+Only files that a run itself writes are ever deleted; any other file there stays. `check_output_dir` writes
+nothing, so a refused run leaves no trace.
 """
 
 import os
@@ -27,39 +27,38 @@ RUN_FILES = (
 
 
 def files_of_a_run(directory: Path) -> list[Path]:
-    """What a run writes under names that another one would overwrite."""
-    return [path for name in RUN_FILES if (path := directory / name).exists()] + list_checkpoints(directory)
+    """The existing files and checkpoints of a run: everything that another run there would overwrite."""
+    paths = [directory / name for name in RUN_FILES]
+    return [path for path in paths if path.exists()] + list_checkpoints(directory)
 
 
 def check_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
-    """Refuse a directory that cannot be written or holds another run. `checkpoint`: the one that this run
-    goes on from.
-    """
+    """Raise UserError if output_dir is not writable or holds a run that does not contain `checkpoint`."""
     directory = Path(config.output_dir)
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"output_dir {directory}: {existing} is a file, not a directory")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"output_dir {directory} cannot be written: no permission in {existing}")
-    killed_early = (
-        config.resume_from_checkpoint == "latest" and not (directory / ADAPTER_WEIGHTS_FILE).exists()
-    )
-    if config.overwrite_output_dir or killed_early or _holds(directory, checkpoint):
+    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise UserError(f"output_dir {directory}: {parent} is a file, not a directory")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"output_dir {directory} cannot be written: no permission in {parent}")
+    if config.overwrite_output_dir or _contains(directory, checkpoint):
         return
-    if found := files_of_a_run(directory):
+    finished = (directory / ADAPTER_WEIGHTS_FILE).exists()
+    if config.resume_from_checkpoint == "latest" and not finished:
+        return  # The run was killed before its first checkpoint; it starts again.
+    if files := files_of_a_run(directory):
         raise UserError(
-            f"output_dir {directory} already holds a run ({found[0].name}); choose another, or add --overwrite_output_dir, or "
-            "--resume_from_checkpoint latest to go on with it"
+            f"output_dir {directory} already holds a run ({files[0].name}); choose another, "
+            "or add --overwrite_output_dir, or --resume_from_checkpoint latest to resume it"
         )
 
 
 def open_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
-    """Make the directory, clear what another run left (and nothing else), and write down this run's settings."""
+    """Make the directory, delete another run's files (and no others), and save this run's settings."""
     directory = Path(config.output_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         delete_leftovers(directory)
-        if not _holds(directory, checkpoint):
+        if not _contains(directory, checkpoint):
             for path in files_of_a_run(directory):
                 delete_checkpoint(path) if path.is_dir() else path.unlink()
         write_whole(directory / SETTINGS_FILE, config.to_yaml())
@@ -67,5 +66,5 @@ def open_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
         raise UserError(f"output_dir {directory} cannot be written: {error.strerror}") from error
 
 
-def _holds(directory: Path, checkpoint: Path | None) -> bool:
+def _contains(directory: Path, checkpoint: Path | None) -> bool:
     return checkpoint is not None and checkpoint.resolve().parent == directory.resolve()

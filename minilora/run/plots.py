@@ -1,9 +1,10 @@
-"""Pictures of training runs, drawn from the records of `metrics.jsonl`: the loss of one, its vital signs, the
-losses of several; and of the lengths of what they are trained on.
+"""Pictures of training runs and of their data.
 
-A record has a `step` and some of `loss`, `eval_loss`, `lr`, `grad_norm`, `memory`; what a run did not record
-is not drawn. Matplotlib is imported when something is drawn, and draws into memory: a picture appears whole
-or not at all.
+The records of `metrics.jsonl` show the loss of one run, its vital signs, or the losses of several runs. A
+record has a `step` and some of `loss`, `eval_loss`, `lr`, `grad_norm`, `memory`; a missing value is not
+drawn. A histogram shows the lengths of the examples.
+
+Matplotlib is imported only to draw. It draws into memory, so a picture file is complete or does not exist.
 """
 
 import io
@@ -24,7 +25,7 @@ LOSS = "loss per supervised token (nats)"
 
 
 def plot_loss(records: list[dict], path: Path) -> None:
-    """Training and held-out loss over the steps. Nothing is drawn before the first record."""
+    """Draw training and held-out loss over the steps. Without a recorded loss nothing is written."""
     if series(records, "loss")[0]:
         figure = _figure(7, 4)
         _draw_loss(figure.subplots(), records)
@@ -32,7 +33,7 @@ def plot_loss(records: list[dict], path: Path) -> None:
 
 
 def plot_training(records: list[dict], path: Path) -> None:
-    """Four panels over one axis of steps: loss, learning rate, norm of the gradients before clipping, memory."""
+    """Draw four panels over the steps: loss, learning rate, gradient norm before clipping, memory."""
     if not series(records, "loss")[0]:
         return
     figure = _figure(10, 6)
@@ -44,14 +45,9 @@ def plot_training(records: list[dict], path: Path) -> None:
         (memory, "memory", "memory (GiB)", ORANGE, 2**30),
     ):
         steps, values = series(records, name)
-        axes.plot(
-            steps,
-            [value / unit for value in values],
-            color=colour,
-            linewidth=1.4,
-            marker="o" if len(steps) == 1 else None,
-        )
-        _dress(axes, label)
+        values = [value / unit for value in values]
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker=_marker(steps))
+        _style(axes, label)
     rate.yaxis.set_major_formatter("{x:g}")
     for axes in (loss, rate):
         axes.set_xlabel("")
@@ -59,84 +55,45 @@ def plot_training(records: list[dict], path: Path) -> None:
 
 
 def plot_runs(runs: dict[str, list[dict]], path: Path) -> None:
-    """The losses of several runs, by name: training on the left and, where any run has them, held-out ones on
-    the right.
-    """
-    kinds = [("loss", "training loss")]
+    """Draw the losses of several named runs: training on the left, held-out on the right if there are any."""
+    panels = [("loss", "training loss")]
     if any(series(records, "eval_loss")[0] for records in runs.values()):
-        kinds.append(("eval_loss", "held-out loss"))
-    figure = _figure(5.5 * len(kinds), 4.2)
-    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+        panels.append(("eval_loss", "held-out loss"))
+    figure = _figure(5.5 * len(panels), 4.2)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     lines = []
-    for axes, (name, title) in zip(panels, kinds, strict=True):
+    for axes, (name, title) in zip(all_axes, panels, strict=True):
         for i, records in enumerate(runs.values()):
             steps, values = series(records, name)
-            style = dict(
-                color=COLOURS[i % len(COLOURS)],
-                linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
-                linewidth=1.4,
-            )
-            lines += axes.plot(
-                steps,
-                values,
-                marker="o" if name == "eval_loss" or len(steps) == 1 else None,
-                markersize=3.5,
-                **style,
-            )
+            colour, dashes = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
+            marker = "o" if name == "eval_loss" else _marker(steps)
+            style = dict(color=colour, linestyle=dashes, linewidth=1.4, marker=marker, markersize=3.5)
+            lines += axes.plot(steps, values, **style)
         axes.set_title(title, fontsize=11)
-        _dress(axes, LOSS if axes is panels[0] else "")
-    columns = int(
-        11 * figure.get_figwidth() / (max(map(len, runs)) + 6)
-    )  # eleven letters of the legend take an inch
-    figure.legend(
-        lines[: len(runs)],
-        list(runs),
-        loc="outside lower center",
-        ncols=max(1, min(4, columns)),
-        frameon=False,
-    )
+        _style(axes, LOSS if axes is all_axes[0] else "")
+    letters = 11 * figure.get_figwidth()  # 11 letters of the legend are about an inch wide
+    columns = int(letters / (max(map(len, runs)) + 6))  # a line and a gap take 6 letters
+    columns = max(1, min(4, columns))
+    figure.legend(lines[: len(runs)], list(runs), loc="outside lower center", ncols=columns, frameon=False)
     _save(figure, path)
 
 
 def plot_lengths(lengths: Sequence[int], supervised: Sequence[int], cutoff_len: int, path: Path) -> None:
-    """How long examples are, before any is cut, and how many of their tokens are learned. The last bar gathers
-    a long tail.
-    """
+    """Draw histograms of the examples' lengths before any cut, and of their numbers of learned tokens."""
     figure = _figure(10, 4)
     whole, learned = figure.subplots(1, 2)
-    over = sum(length > cutoff_len for length in lengths) / len(lengths)
-    for axes, values, label in (
-        (whole, lengths, "tokens of an example"),
-        (learned, supervised, "supervised tokens of an example"),
-    ):
-        top = (
-            sorted(values)[int(0.99 * (len(values) - 1))] * 1.25
-        )  # a few very long ones would make the others a single bar
-        top = max(min(top, max(values)), 1)
-        edges = [top * i / 50 for i in range(51)]
-        bars = axes.hist([min(value, top) for value in values], edges, color=BLUE)[2]
-        beyond = sum(value > top for value in values)
-        _dress(
-            axes,
-            "examples",
-            xlabel=label + (f"; {beyond:,} above {top:,.0f} in the last bar" if beyond else ""),
-        )
-        axes.set_ylim(top=1.1 * max(bar.get_height() for bar in bars))
-        if axes is whole and cutoff_len < top:
-            axes.axvline(
-                cutoff_len,
-                color=ORANGE,
-                linewidth=1.4,
-                label=f"cutoff_len {cutoff_len:,}: {over:.1%} are longer",
-            )
-            axes.legend(frameon=False)
+    top = _draw_histogram(whole, lengths, "tokens of an example")
+    _draw_histogram(learned, supervised, "supervised tokens of an example")
+    if cutoff_len < top:
+        longer = sum(length > cutoff_len for length in lengths) / len(lengths)
+        label = f"cutoff_len {cutoff_len:,}: {longer:.1%} are longer"
+        whole.axvline(cutoff_len, color=ORANGE, linewidth=1.4, label=label)
+        whole.legend(frameon=False)
     _save(figure, path)
 
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """The steps at which this was recorded, and its values; what is infinite or not a number is no point of a
-    line.
-    """
+    """Return the steps with a finite value of this name, and the values."""
     points = [(record["step"], record[name]) for record in records if name in record]
     points = [point for point in points if all(map(math.isfinite, point))]
     return [step for step, _ in points], [value for _, value in points]
@@ -144,19 +101,37 @@ def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 def _draw_loss(axes: "Axes", records: list[dict]) -> None:
     steps, losses = series(records, "loss")
-    axes.plot(
-        steps, losses, color=BLUE, linewidth=1.4, marker="o" if len(steps) == 1 else None, label="training"
-    )
+    axes.plot(steps, losses, color=BLUE, linewidth=1.4, marker=_marker(steps), label="training")
     steps, losses = series(records, "eval_loss")
     if steps:
         axes.plot(steps, losses, "o-", color=ORANGE, linewidth=1.4, markersize=4, label="held out")
-    _dress(axes, LOSS)
+    _style(axes, LOSS)
     axes.legend(frameon=False)
 
 
-def _dress(axes: "Axes", label: str, xlabel: str = "optimizer step") -> None:
-    """Labels, scales and a grid, once all lines are drawn. Logarithmic where a linear scale could not show
-    how the ends differ.
+def _draw_histogram(axes: "Axes", values: Sequence[int], label: str) -> float:
+    """Draw 50 bars and return the upper end of the axis. The last bar also counts all larger values."""
+    percentile = sorted(values)[int(0.99 * (len(values) - 1))]
+    # Without this bound a few very long examples would press all others into a single bar.
+    top = max(min(1.25 * percentile, max(values)), 1)
+    edges = [top * i / 50 for i in range(51)]
+    bars = axes.hist([min(value, top) for value in values], edges, color=BLUE)[2]
+    if beyond := sum(value > top for value in values):
+        label += f"; {beyond:,} above {top:,.0f} in the last bar"
+    _style(axes, "examples", xlabel=label)
+    axes.set_ylim(top=1.1 * max(bar.get_height() for bar in bars))
+    return top
+
+
+def _marker(steps: list[int]) -> str | None:
+    """A dot for a single point, which has no line to show it."""
+    return "o" if len(steps) == 1 else None
+
+
+def _style(axes: "Axes", label: str, xlabel: str = "optimizer step") -> None:
+    """Set labels, scales and a grid, after all lines are drawn.
+
+    The scale is logarithmic if the values differ by more than a factor of 20.
     """
     values = [value for line in axes.lines for value in line.get_ydata()]
     wide = min(values, default=0) > 0 and max(values) / min(values) > 20
@@ -174,9 +149,8 @@ def _dress(axes: "Axes", label: str, xlabel: str = "optimizer step") -> None:
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(width, height), layout="constrained"
-    )  # without pyplot: no window and no global state
+    # pyplot would open windows and keep global state.
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     return figure
 

@@ -1,43 +1,46 @@
-"""What a run leaves to look at: a line or a bar in the terminal, metrics.jsonl, a model card, and what it
-reports elsewhere.
+"""Progress of a run: a line or a bar in the terminal, records in metrics.jsonl, and reporters of the records.
 
-On a terminal there is one bar, redrawn in place; where output goes to a file, one line every `logging_steps`.
-Both hold the same:
+A terminal shows one bar, redrawn in place. Output to a file gets one line every `logging_steps`. Both show
 
     step 120/360  loss 0.412  lr 2.1e-03  18.2k tok/s  0.9 GiB  0:14 left
 """
 
 import json
 import math
-import re
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minilora.data.examples import Dataset, Row
-from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
-from minilora.model import CausalLM
-from minilora.run.describe import count_parameters, describe_optimizer, describe_weights
 from minilora.run.reporters import Reporter
-from minilora.run.settings import TrainConfig
-from minilora.system.device import Placement
 from minilora.system.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 
 
-class Tracker:
-    """Shows progress and appends each record to `metrics.jsonl` at once, so that a killed run keeps what it
-    had.
+class StepMetrics(NamedTuple):
+    """The measurements of one optimizer step."""
 
-    A resumed run hands over the `state_dict` of its earlier life: the file then begins with what was recorded
-    up to there, and no more. Without a directory nothing is shown or written, and the records are kept all
-    the same. Each record goes to every one of the `reporters` too.
+    step: int  # finished steps, this one included
+    loss: float  # mean per supervised token
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: float  # that went through the model, padding included
+    seconds: float
+    memory: int  # peak bytes so far
+
+
+class Tracker:
+    """Shows progress and appends each record to `metrics.jsonl` at once, so a killed run keeps its records.
+
+    A resumed run passes the `state_dict` saved in its checkpoint: the file then starts with the records up to
+    there. Without a directory nothing is shown or written, but the records are kept. Every record also goes
+    to each of the `reporters`.
     """
 
     def __init__(
@@ -49,14 +52,13 @@ class Tracker:
         state: dict | None = None,
         reporters: Sequence[Reporter] = (),
     ):
+        state = state or {}
         self.path = None if directory is None else directory / METRICS_FILE
         self.total_steps, self.epoch_steps, self.logging_steps = total_steps, epoch_steps, logging_steps
-        self.records: list[dict] = list(state["records"]) if state else []
-        self.window: list = (
-            list(state["window"]) if state else []
-        )  # loss, tokens, seconds of each step since the last record
-        self.seconds = state.get("seconds", 0.0) if state else 0.0  # in optimizer steps, of earlier lives too
-        self.steps_here = 0  # taken by this process since `started`, for the time that is left
+        self.records: list[dict] = list(state.get("records", []))
+        self.window: list = list(state.get("window", []))  # [loss, tokens, seconds] of steps not yet recorded
+        self.seconds = state.get("seconds", 0.0)  # in optimizer steps, including those before a resume
+        self.own_steps = 0  # steps of this process, since `started`: they predict the time left
         self.started = 0.0
         self.bar, self.finished = None, False
         if self.path is not None:
@@ -65,16 +67,17 @@ class Tracker:
                 self.bar = tqdm(total=total_steps, bar_format="{percentage:3.0f}%")
         self.reporters = list(reporters) if self.path is not None else []
         for reporter in self.reporters:
-            reporter.begin(self.records, (state or {}).get(reporter.service.name, {}), self.say)
+            reporter.begin(self.records, state.get(reporter.service.name, {}), self.say)
 
     def state_dict(self) -> dict:
-        """What a resumed run needs, as JSON."""
+        """The state that a resumed run needs, as JSON."""
         reported = {reporter.service.name: reporter.service.state_dict() for reporter in self.reporters}
         return {"records": self.records, "window": self.window, "seconds": self.seconds} | reported
 
     def log(self, **record: float) -> None:
-        """Write one line of metrics. `step` counts finished optimizer steps. What is not finite is left out:
-        JSON cannot say it.
+        """Write one line of metrics, without values that JSON cannot express: infinities and NaN.
+
+        `step` counts finished optimizer steps.
         """
         record = {name: value for name, value in record.items() if math.isfinite(value)}
         self.records.append(record)
@@ -84,68 +87,54 @@ class Tracker:
         for reporter in self.reporters:
             reporter.log(record)
 
-    def step(
-        self,
-        step: int,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        tokens: int,
-        seconds: float,
-        memory: int,
-        loss_scale: LossScale,
-    ) -> None:
-        """Count one optimizer step: the bar moves at each, a record or line of the mean since the last comes
-        every so often.
+    def step(self, metrics: StepMetrics, loss_scale: LossScale) -> None:
+        """Count one optimizer step: move the bar, and every `logging_steps` record the mean over these steps.
 
-        Steps whose loss is not finite (float16 leaves them out) have no part in the mean.
+        Steps without a finite loss, which float16 skips, do not enter the mean.
         """
-        if self.steps_here == 0:
-            self.started = (
-                time.perf_counter() - seconds
-            )  # an evaluation before the first step is not repeated at every step
-        self.window.append([loss, tokens, seconds])
-        self.seconds += seconds
-        self.steps_here += 1
-        losses, counts, times = zip(*self.window, strict=True)
-        finite = [value for value in losses if math.isfinite(value)]
-        loss, speed = sum(finite) / len(finite) if finite else math.nan, sum(counts) / sum(times)
-        left = (time.perf_counter() - self.started) / self.steps_here * (self.total_steps - step)
-        text = (
-            f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.1e}  {short_number(speed)} tok/s  "
-            f"{memory / 2**30:.2f} GiB  {minutes(left)} left"
-        )
-        if loss_scale.skipped:
-            text += f"  {loss_scale.skipped} skipped, loss scale {loss_scale.scale:g}"
-        due = step % self.logging_steps == 0 or step in (1, self.total_steps)
-        if self.bar is not None:
-            room = min(
-                24, shutil.get_terminal_size().columns - len(text) - 8
-            )  # the text goes first, and the bar has the rest
-            self.bar.bar_format = f"{{percentage:3.0f}}% {f'{{bar:{room}}} ' if room > 3 else ''}{{desc}}"
-            self.bar.set_description_str(text, refresh=False)
-            self.bar.update(step - self.bar.n)
-        elif due and self.path is not None:
-            print(text, flush=True)
+        if self.own_steps == 0:
+            # Not at construction: the evaluation before the first step is not repeated at every step.
+            self.started = time.perf_counter() - metrics.seconds
+        self.own_steps += 1
+        self.seconds += metrics.seconds
+        self.window.append([metrics.loss, metrics.tokens, metrics.seconds])
+        losses, tokens, seconds = zip(*self.window, strict=True)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        loss, speed = sum(finite) / len(finite) if finite else math.nan, sum(tokens) / sum(seconds)
+        due = metrics.step % self.logging_steps == 0 or metrics.step in (1, self.total_steps)
+        self._show(self._line(metrics, loss, speed, loss_scale), metrics.step, due)
         if due:
-            epoch = round(step / self.epoch_steps, 4)
-            record = dict(
-                step=step,
-                epoch=epoch,
-                loss=loss,
-                lr=lr,
-                grad_norm=grad_norm,
-                tokens_per_second=speed,
-                memory=memory,
-            )
-            record |= dict(seconds=round(self.seconds, 3))
+            record = dict(step=metrics.step, epoch=round(metrics.step / self.epoch_steps, 4), loss=loss)
+            record |= dict(lr=metrics.lr, grad_norm=metrics.grad_norm, tokens_per_second=speed)
+            record |= dict(memory=metrics.memory, seconds=round(self.seconds, 3))
             if loss_scale.enabled:
                 record |= dict(loss_scale=loss_scale.scale, skipped_steps=loss_scale.skipped)
             self.log(**record)
             self.window.clear()
 
+    def _line(self, metrics: StepMetrics, loss: float, speed: float, loss_scale: LossScale) -> str:
+        seconds_per_step = (time.perf_counter() - self.started) / self.own_steps
+        left = seconds_per_step * (self.total_steps - metrics.step)
+        line = (
+            f"step {metrics.step}/{self.total_steps}  loss {loss:.4f}  lr {metrics.lr:.1e}  "
+            f"{short_number(speed)} tok/s  {metrics.memory / 2**30:.2f} GiB  {minutes(left)} left"
+        )
+        if loss_scale.skipped:
+            line += f"  {loss_scale.skipped} skipped, loss scale {loss_scale.scale:g}"
+        return line
+
+    def _show(self, line: str, step: int, due: bool) -> None:
+        if self.bar is not None:
+            # The line comes first; the bar gets the remaining columns, if there are enough.
+            width = min(24, shutil.get_terminal_size().columns - len(line) - 8)
+            self.bar.bar_format = f"{{percentage:3.0f}}% {f'{{bar:{width}}} ' if width > 3 else ''}{{desc}}"
+            self.bar.set_description_str(line, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif due and self.path is not None:
+            print(line, flush=True)
+
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line, above the bar if there is one."""
         if self.bar is not None:
             self.bar.write(text)
         elif self.path is not None:
@@ -154,9 +143,9 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        """What ends a training early ends its reports: FAILED, unless they were told otherwise."""
-        if kind is not None and not self.finished:
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        """Report FAILED if an exception ends the training and `finish` has not reported another status."""
+        if error_type is not None and not self.finished:
             self.finish("FAILED")
 
     def close(self) -> None:
@@ -165,60 +154,11 @@ class Tracker:
             self.bar.close()
 
     def finish(self, status: str, files: Sequence[Path] = ()) -> None:
-        """Tell the reporters how it ended, FINISHED, FAILED or KILLED, and give them what came of it."""
+        """Give the reporters the final status, FINISHED, FAILED or KILLED, and the run's files."""
         self.close()
         self.finished = True
         for reporter in self.reporters:
             reporter.finish(status, files)
-
-
-def print_summary(
-    config: TrainConfig,
-    base_model: str,
-    model: CausalLM,
-    placement: Placement,
-    processes: int,
-    train_set: Dataset,
-    eval_set: Dataset | None,
-    total_steps: int,
-    epoch_steps: int,
-) -> None:
-    """What is about to happen, before it happens."""
-    count = count_parameters(model)
-    trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    lora, c = config.lora_config(), model.config
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    tokens = (
-        sum(len(e.input_ids) for e in train_set.examples) / len(train_set) * min(per_step, len(train_set))
-    )
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
-    lines = {
-        "model": f"{base_model}: {c.model_type}, {short_number(count - trainable)} parameters, "
-        f"{c.num_hidden_layers} layers of width {c.hidden_size}",
-        "device": str(placement) + (f"; {processes} processes" if processes > 1 else ""),
-        "weights": describe_weights(model),
-        "adapter": f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
-        "trainable": f"{trainable:,} of {count:,} parameters ({trainable / count:.2%})",
-        "optimizer": describe_optimizer(config.optim, placement.device, config.loraplus_lr_ratio),
-        "training": train_set.summary(),
-        "held out": eval_set.summary() if eval_set else "none",
-        "steps": f"{total_steps:,}, {epoch_steps:,} an epoch; {per_step} examples, about {tokens:,.0f} tokens each",
-        "output": config.output_dir,
-    }
-    for name, text in lines.items():
-        print(f"{name:<10} {text}", flush=True)
-
-
-def print_answers(rows: list[Row], before: list[str], after: list[str], count: int = 4) -> None:
-    """A few held-out prompts with the answers of the base model and of the adapted one."""
-    for i in range(0, len(rows), max(1, len(rows) // count))[:count]:
-        print(f"\n{rows[i].prompt.strip()}")
-        for name, text in (
-            ("base", before[i]),
-            ("adapted", after[i]),
-            ("expected", rows[i].completion.strip()),
-        ):
-            print(f"  {name:<9} {' '.join(text.split())[:110]}")
 
 
 def short_number(value: float) -> str:
@@ -233,54 +173,3 @@ def minutes(seconds: float) -> str:
     """75 -> '1:15', 3700 -> '1:01:40'."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def write_model_card(path: Path, config: TrainConfig, base_model: str, figures: dict[str, str]) -> None:
-    """A README.md that the hub shows: what the adapter is for, how to load it, and the figures of its
-    training.
-
-    The hub links to the base model if it is one of its own; a directory is named in the text alone.
-    """
-    on_hub = (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", base_model)
-        and not base_model.startswith("assets/")
-        and not Path(base_model).exists()
-    )
-    link = f"base_model: {base_model}\n" if on_hub else ""
-    place = config.push_to_hub or "path/to/this/directory"
-    lora = config.lora_config()
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    scaling = "alpha / sqrt(r)" if lora.use_rslora else "alpha / r"
-    table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    write_whole(
-        path,
-        f"""---
-{link}library_name: peft
-pipeline_tag: text-generation
-tags:
-- lora
-- minilora
----
-
-# LoRA adapter for {base_model}
-
-Trained with minilora. Rank {lora.r}, alpha {lora.lora_alpha:g} (scaling {scaling}), dropout {lora.lora_dropout:g}, on: {targets}.
-
-| | |
-|---|---|
-{table}
-
-![loss](loss.png)
-
-# # Use
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_model!r}), {place!r})
-```
-
-All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.
-""",
-    )

@@ -39,7 +39,7 @@ from minilora import LoraConfig, QuantConfig, UserError
 from minilora.formats.weights import StoredTensors, read_config
 from minilora.lora import OUTPUT_HEAD, lora_layers
 from minilora.loss import IGNORE_INDEX, causal_lm_loss, count_supervised
-from minilora.optim import AdamW8bit, learning_rate, make_optimizer, set_learning_rate
+from minilora.optim import AdamW8bit, Schedule, make_optimizer, set_learning_rate
 from minilora.quantization import QUANT_TYPES, four_bit_code
 from minilora.recompute import set_recompute
 from minilora.system.errors import ArgumentParser, run_script
@@ -274,9 +274,10 @@ def adamw(case: Case) -> Pairs:
     optimizer = make_optimizer("adamw_torch", minilora.trainable_parameters(ours), **ADAMW)
     reference = torch.optim.AdamW([other for _, other in adapters(ours, theirs)], **ADAMW)
     warmup = math.ceil(case.steps / 10)
+    rates = Schedule("cosine", ADAMW["lr"], case.steps, warmup)
     schedule = transformers.get_cosine_schedule_with_warmup(reference, warmup, case.steps)
     for step in range(case.steps):
-        set_learning_rate(optimizer, learning_rate(step, case.steps, warmup, ADAMW["lr"], "cosine"))
+        set_learning_rate(optimizer, rates.learning_rate(step))
         mean_loss(ours, **case.batch(step)).backward()
         theirs(**case.batch(step)).loss.backward()
         for each in (optimizer, reference):

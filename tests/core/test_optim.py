@@ -21,7 +21,7 @@ from minilora.optim import (
     OPTIMIZERS,
     SCHEDULES,
     AdamW8bit,
-    learning_rate,
+    Schedule,
     make_optimizer,
     set_learning_rate,
 )
@@ -45,7 +45,7 @@ def test_every_schedule_equals_transformers_at_every_step(schedule, warmup, tota
     scheduler = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
     for step in range(total):
         # Both are a handful of float64 operations: 1e-12 is thousands of roundings.
-        assert learning_rate(step, total, warmup, 3e-4, schedule) == pytest.approx(
+        assert Schedule(schedule, 3e-4, total, warmup).learning_rate(step) == pytest.approx(
             scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18
         )
         optimizer.step()
@@ -124,7 +124,7 @@ def test_8bit_moments_equal_bitsandbytes_to_the_bit_over_50_steps(path):
         for i, shape in enumerate(shapes):
             ours[i].grad, theirs[i].grad = gradient(shape, step, i), gradient(shape, step, i)
         for each in (optimizer, reference):
-            each.param_groups[0]["lr"] = learning_rate(step, 50, 5, 1e-3, "cosine")
+            each.param_groups[0]["lr"] = Schedule("cosine", 1e-3, 50, 5).learning_rate(step)
             each.step()
     assert_same_moments(optimizer, reference, zip(ours, theirs, strict=True))
     for mine, other in zip(ours, theirs, strict=True):
@@ -204,7 +204,7 @@ def test_final_loss_is_within_a_percent_of_32bit_adamws():
         B = nn.Parameter(torch.zeros(512, 8))
         optimizer = make_optimizer(name, {"lora_A": A, "lora_B": B}, lr=3e-2, weight_decay=0.0)
         for step in range(100):
-            set_learning_rate(optimizer, learning_rate(step, 100, 10, 3e-2, "cosine"))
+            set_learning_rate(optimizer, Schedule("cosine", 3e-2, 100, 10).learning_rate(step))
             rows = torch.arange(64) + 64 * (step % 8)
             (x[rows] @ A.T @ B.T - y[rows]).square().mean().backward()
             optimizer.step()

@@ -1,4 +1,6 @@
-"""Masks built from structure, collation, and the order of the data."""
+"""Loss masks, collation, and the order of the examples."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,16 +9,7 @@ from hypothesis import strategies as st
 
 from minilora import UserError
 from minilora.data.chat import load_chat_template
-from minilora.data.examples import (
-    collate,
-    document_ids,
-    padding_share,
-    prompt_ids,
-    split,
-    step_batches,
-    steps_per_epoch,
-    tokenize,
-)
+from minilora.data.examples import Order, collate, document_ids, prompt_ids, split, tokenize
 from minilora.data.rows import Row
 from minilora.data.tokenizer import load_tokenizer
 from minilora.loss import IGNORE_INDEX, count_supervised
@@ -36,7 +29,7 @@ def test_exactly_the_completion_and_its_eos_are_supervised(model_dir, prompt, co
     assert count_supervised(labels) == example.supervised == len(loss_mask)
 
 
-def test_plain_text_is_learnt_whole_and_the_prompt_too_where_asked(model_dir):
+def test_all_plain_text_is_learned_and_the_prompt_too_if_requested(model_dir):
     tokenizer = load_tokenizer(model_dir)
     text, both = tokenize(
         [Row(None, "the fox"), Row("the", "fox")], tokenizer, 100, train_on_prompt=True
@@ -52,7 +45,7 @@ QUESTION, ANSWER = {"role": "user", "content": "the old fox"}, {"role": "assista
 CONVERSATION = Row("the old fox", "lives here", (QUESTION, ANSWER, QUESTION, ANSWER), "a.jsonl, line 7")
 
 
-def test_of_a_conversation_the_template_says_what_is_learnt(model_dir):
+def test_the_template_decides_which_tokens_of_a_conversation_are_learned(model_dir):
     tokenizer = load_tokenizer(model_dir)
     template = load_chat_template("plain", tokenizer)
     answer = tokenizer.encode("the old foxlives here", bos=False, eos=True)[
@@ -77,7 +70,7 @@ def test_of_a_conversation_the_template_says_what_is_learnt(model_dir):
     )
 
 
-def test_the_prompt_of_a_row_is_what_its_example_begins_with(model_dir):
+def test_an_example_begins_with_the_prompt_of_its_row(model_dir):
     tokenizer = load_tokenizer(model_dir)
     template = load_chat_template("llama2", tokenizer)
     for row in (Row("the old", "fox"), CONVERSATION):
@@ -85,7 +78,7 @@ def test_the_prompt_of_a_row_is_what_its_example_begins_with(model_dir):
         assert prompt_ids(row, tokenizer, template) == example.input_ids[: example.prompt_length].tolist()
 
 
-def test_a_conversation_without_a_template_or_refused_by_one_is_told_with_its_place(model_dir):
+def test_a_conversation_without_a_template_or_refused_by_one_is_reported_with_its_location(model_dir):
     tokenizer = load_tokenizer(model_dir)
     with pytest.raises(
         UserError,
@@ -99,17 +92,17 @@ def test_a_conversation_without_a_template_or_refused_by_one_is_told_with_its_pl
         tokenize([CONVERSATION, alone], tokenizer, 100, template=load_chat_template("llama2", tokenizer))
 
 
-def test_padding_is_never_learnt_even_where_its_id_occurs_in_the_text(model_dir):
+def test_padding_is_never_learned_even_if_its_id_occurs_in_the_text(model_dir):
     tokenizer = load_tokenizer(model_dir)
     rows = [Row("a", "b"), Row("the old fox", "and a young owl live")]
     examples = tokenize(rows, tokenizer, 100).examples
     eos = int(examples[0].input_ids[-1])
-    _, labels = collate(examples, pad_id=eos)  # the worst id that padding could have
+    _, labels = collate(examples, pad_id=eos)  # the worst id for padding: it occurs in the text
     assert [count_supervised(labels[i : i + 1]) for i in range(2)] == [e.supervised for e in examples]
     assert labels[0, len(examples[0].input_ids) :].eq(IGNORE_INDEX).all()
 
 
-def test_long_examples_are_cut_and_counted_and_dropped_where_nothing_is_left(model_dir):
+def test_long_examples_are_cut_and_counted_and_dropped_if_nothing_is_left(model_dir):
     tokenizer = load_tokenizer(model_dir)
     prompt_length = len(tokenizer.encode("the old fox"))
     rows = [
@@ -124,76 +117,61 @@ def test_long_examples_are_cut_and_counted_and_dropped_where_nothing_is_left(mod
     assert "cut at cutoff_len: 1 (33.3%); dropped with nothing left to learn: 1 (33.3%)" in dataset.summary()
 
 
-sizes = st.integers(1, 40), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**31)
+orders = st.builds(
+    lambda count, *settings: Order([i * 7 % 13 for i in range(count)], *settings),
+    st.integers(1, 40),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 2**31),
+    st.booleans(),
+)
 
 
-@given(*sizes, st.booleans())
-def test_every_epoch_is_a_permutation_cut_into_steps(count, batch_size, accumulation, seed, grouped):
-    lengths = [i * 7 % 13 for i in range(count)]
-    steps = steps_per_epoch(count, batch_size, accumulation)
+@given(orders)
+def test_every_epoch_is_a_permutation_cut_into_steps(order):
+    steps = order.steps_per_epoch
     for epoch in range(2):
-        numbers = range(epoch * steps, (epoch + 1) * steps)
-        batches = [
-            batch
-            for n in numbers
-            for batch in step_batches(lengths, n, batch_size, accumulation, seed, grouped)
-        ]
-        assert sorted(i for batch in batches for i in batch) == list(range(count))
-        assert all(1 <= len(batch) <= batch_size for batch in batches)
+        batches = [b for step in range(epoch * steps, (epoch + 1) * steps) for b in order.batches(step)]
+        assert sorted(i for batch in batches for i in batch) == list(range(len(order.lengths)))
+        assert all(1 <= len(batch) <= order.batch_size for batch in batches)
 
 
-@given(*sizes, st.booleans())
-def test_a_step_holds_the_same_examples_however_it_is_accumulated(
-    count, batch_size, accumulation, seed, grouped
-):
-    lengths = [i * 7 % 13 for i in range(count)]
-    one = step_batches(lengths, 1, batch_size, accumulation, seed, grouped)
-    other = step_batches(lengths, 1, batch_size * accumulation, 1, seed, grouped)
+@given(orders)
+def test_a_step_holds_the_same_examples_however_it_is_accumulated(order):
+    whole = replace(order, batch_size=order.examples_per_step, accumulation=1)
+    one, other = order.batches(1), whole.batches(1)
     assert [i for batch in one for i in batch] == [i for batch in other for i in batch]
 
 
 def test_epochs_and_seeds_give_different_orders_and_a_step_never_depends_on_earlier_ones():
-    lengths = [1] * 50
-    orders = [tuple(step_batches(lengths, epoch, 50, 1, seed)[0]) for seed in (1, 2) for epoch in (0, 1)]
-    assert all(
-        sorted(order) == list(range(50)) for order in orders
-    )  # sorted by (length, index): all alike within a step
-    steps = {(seed, step): step_batches(lengths, step, 5, 1, seed)[0] for seed in (1, 2) for step in (0, 10)}
+    lengths = [1] * 50  # Within a step, examples are sorted by (length, index).
+    epochs = [Order(lengths, 50, 1, seed).batches(epoch)[0] for seed in (1, 2) for epoch in (0, 1)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    steps = {(seed, step): Order(lengths, 5, 1, seed).batches(step)[0] for seed in (1, 2) for step in (0, 10)}
     assert len({tuple(batch) for batch in steps.values()}) == 4
-    assert step_batches(lengths, 10, 5, 1, 2)[0] == steps[2, 10]
+    assert Order(lengths, 5, 1, 2).batches(10)[0] == steps[2, 10]
 
 
 def test_batches_grouped_by_length_hold_less_padding_and_come_in_no_order_of_length():
-    lengths = [1 + i * 37 % 101 for i in range(400)]
-    shares = [padding_share(lengths, 4, 2, seed=1, group_by_length=grouped) for grouped in (False, True)]
-    assert (
-        shares[1] < 0.05 < shares[0]
-    )  # 50 steps hold all lengths several times, a step 8 neighbours of them
-    longest = [
-        max(lengths[i] for batch in step_batches(lengths, n, 4, 2, 1, True) for i in batch) for n in range(50)
-    ]
+    plain = Order([1 + i * 37 % 101 for i in range(400)], 4, 2, seed=1)
+    grouped = replace(plain, group_by_length=True)
+    # 50 steps hold every length several times; one step holds 8 neighbours of them.
+    assert grouped.padding_share() < 0.05 < plain.padding_share()
+    longest = [max(plain.lengths[i] for batch in grouped.batches(n) for i in batch) for n in range(50)]
     assert sorted(longest) != longest and sorted(longest, reverse=True) != longest
-    assert step_batches(lengths, 3, 4, 2, 1, True) != step_batches(
-        lengths, 53, 4, 2, 1, True
-    )  # another epoch, another order
+    assert grouped.batches(3) != grouped.batches(53)  # Another epoch, another order.
 
 
-@given(*sizes, st.booleans())
+@given(orders)
 @settings(max_examples=40, deadline=None)
-def test_the_share_of_padding_is_that_of_the_tensors(
-    model_dir, count, batch_size, accumulation, seed, grouped
-):
+def test_the_share_of_padding_equals_that_of_the_tensors(model_dir, order):
     tokenizer = load_tokenizer(model_dir)
-    dataset = tokenize([Row(None, "a" * (1 + i * 7 % 13)) for i in range(count)], tokenizer, 100)
-    lengths = [len(example.input_ids) for example in dataset.examples]
-    steps = range(steps_per_epoch(count, batch_size, accumulation))
-    batches = [
-        batch for n in steps for batch in step_batches(lengths, n, batch_size, accumulation, seed, grouped)
-    ]
-    numbers = sum(collate([dataset.examples[i] for i in batch], 0)[0].numel() for batch in batches)
-    assert padding_share(lengths, batch_size, accumulation, seed, grouped) == pytest.approx(
-        1 - sum(lengths) / numbers
-    )
+    rows = [Row(None, "a" * (1 + length)) for length in order.lengths]
+    examples = tokenize(rows, tokenizer, 100).examples
+    order = replace(order, lengths=[len(example.input_ids) for example in examples])
+    batches = [batch for step in range(order.steps_per_epoch) for batch in order.batches(step)]
+    numbers = sum(collate([examples[i] for i in batch], 0)[0].numel() for batch in batches)
+    assert order.padding_share() == pytest.approx(1 - sum(order.lengths) / numbers)
 
 
 @given(st.integers(2, 60), st.floats(0.05, 0.95), st.integers(0, 100))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minilora import LoraConfig, add_lora, load_model, load_tokenizer, trainable_parameters
 from minilora.data.chat import load_chat_template
-from minilora.data.examples import Dataset, Example, collate, document_ids, step_batches, tokenize
+from minilora.data.examples import Dataset, Example, Order, collate, document_ids, tokenize
 from minilora.data.packing import best_fit, pack
 from minilora.data.rows import Row
 from minilora.loss import IGNORE_INDEX, causal_lm_loss, count_supervised
@@ -160,5 +160,5 @@ def test_a_packed_dataset_goes_through_the_same_order_and_says_so(model_dir):
     assert f"20 examples, {sum(len(e.input_ids) for e in dataset.examples):,} tokens" in packed.summary()
     assert f"packed into {len(packed)} rows" in packed.summary() and "packed" not in dataset.summary()
     lengths = [len(e.input_ids) for e in packed.examples]
-    first, second = (step_batches(lengths, epoch * len(packed), 1, 1, seed=0) for epoch in (0, 1))
+    first, second = (Order(lengths, 1, 1, seed=0).batches(epoch * len(packed)) for epoch in (0, 1))
     assert first != second

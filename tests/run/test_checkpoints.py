@@ -1,6 +1,4 @@
-"""A run that goes on is the run that was never stopped, bit for bit; and what is not the same run is refused
-by name.
-"""
+"""A resumed run equals one that was never stopped, bit for bit; any other resume is refused by name."""
 
 import errno
 import json
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 from support.project import PROGRAM_ENVIRONMENT, SUPPORT, adapter, metrics
 
 from minilora import UserError
+from minilora.run import checkpoints
 from minilora.run.checkpoints import (
     DIGESTS_FILE,
     STATE_FILE,
@@ -44,10 +43,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def without_pictures(trainer, monkeypatch):
-    """Drawing one takes longer than these trainings."""
-    monkeypatch.setattr(trainer, "plot_loss", lambda *_: None)
-    monkeypatch.setattr(trainer, "plot_training", lambda *_: None)
+def without_pictures(monkeypatch):
+    """Drawing a picture takes longer than one of these trainings."""
+    monkeypatch.setattr("minilora.run.report.plot_loss", lambda *_: None)
+    monkeypatch.setattr("minilora.run.report.plot_training", lambda *_: None)
 
 
 def numbers(directory):
@@ -66,13 +65,11 @@ def assert_same_run(one, other):
     assert numbers(one) == numbers(other)
 
 
-# ---- a run that is stopped and goes on -------------------------------------------------------------------------------------
+# ---- a run that is stopped and resumed ---------------------------------------------------------------------
 
 
 def test_pain_4_a_run_killed_20_times_ends_as_if_it_had_been_left_alone(model_dir, dataset, tmp_path):
-    """SIGKILL at 20 random moments, and before 20 random operations on files, most of which are those of a
-    save.
-    """
+    """SIGKILL at 20 random moments, and before 20 random file operations, most of them within a save."""
     keys = dict(
         model=model_dir,
         dataset=dataset,
@@ -110,9 +107,7 @@ def test_pain_4_a_run_killed_20_times_ends_as_if_it_had_been_left_alone(model_di
 
 
 def go_on(train, stopped_at=3, **keys):
-    """The same run twice: in one go, and from its checkpoint of step `stopped_at`, as if it had been killed
-    after it.
-    """
+    """Run twice: without a stop, and from the checkpoint of step `stopped_at`, as if killed after it."""
     keys = (
         dict(max_steps=6, save_steps=stopped_at, lora_dropout=0.1, learning_rate=1e-2, logging_steps=2) | keys
     )
@@ -123,14 +118,14 @@ def go_on(train, stopped_at=3, **keys):
         if path.name != f"checkpoint-{stopped_at}" and not path.name.startswith("training"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     _, out = train("stopped", resume_from_checkpoint="latest", **keys)
-    assert f"going on from {stopped / f'checkpoint-{stopped_at}'}, after step {stopped_at} of" in out
+    assert f"resuming from {stopped / f'checkpoint-{stopped_at}'}, after step {stopped_at} of" in out
     assert_same_run(whole, stopped)
     return whole, stopped
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"])
 def test_pain_14_every_optimizer_the_paged_one_too_goes_on_with_the_moments_it_had(train, optim):
-    """At rank 64 all factors have 4096 elements or more, so the moments are in 8 bits."""
+    """At rank 64 every factor has at least 4096 elements, so its moments take 8 bits."""
     if "bnb" in optim or "paged" in optim:
         pytest.importorskip("bitsandbytes")
     whole, stopped = go_on(
@@ -155,9 +150,8 @@ def test_the_loss_scale_and_the_steps_it_left_out_go_on(train, in_float16):
     in_float16(scale=2.0**26)
     whole, _ = go_on(train, stopped_at=4, max_steps=16, logging_steps=1)
     records = metrics(whole)
-    assert (
-        records[3]["loss_scale"] == 2.0**22 and records[3]["skipped_steps"] == 4
-    )  # the checkpoint lies within the overflows
+    # The checkpoint lies within the overflows.
+    assert records[3]["loss_scale"] == 2.0**22 and records[3]["skipped_steps"] == 4
     assert records[-1]["skipped_steps"] < 12 and "grad_norm" not in records[3] and "grad_norm" in records[-1]
 
 
@@ -182,7 +176,7 @@ def test_the_best_adapter_and_the_patience_go_on(train, trainer, monkeypatch):
         and "back to the adapter of step 4, held-out loss 1.0000" in out
     )
     assert_same_run(whole, stopped)
-    # In another output_dir too: the best adapter is brought there.
+    # A run resumed in another output_dir copies the best adapter there.
     elsewhere, out = run("elsewhere", already=4, resume_from_checkpoint=whole / "checkpoint-6")
     assert_same_run(whole, elsewhere)
     assert [path.name for path in list_checkpoints(elsewhere)] == ["checkpoint-4"]
@@ -204,7 +198,7 @@ def test_ctrl_c_and_sigterm_save_everything_and_exit_130(train, trainer, monkeyp
     before = signal.getsignal(signal.SIGTERM)
     stopped, out = train("stopped", code=130, **keys)
     assert (
-        f"interrupted after step 3 of 6; to go on from {stopped / 'checkpoint-3'}: --resume_from_checkpoint latest"
+        f"interrupted after step 3 of 6; to resume from {stopped / 'checkpoint-3'}: --resume_from_checkpoint latest"
         in out
     )
     monkeypatch.setattr(trainer, "causal_lm_loss", original)
@@ -219,7 +213,7 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
     stop = StopSignal(said.append)
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.asked and said
+    assert stop.requested and said
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
     stop.release()
@@ -237,7 +231,7 @@ def test_a_finished_run_that_is_resumed_ends_the_same_again(train):
     )
 
 
-def test_an_explicit_older_checkpoint_is_gone_on_from_and_the_newer_ones_are_written_anew(train):
+def test_an_explicit_older_checkpoint_is_resumed_and_the_newer_ones_are_overwritten(train):
     keys = dict(max_steps=6, save_steps=2, lora_dropout=0.1, learning_rate=1e-2)
     directory, _ = train(**keys)
     expected = adapter(directory)
@@ -283,17 +277,14 @@ def test_a_constant_rate_lets_a_training_become_longer(train):
 def test_latest_without_a_checkpoint_starts_at_the_beginning_and_says_so(train, tmp_path):
     directory, out = train(resume_from_checkpoint="latest")
     assert f"no checkpoint in {directory} yet: starting at the beginning" in out
-    for name in (
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ):  # as if killed before the first checkpoint
-        (directory / name).unlink()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (directory / name).unlink()  # as if killed before the first checkpoint
     train(resume_from_checkpoint="latest")
-    _, err = train(resume_from_checkpoint="latest", code=2)  # but a finished run is not written over
+    _, err = train(resume_from_checkpoint="latest", code=2)  # a finished run is not overwritten
     assert "already holds a run" in err
 
 
-# ---- what is not the same run is refused -----------------------------------------------------------------------------------
+# ---- a resume of another training is refused ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -318,7 +309,7 @@ def test_other_settings_are_refused_by_name_with_both_values(stopped, tmp_path):
     directory, refused = stopped
     said = refused(learning_rate=1e-3)
     assert (
-        f"{directory / 'checkpoint-6'} is of another training: learning_rate is 0.001 here, 0.0002 there; set it back"
+        f"{directory / 'checkpoint-6'} belongs to another training: learning_rate is 0.001 here, 0.0002 there; set it back"
         in said
     )
     assert "lora_rank is 4 here, None there" in refused(lora_rank=4)
@@ -345,9 +336,10 @@ def test_another_dataset_and_another_model_are_refused_whatever_they_are_called(
     assert "the fingerprint of the model is" in refused(model=tmp_path / "other")
 
 
-def test_another_dtype_is_refused(stopped, trainer, monkeypatch):
+def test_another_dtype_is_refused(stopped, monkeypatch):
     _, refused = stopped
-    monkeypatch.setattr(trainer, "choose_placement", lambda *_: Placement(CPU, torch.bfloat16, "a test"))
+    placement = Placement(CPU, torch.bfloat16, "a test")
+    monkeypatch.setattr("minilora.run.plan.choose_placement", lambda *_: placement)
     assert "the dtype of computing is 'torch.bfloat16 on cpu' here, 'torch.float32 on cpu' there" in refused()
 
 
@@ -357,10 +349,10 @@ def test_a_place_without_a_checkpoint_is_refused(stopped, tmp_path):
     shutil.rmtree(directory / "checkpoint-6" / "training_state")
     assert "no checkpoint with a training_state is there" in refused(directory / "checkpoint-6")
     shutil.rmtree(directory / "checkpoint-3" / "training_state")
-    assert "checkpoint-6 holds no training_state to go on from; " in refused()
+    assert "checkpoint-6 holds no training_state to resume from; " in refused()
 
 
-def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_passes_it_over(stopped, train):
+def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_skips_it(stopped, train):
     directory, refused = stopped
     path = directory / "checkpoint-6" / TENSORS_FILE
     path.write_bytes(path.read_bytes()[:-1])
@@ -369,13 +361,13 @@ def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_passes_it_
     whole = other.read_text()
     other.write_text(whole[:-1])
     said = refused()
-    assert f"{directory} has no whole checkpoint" in said and str(path) in said and str(other) in said
+    assert f"{directory} has no complete checkpoint" in said and str(path) in said and str(other) in said
     other.write_text(whole)
     _, out = train(max_steps=6, save_steps=3, resume_from_checkpoint="latest")
-    assert f"passed over: {path} is truncated or corrupt" in out and "after step 3 of 6" in out
+    assert f"skipped: {path} is truncated or corrupt" in out and "after step 3 of 6" in out
 
 
-# ---- the files -------------------------------------------------------------------------------------------------------------
+# ---- the files ---------------------------------------------------------------------------------------------
 
 
 def write_adapter(folder):
@@ -475,13 +467,12 @@ def test_broken_digests_are_noticed(tmp_path, content):
 
 
 def limit_files(size):
-    """Let the system refuse every file that grows beyond `size` bytes, as a full disk would."""
+    """Make the system refuse every file that grows beyond `size` bytes, as a full disk would."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.mark.parametrize(
-    "room", [100, 300, 3000]
-)  # for no adapter; for the adapter alone; for half of the tensors
+# Room for no adapter; for the adapter alone; for half of the tensors.
+@pytest.mark.parametrize("room", [100, 300, 3000])
 def test_a_save_without_room_loses_nothing_and_is_one_line(tmp_path, room):
     state = {"step": 1, "optimizer": {0: torch.arange(1000.0)}}
     write_checkpoint(tmp_path / "checkpoint-1", write_adapter, state)
@@ -490,7 +481,7 @@ def test_a_save_without_room_loses_nothing_and_is_one_line(tmp_path, room):
         for step in (1, 2):
             with pytest.raises(
                 UserError,
-                match=rf"checkpoint-{step} could not be saved: .+; the checkpoints before it are whole",
+                match=rf"checkpoint-{step} could not be saved: .+; earlier checkpoints are complete",
             ):
                 write_checkpoint(tmp_path / f"checkpoint-{step}", write_adapter, state)
     finally:
@@ -499,24 +490,23 @@ def test_a_save_without_room_loses_nothing_and_is_one_line(tmp_path, room):
     assert equal(state, read_checkpoint(tmp_path / "checkpoint-1"))
 
 
-def test_a_disk_that_fills_up_during_a_save_ends_the_run_and_loses_nothing(train, trainer, monkeypatch):
+def test_a_disk_that_fills_up_during_a_save_ends_the_run_and_loses_nothing(train, monkeypatch):
     keys = dict(max_steps=6, save_steps=2, lora_dropout=0.1, learning_rate=1e-2, save_total_limit=1)
     whole, _ = train("whole", **keys)
-    write = trainer.write_checkpoint
 
     def on_a_full_disk(directory, *arguments):
         try:
             if directory.name == "checkpoint-4":
                 limit_files(40_000)  # the adapter fits, the optimizer's moments do not
-            write(directory, *arguments)
+            write_checkpoint(directory, *arguments)
         finally:
             limit_files(resource.RLIM_INFINITY)
 
-    monkeypatch.setattr(trainer, "write_checkpoint", on_a_full_disk)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", on_a_full_disk)
     stopped, err = train("stopped", code=2, **keys)
     assert "checkpoint-4 could not be saved" in err and err.count("\n") == 1 and "Traceback" not in err
     assert [path.name for path in list_checkpoints(stopped)] == ["checkpoint-2"]
-    monkeypatch.setattr(trainer, "write_checkpoint", write)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write_checkpoint)
     train("stopped", resume_from_checkpoint="latest", **keys)
     assert_same_run(whole, stopped)
 
@@ -572,7 +562,7 @@ def test_old_checkpoints_go_the_newest_and_the_best_stay_and_so_do_those_of_an_e
     assert step in left and (tmp_path / "checkpoint-mine").is_dir()
 
 
-def test_what_a_kill_left_half_done_is_removed_at_the_next_start(train, tmp_path):
+def test_the_half_done_checkpoints_of_a_killed_run_are_deleted_at_the_next_start(train, tmp_path):
     directory, _ = train(save_steps=2)
     for name in ("checkpoint-3.part", "checkpoint-1.old"):
         shutil.copytree(directory / "checkpoint-2", directory / name)
@@ -581,11 +571,11 @@ def test_what_a_kill_left_half_done_is_removed_at_the_next_start(train, tmp_path
     assert not list(directory.glob("checkpoint-*.*"))
 
 
-# ---- generators and fingerprints -------------------------------------------------------------------------------------------
+# ---- generators and fingerprints ---------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 2**32 - 1), draws=st.integers(0, 5))
-def test_all_generators_go_on_where_they_were(seed, draws):
+def test_restored_generators_draw_the_same_numbers_again(seed, draws):
     torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
 
     def draw():

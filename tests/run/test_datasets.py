@@ -1,4 +1,4 @@
-"""The trainer on data of every common form: chats by template, packed rows, several datasets at once."""
+"""The trainer on every common form of data: conversations, packed rows, several datasets."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_exact_answers_are_counted_on_conversations_too(train, tmp_path):
 
 
 @pytest.mark.parametrize("template", ["plain", "llama2", "alpaca"])
-def test_conversations_are_learnt_through_a_template_which_is_saved_beside_the_adapter(
+def test_conversations_are_learned_through_a_template_which_is_saved_beside_the_adapter(
     train, chats, template
 ):
     directory, out = train(
@@ -63,12 +63,10 @@ def test_packed_rows_train_as_the_examples_alone_do(train, dataset):
     alone, _ = train("alone", **keys)
     packed, out = train("packed", packing=True, **keys)
     assert "padding    " in out
-    # All examples in one step: the same sum of losses, in another order. 1e-5 is a hundred float32 roundings
-    # of it.
+    # All examples are in one step: the same sum of losses, in another order. 1e-5 is a hundred roundings.
     assert metrics(packed)[0]["loss"] == pytest.approx(metrics(alone)[0]["loss"], rel=1e-5)
     one, other = adapter(alone), adapter(packed)
-    # AdamW's first step is lr * sign(gradient): where rounding decides the sign it differs by 2 lr; elsewhere
-    # not at all.
+    # AdamW's first step is lr * sign(gradient). It differs by 2 lr if rounding decides the sign, else not at all.
     assert all(
         ((one[k] - other[k]).abs() <= 1e-5).float().mean() > 0.97 and one[k].shape == other[k].shape
         for k in one

@@ -1,6 +1,4 @@
-"""The records of a run: metrics.jsonl, what MLflow and TensorBoard get of it, and that neither can stop a
-training.
-"""
+"""The records of a run in metrics.jsonl, MLflow and TensorBoard; a failure of the last two never stops it."""
 
 import json
 import math
@@ -20,19 +18,18 @@ from support.project import metrics
 
 from minilora import UserError
 from minilora.loss_scale import LossScale
-from minilora.run import plots, reporters
+from minilora.run import checkpoints, plots, reporters
 from minilora.run.plots import plot_loss, plot_runs, plot_training
-from minilora.run.reporters import Reporter, make_reporters, without_secrets
-from minilora.run.tracker import Tracker
+from minilora.run.redaction import without_secrets
+from minilora.run.reporters import Reporter, make_reporters
+from minilora.run.tracker import StepMetrics, Tracker
 
 NO_SCALE = LossScale(torch.device("cpu"), enabled=False)
-OTHERS_WARN = pytest.mark.filterwarnings("ignore")  # what MLflow and TensorBoard import is their own business
+OTHERS_WARN = pytest.mark.filterwarnings("ignore")  # of MLflow's and TensorBoard's imports
 
 
 class Shelf:
-    """A place in memory, which like MLflow keeps what it got and takes a step once. Calls fail as `outages`
-    says.
-    """
+    """A service in memory that, like MLflow, records each step once. Calls fail as `outages` says."""
 
     name, address = "shelf", "a shelf"
 
@@ -49,7 +46,7 @@ class Shelf:
 
     def send(self, records):
         for _, record in records:
-            self.call()  # so that a part may arrive
+            self.call()  # any record may be the last to arrive
             if record["step"] not in self.kept:
                 self.kept.append(record["step"])
 
@@ -73,7 +70,7 @@ def tracker_of(directory, *reporters, state=None, total_steps=6):
 
 def take_steps(tracker, first, last):
     for step in range(first, last + 1):
-        tracker.step(step, 1 / step, 1e-3, 2.0, 100, 0.5, 2**30, NO_SCALE)
+        tracker.step(StepMetrics(step, 1 / step, 1e-3, 2.0, 100, 0.5, 2**30), NO_SCALE)
 
 
 @given(outages=st.lists(st.booleans(), max_size=30), count=st.integers(1, 12))
@@ -100,9 +97,9 @@ def test_an_outage_is_one_line_and_the_place_then_rests(tmp_path, capsys, monkey
     warned = "warning: a shelf does not record (fell down); training goes on and metrics.jsonl has it all"
     assert [line for line in capsys.readouterr().out.splitlines() if "warning" in line] == [warned]
     now[0] += reporters.RETRY_SECONDS
-    take_steps(tracker, 5, 5)  # still down, and nothing is said
+    take_steps(tracker, 5, 5)  # still down, without another warning
     assert shelf.kept == [1, 2] and "warning" not in capsys.readouterr().out
-    tracker.finish("FINISHED", [])  # a last try, rest or no rest
+    tracker.finish("FINISHED", [])  # one last try, even before the retry time
     assert shelf.kept == [1, 2, 3, 4, 5] and shelf.finished
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         1,
@@ -190,13 +187,13 @@ def test_text_without_secrets_stays_as_it_is():
         assert without_secrets(text) == text
 
 
-def test_the_time_that_is_left_is_that_of_steps_not_of_what_came_before_them(tmp_path, monkeypatch, capsys):
+def test_the_time_left_counts_steps_and_not_the_evaluation_before_them(tmp_path, monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr("minilora.run.tracker.time.perf_counter", lambda: now[0])
     tracker = tracker_of(tmp_path)
     now[0] += 500  # an evaluation
     now[0] += 2
-    tracker.step(1, 1.0, 1e-3, 2.0, 100, 2.0, 2**30, NO_SCALE)
+    tracker.step(StepMetrics(1, 1.0, 1e-3, 2.0, 100, 2.0, 2**30), NO_SCALE)
     assert capsys.readouterr().out.endswith("0:10 left\n")  # five more steps of two seconds
 
 
@@ -238,14 +235,14 @@ def test_every_name_of_a_run_is_whole_in_the_picture(tmp_path, monkeypatch, leng
     )
 
 
-def test_pictures_are_drawn_of_whatever_was_recorded(tmp_path):
+def test_pictures_draw_any_records(tmp_path):
     plot_loss([{"step": 0, "eval_loss": 1.0}], tmp_path / "nothing.png")
     plot_training([], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
     tracker = tracker_of(tmp_path)
     tracker.log(step=0, eval_loss=2.0)
     take_steps(tracker, 1, 3)
-    tracker.step(4, 0.2, 1e-3, math.nan, 100, 0.5, 2**30, NO_SCALE)  # no gradient norm is recorded
+    tracker.step(StepMetrics(4, 0.2, 1e-3, math.nan, 100, 0.5, 2**30), NO_SCALE)  # records no gradient norm
     for draw in (plot_loss, plot_training):
         draw(tracker.records, tmp_path / "a.png")
         whole = (tmp_path / "a.png").read_bytes()
@@ -253,12 +250,12 @@ def test_pictures_are_drawn_of_whatever_was_recorded(tmp_path):
         assert whole.startswith(b"\x89PNG") and (tmp_path / "a.png").read_bytes() != whole
 
 
-# ---- the real packages -------------------------------------------------------------------------------------------------
+# ---- the real packages -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A directory of runs, whose MLflow store is made once: that takes seconds."""
+    """A directory of runs that share one MLflow store, because making a store takes seconds."""
     return tmp_path_factory.mktemp("my runs")
 
 
@@ -315,7 +312,7 @@ def test_mlflow_holds_one_run_with_parameters_metrics_and_artifacts_which_a_resu
         and (runs / "mlartifacts" / run.info.run_id / "artifacts" / artifact.path).is_file()
     )
 
-    other = start(runs / "b", state)  # from a's checkpoint into another directory: a training of its own
+    other = start(runs / "b", state)  # a's checkpoint in another directory: a new MLflow run
     take_steps(other, 3, 3)
     other.finish("KILLED")
     assert other.state_dict()["mlflow"] != state["mlflow"]
@@ -340,7 +337,7 @@ def test_an_mlflow_server_that_is_dead_or_hangs_costs_a_line_and_one_timeout(
         take_steps(tracker, 1, 1)
         started = time.perf_counter()
         take_steps(tracker, 2, 6)
-        assert time.perf_counter() - started < 0.9  # less than a timeout: the server is not asked again
+        assert time.perf_counter() - started < 0.9  # less than a timeout: no second request
         tracker.finish("FINISHED", [])
     out, err = capsys.readouterr()
     warnings = [line for line in out.splitlines() if not line.startswith("step")]
@@ -360,7 +357,7 @@ def test_a_store_that_cannot_be_opened_costs_a_line_and_no_time(tmp_path, capsys
     started = time.perf_counter()
     take_steps(tracker, 1, 2)
     tracker.finish("FINISHED")
-    assert time.perf_counter() - started < 5  # MLflow itself would try for a minute and a half
+    assert time.perf_counter() - started < 5  # MLflow alone would retry for a minute and a half
     assert capsys.readouterr().out.count("warning: MLflow at") == 1
 
 
@@ -394,14 +391,14 @@ def test_a_training_is_a_run_in_mlflows_store_with_the_metrics_of_metrics_jsonl_
 
 
 @OTHERS_WARN
-def test_a_training_that_fails_is_told_to_mlflow(train, trainer, tmp_path, monkeypatch):
+def test_a_training_that_fails_is_reported_to_mlflow(train, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def full(*_):
         raise UserError("checkpoint-2 could not be saved: No space left on device")
 
-    monkeypatch.setattr(trainer, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", full)
     train(code=2, save_steps=2, report_to="mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("minilora").experiment_id])
@@ -444,9 +441,9 @@ def test_a_training_whose_mlflow_server_is_killed_goes_on_to_its_end(train, trai
             time.sleep(0.2)
         take_step, seen = Tracker.step, []
 
-        def kill_after_step_3(self, step, *arguments):
-            take_step(self, step, *arguments)
-            if step == 3:
+        def kill_after_step_3(self, done, loss_scale):
+            take_step(self, done, loss_scale)
+            if done.step == 3:
                 client = mlflow.MlflowClient(uri)
                 (run,) = client.search_runs([client.get_experiment_by_name("minilora").experiment_id])
                 seen.extend(point.step for point in client.get_metric_history(run.info.run_id, "loss"))
@@ -483,7 +480,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     take_steps(tracker, 1, 2)
     state = json.loads(json.dumps(tracker.state_dict()))
     take_steps(tracker, 3, 4)  # after the checkpoint; then it is killed
-    time.sleep(1.1)  # the names of event files, by which they are ordered, hold whole seconds
+    time.sleep(1.1)  # event files are ordered by names that hold whole seconds
     tracker = tracker_of(tmp_path, *make_reporters(["tensorboard"], tmp_path, {"lora_rank": 8}), state=state)
     take_steps(tracker, 3, 3)
     tracker.finish("FINISHED")

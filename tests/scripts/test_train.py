@@ -1,4 +1,4 @@
-"""The trainer as a command: what it learns, what it leaves, how it stops, and how it refuses."""
+"""The trainer as a command: its learning, its files, its stops and its refusals."""
 
 import json
 import math
@@ -24,9 +24,11 @@ from minilora.inference.evaluation import evaluate_loss, perplexity
 from minilora.lora import lora_layers
 from minilora.loss import IGNORE_INDEX
 from minilora.loss_scale import LossScale
+from minilora.run import plan
+from minilora.system.device import choose_placement
 
 
-def test_training_lowers_the_loss_and_leaves_everything_it_should(train):
+def test_training_lowers_the_loss_and_writes_every_file(train):
     directory, out = train(max_steps=30, learning_rate=1e-2, val_size=4, logging_steps=5, save_steps=10)
     names = {path.name for path in directory.iterdir()}
     assert names == {
@@ -92,26 +94,24 @@ def test_pain_5_accumulation_1x8_equals_4x2_equals_8x1_on_examples_of_very_diffe
         directory, _ = train(f"{batch_size}x{accumulation}", **keys)
         runs[batch_size] = adapter(directory), [r["loss"] for r in metrics(directory) if "loss" in r]
     for batch_size in (4, 8):
-        # The losses are sums in another order: float32 rounding. The adapters went through four AdamW steps,
-        # which divide by the root of tiny second moments: the bound of tests/test_lora.py after twenty.
+        # The losses are the same sums in another order: float32 rounding. The adapters took four AdamW steps,
+        # which divide by the root of tiny second moments: the bound of tests/core/test_lora.py for twenty.
         assert runs[batch_size][1] == pytest.approx(runs[1][1], rel=1e-6)
         for key, expected in runs[1][0].items():
             assert relative_error(runs[batch_size][0][key], expected) <= 1e-4, key
 
 
 def test_a_mean_per_micro_batch_would_be_another_loss(model_dir, dataset):
-    """The comparison above can fail: on these examples the mean of micro-batch means is far from the mean
-    over tokens.
-    """
+    """The test above can fail: on these examples a mean of micro-batch means is far from a mean over tokens."""
     model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
     examples = tokenize(read_rows(dataset), tokenizer, 1024).examples[:8]
     of_means = sum(evaluate_loss(model, [example]) for example in examples) / len(examples)
-    assert abs(of_means / evaluate_loss(model, examples) - 1) > 1e-3  # a thousand times what is allowed above
+    assert abs(of_means / evaluate_loss(model, examples) - 1) > 1e-3  # a thousand times the bound above
 
 
 @pytest.fixture
 def held_out_losses(trainer, monkeypatch):
-    """Let the evaluations of a run give these losses, the first one before training."""
+    """Make the evaluations of a run return these losses; the first one is before training."""
 
     def script(*losses):
         remaining = iter(losses)
@@ -120,7 +120,7 @@ def held_out_losses(trainer, monkeypatch):
     return script
 
 
-def test_the_best_adapter_is_the_one_that_is_left_and_old_checkpoints_go(train, held_out_losses):
+def test_the_best_adapter_is_the_result_and_old_checkpoints_are_deleted(train, held_out_losses):
     held_out_losses(3.0, 2.0, 1.0, 1.5, 1.2)
     keys = dict(
         max_steps=8, val_size=6, eval_steps=2, save_steps=3, save_total_limit=1, load_best_model_at_end=True
@@ -144,7 +144,7 @@ def test_training_stops_early_when_the_held_out_loss_does_not_fall(train, held_o
 
 @pytest.mark.parametrize("bits", ["none", "4"])
 def test_the_logged_held_out_loss_is_that_of_the_saved_adapter_in_peft(train, model_dir, dataset, bits):
-    """The whole path against the usual stack: our training, their loading, their loss."""
+    """The whole path against PEFT: trained here, loaded there, and the loss computed there."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     quant = {}
     if bits == "4":
@@ -238,19 +238,19 @@ def test_the_trainer_explains_itself_from_any_working_directory(tmp_path):
     assert run.returncode == 0 and "--learning_rate" in run.stdout
 
 
-# ---- precision --------------------------------------------------------------------------------------------------------------
+# ---- precision ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def bfloat16_model(model_dir, tmp_path):
-    """The tiny model as most are published: in bfloat16."""
+    """The tiny model in bfloat16, as most models are published."""
     save_model(load_model(model_dir, dtype=torch.bfloat16), tmp_path / "bfloat16")
     (tmp_path / "bfloat16" / "tokenizer.model").write_bytes((model_dir / "tokenizer.model").read_bytes())
     return tmp_path / "bfloat16"
 
 
 class NoBfloat16(TorchDispatchMode):
-    """Looks at what every operation makes."""
+    """Fails at the first operation that makes a bfloat16 tensor."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -302,12 +302,12 @@ def test_pain_2_every_trainable_is_float32_before_the_first_step_or_there_is_non
         train()
 
 
-def test_pain_3_a_t4_gets_float16_though_pytorch_says_that_it_supports_bfloat16(trainer, monkeypatch):
+def test_pain_3_a_t4_gets_float16_though_pytorch_says_that_it_supports_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
-    placement = trainer.choose_placement()
+    placement = choose_placement()
     assert placement.dtype == torch.float16 and "only emulates bfloat16" in str(placement)
 
 
@@ -325,7 +325,7 @@ def test_a_loss_scale_that_is_far_too_large_finds_its_place_and_training_goes_on
         after["skipped_steps"] == before["skipped_steps"]
         for before, after in pairwise([{"skipped_steps": 0}, *records])
     ]
-    # A step that is left out changes nothing, and the learning rate waits for it: 0, 0, ..., 0.001, 0.002.
+    # A skipped step changes nothing, and the learning rate does not advance: 0, 0, ..., 0.001, 0.002.
     steps = [adapter(directory / f"checkpoint-{step}") for step in range(1, 41)]
     for i in range(1, 40):
         moved = any(not torch.equal(steps[i][key], tensor) for key, tensor in steps[i - 1].items())
@@ -348,11 +348,10 @@ def test_steps_that_overflow_for_ever_end_the_run_and_the_last_good_checkpoint_i
     monkeypatch.setattr(
         trainer, "causal_lm_loss", lambda *a: original(*a) * (1 if next(calls) < 3 * 3 else math.nan)
     )
-    keys = dict(
-        per_device_train_batch_size=4, gradient_accumulation_steps=3
-    )  # 24 examples: three micro-batches in every step
+    # 24 examples make three micro-batches in every step.
+    keys = dict(per_device_train_batch_size=4, gradient_accumulation_steps=3)
     directory, err = train(code=2, max_steps=100, save_steps=1, logging_steps=1, **keys)
-    # 16 halvings lead from 65536 to 1, the 17th below.
+    # 16 halvings lead from 65536 to 1; the 17th goes below.
     assert (
         "loss nan, gradient norm nan at step 20: training diverged; lower learning_rate" in err
         and err.count("\n") == 1
@@ -368,12 +367,12 @@ def test_steps_that_overflow_for_ever_end_the_run_and_the_last_good_checkpoint_i
         )
 
 
-# ---- what is learned ---------------------------------------------------------------------------------------------------------
+# ---- what is learned ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def batches(trainer, monkeypatch):
-    """The input_ids and labels that the trainer computes losses of."""
+    """The input_ids and labels of every micro-batch that the trainer computes a loss of."""
     seen, original = [], trainer.causal_lm_loss
 
     def loss(model, input_ids, labels, document_ids):
@@ -384,15 +383,15 @@ def batches(trainer, monkeypatch):
     return seen
 
 
-def test_pain_6_the_end_token_is_learnt_even_where_it_is_the_padding(train, batches, trainer, monkeypatch):
-    load = trainer.load_tokenizer
+def test_pain_6_the_end_token_is_learned_even_where_it_is_the_padding(train, batches, monkeypatch):
+    load = plan.load_tokenizer
 
     def with_eos_as_padding(directory):
         tokenizer = load(directory)
         tokenizer.pad_id = tokenizer.eos_id
         return tokenizer
 
-    monkeypatch.setattr(trainer, "load_tokenizer", with_eos_as_padding)
+    monkeypatch.setattr(plan, "load_tokenizer", with_eos_as_padding)
     train()
     padded = 0
     for ids, labels in batches:
@@ -404,7 +403,7 @@ def test_pain_6_the_end_token_is_learnt_even_where_it_is_the_padding(train, batc
     assert padded > 0
 
 
-def test_pain_7_the_prompt_is_read_and_not_learnt_unless_asked(train, batches, model_dir, examples):
+def test_pain_7_the_prompt_is_read_and_not_learned_unless_requested(train, batches, model_dir, examples):
     train()
     tokenizer = load_tokenizer(model_dir)
     prompts = [tokenizer.encode(example["prompt"]) for example in examples]
@@ -439,9 +438,9 @@ def test_pain_12_every_b_has_a_gradient_at_step_1_behind_the_frozen_embedding_wh
     monkeypatch.setattr(trainer, "trainable_parameters", remember)
     monkeypatch.setattr(trainer, "LossScale", Watched)
     _, out = train(gradient_checkpointing=policy, preset="aggressive_r16_all")
-    taken = "full (offload needs a GPU)" if policy == "offload" else f"{policy} (as asked)"
+    taken = "full (offload needs a GPU)" if policy == "offload" else f"{policy} (as requested)"
     assert f"recompute  {taken}\n" in out
-    assert len(first) == 2 * 2 * 7  # A and B, layers, linear layers in each
+    assert len(first) == 2 * 2 * 7  # A and B of 7 linear layers in 2 decoder layers
     for name, gradient in first.items():
         assert bool(gradient.any()) == ("lora_B" in name), name  # A's are zero while B is
 
@@ -453,11 +452,11 @@ def test_pain_12_a_run_in_which_no_gradient_reaches_the_adapter_ends_at_step_1(t
         train()
 
 
-def test_auto_takes_the_fastest_policy_that_fits_and_says_why(train, trainer, monkeypatch):
+def test_auto_takes_the_fastest_policy_that_fits_and_says_why(train, monkeypatch):
     _, out = train(gradient_checkpointing="auto")
     assert re.search(r"recompute  off \(off needs [\d.]+ GiB; [\d.]+ GiB are free\)\n", out)
     assert re.search(r"memory     [\d.]+ GiB predicted at the peak\n", out)
-    monkeypatch.setattr(trainer, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(plan, "available_memory", lambda device: 1000)
     directory, out = train("tight", gradient_checkpointing="auto")
     assert re.search(
         r"recompute  full \(even full needs [\d.]+ GiB; 0.00 GiB are free, and a tenth should be left\)", out
@@ -477,12 +476,12 @@ def test_recomputing_changes_no_bit_of_the_adapter_with_dropout_on(train, policy
     assert all(torch.equal(plain[key], recomputed[key]) for key in plain)
 
 
-# ---- refusals: one line, exit code 2, nothing written --------------------------------------------------------------------------
+# ---- refusals: one line, exit code 2, nothing written ------------------------------------------------------
 
 
 @pytest.fixture
 def refused(run_trainer, model_dir, dataset, tmp_path):
-    """Run with a mistake; returns the one line on stderr and checks that nothing was written."""
+    """Run with a mistake, check that nothing is written, and return the only line on stderr."""
 
     def run(**keys):
         output = keys.pop("output_dir", tmp_path / "out")
@@ -528,7 +527,7 @@ def test_a_model_without_a_tokenizer_or_with_another_models(refused, model_dir, 
     small = copy_model(model_dir, tmp_path / "small")
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    assert "they are not of one model" in refused(model=small)
+    assert "they do not belong to one model" in refused(model=small)
 
 
 def test_an_unknown_key_and_impossible_values(refused):

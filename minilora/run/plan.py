@@ -1,0 +1,201 @@
+"""Everything that a run decides before it reads a weight: device, data, order, schedule, checkpoint, memory.
+
+Every cheap mistake is found here: in the settings, the data, the checkpoint to resume from, the directories
+and repositories to write to. A plan writes nothing on this machine.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from minilora.config import ModelConfig
+from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
+from minilora.data.examples import Dataset, Order
+from minilora.data.packing import pack
+from minilora.data.rows import Row
+from minilora.data.tokenizer import Tokenizer, load_tokenizer
+from minilora.formats.weights import read_config
+from minilora.memory.ledger import available_memory, choose_recompute, memory_ledger, process_memory
+from minilora.optim import Schedule
+from minilora.run.checkpoints import find_resumed, sample_model
+from minilora.run.datasets import load_datasets, token_settings
+from minilora.run.output_dir import SETTINGS_FILE, check_output_dir
+from minilora.run.redaction import without_secrets
+from minilora.run.reporters import Reporter, make_reporters
+from minilora.run.settings import TrainConfig
+from minilora.run.sharing import Destination, destinations
+from minilora.system.assets import EMBEDDED_MODEL
+from minilora.system.device import Placement, choose_placement, return_freed_memory
+from minilora.system.distributed import Processes
+from minilora.system.errors import UserError
+from minilora.system.files import fingerprint
+from minilora.system.hub import resolve_model
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The recompute policy of a run and its predicted memory."""
+
+    recompute: str  # what layers keep for backward; see minilora.recompute
+    reason: str
+    peak: int  # predicted bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions of a run. None of them changes while it trains."""
+
+    config: TrainConfig
+    processes: Processes
+    placement: Placement  # device and dtype
+    # the model and its data
+    model_dir: Path
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    train_set: Dataset
+    eval_set: Dataset | None
+    # the steps
+    order: Order
+    schedule: Schedule
+    memory: MemoryPlan
+    # where the run begins
+    training: dict  # settings and fingerprints that a run must share with the checkpoint it resumes
+    checkpoint: Path | None  # None: begin at step 0
+    state: dict  # saved in `checkpoint`; empty at step 0
+    # where results go
+    destinations: list[Destination]
+    reporters: list[Reporter]
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def base_model(self) -> str:
+        """The name of the base model in the adapter's files."""
+        return self.config.model_name_or_path or "assets/base"
+
+    @property
+    def eval_steps(self) -> int:
+        """Steps from one evaluation to the next: an epoch unless the settings give a number."""
+        return self.config.eval_steps or self.order.steps_per_epoch
+
+    @property
+    def prompts(self) -> list[Row]:
+        """The held-out rows that the model answers before and after training."""
+        return self.eval_set.rows[: self.config.exact_match_samples] if self.eval_set else []
+
+
+def make_plan(config: TrainConfig, processes: Processes) -> Plan:
+    """Decide all of a run. Raises UserError for every mistake that shows without the weights."""
+    return_freed_memory()
+    placement = choose_placement(config.bf16, config.fp16)
+    model_dir = resolve_model(
+        config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision
+    )
+    model_config = read_config(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    template = load_chat_template(config.template, tokenizer, now=training_clock)
+    train_set, eval_set = load_examples(config, model_config, tokenizer, template)
+    order = make_order(config, train_set, processes)
+    schedule = make_schedule(config, order.steps_per_epoch)
+    training = asdict(config) | {
+        "the dtype of computing": f"{placement.dtype} on {placement.device.type}",
+        "the number of processes": processes.count,
+        "the fingerprint of the model": fingerprint(sample_model(model_dir)),
+        "the fingerprint of the training examples": train_set.fingerprint(),
+        "the fingerprint of the held-out examples": eval_set.fingerprint() if eval_set else None,
+    }
+    checkpoint, state = find_resumed(config, training, schedule.total_steps)
+    check_output_dir(config, checkpoint)
+    receivers, reporters = open_outlets(config) if processes.main else ([], [])
+    memory = plan_memory(config, model_config, placement, order, evaluates=bool(eval_set))
+    return Plan(
+        config=config, processes=processes, placement=placement,
+        model_dir=model_dir, model_config=model_config, tokenizer=tokenizer, template=template,
+        train_set=train_set, eval_set=eval_set, order=order, schedule=schedule, memory=memory,
+        training=training, checkpoint=checkpoint, state=state,
+        destinations=receivers, reporters=reporters,
+    )  # fmt: skip
+
+
+def load_examples(
+    config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[Dataset, Dataset | None]:
+    """Return the training examples, packed if the settings say so, and the held-out ones or None."""
+    train_set, eval_set = load_datasets(config, model_config, tokenizer, template)
+    if config.packing:
+        train_set = pack(train_set, token_settings(config, model_config)["cutoff_len"], config.seed)
+    if eval_set and any(row.prompt is None for row in eval_set.rows[: config.exact_match_samples]):
+        raise UserError(
+            "exact_match_samples needs prompts, but the held-out examples are plain text; set it to 0"
+        )
+    return train_set, eval_set
+
+
+def make_order(config: TrainConfig, train_set: Dataset, processes: Processes) -> Order:
+    """Return the order of the examples. The micro-batches of all processes together make one step."""
+    return Order(
+        lengths=[len(example.input_ids) for example in train_set.examples],
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps * processes.count,
+        seed=config.seed,
+        group_by_length=config.group_by_length,
+    )
+
+
+def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
+    """Return the number of steps and the learning rate of each."""
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    if warmup >= steps:
+        raise UserError(f"warmup_steps = {warmup} is not shorter than the training, which has {steps} steps")
+    return Schedule(config.lr_scheduler_type, config.learning_rate, steps, warmup)
+
+
+def open_outlets(config: TrainConfig) -> tuple[list[Destination], list[Reporter]]:
+    """Return the destinations of the results, and the reporters.
+
+    Each destination receives the settings now, so a missing permission shows before the training.
+    """
+    receivers = destinations(config.push_to_hub, config.hub_private_repo, config.upload)
+    reporters = make_reporters(
+        config.trackers(),
+        Path(config.output_dir),
+        asdict(config),
+        config.run_name,
+        config.mlflow_tracking_uri,
+    )
+    settings = without_secrets(config.to_yaml()).encode()
+    for receiver in receivers:
+        receiver.send({SETTINGS_FILE: settings}, "Begin training")
+    return receivers, reporters
+
+
+def plan_memory(
+    config: TrainConfig, model_config: ModelConfig, placement: Placement, order: Order, evaluates: bool
+) -> MemoryPlan:
+    """Choose the recompute policy and predict its memory. `auto` is the fastest one that fits."""
+    device = placement.device
+    ledger_of = partial(
+        memory_ledger,
+        model_config,
+        config.lora_config(),
+        config.quant_config(),
+        batch_size=order.batch_size,
+        length=max(order.lengths),
+        dtype=placement.dtype,
+        optim=config.optim,
+        device=device.type,
+        eval_batch_size=config.per_device_eval_batch_size if evaluates else 0,
+        process=process_memory() if device.type == "cpu" else 0,
+    )
+    policy, reason = config.gradient_checkpointing, "as requested"
+    if policy == "auto":
+        policy, reason = choose_recompute(available_memory(device), ledger_of)
+    ledger = ledger_of(recompute=policy)
+    if ledger.recompute != policy:
+        reason = f"{policy} needs a GPU"
+    return MemoryPlan(ledger.recompute, reason, ledger.peak)

@@ -1,0 +1,208 @@
+"""Where a run's output goes and what people read of it: summary, model card, pictures, answers, uploads."""
+
+import re
+from pathlib import Path
+from typing import Protocol
+
+from minilora.data.rows import Row
+from minilora.lora import trainable_parameters
+from minilora.loss_scale import LossScale
+from minilora.model import CausalLM
+from minilora.run.checkpoints import best_checkpoint, copy_checkpoint
+from minilora.run.describe import count_parameters, describe_optimizer, describe_weights
+from minilora.run.output_dir import files_of_a_run, open_output_dir
+from minilora.run.plan import Plan
+from minilora.run.plots import plot_loss, plot_training
+from minilora.run.sharing import files_to_share, send_to_all
+from minilora.run.tracker import Tracker, minutes, short_number
+from minilora.system.device import memory_used
+from minilora.system.errors import UserError
+from minilora.system.files import write_whole
+
+
+class Run(Protocol):
+    """The part of `scripts/train.py`'s Run that reports read."""
+
+    model: CausalLM
+    loss_scale: LossScale
+    tracker: Tracker
+    step: int
+    best: dict
+
+    @property
+    def seconds(self) -> float: ...
+
+
+# ---- at the start ------------------------------------------------------------------------------------------
+
+
+def print_summary(plan: Plan, model: CausalLM) -> None:
+    """Print the whole plan, a line for each part of it."""
+    count = count_parameters(model)
+    trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    config, order, processes = plan.config, plan.order, plan.processes.count
+    lora, c = config.lora_config(), plan.model_config
+    tokens = sum(order.lengths) / len(order.lengths) * min(order.examples_per_step, len(order.lengths))
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
+    lines = {
+        "model": f"{plan.base_model}: {c.model_type}, {short_number(count - trainable)} parameters, "
+        f"{c.num_hidden_layers} layers of width {c.hidden_size}",
+        "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
+        "weights": describe_weights(model),
+        "adapter": f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
+        "trainable": f"{trainable:,} of {count:,} parameters ({trainable / count:.2%})",
+        "optimizer": describe_optimizer(config.optim, plan.placement.device, config.loraplus_lr_ratio),
+        "training": plan.train_set.summary(),
+        "held out": plan.eval_set.summary() if plan.eval_set else "none",
+        "steps": f"{plan.schedule.total_steps:,}, {order.steps_per_epoch:,} an epoch; "
+        f"{order.examples_per_step} examples, about {tokens:,.0f} tokens each",
+        "output": config.output_dir,
+        "padding": f"{order.padding_share():.1%} of all tokens that go through the model",
+        "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
+        "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak",
+    }
+    for name, text in lines.items():
+        print(f"{name:<10} {text}", flush=True)
+
+
+def open_output(plan: Plan) -> Tracker:
+    """Write settings, tokenizer and chat template to output_dir. Returns the tracker that records there.
+
+    Only the main process writes; the trackers of the others keep their records in memory.
+    """
+    config, directory = plan.config, plan.output_dir
+    plan.processes.wait_for_all()  # every process has read its files; from here on they may change
+    if plan.processes.main:
+        open_output_dir(config, plan.checkpoint)
+        plan.tokenizer.save(directory)
+        if config.template is not None:
+            plan.template.save(directory)
+        best = best_checkpoint(plan.checkpoint, plan.state) if plan.checkpoint is not None else None
+        if best is not None and config.load_best_model_at_end:
+            copy_checkpoint(best, directory)
+    return Tracker(
+        directory if plan.processes.main else None,
+        plan.schedule.total_steps,
+        plan.order.steps_per_epoch,
+        config.logging_steps,
+        plan.state.get("tracker"),
+        plan.reporters,
+    )
+
+
+# ---- during the run, and at its end ------------------------------------------------------------------------
+
+
+def training_figures(plan: Plan, run: Run) -> dict[str, str]:
+    """The rows of the model card's table, as of the current step."""
+    losses = [record["loss"] for record in run.tracker.records if "loss" in record]
+    held_out = [record["eval_loss"] for record in run.tracker.records if "eval_loss" in record]
+    used, predicted = memory_used(plan.placement.device), plan.memory.peak
+    first_step = sum(len(batch) for batch in plan.order.batches(0))
+    figures = {
+        "examples": f"{len(plan.train_set):,}",
+        "steps": f"{run.step} of {first_step} examples{run.loss_scale.summary()}",
+        "trainable parameters": f"{sum(p.numel() for p in trainable_parameters(run.model).values()):,}",
+        "final training loss": f"{losses[-1]:.4f}" if losses else "not finite",
+        "computed on": str(plan.placement),
+        "frozen weights": describe_weights(run.model),
+        "peak memory": f"{used / 2**30:.2f} GiB ({predicted / 2**30:.2f} GiB predicted)",
+        "training time": minutes(run.seconds),
+    }
+    if held_out:
+        figures["held-out loss, base model"] = f"{held_out[0]:.4f}"
+        figures["held-out loss, lowest"] = f"{run.best['loss']:.4f} (step {run.best['step']})"
+    return figures
+
+
+def share_checkpoint(plan: Plan, run: Run, checkpoint: Path) -> None:
+    """Send a checkpoint's adapter, loss curve and model card. A failed upload only prints a warning."""
+    plot_loss(run.tracker.records, plan.output_dir / "loss.png")
+    write_model_card(plan, training_figures(plan, run))
+    files = files_to_share(plan.output_dir, checkpoint)
+    for destination in plan.destinations:
+        try:
+            destination.send(files, f"Step {run.step} of {plan.schedule.total_steps}")
+        except UserError as error:
+            run.tracker.say(f"warning: {error}; training continues")
+
+
+def draw_curves(plan: Plan, run: Run) -> None:
+    """Draw loss.png and training.png."""
+    plot_loss(run.tracker.records, plan.output_dir / "loss.png")
+    plot_training(run.tracker.records, plan.output_dir / "training.png")
+
+
+def publish(plan: Plan, run: Run) -> None:
+    """Tell the reporters that the run is finished, and send the results to all destinations."""
+    directory = plan.output_dir
+    run.tracker.finish("FINISHED", [path for path in files_of_a_run(directory) if path.is_file()])
+    print(f"adapter, metrics, plot and model card are in {directory} ({minutes(run.seconds)} in all)")
+    try:
+        send_to_all(plan.destinations, files_to_share(directory), f"Trained for {run.step} steps")
+    except UserError as error:
+        raise UserError(f"{error}; all is in {directory}, and scripts/share.py sends it again") from error
+
+
+def print_answers(rows: list[Row], before: list[str], after: list[str], count: int = 4) -> None:
+    """Print a few held-out prompts with the answers of the base model and of the adapted one."""
+    for i in range(0, len(rows), max(1, len(rows) // count))[:count]:
+        print(f"\n{rows[i].prompt.strip()}")
+        for name, text in ("base", before[i]), ("adapted", after[i]), ("expected", rows[i].completion):
+            print(f"  {name:<9} {' '.join(text.split())[:110]}")
+
+
+MODEL_CARD = """---
+{link}library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- minilora
+---
+
+# LoRA adapter for {base_model}
+
+Trained with minilora. Rank {lora.r}, alpha {lora.lora_alpha:g} (scaling {scaling}), \
+dropout {lora.lora_dropout:g}, on: {targets}.
+
+| | |
+|---|---|
+{table}
+
+![loss](loss.png)
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_model!r}), {address!r})
+```
+
+All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.
+"""
+
+
+def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
+    """Write README.md, which the hub shows: the adapter's settings, its figures, and how to load it.
+
+    The hub links to a base model of its own. A local directory is only named in the text.
+    """
+    base_model, lora = plan.base_model, plan.config.lora_config()
+    on_hub = (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", base_model)
+        and not base_model.startswith("assets/")
+        and not Path(base_model).exists()
+    )
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    card = MODEL_CARD.format(
+        link=f"base_model: {base_model}\n" if on_hub else "",
+        base_model=base_model,
+        lora=lora,
+        scaling="alpha / sqrt(r)" if lora.use_rslora else "alpha / r",
+        targets=targets,
+        table="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
+        address=plan.config.push_to_hub or "path/to/this/directory",
+    )
+    write_whole(plan.output_dir / "README.md", card)
