@@ -107,7 +107,8 @@ def load_batch(plan: Plan, indices: list[int]) -> tuple[Tensor, Tensor, Tensor |
     document_ids is None unless a row holds several packed examples. `make_plan` has read and tokenized them.
     """
     examples = [plan.train_set.examples[i] for i in indices]
-    batch = *collate(examples, plan.tokenizer.pad_id), document_ids(examples)
+    rounded = plan.memory.rounded
+    batch = *collate(examples, plan.tokenizer.pad_id, rounded), document_ids(examples, rounded)
     return tuple(tensor if tensor is None else tensor.to(plan.placement.device) for tensor in batch)
 
 

@@ -27,6 +27,7 @@ from minilora.data.rows import Row
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import Tokenizer
 from minilora.loss import IGNORE_INDEX
+from minilora.memory.allocator import padded_length
 from minilora.model import PADDING
 from minilora.system.errors import UserError, raise_error
 from minilora.system.files import fingerprint
@@ -148,13 +149,19 @@ def prompt_ids(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None = N
     return template.encode_prompt(row.messages[:-1])
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return input_ids and labels, both int64 (B, T), padded on the right to the longest example.
+def row_length(examples: Sequence[Example], rounded: bool) -> int:
+    """Return T of a micro-batch: the longest example's length, or that rounded up (see `padded_length`)."""
+    longest = max(len(e.input_ids) for e in examples)
+    return padded_length(longest) if rounded else longest
+
+
+def collate(examples: Sequence[Example], pad_id: int, rounded: bool = False) -> tuple[Tensor, Tensor]:
+    """Return input_ids and labels, both int64 (B, T), padded on the right to `row_length`.
 
     A label is the token's id, or IGNORE_INDEX if the token is not learned. Padding needs no mask: no token
     attends to tokens after it, and padding is never learned, whatever its id.
     """
-    T = max(len(e.input_ids) for e in examples)
+    T = row_length(examples, rounded)
     input_ids = torch.full((len(examples), T), pad_id)
     labels = torch.full((len(examples), T), IGNORE_INDEX)
     for i, example in enumerate(examples):
@@ -164,11 +171,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     return input_ids, labels
 
 
-def document_ids(examples: Sequence[Example]) -> Tensor | None:
-    """Index of each token's document within its row, int64 (B, T); None if every row is one document."""
+def document_ids(examples: Sequence[Example], rounded: bool = False) -> Tensor | None:
+    """Return the index of each token's document within its row, int64 (B, T); None if every row is one document."""
     if all(len(e.document_lengths) == 1 for e in examples):
         return None
-    T = max(len(e.input_ids) for e in examples)
+    T = row_length(examples, rounded)
     ids = torch.full((len(examples), T), PADDING)
     for i, example in enumerate(examples):
         lengths = torch.tensor(example.document_lengths)

@@ -27,6 +27,7 @@ from minilora.data.examples import Example, Row, collate, prompt_ids
 from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import end_tokens, generate_text
 from minilora.loss import causal_lm_loss
+from minilora.memory.allocator import compiles_kernels
 from minilora.model import CausalLM
 from minilora.system.errors import UserError, suggestion
 
@@ -38,12 +39,13 @@ def evaluate_loss(
     model: CausalLM, examples: Sequence[Example], batch_size: int = 8, pad_id: int = 0
 ) -> float:
     """The mean loss per supervised token, in nats, computed without dropout."""
-    device, was_training = model.model.embed_tokens.weight.device, model.training
+    embedding, was_training = model.model.embed_tokens.weight, model.training
+    device, rounded = embedding.device, compiles_kernels(embedding.dtype, embedding.device.type)
     model.eval()
     total = 0.0
     ordered = sorted(examples, key=lambda e: len(e.input_ids))  # similar lengths together: little padding
     for start in range(0, len(ordered), batch_size):
-        input_ids, labels = collate(ordered[start : start + batch_size], pad_id)
+        input_ids, labels = collate(ordered[start : start + batch_size], pad_id, rounded)
         total += causal_lm_loss(model, input_ids.to(device), labels.to(device)).item()
     model.train(was_training)
     return total / sum(e.supervised for e in examples)

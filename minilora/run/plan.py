@@ -5,6 +5,7 @@ and repositories to write to. A plan writes nothing on this machine.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,13 @@ from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.weights import read_config
-from minilora.memory.ledger import available_memory, choose_recompute, memory_ledger, process_memory
+from minilora.memory.allocator import (
+    compiles_kernels,
+    limit_compiled_kernels,
+    padded_length,
+    return_freed_memory,
+)
+from minilora.memory.ledger import Ledger, available_memory, choose_recompute, memory_ledger, process_memory
 from minilora.optim import Schedule
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.datasets import load_datasets, token_settings
@@ -26,7 +33,7 @@ from minilora.run.reporters import Reporter, make_reporters
 from minilora.run.settings import TrainConfig
 from minilora.run.sharing import Destination, destinations
 from minilora.system.assets import EMBEDDED_MODEL
-from minilora.system.device import Placement, choose_placement, return_freed_memory
+from minilora.system.device import Placement, choose_placement
 from minilora.system.distributed import Processes
 from minilora.system.errors import UserError
 from minilora.system.files import fingerprint
@@ -40,6 +47,7 @@ class MemoryPlan:
     recompute: str  # what layers keep for backward; see minilora.recompute
     reason: str
     peak: int  # predicted bytes
+    rounded: bool  # round the lengths of rows up, so that few kernels are compiled
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Plan:
 
 def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     """Decide all of a run. Raises UserError for every mistake that shows without the weights."""
-    return_freed_memory()
+    limit_compiled_kernels()
     placement = choose_placement(config.bf16, config.fp16)
     model_dir = resolve_model(
         config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision
@@ -177,25 +185,46 @@ def open_outlets(config: TrainConfig) -> tuple[list[Destination], list[Reporter]
 def plan_memory(
     config: TrainConfig, model_config: ModelConfig, placement: Placement, order: Order, evaluates: bool
 ) -> MemoryPlan:
-    """Choose the recompute policy and predict its memory. `auto` is the fastest one that fits."""
-    device = placement.device
+    """Choose the recompute policy and predict its memory. `auto` is the fastest one that fits.
+
+    On a CPU the heap's holes are counted too. Where they do not fit, glibc is told to return freed memory at once:
+    that leaves no holes and is slower.
+    """
+    device, available = placement.device, available_memory(placement.device)
+    rounded = compiles_kernels(placement.dtype, device.type)
+    lengths = {padded_length(length) for length in order.lengths} if rounded else {max(order.lengths)}
     ledger_of = partial(
         memory_ledger,
         model_config,
         config.lora_config(),
         config.quant_config(),
         batch_size=order.batch_size,
-        length=max(order.lengths),
+        length=max(lengths),
         dtype=placement.dtype,
         optim=config.optim,
         device=device.type,
         eval_batch_size=config.per_device_eval_batch_size if evaluates else 0,
         process=process_memory() if device.type == "cpu" else 0,
+        lengths=len(lengths),
     )
-    policy, reason = config.gradient_checkpointing, "as requested"
-    if policy == "auto":
-        policy, reason = choose_recompute(available_memory(device), ledger_of)
+    if device.type == "cpu":
+        with_holes = partial(ledger_of, heap_holes=True)
+        policy, _ = choose_policy(config, with_holes, available)
+        if available is None or with_holes(recompute=policy).fits(available):
+            ledger_of = with_holes
+        else:
+            return_freed_memory()
+    policy, reason = choose_policy(config, ledger_of, available)
     ledger = ledger_of(recompute=policy)
     if ledger.recompute != policy:
         reason = f"{policy} needs a GPU"
-    return MemoryPlan(ledger.recompute, reason, ledger.peak)
+    return MemoryPlan(ledger.recompute, reason, ledger.peak, rounded)
+
+
+def choose_policy(
+    config: TrainConfig, ledger_of: Callable[..., Ledger], available: int | None
+) -> tuple[str, str]:
+    """Return the requested recompute policy, or for `auto` the fastest that fits, and the reason."""
+    if config.gradient_checkpointing == "auto":
+        return choose_recompute(available, ledger_of)
+    return config.gradient_checkpointing, "as requested"

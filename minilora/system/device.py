@@ -8,7 +8,6 @@
 `torch.cuda.is_bf16_supported()` is not asked: it counts emulation and says yes on a T4.
 """
 
-import ctypes
 import platform
 import re
 from dataclasses import dataclass
@@ -83,16 +82,3 @@ def memory_used(device: torch.device) -> int:
     import resource  # macOS, in bytes; there is none on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def return_freed_memory() -> None:
-    """Make glibc give large freed blocks back to the system at once. For a script to call, once, before it
-    computes on a CPU.
-
-    By default glibc raises its threshold for that up to 32 MiB as blocks are freed, and activations of a few
-    MiB then come from one heap that they leave full of holes: in a training step of a 1.1B model 3.5 GiB at
-    the peak instead of 2.1. Elsewhere than on Linux with glibc this does nothing.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        M_MMAP_THRESHOLD = -3  # malloc.h
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)

@@ -41,14 +41,15 @@ from minilora import (
     save_model,
     trainable_parameters,
 )
+from minilora.backend.choice import product_dtype
 from minilora.formats.config_json import parse_config
 from minilora.formats.weights import read_config
 from minilora.loss import causal_lm_loss
-from minilora.ops import product_dtype
+from minilora.memory.allocator import limit_compiled_kernels
 from minilora.optim import OPTIMIZERS, make_optimizer
 from minilora.quantization import quantize_4bit
 from minilora.recompute import POLICIES, set_recompute
-from minilora.system.device import Placement, choose_placement, memory_used, return_freed_memory
+from minilora.system.device import Placement, choose_placement, memory_used
 from minilora.system.errors import ArgumentParser, run_script
 from minilora.system.files import check_writable, write_whole
 
@@ -242,7 +243,7 @@ def serve(connection: Connection, load: Callable, options: argparse.Namespace, p
 
 def load_ours(options: argparse.Namespace, placement: Placement):
     """(loss of a batch, trainable parameters by name, optimizer)."""
-    return_freed_memory()
+    limit_compiled_kernels()
     quant = QuantConfig() if options.quantization_bit == "4" else None
     model = load_model(options.model, quant, placement.dtype, placement.device)
     torch.manual_seed(1)

@@ -19,9 +19,10 @@ from minilora import CausalLM, LoraConfig, ModelConfig, add_lora, linear, quanti
 from minilora.formats.config_json import parse_config
 from minilora.linear import Linear4bit
 from minilora.loss import causal_lm_loss
+from minilora.memory.allocator import limit_compiled_kernels, return_freed_memory
 from minilora.optim import make_optimizer
 from minilora.recompute import set_recompute
-from minilora.system.device import memory_used, return_freed_memory
+from minilora.system.device import memory_used
 
 POLICIES = ("full", "selective", "off")
 
@@ -67,6 +68,7 @@ def peaks(config: dict, lora: dict, dtype: str, batch_size: int, length: int) ->
 
 def main() -> None:
     return_freed_memory()
+    limit_compiled_kernels()
     torch.set_num_threads(2)  # each packs matrices in memory of its own
     case = json.loads(sys.argv[1])
     peaks(
