@@ -2,7 +2,7 @@
 section 3).
 
     weight    w[i] = code[symbol[i]] * scale[i // blocksize]                 symbol in 0..15, code in [-1, 1]
-    scale     scale[b] = nested_code[absmax[b]] * nested_absmax[b // 256] + offset,   or absmax[b] where it is float32
+    scale     scale[b] = nested_code[absmax[b]] * nested_absmax[b // 256] + offset, or a float32 absmax[b]
 
 The weight is flattened, and two symbols share a byte, the first in the high nibble: byte i is symbol[2i] * 16
 + symbol[2i + 1]. 64 weights are 32 bytes and a scale; with the scales quantized in their turn, 4 + 8/64 +
@@ -11,7 +11,7 @@ The weight is flattened, and two symbols share a byte, the first in the high nib
 Why not multiply with the packed weight? In training a weight meets thousands of tokens: writing it out in 16
 bits (0.5 bytes read, 2 written) for cuBLAS costs a few percent of the product. A fused product would decode
 it again for every tile of tokens, and on a T4 `tl.dot` has no tensor cores. With one token the product does
-nothing but read the weight, so there it is fused: `gemv_4bit` moves 0.52 bytes a weight, where dequantizing
+nothing but read the weight, so there it is fused: `gemv` moves 0.52 bytes a weight, where dequantizing
 first moves 4.5.
 
 Dequantization is bound by its stores. Each thread writes 16 bytes at a time, next to its neighbour's: a group
@@ -69,7 +69,7 @@ def dequantize_kernel(
     offset_ptr,  # () float32, or None
     out_ptr,  # (n,)
     n,
-    n_bytes,  # ceil(n / 2): an argument of its own, so that Triton sees that 16 divides it and loads whole words
+    n_bytes,  # ceil(n / 2): a separate argument, so that Triton sees that 16 divides it and loads whole words
     BLOCKSIZE: tl.constexpr,
     GROUP: tl.constexpr,  # elements in 16 bytes of out
     TILE: tl.constexpr,
@@ -185,83 +185,73 @@ def gemv_kernel(
     tl.store(out_ptr + row, tl.sum(total, axis=1).to(out_ptr.dtype.element_ty), mask=row < out_features)
 
 
-def dequantize_4bit(
-    packed: Tensor,  # (ceil(n / 2),) uint8
-    absmax: Tensor,  # (blocks,) float32, or uint8 with nested scales
-    code: Tensor,  # (16,) float32
-    blocksize: int,
-    n: int,
-    out: Tensor,  # n elements, contiguous; float32, bfloat16 or float16
-    nested_absmax: Tensor | None = None,  # (ceil(blocks / 256),) float32
-    nested_code: Tensor | None = None,  # (256,) float32
-    offset: Tensor | None = None,  # () float32
-) -> None:
-    """Write the weight into `out`: one launch, to the bit what bitsandbytes gives."""
-    assert out.is_contiguous() and out.numel() == n and packed.numel() == (n + 1) // 2
-    check(blocksize, absmax, nested_absmax, nested_code, offset, n)
+# ---- launches. q is a 4-bit tensor with the fields of `minilora.quantization.QuantizedTensor`:
+#      packed (ceil(n / 2),) uint8; absmax (blocks,) float32, or uint8 with nested_absmax (ceil(blocks /
+#      256),) float32, nested_code (256,) float32 and offset () float32; code (16,) float32; blocksize; shape.
+
+
+def dequantize(q, out: Tensor) -> None:
+    """Fill `out`, contiguous float32, bfloat16 or float16, with q's values: one launch, bit-identical to
+    bitsandbytes.
+    """
+    n = out.numel()
+    assert out.is_contiguous()
+    check(q, n)
     if n:
         dequantize_kernel[(triton.cdiv(n, TILE),)](
-            packed, absmax, code, nested_absmax, nested_code, offset, out, n, (n + 1) // 2,
-            BLOCKSIZE=blocksize, GROUP=16 // out.element_size(), TILE=TILE, enable_fp_fusion=False,
+            q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.offset, out, n, (n + 1) // 2,
+            BLOCKSIZE=q.blocksize, GROUP=16 // out.element_size(), TILE=TILE, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def quantize_4bit(
-    x: Tensor,  # n elements, contiguous; float32, bfloat16 or float16
+def quantize(
+    x: Tensor,  # (n,) contiguous; float32, bfloat16 or float16
     bounds: Tensor,  # (15,) float32: the midpoints between neighbouring codes, ascending
     symbols: Tensor,  # (16,) uint8, in the order of their codes: 0..15 for NF4
     blocksize: int,
     packed: Tensor,  # (ceil(n / 2),) uint8
     absmax: Tensor,  # (blocks,) float32
 ) -> None:
-    """Write the symbols and scales of `x`, to the bit as `minilora.ops.quantize_4bit`: ties, zeros, NaN
-    included.
-    """
+    """Fill `packed` and `absmax`, bit-identical to the definition: ties, zeros and NaN included."""
     n = x.numel()
     assert (
-        x.is_contiguous() and packed.numel() == (n + 1) // 2 and packed.dtype == symbols.dtype == torch.uint8
+        x.is_contiguous() and packed.dtype == symbols.dtype == torch.uint8 and absmax.dtype == torch.float32
     )
-    check(blocksize, absmax, None, None, None, n)
+    assert packed.numel() == (n + 1) // 2 and absmax.numel() == triton.cdiv(n, blocksize)
+    assert is_block_size(blocksize), f"blocksize {blocksize}: not a power of two in 32..{TILE}"
     if n:
         quantize_kernel[(triton.cdiv(n, TILE),)](
             x, bounds, symbols, packed, absmax, n, (n + 1) // 2, BLOCKSIZE=blocksize, TILE=TILE, num_warps=8
         )
 
 
-def gemv_4bit(
-    x: Tensor,  # (in_features,) contiguous; float32, bfloat16 or float16
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    shape: tuple[int, int],  # (out_features, in_features)
-    out: Tensor,  # (out_features,) contiguous
-    nested_absmax: Tensor | None = None,
-    nested_code: Tensor | None = None,
-    offset: Tensor | None = None,
-) -> None:
-    """out = W x, where W is never written out; the arguments are those of `dequantize_4bit`. All in float32."""
-    out_features, in_features = shape
+def gemv(q, x: Tensor, out: Tensor) -> None:
+    """out = W x, computed in float32 without writing W. q: a matrix (out, in); x: (in,), out: (out,),
+    contiguous.
+    """
+    out_features, in_features = q.shape
     n = out_features * in_features
-    assert (
-        x.is_contiguous() and out.is_contiguous() and x.numel() == in_features and out.numel() == out_features
-    )
-    assert packed.numel() == (n + 1) // 2 and n < 2**34  # groups are counted in 32 bits
-    check(blocksize, absmax, nested_absmax, nested_code, offset, n)
+    assert x.is_contiguous() and out.is_contiguous()
+    assert x.numel() == in_features and out.numel() == out_features
+    assert n < 2**34  # groups are counted in 32 bits
+    check(q, n)
     gemv_kernel[(triton.cdiv(out_features, ROWS),)](
-        x, packed, absmax, code, nested_absmax, nested_code, offset, out, out_features, in_features, (n + 1) // 2,
-        BLOCKSIZE=blocksize, ALIGNED=in_features % 8 == 0, ROWS=ROWS, GROUPS=GROUPS,
+        x, q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.offset, out,
+        out_features, in_features, (n + 1) // 2,
+        BLOCKSIZE=q.blocksize, ALIGNED=in_features % 8 == 0, ROWS=ROWS, GROUPS=GROUPS,
     )  # fmt: skip
 
 
-def check(blocksize: int, absmax: Tensor, nested_absmax, nested_code, offset, n: int) -> None:
-    """What the kernels take for granted."""
-    assert 32 <= blocksize <= TILE and blocksize & (blocksize - 1) == 0, (
-        f"blocksize {blocksize}: not a power of two in 32..{TILE}"
+def check(q, n: int) -> None:
+    """Assert what the kernels take for granted about a 4-bit tensor of n elements."""
+    assert is_block_size(q.blocksize), f"blocksize {q.blocksize}: not a power of two in 32..{TILE}"
+    assert q.packed.numel() == (n + 1) // 2 and q.absmax.numel() == triton.cdiv(n, q.blocksize)
+    nested = q.nested_absmax is not None
+    assert q.absmax.dtype == (torch.uint8 if nested else torch.float32)
+    assert nested == (q.nested_code is not None) == (q.offset is not None), (
+        "nested scales need all three parts"
     )
-    assert absmax.numel() == triton.cdiv(n, blocksize)
-    nested = nested_code is not None
-    assert absmax.dtype == (torch.uint8 if nested else torch.float32)
-    assert nested == (nested_absmax is not None) == (offset is not None), (
-        "nested scales need all three of their parts"
-    )
+
+
+def is_block_size(blocksize: int) -> bool:
+    return 32 <= blocksize <= TILE and blocksize & (blocksize - 1) == 0

@@ -88,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x: (..., D), frozen weight: (D,) -> (..., D) in x's dtype. The same numbers as `minilora.ops.rms_norm`."""
+    """x: (..., D), frozen weight: (D,) -> (..., D) in x's dtype. See `minilora.ops.rms_norm`."""
     return _RMSNorm.apply(x, weight, eps)
 
 

@@ -1,4 +1,4 @@
-"""The shape of a model, of an adapter and of quantized weights, as plain dataclasses. Field names are Hugging Face's."""
+"""The shape of a model, an adapter and quantized weights: dataclasses with Hugging Face's field names."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,15 +8,13 @@ from minilora.system.errors import UserError, suggestion
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its two simple stretches for longer
-    contexts.
-    """
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and two ways to stretch its context."""
 
     theta: float = 10000.0  # base of the geometric series of wavelengths
     rope_type: str = "default"  # default | linear | llama3
     factor: float = 1.0  # linear, llama3: by how much the context is stretched
     low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are stretched by the whole factor
-    high_freq_factor: float = 4.0  # llama3: wavelengths below original / high are left alone
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original / high are kept
     original_max_position_embeddings: int = 8192  # llama3: context length before stretching
 
 
@@ -34,7 +32,7 @@ class ModelConfig:
     head_dim: int  # K, even; H * K need not be D
     layer_windows: tuple[
         int | None, ...
-    ]  # sliding window of each layer in tokens, None: sees everything before it
+    ]  # each layer's sliding window in tokens; None: sees all tokens before
     rope: RopeConfig = RopeConfig()
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
@@ -43,7 +41,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head's query and key before RoPE
-    dtype: str = "float32"  # the dtype the files are said to be in
+    dtype: str = "float32"  # of the files, by their own account
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -51,9 +49,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How frozen weights are stored (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3). Names are
-    bitsandbytes'.
-    """
+    """How frozen weights are stored (QLoRA, arXiv:2305.14314, section 3). Field names are bitsandbytes'."""
 
     bits: int = 4  # 4 or 8
     quant_type: str = "nf4"  # nf4 or fp4, for 4 bits; 8 bits are always row-wise int8
@@ -62,33 +58,25 @@ class QuantConfig:
 
     def __post_init__(self):
         if self.bits not in (4, 8):
-            raise UserError(
-                f"quantization_bit must be 4 or 8, or none for unquantized weights, not {self.bits!r}"
-            )
+            raise UserError(f"quantization_bit must be 4, 8 or none, not {self.bits!r}")
         if self.quant_type not in ("nf4", "fp4"):
             raise UserError(f"quantization_type {self.quant_type!r} is not known; choose nf4 or fp4")
 
 
+_QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
 @dataclass(frozen=True)
 class LoraConfig:
-    """An adapter: y = x W^T + scaling * dropout(x) A^T B^T (LoRA, Hu et al. 2021, arXiv:2106.09685, section
-    4.1).
-    """
+    """An adapter: y = x W^T + scaling * dropout(x) A^T B^T (LoRA, Hu et al. 2021, arXiv:2106.09685, 4.1)."""
 
     r: int = 8  # rank of the update
     lora_alpha: float = 16  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # on the adapter's input, while training
-    target_modules: tuple[str, ...] | list[str] | str = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    )  # names, a regex, or all-linear
-    use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
+    target_modules: tuple[str, ...] | list[str] | str = _QKVO  # names, a regular expression, or all-linear
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)
     use_dora: bool = False  # train the lengths of the weight's rows apart (Liu et al. 2024, arXiv:2402.09353)
-    lora_fa: bool = (
-        False  # train B alone, with A as it was drawn: for less memory (Zhang et al. 2023, arXiv:2308.03303)
-    )
+    lora_fa: bool = False  # train B alone, for less memory (Zhang et al. 2023, arXiv:2308.03303)
 
     def __post_init__(self):
         for name in ("use_rslora", "use_dora", "lora_fa"):
@@ -107,9 +95,8 @@ class LoraConfig:
         if not self.target_modules:
             raise UserError("lora_target is empty; name layers such as q_proj,v_proj, or say all-linear")
         if not isinstance(self.target_modules, str):
-            if not isinstance(self.target_modules, (list, tuple, set)) or not all(
-                isinstance(n, str) for n in self.target_modules
-            ):
+            is_list = isinstance(self.target_modules, (list, tuple, set))
+            if not is_list or not all(isinstance(name, str) for name in self.target_modules):
                 raise UserError(f"lora_target must be text or a list of texts, not {self.target_modules!r}")
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
@@ -120,13 +107,12 @@ class LoraConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LoraConfig":
-        """One of `PRESETS`, with `changes` to single fields."""
+        """Return one of `PRESETS`, with `changes` to single fields."""
         if name not in PRESETS:
             raise UserError(f"preset {name!r} is not known{suggestion(name, PRESETS)}")
         return replace(PRESETS[name], **changes)
 
 
-_QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ALL_SEVEN = (*_QKVO, "gate_proj", "up_proj", "down_proj")
 
 PRESETS = {  # trainable parameters on Mistral-7B

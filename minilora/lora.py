@@ -3,58 +3,57 @@
 
     y = x W^T + b  +  scaling * dropout(x) A^T B^T              A: (r, in)   B: (out, r)   scaling = alpha / r
 
-Only A and B are trained: r * (in + out) numbers instead of in * out. A starts random and B at zero, so that
-the adapted model is exactly the base model before the first step, and the first gradient reaches B alone. The
+Only A and B are trained: r * (in + out) numbers instead of in * out. A starts random and B at zero. So the
+adapted model is exactly the base model before the first step, and the first gradient reaches B alone. The
 product B A, as large as W, is never formed in training: x goes through A and then B, which costs r/out + r/in
 of the layer's own work. It is formed once, to merge.
 
 rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) scales by alpha / sqrt(r): the largest scale with
 which neither the layer's output nor its gradient grows with r. `docs/lora.md` shows both in numbers. LoRA-FA
-(Zhang et al. 2023, arXiv:2308.03303) leaves A as it was drawn: then no gradient reads x, and all that is kept
-is x A^T. DoRA has a file of its own: `dora.py`.
+(Zhang et al. 2023, arXiv:2308.03303) leaves A as it was drawn: then no gradient reads x, and only x A^T is
+kept. DoRA has its own file, dora.py.
 
-A and B are float32 whatever the compute dtype: late in a schedule AdamW's steps are smaller than bfloat16's
-spacing and would be rounded away, and float16 gradients cannot be unscaled safely. They are cast to the
+A and B are float32 whatever the compute dtype. Late in a schedule AdamW's steps are smaller than bfloat16's
+spacing and would be rounded away, and float16 gradients cannot be unscaled safely. Both are cast to the
 activations' dtype for the two thin products.
 
-`LoraLinear` wraps a layer and holds several adapters by name, of which one, or none, is active. Nothing
-happens in `train()` and `eval()` but dropout: merging is a verb of its own.
+`LoraLinear` wraps a layer and holds several adapters by name; one, or none, is active. `train()` and `eval()`
+change nothing but dropout: merging is a separate verb.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minilora import ops
+from minilora import dora
+from minilora.backend.choice import product_dtype
 from minilora.config import LoraConfig
-from minilora.dora import Magnitude, RowNorms, row_factors
 from minilora.linear import QuantizedLinear, frozen_linear, rerun_linear
 from minilora.system.errors import UserError, suggestion
 
 OUTPUT_HEAD = "lm_head"
 
 
-class _LowRankUpdate(torch.autograd.Function):
-    """y + scaling * (x' A^T) B^T, added to y in place. x' is x, or under dropout x * mask. With g = scaling *
-    dy B, (..., r):
+class LowRankUpdate(torch.autograd.Function):
+    """y + scaling * (x' A^T) B^T, added to y in place, where x' is x, or x * mask under dropout.
 
-    dx = g A * mask        dA = g^T x'        dB = scaling * dy^T (x' A^T)
+    With g = scaling * dy B, (..., r):   dx = g A * mask      dA = g^T x'      dB = scaling * dy^T (x' A^T)
 
-    Written by hand, it keeps x, which its neighbours q, k, v or gate, up share, the mask, a byte a number,
-    and x' A^T of r columns, but neither x' nor any other activation; where A is frozen, not even x.
+    Written by hand, it keeps x, which its neighbours q, k, v or gate, up share; the mask, a byte a number;
+    and x' A^T of r columns. It keeps neither x' nor any other activation, and where A is frozen not even x.
     """
 
     @staticmethod
     def forward(
         ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
     ) -> Tensor:
-        dtype = ops.product_dtype(x)
-        narrow = F.linear(_masked(x, mask).to(dtype), A.to(dtype))  # (..., r)
+        dtype = product_dtype(x)
+        narrow = F.linear(masked(x, mask).to(dtype), A.to(dtype))  # (..., r)
         y.add_(F.linear(narrow, B.to(dtype)), alpha=scaling)  # (..., out)
         ctx.mark_dirty(y)
         _, needs_dx, needs_dA, *_ = ctx.needs_input_grad
@@ -67,20 +66,19 @@ class _LowRankUpdate(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, narrow, A, B = ctx.saved_tensors
         dtype = narrow.dtype
-        wide = dy.to(dtype)
-        g = (wide @ B.to(dtype)) * ctx.scaling  # (..., r)
-        dA = (
-            (_rows(g).T @ _rows(_masked(x, mask).to(dtype))).to(A.dtype) if x is not None else None
-        )  # (r, in)
-        dx = None
+        dy_wide, dx, dA = dy.to(dtype), None, None
+        g = (dy_wide @ B.to(dtype)) * ctx.scaling  # (..., r)
+        if x is not None:
+            dA = (_rows(g).T @ _rows(masked(x, mask).to(dtype))).to(A.dtype)  # (r, in)
         if ctx.needs_input_grad[1]:
             dx = g @ A.to(dtype)  # (..., in)
             dx = (dx if mask is None else dx.mul_(mask)).to(ctx.dtype)
-        dB = _rows(wide).T @ _rows(narrow)  # (out, r)
+        dB = _rows(dy_wide).T @ _rows(narrow)  # (out, r)
         return dy, dx, dA, dB.to(B.dtype) * ctx.scaling, None, None
 
 
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return x * mask, or x itself where nothing is dropped."""
     return x if mask is None else x * mask
 
 
@@ -96,108 +94,80 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.lora_A = nn.ParameterDict()  # name -> (r, in) float32
         self.lora_B = nn.ParameterDict()  # name -> (out, r) float32
-        self.lora_magnitude_vector = nn.ParameterDict()  # name -> (out,) float32, of DoRA's
+        self.lora_magnitude_vector = nn.ParameterDict()  # name -> (out,) float32, DoRA's
         self.configs: dict[str, LoraConfig] = {}
         self.active: str | None = None  # the adapter that forward applies
         self.merged: str | None = None  # the adapter that the base weight holds at present
-        self._merged_factors = torch.ones(())  # or (out, 1): what its rows were multiplied with besides
-        self._row_norms = RowNorms()
-        self.train(base_layer.training)  # a model that is loaded to be used drops nothing out
+        self._merged_factors = torch.ones(())  # DoRA's, (out, 1): its rows were multiplied with them
+        self.row_norms = dora.RowNorms()
+        self.train(base_layer.training)  # a model loaded for inference drops nothing out
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Give the layer a new adapter with A ~ kaiming_uniform(a=sqrt(5)), that is U(-1/sqrt(in),
-        1/sqrt(in)), and B = 0.
-        """
+        """Add an adapter: A ~ kaiming_uniform(a=sqrt(5)) = U(-1/sqrt(in), 1/sqrt(in)), B = 0."""
         out_features, in_features = self.base_layer.out_features, self.base_layer.in_features
-        place = dict(dtype=torch.float32, device=self.base_layer.weight.device)
-        A = torch.empty(config.r, in_features, **place)
+        options = dict(dtype=torch.float32, device=self.base_layer.weight.device)
+        A = torch.empty(config.r, in_features, **options)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(A)
-        self.lora_B[name] = nn.Parameter(torch.zeros(out_features, config.r, **place))
+        self.lora_B[name] = nn.Parameter(torch.zeros(out_features, config.r, **options))
         if config.use_dora:
-            self.lora_magnitude_vector[name] = nn.Parameter(self._row_norms.of_weight(self.base_layer.weight))
+            self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms.of_weight(self.base_layer.weight))
         self.configs[name] = config
 
     def parts(self, name: str) -> dict[str, nn.Parameter]:
-        """An adapter's tensors by what they are called: `lora_A`, `lora_B`, and of DoRA
-        `lora_magnitude_vector`.
-        """
+        """Return an adapter's tensors by name: `lora_A`, `lora_B`, and DoRA's `lora_magnitude_vector`."""
         kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
         return {kind: getattr(self, kind)[name] for kind in kinds if name in getattr(self, kind)}
 
     def forward(self, x: Tensor) -> Tensor:
         return self._adapted(x, frozen_linear)
 
-    def replay(self, x: Tensor) -> Tensor:
-        """`forward` for the sake of its gradient (see `linear.replay_linear`)."""
+    def rerun_for_backward(self, x: Tensor) -> Tensor:
+        """Return an output with forward's gradient and arbitrary values (see `linear.rerun_linear`)."""
         return self._adapted(x, rerun_linear)
 
     def _adapted(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """The base layer's product with x, and what the active adapter makes of x."""
+        """Return product(base_layer, x) plus the active adapter's update."""
         if self.active is None or self.merged is not None:
             return product(self.base_layer, x)
         config = self.configs[self.active]
+        mask, gain = self._dropout(x)
         if config.use_dora:
-            return self._decomposed(x, product)
-        mask, gain = self._dropout(x)
-        y = product(self.base_layer, x)
-        return _LowRankUpdate.apply(
-            y, x, self.lora_A[self.active], self.lora_B[self.active], config.scaling * gain, mask
-        )
-
-    def _decomposed(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """The same for DoRA (see `minilora.dora`). The magnitudes' gradient reads values, so a replay
-        computes them too.
-        """
-        config, bias = self.configs[self.active], self.base_layer.bias
-        A, B, magnitude = (
-            part[self.active] for part in (self.lora_A, self.lora_B, self.lora_magnitude_vector)
-        )
-        keep = not (self.training or torch.is_grad_enabled())
-        norms = self._row_norms.of_sum(
-            self.base_layer.weight, A, B, config.scaling, ops.product_dtype(x), keep
-        )
-        mask, gain = self._dropout(x)
-        seen = _masked(x, mask)  # but for the gain
-        y = frozen_linear(self.base_layer, seen)
-        y = y if bias is None else y - bias.to(y.dtype)
-        y = Magnitude.apply(
-            _LowRankUpdate.apply(y, x, A, B, config.scaling, mask), magnitude, norms / gain
-        )  # (..., out)
-        if mask is not None:
-            return y + product(self.base_layer, torch.sub(x, seen, alpha=gain))
-        return y if bias is None else y + bias.to(y.dtype)
+            return dora.adapted(self, x, mask, gain, product, LowRankUpdate.apply)
+        y, A, B = product(self.base_layer, x), self.lora_A[self.active], self.lora_B[self.active]
+        return LowRankUpdate.apply(y, x, A, B, config.scaling * gain, mask)
 
     def _dropout(self, x: Tensor) -> tuple[Tensor | None, float]:
-        """dropout(x) / x in two parts: a mask of ones and zeros, (..., in), and 1 / (1 - p). None and 1:
-        nothing is dropped.
+        """Return dropout(x) / x in two parts: a mask of ones and zeros, (..., in), and the gain 1 / (1 - p).
+
+        Without dropout: None and 1.
         """
         p = self.configs[self.active].lora_dropout if self.training else 0.0
         if p == 0:
             return None, 1.0
-        # F.dropout's draws on a CPU. Bytes, not booleans, with which PyTorch multiplies at half the speed.
+        # The draws are F.dropout's on a CPU. Bytes: PyTorch multiplies with booleans at half the speed.
         return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p), 1 / (1 - p)
 
     def delta_weight(self, name: str) -> Tensor:
-        """scaling * B A, float32 (out, in): what merging adds to the weight."""
+        """Return scaling * B A, float32 (out, in): merging adds it to the weight."""
         return (self.lora_B[name] @ self.lora_A[name]) * self.configs[name].scaling
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W <- W + scaling * B A of the active adapter, for DoRA times m / ||V||: in float32, and rounded
-        once to W's dtype.
+        """W <- W + scaling * B A of the active adapter, for DoRA times m / ||V||.
+
+        Computed in float32 and rounded once to W's dtype.
         """
         if self.active is not None and self.merged is None:
             V, factors = self.base_layer.weight.float() + self.delta_weight(self.active), torch.ones(())
             if self.configs[self.active].use_dora:
-                factors = row_factors(V, self.lora_magnitude_vector[self.active])
+                factors = dora.row_factors(V, self.lora_magnitude_vector[self.active])
             self.base_layer.weight.copy_(V * factors)
             self.merged, self._merged_factors = self.active, factors.masked_fill(factors == 0, 1)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo `merge`. With u the rounding unit of W's dtype, |W' - W| <= u (|W + scaling * B A| + |W'|)
-        elementwise.
+        """Undo `merge`. With u the rounding unit of W's dtype, |W' - W| <= u (|W + scaling * B A| + |W'|).
 
         DoRA's rows of magnitude 0 are lost.
         """
@@ -207,12 +177,14 @@ class LoraLinear(nn.Module):
             self.merged = None
 
 
+# ---- the verbs: add, switch, merge, unmerge, remove --------------------------------------------------------
+
+
 _LINEAR = (nn.Linear, QuantizedLinear, LoraLinear)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
-    """Freeze the model, wrap the layers that `config.target_modules` names, and make the new adapter active
-    and trainable.
+    """Freeze the model, wrap the layers of `config.target_modules`, make the adapter active and trainable.
 
     `target_modules` is a list of leaf names (`q_proj`) or full names, or a string: `all-linear` (every linear
     layer but the output head) or a regular expression that matches whole names. Raises UserError for a name
@@ -223,17 +195,13 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
     if hasattr(nn.ParameterDict, name):  # PyTorch would take it for one of its own methods
         raise UserError(f"adapter name {name!r} is a name that PyTorch uses itself; choose another")
     if name in adapter_names(model):
-        raise UserError(
-            f"the model already has an adapter called {name!r}; choose another name or remove it first"
-        )
+        raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it")
     targets = match_targets(model, config.target_modules)
     if OUTPUT_HEAD in targets and model.config.tie_word_embeddings:
+        raise UserError(f"lora_target names {OUTPUT_HEAD!r}, whose weight is the embedding's; leave it out")
+    if merged := [layer.merged for layer in lora_layers(model).values() if layer.merged is not None]:
         raise UserError(
-            f"lora_target names {OUTPUT_HEAD!r}, whose weight is the embedding's in this model; leave it out"
-        )
-    if merged := [m for m in lora_layers(model).values() if m.merged is not None]:
-        raise UserError(
-            f"adapter {merged[0].merged!r} is merged into the weights; unmerge it before adding {name!r}"
+            f"adapter {merged[0]!r} is merged into the weights; unmerge it before adding {name!r}"
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -247,57 +215,61 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
 
 
 def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] | str) -> list[str]:
-    """Full names of the linear layers that `target_modules` names, in the model's order (see `add_lora`)."""
+    """Return full names of the linear layers that `target_modules` selects, in the model's order."""
     names = [n for n, m in model.named_modules() if isinstance(m, _LINEAR) and not n.endswith(".base_layer")]
     if target_modules in ("all-linear", "all"):
         return [n for n in names if n != OUTPUT_HEAD]
     if isinstance(target_modules, str):
         try:
-            found = [n for n in names if re.fullmatch(target_modules, n)]
+            matched = matching_names(names, target_modules)
         except re.error as error:
             raise UserError(f"lora_target {target_modules!r} is not a regular expression: {error}") from error
-        if not found:
-            raise UserError(
-                f"lora_target {target_modules!r} matches no layer; it must match a whole name such as {names[0]!r}"
-            )
-        return found
+        if not matched:
+            example = f"it must match a whole name such as {names[0]!r}"
+            raise UserError(f"lora_target {target_modules!r} matches no layer; {example}")
+        return matched
     for target in target_modules:
-        if not any(_names_layer(target, n) for n in names):
-            leaves = {n.rpartition(".")[2] for n in names}
-            raise UserError(
-                f"lora_target names {target!r}, which no linear layer is called{suggestion(target, leaves | set(names))}"
-            )
-    return [n for n in names if any(_names_layer(t, n) for t in target_modules)]
+        if not matching_names(names, [target]):
+            hint = suggestion(target, {n.rpartition(".")[2] for n in names} | set(names))
+            raise UserError(f"lora_target names {target!r}, which no linear layer is called{hint}")
+    return matching_names(names, target_modules)
 
 
-def _names_layer(target: str, name: str) -> bool:
-    return name == target or name.endswith("." + target)
+def matching_names(names: Iterable[str], target_modules: Sequence[str] | str) -> list[str]:
+    """Return the names that PEFT's rule for `target_modules` selects, in their order.
+
+    A string is a regular expression that matches the whole name. A list holds full names, or their last parts.
+    """
+    if isinstance(target_modules, str):
+        return [name for name in names if re.fullmatch(target_modules, name)]
+    endings = tuple(f".{target}" for target in target_modules)
+    return [name for name in names if f".{name}".endswith(endings)]
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
-    """Full name -> wrapped layer, of all wrapped layers or of those that have `adapter`."""
+    """Return full name -> wrapped layer, of all wrapped layers or of those that have `adapter`."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
     return {n: m for n, m in layers.items() if adapter is None or adapter in m.configs}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The adapters on the model, in the order of their names."""
+    """Return the names of the adapters on the model, sorted."""
     return sorted({name for layer in lora_layers(model).values() for name in layer.configs})
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Full name -> parameter, of those that an optimizer should see."""
+    """Return full name -> parameter, of those that an optimizer should see."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Make one adapter the active and trainable one; None switches to the base model alone."""
+    """Make one adapter active and trainable, or none: the base model alone."""
     if name is not None:
         _check_adapter(model, name)
     for layer in lora_layers(model).values():
-        if layer.merged is not None and layer.merged != name:
+        if layer.merged not in (None, name):
             raise UserError(
-                f"adapter {layer.merged!r} is merged into the weights; unmerge it before switching to {name!r}"
+                f"adapter {layer.merged!r} is merged into the weights; unmerge it before {name!r}"
             )
     for layer in lora_layers(model).values():
         layer.active = name if name in layer.configs else None
@@ -308,13 +280,11 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the active adapter to the base weights, so that it costs nothing at inference. `unmerge_lora` takes
-    it out again.
-    """
+    """Add the active adapter to the base weights, so that it costs nothing; `unmerge_lora` undoes it."""
     for name, layer in lora_layers(model).items():
         if isinstance(layer.base_layer, QuantizedLinear):
             raise UserError(
-                f"{name} is quantized, and rounding would lose most of the adapter: merge into unquantized weights"
+                f"{name} is quantized: rounding would lose most of the adapter; merge into plain weights"
             )
         if name == OUTPUT_HEAD and model.config.tie_word_embeddings:
             raise UserError(
@@ -324,19 +294,15 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Subtract a merged adapter from the base weights (see `LoraLinear.unmerge` for the rounding that
-    remains).
-    """
+    """Subtract a merged adapter from the base weights (`LoraLinear.unmerge` says which rounding remains)."""
     for layer in lora_layers(model).values():
         layer.unmerge()
 
 
 def remove_lora(model: nn.Module, name: str | None = None) -> None:
-    """Take one adapter off the model, or all of them. A merged adapter stays in the weights: unmerge first to
-    be rid of it.
+    """Take one adapter off the model, or all of them. Unmerge first: a merged one stays in the weights.
 
-    Layers without an adapter left become the plain layers they were, so parameter names are the checkpoint's
-    again.
+    Layers without an adapter left become plain layers again, so parameter names are again the checkpoint's.
     """
     if name is not None:
         _check_adapter(model, name)

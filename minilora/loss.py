@@ -1,20 +1,18 @@
 """The training loss: the sum of the token losses, without the logits ever existing.
 
 The sum, not the mean: examples differ in length, and micro-batches in how many supervised tokens they hold.
-Whoever accumulates gradients divides once, by the number of supervised tokens of the whole optimizer step;
-then 1 x 8, 4 x 2 and 8 x 1 are the same step. A mean per micro-batch would weigh a token of a short
-micro-batch more.
+The trainer divides once, by the number of supervised tokens of the whole optimizer step; then 1 x 8, 4 x 2
+and 8 x 1 are the same step. A mean per micro-batch would weigh a token of a short micro-batch more.
 
 The output head is the widest product of a small model, and its output (B, T, V) the largest tensor of a large
-one: 4 x 1024 places and 128k tokens are 2 GB in float32, and as much again for the gradient. Two things make
-it small. Only the places that have something to learn go through the head, on prompt/completion data often a
-third of them. And they go through it a few at a time:
+one: 4 x 1024 positions and 128k tokens are 2 GB in float32, and as much again for the gradient. Two things
+make it small. Only supervised positions go through the head, on prompt/completion data often a third of all.
+And they go through it in chunks:
 
-    z = h W^T        loss = log sum_v exp(z_v) - z_target        dloss/dz = softmax(z) - onehot(target)        dh = dz W
+    z = h W^T     loss = log sum_v exp(z_v) - z_target     dloss/dz = softmax(z) - onehot(target)    dh = dz W
 
-Everything that backward needs is known as soon as the loss of a place is, because the loss is the end of the
-graph. So `dh` is computed at once, `z` is forgotten, and backward multiplies `dh` by the one number that it
-is given.
+The loss is the end of the graph, so everything that backward needs is known as soon as the loss is. `dh` is
+computed at once, `z` is forgotten, and backward multiplies `dh` by the one number that it is given.
 """
 
 import torch
@@ -22,64 +20,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minilora import ops
+from minilora.backend.choice import product_dtype
 from minilora.model import CausalLM
 from minilora.recompute import checkpoint
 
-IGNORE_INDEX = -100  # the label of a place that is not learned
-LOGITS_BYTES = 64 << 20  # of float32 logits at a time: 512 places of a vocabulary of 32k
+IGNORE_INDEX = -100  # the label of a position that is not supervised
+LOGITS_BYTES = 64 << 20  # of float32 logits at a time: 512 rows of a vocabulary of 32k
 _HEAD_ROWS = 4096  # of the head, widened at a time where the product needs another dtype
 
 
 def causal_lm_loss(
     model: CausalLM, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None
 ) -> Tensor:
-    """Sum over supervised tokens of -log p(token | tokens before it), float32.
+    """Return the sum over supervised tokens of -log p(token | tokens before it), () float32.
 
-    input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE_INDEX; the place t is
-    predicted from the places before it, of its own document where rows are packed. The first token of a
-    document is to be IGNORE_INDEX: nothing predicts it.
+    input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE_INDEX. A token is
+    predicted from those before it, of its own document where rows are packed. The first token of a document
+    must be IGNORE_INDEX: nothing predicts it.
     """
-    hidden, targets, head = (
-        model.model(input_ids, document_ids=document_ids)[:, :-1],
-        labels[:, 1:],
-        model.lm_head,
-    )
+    hidden, targets = model.model(input_ids, document_ids=document_ids)[:, :-1], labels[:, 1:]
+    head = model.lm_head
     if isinstance(head, nn.Linear):
         return linear_cross_entropy(hidden, head.weight, targets)
-    supervised = targets != IGNORE_INDEX  # a head with an adapter: its logits are computed again in backward
-    chunks = (
-        t.split(rows_at_a_time(model.config.vocab_size)) for t in (hidden[supervised], targets[supervised])
-    )
-    losses = [
-        checkpoint(_loss_behind, head, h, t, parameters=head.parameters())
-        for h, t in zip(*chunks, strict=True)
-    ]
+    supervised = targets != IGNORE_INDEX  # the head has an adapter: backward computes its logits again
+    rows = rows_at_a_time(model.config.vocab_size)
+    chunks = zip(hidden[supervised].split(rows), targets[supervised].split(rows), strict=True)
+    losses = [checkpoint(_head_loss, head, h, t, parameters=head.parameters()) for h, t in chunks]
     return torch.stack(losses).sum()
 
 
 def count_supervised(labels: Tensor) -> int:
-    """How many tokens `causal_lm_loss` sums over. labels: (B, T)."""
+    """Return how many tokens `causal_lm_loss` sums over. labels: (B, T)."""
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum over the labels but IGNORE_INDEX of the cross-entropy of hidden W^T, float32.
+    """Return the sum over the labels, but IGNORE_INDEX, of the cross-entropy of hidden W^T, () float32.
 
-    hidden: (..., D), weight: (V, D), labels: (...) of the same places, not shifted. Both may need gradients.
-    Memory beside them and their gradients: twice LOGITS_BYTES, whatever V and the number of places. A
-    weight's gradient is summed in float32.
+    hidden: (..., D), weight: (V, D), labels: (...) of the same positions, not shifted. Both may need
+    gradients. Memory beside them and their gradients: twice LOGITS_BYTES, whatever V and the number of
+    positions. A weight's gradient is summed in float32.
     """
     supervised = labels != IGNORE_INDEX
     return _LinearCrossEntropy.apply(hidden[supervised], weight, labels[supervised])
 
 
 def rows_at_a_time(vocab_size: int) -> int:
-    """How many rows of logits are held at once."""
+    """Return how many rows of logits exist at once."""
     return max(1, LOGITS_BYTES // (4 * vocab_size))
 
 
-def _loss_behind(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
@@ -89,43 +80,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        dtype = ops.product_dtype(hidden)
-        # float16 loses probabilities below 6e-8 and, before the loss scale is applied, small gradients: these
-        # are kept larger.
+        dtype, device, chunk = product_dtype(hidden), hidden.device, rows_at_a_time(len(weight))
+        # float16 loses probabilities below 6e-8, and small gradients before the loss scale is applied:
+        # enlarge both.
         scale = 1024.0 if dtype == torch.float16 else 1.0
-        chunk = rows_at_a_time(len(weight))
         # Without widening, the head in one piece.
         parts = [weight] if weight.dtype == dtype else weight.split(_HEAD_ROWS)
-        buffers = torch.empty(
-            2, min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device
-        )
-        d_hidden = (
-            torch.empty_like(hidden, dtype=torch.float32 if scale > 1 else hidden.dtype)
-            if needs_hidden
-            else None
-        )
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        columns = len(parts[0])
+        buffers = torch.empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=device)
+        d_hidden = d_weight = None
+        if needs_hidden:
+            d_hidden = torch.empty_like(hidden, dtype=torch.float32 if scale > 1 else hidden.dtype)
+        if needs_weight:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=device)
         for start in range(0, len(hidden), chunk):
             h, target = hidden[start : start + chunk].to(dtype), targets[start : start + chunk].unsqueeze(1)
             logits, z = buffers[:, : len(h)]  # (n, V) each
-            for part, columns in zip(parts, logits.split(len(parts[0]), dim=1), strict=True):
+            for part, part_logits in zip(parts, logits.split(columns, dim=1), strict=True):
                 if dtype == torch.float32:
-                    torch.mm(h, part.to(dtype).T, out=columns)
+                    torch.mm(h, part.to(dtype).T, out=part_logits)
                 else:
-                    columns.copy_(h @ part.T)
+                    part_logits.copy_(h @ part.T)
             torch.log_softmax(logits, dim=1, out=z)
             total -= z.gather(1, target).sum()
             if not (needs_hidden or needs_weight):
                 continue
             z.exp_().scatter_add_(1, target, z.new_full(target.shape, -1.0))  # dloss/dz
-            dh = torch.zeros(h.shape, dtype=torch.float32, device=h.device)  # a sum over V, in float32
-            for i, (part, columns) in enumerate(zip(parts, z.split(len(parts[0]), dim=1), strict=True)):
-                dz = (columns * scale if scale > 1 else columns).to(dtype)
+            dh = torch.zeros(h.shape, dtype=torch.float32, device=device)  # a sum over V, in float32
+            for i, (part, part_dz) in enumerate(zip(parts, z.split(columns, dim=1), strict=True)):
+                dz = (part_dz * scale if scale > 1 else part_dz).to(dtype)
                 if needs_hidden:
                     dh += dz @ part.to(dtype)
                 if needs_weight:
-                    d_weight[i * len(parts[0]) :][: len(part)] += dz.T @ h
+                    d_weight[i * columns :][: len(part)] += dz.T @ h
             if needs_hidden:
                 d_hidden[start : start + chunk] = dh
         ctx.gradients, ctx.scale, ctx.dtypes = (d_hidden, d_weight), scale, (hidden.dtype, weight.dtype)
@@ -134,5 +122,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        found = zip(ctx.gradients, ctx.dtypes, strict=True)
-        return *((g * (d_loss / ctx.scale)).to(dtype) if g is not None else None for g, dtype in found), None
+        pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
+        return *((g * (d_loss / ctx.scale)).to(dtype) if g is not None else None for g, dtype in pairs), None

@@ -1,18 +1,15 @@
-"""Training in float16: the loss is scaled up, so that small gradients do not vanish (Micikevicius et al.
-2018, arXiv:1710.03740).
+"""Training in float16: the loss is scaled up, so that small gradients do not vanish (arXiv:1710.03740).
 
-    (S * loss).backward()        gradients S times as large: float16 has none below 6e-8, and activation gradients are smaller
+    (S * loss).backward()        gradients S times as large: float16 has none below 6e-8
     g = g / S                    in float32, before the norm is taken and clipped
-    g has an inf or a nan?       S was too large: leave this step out, S <- S / 2
+    g has an inf or a nan?       S was too large: skip this step, S <- S / 2
     2000 steps without one?      S <- 2 S
 
-So S finds its place by itself, from 65536 down or up. The first steps of a run may well be left out; that is
-how S gets there, and every step left out is counted and shown. As in the usual stack, it does not move the
-learning rate along its schedule.
+So S finds its value by itself, from 65536 down or up. A run often skips its first steps for that. Every
+skipped step is counted and shown. As in the usual stack, it does not advance the learning rate's schedule.
 
-When S has fallen below 1 something else is wrong: gradients overflow without being scaled up at all. Then
-training has diverged, and going on would leave out every step to come. From 65536 that takes 17 steps, during
-which the adapter does not change.
+When S falls below 1, gradients overflow without being scaled up at all. Then training has diverged, and every
+later step would be skipped too. From 65536 that takes 17 steps, during which the adapter does not change.
 
 bfloat16 has float32's range. There, and in float32, nothing is scaled, and the first step that is not finite
 is a divergence.
@@ -23,15 +20,14 @@ from torch import Tensor
 
 
 class LossScale:
-    """S, and how often a step was left out. Not `enabled`, S is 1."""
+    """S, and how often a step was skipped. Where it is not `enabled`, S is 1."""
 
     def __init__(self, device: torch.device, enabled: bool):
         self._scaler = torch.amp.GradScaler(device.type, enabled=enabled)
-        self._scaler.scale(
-            torch.zeros((), device=device)
-        )  # makes S; a rank without a micro-batch will unscale and not scale
+        # Creates S: a rank without a micro-batch will unscale without having scaled.
+        self._scaler.scale(torch.zeros((), device=device))
         self.enabled = enabled
-        self.skipped = 0  # steps left out so far
+        self.skipped = 0  # steps skipped so far
         self.skipped_in_a_row = 0
 
     @property
@@ -41,35 +37,35 @@ class LossScale:
 
     @property
     def diverged(self) -> bool:
-        """Whether there is no use in going on: see above."""
+        """Whether every later step would be skipped too: see above."""
         return self.scale < 1 if self.enabled else self.skipped > 0
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of S * loss, added to those that are there."""
+        """Add the gradients of S * loss to the parameters' gradients."""
         self._scaler.scale(loss).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by S: once a step, before they are looked at."""
+        """Divide the gradients by S: once a step, before anyone reads them."""
         self._scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
-        """Take the optimizer's step, or leave it out where loss or gradients are not `finite`; adjust S."""
+        """Take the optimizer's step, or skip it if the loss or a gradient is not `finite`; adjust S."""
         before = self.scale
         if self.enabled or finite:
-            self._scaler.step(optimizer)  # looks at every gradient by itself
+            self._scaler.step(optimizer)  # checks every gradient itself
             self._scaler.update()
         skipped = (
             self.scale < before if self.enabled else not finite
-        )  # S falls where, and only where, a step is left out
+        )  # S falls exactly when a step is skipped
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def summary(self) -> str:
-        """For people, where there is anything to say."""
-        return f"; {self.skipped} left out, with gradients beyond float16's range" if self.skipped else ""
+        """Return a remark for people if steps were skipped, else an empty text."""
+        return f"; {self.skipped} skipped, with gradients beyond float16's range" if self.skipped else ""
 
     def state_dict(self) -> dict:
-        """What a resumed run needs, as JSON."""
+        """Return what a resumed run needs, as JSON."""
         return {
             "scaler": self._scaler.state_dict(),
             "skipped": self.skipped,
@@ -77,6 +73,6 @@ class LossScale:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from a `state_dict`."""
         self._scaler.load_state_dict(state["scaler"])
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]

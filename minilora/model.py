@@ -4,14 +4,12 @@
     for each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
     logits = lm_head(norm(x))                                 (B, T, V)
 
-The families differ in flags of `ModelConfig` only: biases, a norm on queries and keys, a window, a tied head.
-Parameter names are Hugging Face's, so that loading a checkpoint is the identity and PEFT's adapter keys are a
-prefix away.
+The families differ only in flags of `ModelConfig`: biases, a norm on queries and keys, a window, a tied head.
+Parameter names are Hugging Face's: loading a checkpoint is the identity, and PEFT's keys are a prefix away.
 
-Packed sequences. `document_ids` (B, T) says which document each token belongs to, in runs. A token sees only
-tokens of its own document, and positions restart with each one, so that several short examples in one row
-give exactly the numbers they give alone. Padding is a document of its own (PADDING), so batches of prompts
-with different lengths need nothing further.
+Packed rows. `document_ids` (B, T) says which document each token belongs to, in runs. A token sees only
+tokens of its own document, and positions restart with each one. So several short examples in one row give
+exactly the numbers they give alone. Padding is one more document: prompts of different lengths need no mask.
 """
 
 from functools import lru_cache
@@ -20,40 +18,27 @@ import torch
 from torch import Tensor, nn
 
 from minilora import ops
+from minilora.backend.offload import OffloadedInputs
 from minilora.config import ModelConfig, RopeConfig
 from minilora.linear import rerun_linear
-from minilora.recompute import OffloadedInputs, checkpoint
+from minilora.recompute import checkpoint
 
-PADDING = -1  # the document id of tokens that are only there to fill a row
+PADDING = -1  # the document id of tokens that only fill a row
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: 2 * layers * B * G * max_length * K numbers, allocated once."""
+    """Keys and values of the tokens seen so far: 2 * layers * B * G * max_length * K numbers, one block."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        max_length: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ):
-        shape = (
-            config.num_hidden_layers,
-            batch_size,
-            config.num_key_value_heads,
-            max_length,
-            config.head_dim,
-        )
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype: torch.dtype, device):
+        G, K = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, batch_size, G, max_length, K)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.document_ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
         self.length = 0  # tokens held; `CausalLM.forward` advances it once all layers have written
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v: (B, G, T, K) to a layer; returns all of its keys and values (B, G, S, K), S = length +
-        T.
-        """
+        """Append k, v: (B, G, T, K) to a layer. Returns its keys and values (B, G, S, K), S = length + T."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -73,18 +58,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE: H query heads share G
-    key/value heads.
-    """
+    """Grouped-query attention (arXiv:2305.13245) with RoPE: H query heads share G key/value heads."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        H, G, K, D = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.hidden_size,
-        )
+        H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D = config.hidden_size
         self.layer, self.head_dim = layer, K
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
@@ -120,8 +99,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
-    def replay(self, x: Tensor) -> Tensor:
-        """`forward` for the sake of its backward: the output's values are not computed."""
+    def rerun_for_backward(self, x: Tensor) -> Tensor:
+        """Return an output with forward's gradient and arbitrary values (see DecoderLayer)."""
         return rerun_linear(self.down_proj, ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -135,18 +114,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)  # (B, T, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def replay(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """`forward` once more, for its backward: that reads every value but the output, so down_proj's
-        product is left out.
-        """
+    def rerun_for_backward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """Run again for backward, which reads every value but the output: down_proj is skipped."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, None)  # (B, T, D)
-        return x + self.mlp.replay(self.post_attention_layernorm(x))
+        return x + self.mlp.rerun_for_backward(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -155,11 +130,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Zeros, to be loaded or drawn by `init_weights`: nn.Embedding's own normal_() on the meta device,
-        # where models are built before loading, would import half of PyTorch for 146 MB and a second.
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.zeros(config.vocab_size, config.hidden_size), freeze=False
-        )
+        # Zeros, to be loaded or drawn by `init_weights`. nn.Embedding's normal_() on the meta device would
+        # import half of PyTorch: 146 MB and a second.
+        weight = torch.zeros(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = "off"  # what layers keep for backward: see minilora.recompute.set_recompute
@@ -171,17 +145,15 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,  # (B, T)
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, (B, T, D)."""
+        """Return hidden states after the final norm, (B, T, D)."""
         T, past = input_ids.shape[1], 0 if cache is None else cache.length
         if cache is not None:
             if document_ids is not None:
                 cache.document_ids[:, past : past + T] = document_ids
-                document_ids = cache.document_ids[
-                    :, : past + T
-                ]  # (B, S): of the keys, the queries are the last T
+                document_ids = cache.document_ids[:, : past + T]  # (B, S): the keys'; queries are the last T
             elif cache.document_ids[:, :past].any():
                 raise ValueError(
-                    "the cache holds packed or padded rows: give document_ids for the new tokens as well"
+                    "the cache holds packed or padded rows: give document_ids for the new tokens too"
                 )
         if position_ids is None:
             if document_ids is None:
@@ -190,19 +162,16 @@ class Decoder(nn.Module):
                 position_ids = positions_in_documents(document_ids)[:, past:]
         x = self.embed_tokens(input_ids)  # (B, T, D)
         cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, 1, T, K)
-        masks = {
-            w: attention_mask(T, past + T, w, document_ids, x.device) for w in set(self.config.layer_windows)
-        }
+        windows = self.config.layer_windows
+        masks = {w: attention_mask(T, past + T, w, document_ids, x.device) for w in set(windows)}
         recompute = self.recompute if cache is None and torch.is_grad_enabled() else "off"
-        keep = dict(
-            keep_attention=recompute == "selective",
-            offload=OffloadedInputs(x.device) if recompute == "offload" else None,
-        )
-        for layer, window in zip(self.layers, self.config.layer_windows, strict=True):
+        offload = OffloadedInputs(x.device) if recompute == "offload" else None
+        keep = dict(keep_attention=recompute == "selective", offload=offload)
+        for layer, window in zip(self.layers, windows, strict=True):
             if recompute == "off":
                 x = layer(x, cos, sin, masks[window], cache)
             else:
-                x = checkpoint(layer, x, cos, sin, masks[window], replay=layer.replay, **keep)
+                x = checkpoint(layer, x, cos, sin, masks[window], rerun=layer.rerun_for_backward, **keep)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -219,26 +188,23 @@ class CausalLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let the head share the embedding's weight if the configuration says so (again after weights were
-        replaced).
-        """
+        """Let the head share the embedding's weight if the config says so; again after replacing weights."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self,
         input_ids: Tensor,  # (B, T)
-        position_ids: Tensor
-        | None = None,  # (B, T): places within the document; default: counted from document_ids
+        position_ids: Tensor | None = None,  # (B, T): within the document; default: from document_ids
         document_ids: Tensor | None = None,  # (B, T): see the module's docstring
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits of the next token at every place, (B, T, V)."""
+        """Return the logits of the next token at every position, (B, T, V)."""
         return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))
 
     @torch.no_grad()
     def init_weights(self, std: float = 0.02, seed: int = 0) -> None:
-        """Random weights for training from scratch: normal(0, std), norms one, biases zero."""
+        """Draw weights for training from scratch: normal(0, std), norms one, biases zero."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -248,7 +214,7 @@ class CausalLM(nn.Module):
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """(B, S) ids in runs -> (B, S) place of each token within its run: [7, 7, 7, 2, 2] -> [0, 1, 2, 0, 1]."""
+    """Return each token's index within its run, (B, S) -> (B, S): [7, 7, 7, 2, 2] -> [0, 1, 2, 0, 1]."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -258,11 +224,10 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
 def attention_mask(
     T: int, S: int, window: int | None, document_ids: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """Who sees whom: bool (B or 1, 1, T, S), the queries being the last T of the S keys.
+    """Return which query sees which key, bool (B or 1, 1, T, S); the queries are the last T of the S keys.
 
-    A query sees the keys up to its own place, of its own document, and at most `window` of them. Padding sees
-    itself and is seen by no document, so no row of the softmax is empty. None where plain causality says it
-    all (see `ops.attention`).
+    A query sees the keys up to its own position, of its own document, and at most `window` of them. Padding
+    sees itself and no document sees it: no row of the softmax is empty. None: plain causality.
     """
     narrow = window is not None and window < S
     if document_ids is None and not narrow and (T == S or T == 1):
@@ -279,9 +244,7 @@ def attention_mask(
 
 
 def rope_angles(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle position * frequency: (B, T) -> two float32 (B, 1, T, K), both halves of K
-    alike.
-    """
+    """Return cos and sin of position * frequency: (B, T) -> two float32 (B, 1, T, K), both halves alike."""
     frequencies = rope_frequencies(config.rope, config.head_dim).to(position_ids.device)  # (K/2,)
     angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, K/2)
     angles = torch.cat((angles, angles), dim=-1)
@@ -290,21 +253,17 @@ def rope_angles(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tens
 
 @lru_cache
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Radians per token of each of the K/2 rotating pairs, float32 (K/2,).
+    """Return radians per token of each of the K/2 rotating pairs, float32 (K/2,).
 
-    default: theta^(-2i/K) (arXiv:2104.09864, section 3.3). linear: all divided by `factor` (Chen et al. 2023,
-    arXiv:2306.15595). llama3 (Llama 3.1): long wavelengths divided by `factor`, short ones kept, and a linear
-    blend between.
+    default: theta^(-2i/K) (arXiv:2104.09864, 3.3). linear: all divided by `factor` (arXiv:2306.15595).
+    llama3 (Llama 3.1): low frequencies divided by `factor`, high ones kept, and a linear blend between.
     """
     frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if rope.rope_type == "linear":
         return frequencies / rope.factor
     if rope.rope_type == "llama3":
-        turns = (
-            rope.original_max_position_embeddings * frequencies / (2 * torch.pi)
-        )  # full turns within the old context
-        keep = (turns - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )  # share of the old frequency
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        turns = rope.original_max_position_embeddings * frequencies / (2 * torch.pi)  # within the old context
+        keep = (turns - low) / (high - low)  # share of the old frequency
         return torch.lerp(frequencies / rope.factor, frequencies, keep.clamp(0, 1))
     return frequencies

@@ -136,9 +136,7 @@ def dequantize_reference(symbols: Tensor, absmax: Tensor, code: Tensor, blocksiz
 
 
 def largest_half_gap(code: Tensor) -> float:
-    """Half the largest distance between neighbouring codes: no value in their range is further from the
-    nearest one.
-    """
+    """Return half the largest distance between neighbouring codes: no value is further from the nearest."""
     return float(code.double().sort().values.diff().max() / 2)
 
 

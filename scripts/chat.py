@@ -1,170 +1,248 @@
-"""Talk to a model and its adapters: line by line, one question, or a file of them.
+"""Talk to a model and its adapters: in a conversation, with one question, or with a file of questions.
 
-    python scripts/chat.py --adapter outputs                                   a conversation; /help tells what else there is to say
-    python scripts/chat.py --adapter outputs --instruction "Why is the sky blue?"                  one answer, and nothing else
-    python scripts/chat.py --adapter outputs --input prompts.jsonl --output answers.jsonl          an answer to every row
-    python scripts/chat.py --adapter sql=runs/a --adapter tutor=runs/b         /adapter tutor switches, /base does without
+    # a conversation; /help lists the commands
+    python scripts/chat.py --adapter outputs
+    # one answer, and nothing else
+    python scripts/chat.py --adapter outputs --instruction "Why is the sky blue?"
+    # an answer to every row of a file
+    python scripts/chat.py --adapter outputs --input prompts.jsonl --output answers.jsonl
+    # two adapters; /adapter tutor switches to the second one, /base to the model alone
+    python scripts/chat.py --adapter sql=runs/a --adapter tutor=runs/b
 
-What is said is worded by the chat template: the tokenizer's own, which training leaves with the adapter, or
---template NAME; plain is the words alone. Without any there are no turns to tell apart, and every line is a
-prompt that stands alone, as in training.
+The chat template formats what you type: by default the tokenizer's own, which training saves with the
+adapter, or --template NAME; plain adds nothing to the words. Without any template, the model cannot tell one
+turn from the next, so every line is a separate prompt, as in training.
 
-    --temperature 0.7  --top_p 0.9  --top_k 50       how answers are drawn; temperature 0: always the most likely token
+    --temperature 0.7  --top_p 0.9  --top_k 50    how tokens are sampled; temperature 0: the most likely one
     --repetition_penalty 1  --max_new_tokens 512  --seed 42
-    --system TEXT                                    said before the conversation, where the template has a place for it
+    --system TEXT                                 the system prompt, if the template supports one
 
-Besides, keys are the trainer's (`python scripts/train.py --help`), such as --quantization_bit none; those
-that are not given are as in the run that made the first adapter, or the trainer's defaults.
+All other keys are the trainer's (`python scripts/train.py --help`), such as --quantization_bit none. Keys
+that are not given keep the value of the first adapter's run, or the trainer's default.
 
-A line that ends in \\ goes on in the next. The adapter of the default run reads "Question: Who lives in
-Thimble?\\" and "Answer:".
+A line that ends in \\ continues on the next one. The adapter of the default run expects two lines:
+"Question: Who lives in Thimble?\\" and "Answer:".
 
-Rows hold `prompt`, `instruction` (and `input`) or `messages`; each is worded as in training and comes back
-with its `prediction`. Answers appear as they are made. Of a conversation only what is new goes through the
-model: keys and values of the rest are still there from the last answer.
+Rows of a file hold `prompt`, `instruction` (and `input`) or `messages`. Each row is formatted as in training
+and is written with its answer as `prediction`. Answers to single questions appear token by token. In a
+conversation only new tokens go through the model: the KV cache keeps the earlier ones.
 """
 
+import argparse
 import contextlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import NamedTuple
 
-from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, Message, load_chat_template
 from minilora.data.readers import read_records
 from minilora.data.rows import alpaca_question
-from minilora.data.tokenizer import Tokenizer
-from minilora.formats.weights import read_config
-from minilora.inference.assistant import Assistant, Settings, prompt_ids
-from minilora.inference.load import (
-    BASE,
-    find_adapters,
-    find_base,
-    load_adapted,
-    load_adapted_tokenizer,
-    load_run_config,
-)
+from minilora.inference.assistant import Assistant, GenerationSettings, encode_question
+from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
 from minilora.lora import adapter_names
 from minilora.system.errors import ArgumentParser, UserError, run_script, suggestion, summarize
 from minilora.system.files import check_writable, to_json, write_whole
 
-UNWORDED = "there is no chat template to word"
 HELP = """\
-/settings            how answers are drawn
-/set NAME VALUE      change that: /set temperature 0.2
-/adapter [NAME]      answer with this adapter; without a name: which there are
+/settings            show how answers are generated
+/set NAME VALUE      change one of these settings: /set temperature 0.2
+/adapter [NAME]      answer with this adapter; without a name: list the adapters
 /base                answer without an adapter
-/clear               forget what was said
-... \\                a line that ends in \\ goes on in the next one
+/clear               start a new conversation
+... \\                a line that ends in \\ continues on the next one
 /quit                or Ctrl-D; Ctrl-C ends an answer"""
+COMMANDS = ("help", "settings", "set", "adapter", "base", "clear", "quit")
+
+
+class Question(NamedTuple):
+    """A row of --input as a conversation that waits for an answer."""
+
+    location: str  # file and line, for error messages
+    form: str  # the column that held it: messages, prompt or instruction
+    messages: list[Message]
 
 
 def main() -> None:
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__, end="")
+    options, keys = parse_options()
+    settings = GenerationSettings(**{f.name: getattr(options, f.name) for f in fields(GenerationSettings)})
+    setup = prepare_inference(options.model, options.adapter, keys)
+    system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
+    if options.input:
+        answer_file(setup, settings, system, options.input, Path(options.output))
         return
-    parser = ArgumentParser()
-    parser.add_argument("--model", "--model_name_or_path")
-    parser.add_argument("--adapter", action="append", default=[])
+    if setup.template is None and system:
+        raise UserError("a system prompt needs a chat template; choose one with --template")
+    assistant = load_assistant(setup, settings)
+    if options.instruction is not None:
+        for _ in echo(assistant.stream([*system, user_message(options.instruction)])):
+            pass
+    else:
+        name = setup.template.name if setup.template else "none, every line is a separate prompt"
+        print(f"template: {name}; /help for help")
+        converse(assistant, system)
+
+
+def parse_options() -> tuple[argparse.Namespace, list[str]]:
+    """This script's options, checked, and the trainer's keys."""
+    parser = ArgumentParser(help_text=__doc__)
+    add_model_options(parser)
     for name in ("instruction", "system", "input", "output"):
         parser.add_argument(f"--{name}")
-    for field in fields(Settings):
+    for field in fields(GenerationSettings):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
     options, keys = parser.parse_known_args()
-    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     if options.instruction is not None and options.input:
         raise UserError("--instruction and --input are both given; choose one")
     if bool(options.input) != bool(options.output):
         raise UserError("--input and --output go together: the file of questions, and the file for answers")
     if options.output:
         check_writable("--output", Path(options.output))
-    adapters = find_adapters(options.adapter)
-    config = load_run_config(adapters, keys)
-    base = find_base(options.model, adapters.values())
-    tokenizer = load_adapted_tokenizer(base, adapters)
-    template = load_chat_template(config.template, tokenizer)
-    system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
-    if template is None and system and not options.input:
-        raise UserError(f"{UNWORDED} a system prompt; name one with --template")
-    records = read_records(options.input) if options.input else []
-    questions = [(place, *question(place, record)) for place, record in records]
-    templates = dict.fromkeys((form for _, form, _ in questions), template)
-    if (
-        config.template is None
-    ):  # then training leaves prompts as they are, and words instructions its own way
-        templates["prompt"] = None
-        if "instruction" in templates:
-            templates["instruction"] = load_chat_template("alpaca", tokenizer)
-    prompts = encode_rows(questions, templates, system, tokenizer, read_config(base))
-
-    model = load_adapted(base, adapters, config)
-    assistant = Assistant(model, tokenizer, template, settings, next(iter(adapters), None))
-    if options.instruction is not None:
-        for _ in shown(assistant.stream([*system, {"role": "user", "content": options.instruction}])):
-            pass
-    elif options.input:
-        texts = assistant.answer_all(prompts, templates.values(), config.per_device_eval_batch_size)
-        answered = [
-            record | {"prediction": text.strip()} for (_, record), text in zip(records, texts, strict=True)
-        ]
-        write_whole(Path(options.output), "".join(to_json(record) + "\n" for record in answered))
-        print(f"{len(answered)} answers by {next(iter(adapters), BASE)}: {options.output}")
-    else:
-        print(f"template: {template.name if template else 'none, every line stands alone'}; /help for help")
-        converse(assistant, system)
+    return options, keys
 
 
-def question(place: str, record: dict) -> tuple[str, list[Message]]:
-    """A row's form, and the row as a conversation that waits for an answer."""
+def load_assistant(setup: InferenceSetup, settings: GenerationSettings) -> Assistant:
+    return Assistant(setup.load_model(), setup.tokenizer, setup.template, settings, setup.first_adapter)
+
+
+def user_message(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+# ---- a file of questions ---------------------------------------------------------------------------------
+
+
+def answer_file(
+    setup: InferenceSetup, settings: GenerationSettings, system: list[Message], source: str, output: Path
+) -> None:
+    """Write every row of a file to `output`, with the model's answer added as `prediction`."""
+    records = read_records(source)
+    questions = [parse_question(location, record) for location, record in records]
+    templates = choose_templates(questions, setup)
+    prompts = encode_questions(questions, templates, system, setup)
+    assistant = load_assistant(setup, settings)
+    texts = assistant.answer_all(prompts, templates.values(), setup.config.per_device_eval_batch_size)
+    answered = [
+        record | {"prediction": text.strip()} for (_, record), text in zip(records, texts, strict=True)
+    ]
+    write_whole(output, "".join(to_json(record) + "\n" for record in answered))
+    print(f"{len(answered)} answers by {setup.first_adapter or BASE}: {output}")
+
+
+def parse_question(location: str, record: dict) -> Question:
+    """A row as a question. Raises UserError if it holds no text to answer."""
     if isinstance(messages := record.get("messages"), list) and messages:
         if not all(
             isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
             for m in messages
         ):
-            raise UserError(f"{place}: messages must be objects with the texts role and content")
-        return "messages", messages[:-1] if messages[-1][
-            "role"
-        ] == "assistant" else messages  # the expected answer is no question
+            raise UserError(f"{location}: messages must be objects with the texts role and content")
+        if messages[-1]["role"] == "assistant":  # the expected answer
+            messages = messages[:-1]
+        return Question(location, "messages", messages)
     if isinstance(record.get("prompt"), str):
-        return "prompt", [{"role": "user", "content": record["prompt"]}]
+        return Question(location, "prompt", [user_message(record["prompt"])])
     if not record.get("instruction"):
+        columns = ", ".join(record) or "none"
         raise UserError(
-            f"{place}: no text in prompt, instruction or messages; it has the columns {', '.join(record) or 'none'}"
+            f"{location}: no text in prompt, instruction or messages; it has the columns {columns}"
         )
-    return "instruction", alpaca_question(place, record)
+    return Question(location, "instruction", alpaca_question(location, record))
 
 
-def encode_rows(
-    questions: list[tuple[str, str, list[Message]]],  # place, form, conversation
+def choose_templates(questions: Sequence[Question], setup: InferenceSetup) -> dict[str, ChatTemplate | None]:
+    """The template for each form of row, as in training.
+
+    Unless a template is chosen by name, training leaves prompts as they are and formats instructions as
+    Alpaca does; only conversations use the tokenizer's own template.
+    """
+    templates = dict.fromkeys((question.form for question in questions), setup.template)
+    if setup.config.template is None:
+        templates["prompt"] = None
+        if "instruction" in templates:
+            templates["instruction"] = load_chat_template("alpaca", setup.tokenizer)
+    return templates
+
+
+def encode_questions(
+    questions: Sequence[Question],
     templates: dict[str, ChatTemplate | None],
     system: list[Message],
-    tokenizer: Tokenizer,
-    model_config: ModelConfig,
+    setup: InferenceSetup,
 ) -> list[list[int]]:
-    """The tokens of every row, worded as its form is. Raises UserError naming the rows that cannot be worded
-    or answered.
+    """The token ids of every question, formatted by the template for its form.
+
+    Raises UserError that names the rows which cannot be formatted or leave no room for an answer.
     """
-    prompts, positions = [], model_config.max_position_embeddings
-    for place, form, messages in questions:
-        if templates[form] is None and (system or form == "messages"):
-            raise UserError(
-                f"{place}: {UNWORDED} {'a system prompt' if system else 'messages'}; name one with --template"
-            )
+    prompts, too_long = [], []
+    positions = setup.model_config.max_position_embeddings
+    for location, form, messages in questions:
+        template = templates[form]
+        if template is None and (system or form == "messages"):
+            subject = "a system prompt needs" if system else "messages need"
+            raise UserError(f"{location}: {subject} a chat template; choose one with --template")
         try:
-            prompts.append(prompt_ids(system + messages, tokenizer, templates[form], model_config.vocab_size))
+            prompt = encode_question(
+                system + messages, setup.tokenizer, template, setup.model_config.vocab_size
+            )
         except UserError as error:
-            raise UserError(f"{place}: {error}") from error
-    lengths = [(place, len(prompt)) for (place, *_), prompt in zip(questions, prompts, strict=True)]
-    if too_long := [f"{place} is {length} tokens long" for place, length in lengths if length >= positions]:
+            raise UserError(f"{location}: {error}") from error
+        prompts.append(prompt)
+        if len(prompt) >= positions:
+            too_long.append(f"{location} is {len(prompt)} tokens long")
+    if too_long:
         raise UserError(
-            f"{summarize(too_long)}; the model has {positions} positions for prompt and answer: shorten these rows"
+            f"{summarize(too_long)}; the model has {positions} positions for prompt and answer: "
+            "shorten these rows"
         )
     return prompts
 
 
-def shown(pieces: Iterator[str]) -> Iterator[str]:
-    """The same pieces, printed as they come."""
+# ---- a conversation --------------------------------------------------------------------------------------
+
+
+def converse(assistant: Assistant, system: list[Message]) -> None:
+    """Answer questions and run commands from the terminal, until /quit or the end of the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() line editing and a history
+    messages = list(system)
+    while True:
+        try:
+            line = read_question()
+        except EOFError:
+            return
+        try:
+            if line == "/quit":
+                return
+            if line == "/clear":
+                messages = list(system)
+            elif line.startswith("/"):
+                run_command(assistant, *line[1:].split())
+            elif line:
+                messages = continue_conversation(assistant, [*messages, user_message(line)])
+        except UserError as error:
+            print(f"error: {error}")
+
+
+def read_question() -> str:
+    """One line from the terminal, joined with the next one as long as it ends in a backslash."""
+    text = input("> ")
+    while text.endswith("\\"):
+        text = text[:-1] + "\n" + input("  ")
+    return text.strip()
+
+
+def continue_conversation(assistant: Assistant, messages: list[Message]) -> list[Message]:
+    """Print the answer to `messages` and return them with it. Ctrl-C ends the answer early."""
+    answer = ""
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in echo(assistant.stream(messages)):
+            answer += piece
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def echo(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield the same pieces and print each one at once; end with a line break."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -173,68 +251,27 @@ def shown(pieces: Iterator[str]) -> Iterator[str]:
         print()
 
 
-def converse(assistant: Assistant, system: list[Message]) -> None:
-    """Questions and commands from the terminal, until there are no more."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  the line can be edited, and earlier ones come back
-    messages = list(system)
-    while True:
-        try:
-            line = read_question()
-        except EOFError:
-            line = "/quit"
-        try:
-            if line == "/quit":
-                return
-            if line == "/clear":
-                messages = list(system)
-            elif line.startswith("/"):
-                obey(assistant, *line[1:].split())
-            elif line:
-                asked, answer = [*messages, {"role": "user", "content": line}], ""
-                with contextlib.suppress(KeyboardInterrupt):
-                    for piece in shown(assistant.stream(asked)):
-                        answer += piece
-                messages = [*asked, {"role": "assistant", "content": answer}]
-        except UserError as error:
-            print(f"error: {error}")
-
-
-def read_question() -> str:
-    """A line from the terminal, or several, each but the last of which ends in a backslash."""
-    text = input("> ")
-    while text.endswith("\\"):
-        text = text[:-1] + "\n" + input("  ")
-    return text.strip()
-
-
-def obey(assistant: Assistant, command: str = "help", *arguments: str) -> None:
-    """One command of the conversation."""
+def run_command(assistant: Assistant, command: str = "help", *arguments: str) -> None:
+    """Run one of the conversation's commands. Raises UserError for a mistake in it."""
     match command, *arguments:
         case ["help"]:
             print(HELP)
         case ["settings"]:
-            drawn = ", ".join(f"{name} {value}" for name, value in asdict(assistant.settings).items())
-            print(f"answers by {assistant.adapter or BASE}; {drawn}")
+            values = ", ".join(f"{name} {value}" for name, value in asdict(assistant.settings).items())
+            print(f"answers by {assistant.adapter or BASE}; {values}")
         case ["set", name, value]:
-            assistant.change(assistant.settings.changed(name, value))
+            assistant.change_settings(assistant.settings.updated(name, value))
         case ["adapter"]:
-            print(
-                ", ".join(adapter_names(assistant.model))
-                or "none were loaded; start with --adapter DIRECTORY"
-            )
+            names = ", ".join(adapter_names(assistant.model))
+            print(names or "no adapter is loaded; start with --adapter DIRECTORY")
         case ["adapter", name]:
-            assistant.switch(name)
+            assistant.switch_adapter(name)
         case ["base"]:
-            assistant.switch(None)
+            assistant.switch_adapter(None)
+        case _ if command in COMMANDS:
+            raise UserError(f"/{command} takes other arguments; see /help")
         case _:
-            known = "help settings set adapter base clear quit".split()
-            fault = (
-                "takes other words; see /help"
-                if command in known
-                else f"is no command{suggestion(command, known)}"
-            )
-            raise UserError(f"/{command} {fault}")
+            raise UserError(f"/{command} is not a command{suggestion(command, COMMANDS)}")
 
 
 if __name__ == "__main__":

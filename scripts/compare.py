@@ -1,14 +1,15 @@
-"""Several training runs in one table and one picture, straight from their directories.
+"""Compare several training runs in one table and one picture.
 
     python scripts/compare.py runs/a runs/b runs/c
     python scripts/compare.py runs/* --output compare.png
 
-A line for each run: how far it went, its last training loss, its lowest held-out loss and where, its speed
-(the median of what was recorded, so that a slow first step has no say), its peak memory, the time its steps
-took, and the settings that differ. A dash stands for what a run did not record. Nothing but `metrics.jsonl`
-and `training_config.yaml` is read, and what has no `metrics.jsonl` is passed over.
+The table has a line for each run: the number of steps, the last training loss, the lowest held-out loss and
+its step, the speed (a median, so that a slow first step does not matter), the peak memory, the time that the
+steps took, and the settings that differ. A dash marks a figure that the run did not record. The script reads
+only `metrics.jsonl` and `training_config.yaml`, and skips directories without `metrics.jsonl`.
 """
 
+import argparse
 import statistics
 import sys
 from dataclasses import dataclass
@@ -23,28 +24,24 @@ from minilora.run.tracker import METRICS_FILE, minutes, short_number
 from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import check_writable, read_json_lines
 
-TELLING = set(
-    "model_name_or_path model_revision dataset eval_dataset bf16 fp16 gradient_checkpointing".split()
-)
-IRRELEVANT = (
-    MAY_CHANGE - TELLING
-)  # where a run leaves what, and how often: settings that differ and change no number
+# A resumed run may change the settings in MAY_CHANGE; most of them only say where and how often it writes.
+# The table hides those, but not the ones that tell a reader what was trained and how.
+SHOWN = set("model_name_or_path model_revision dataset eval_dataset bf16 fp16 gradient_checkpointing".split())
+HIDDEN = MAY_CHANGE - SHOWN
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left in its directory."""
+    """What a run wrote into its directory."""
 
-    records: list[dict]
-    settings: dict
+    records: list[dict]  # the lines of metrics.jsonl
+    settings: dict  # training_config.yaml; empty if there is none
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", metavar="DIRECTORY", help="output_dir of a training run")
-    parser.add_argument(
-        "--output", default="compare.png", help="where the picture goes (default: %(default)s)"
-    )
+    parser.add_argument("--output", default="compare.png", help="file of the picture (default: %(default)s)")
     options = parser.parse_args()
     output = Path(options.output)
     check_writable("--output", output)
@@ -55,30 +52,29 @@ def main() -> None:
 
 
 def read_runs(directories: list[Path]) -> dict[str, Run]:
-    """The runs by name: the shortest tail of the path that tells them apart. The same directory twice is one
-    run.
+    """Name -> run; the names are the shortest ends of the paths that are all different.
 
-    Raises UserError where there is none.
+    A directory that is given twice is one run. Raises UserError if there is no run at all.
     """
-    found = {}
+    runs: dict[Path, Run] = {}
     for directory in directories:
         if not directory.exists():
             raise UserError(f"{directory} does not exist; name the output_dir of a training run")
         if (directory / METRICS_FILE).is_file():
-            found[directory.resolve()] = read_run(directory)
-        else:  # runs/* names pictures and other things too
-            print(f"note: {directory} is passed over: it holds no {METRICS_FILE}", file=sys.stderr)
-    if not found:
-        raise UserError(f"no training run is there; name the output_dir of one, in which {METRICS_FILE} lies")
-    for length in range(1, max(len(path.parts) for path in found) + 1):
-        names = ["/".join(path.parts[-length:]) for path in found]
+            runs[directory.resolve()] = read_run(directory)
+        else:  # runs/* matches pictures and other files too
+            print(f"note: {directory} is skipped: it has no {METRICS_FILE}", file=sys.stderr)
+    if not runs:
+        raise UserError(f"there is no training run; name an output_dir that contains {METRICS_FILE}")
+    for length in range(1, max(len(path.parts) for path in runs) + 1):
+        names = ["/".join(path.parts[-length:]) for path in runs]
         if len(set(names)) == len(names):
             break
-    return dict(zip(names, found.values(), strict=True))
+    return dict(zip(names, runs.values(), strict=True))
 
 
 def read_run(directory: Path) -> Run:
-    """Raises UserError if what is there cannot be read."""
+    """The run in a directory. Raises UserError if one of its files is not valid."""
     path, settings_path = directory / METRICS_FILE, directory / SETTINGS_FILE
     records = read_json_lines(path)
     for number, record in enumerate(records, start=1):
@@ -87,37 +83,35 @@ def read_run(directory: Path) -> Run:
             and "step" in record
             and all(isinstance(v, (int, float)) for v in record.values())
         ):
-            raise UserError(f"{path}, line {number} is not a record: a step and numbers are expected")
+            raise UserError(f"{path}, line {number} is not a record: it must hold a step and numbers")
     if not records:
         raise UserError(f"{path} is empty: the run has recorded nothing yet")
+    if not settings_path.is_file():
+        return Run(records, {})
     try:
-        settings = (
-            yaml.safe_load(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
-        )
+        settings = yaml.safe_load(settings_path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{settings_path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{settings_path} must hold `key: value` lines")
+        raise UserError(f"{settings_path} must contain `key: value` lines")
     return Run(records, settings)
 
 
 def comparison(runs: dict[str, Run]) -> str:
-    """The table."""
-    rows = [
-        figures(run) | differences
-        for run, differences in zip(runs.values(), differing_settings(runs), strict=True)
-    ]
+    """The table as text: one line for each run below a line of headings."""
+    differences = differing_settings(runs)
+    rows = [figures(run) | values for run, values in zip(runs.values(), differences, strict=True)]
     table = [["run", *rows[0]]] + [[name, *row.values()] for name, row in zip(runs, rows, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    first, *others = widths
-    return "\n".join(
-        f"{name:<{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(row, others, strict=True))
-        for name, *row in table
-    )
+    name_width, *widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for name, *row in table:
+        cells = (f"  {text:>{width}}" for text, width in zip(row, widths, strict=True))
+        lines.append(f"{name:<{name_width}}" + "".join(cells))
+    return "\n".join(lines)
 
 
 def figures(run: Run) -> dict[str, str]:
-    """Column: text."""
+    """Heading -> text, of one run."""
     losses, speeds, memory, seconds = (
         series(run.records, name)[1] for name in ("loss", "tokens_per_second", "memory", "seconds")
     )
@@ -135,32 +129,23 @@ def figures(run: Run) -> dict[str, str]:
 
 
 def differing_settings(runs: dict[str, Run]) -> list[dict[str, str]]:
-    """For each run, its values of the settings that are not the same in all of them."""
+    """For each run, its values of the settings that are not the same in all runs."""
     every = [run.settings for run in runs.values()]
-    names = [
-        name
-        for name in dict.fromkeys(name for settings in every for name in settings)
-        if name not in IRRELEVANT
-    ]
-    differing = [
-        name for name in names if any(settings.get(name) != every[0].get(name) for settings in every)
-    ]
+    names = dict.fromkeys(name for settings in every for name in settings if name not in HIDDEN)
+    differing = [name for name in names if any(each.get(name) != every[0].get(name) for each in every)]
     return [
-        {name: _setting(settings[name]) if name in settings else "-" for name in differing}
+        {name: _as_text(settings[name]) if name in settings else "-" for name in differing}
         for settings in every
     ]
 
 
-def _setting(value: object) -> str:
+def _as_text(value: object) -> str:
+    """A setting's value as in the table: none, a,b or 0.1."""
     if value is None:
         return "none"
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Will an adapter load in PEFT, vLLM and SGLang, and if not, why and what helps.
+"""Will an adapter load in PEFT, vLLM and SGLang? If not, this script prints the reason and the remedy.
 
     python scripts/lint_adapter.py outputs
-    python scripts/lint_adapter.py outputs --model mistralai/Mistral-7B-v0.1     names and shapes checked against the base model too
+    python scripts/lint_adapter.py outputs --model mistralai/Mistral-7B-v0.1
 
-Nothing of these programs is installed or started: `minilora/formats/lint.py` knows their rules. Exits with 0
-if all three load the adapter as it was trained, 1 if some do not, 2 if there is no adapter to look at.
+With --model, names and shapes are compared with the base model's. None of the three programs is installed or
+started: `minilora/formats/lint.py` holds their rules. Exits with 0 if all three load the adapter as it was
+trained, 1 if some do not, 2 if the directory holds no adapter.
 """
 
 import sys

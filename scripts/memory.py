@@ -1,20 +1,23 @@
-"""How much memory will a training run take, and does it fit? Nothing but the model's config.json is needed.
+"""How much memory will a training run need, and does it fit? This reads only the model's config.json.
 
-    python scripts/memory.py --model mistral-7b --gpu 16 --per_device_train_batch_size 4 --cutoff_len 1024 --optim adamw_8bit
-    python scripts/memory.py --config run.yaml                        a run of the trainer's, on this machine
+    # Mistral-7B on a GPU of 16 GB
+    python scripts/memory.py --model mistral-7b --gpu 16 --per_device_train_batch_size 4 --cutoff_len 1024 \\
+        --optim adamw_8bit
+    # the trainer's settings file, on this machine
+    python scripts/memory.py --config run.yaml
 
-Keys are the trainer's (`python scripts/train.py --help`), and besides
+Keys are the trainer's (`python scripts/train.py --help`). Further options:
 
-    --gpu GB            a GPU of so many gigabytes (10^9 bytes), instead of this machine
-    --picture FILE      where the bar chart goes (default: memory.png)
+    --gpu GB            a GPU with this many gigabytes (10^9 bytes), instead of this machine
+    --picture FILE      file of the bar chart (default: memory.png)
 
---model is a directory, a hub id, or one of a few well-known shapes: mistral-7b, llama-2-7b, llama-3-8b,
+--model is a directory, a hub id, or the name of a well-known shape: mistral-7b, llama-2-7b, llama-3-8b,
 qwen2.5-7b, tinyllama-1.1b.
 """
 
 import io
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,14 +43,13 @@ from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import check_writable, write_whole
 
 GB = 10**9
-CUDA_CONTEXT = 0.5 * GB  # what a process has on a GPU before its first tensor
+CUDA_CONTEXT = 0.5 * GB  # a process uses this much of a GPU before its first tensor
 
 
 def _shape(model_type: str, V: int, D: int, F: int, layers: int, H: int, G: int) -> ModelConfig:
-    return parse_config(
-        dict(model_type=model_type, vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=layers,
-             num_attention_heads=H, num_key_value_heads=G, max_position_embeddings=32768)
-    )  # fmt: skip
+    sizes = dict(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=layers)
+    heads = dict(num_attention_heads=H, num_key_value_heads=G, max_position_embeddings=32768)
+    return parse_config(dict(model_type=model_type, **sizes, **heads))
 
 
 SHAPES = {
@@ -59,11 +61,19 @@ SHAPES = {
 }
 
 
+@dataclass(frozen=True)
+class Target:
+    """The machine that a run must fit on."""
+
+    device: str  # cuda or cpu
+    dtype: torch.dtype  # of activations and unquantized weights
+    memory: float  # free bytes
+    process: int  # bytes of the process before it holds a model, where they count
+    description: str
+
+
 def main() -> None:
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__, end="")
-        return
-    parser = ArgumentParser()
+    parser = ArgumentParser(help_text=__doc__)
     parser.add_argument("--gpu", type=float)
     parser.add_argument("--picture", default="memory.png")
     options, keys = parser.parse_known_args()
@@ -71,43 +81,56 @@ def main() -> None:
         raise UserError(f"--gpu must be a number of gigabytes above 0, not {options.gpu:g}")
     check_writable("--picture", Path(options.picture))
     config = load_train_config(keys)
-    model_config = config_of(config.model_name_or_path or str(EMBEDDED_MODEL), config.model_revision)
-    if options.gpu is not None:
-        device, dtype = "cuda", torch.bfloat16 if config.bf16 else torch.float16
-        memory, process, place = options.gpu * GB - CUDA_CONTEXT, 0, f"a GPU of {options.gpu:g} GB"
-    else:
-        placement = choose_placement(config.bf16, config.fp16)
-        device, dtype = placement.device.type, placement.dtype
-        memory, process = available_memory(placement.device), process_memory() if device == "cpu" else 0
-        if memory is None:
-            raise UserError(
-                "this system does not tell how much memory is free; say for which GPU with --gpu GB"
-            )
-        place = f"the {memory / GB:.1f} GB that are free"
-    batch_size, length = (
-        config.per_device_train_batch_size,
-        config.cutoff_len or min(1024, model_config.max_position_embeddings),
+    name = config.model_name_or_path or str(EMBEDDED_MODEL)
+    model_config = find_model_config(name, config.model_revision)
+    target = this_machine(config) if options.gpu is None else gpu_of_size(options.gpu, config)
+    batch_size = config.per_device_train_batch_size
+    length = config.cutoff_len or min(1024, model_config.max_position_embeddings)
+    ledger_of = partial(
+        memory_ledger,
+        model_config,
+        config.lora_config(),
+        config.quant_config(),
+        dtype=target.dtype,
+        optim=config.optim,
+        device=target.device,
+        eval_batch_size=config.per_device_eval_batch_size if config.eval_dataset or config.val_size else 0,
+        process=target.process,
     )
-    evaluated = config.per_device_eval_batch_size if config.eval_dataset or config.val_size else 0
-    kind = dict(dtype=dtype, optim=config.optim, device=device, eval_batch_size=evaluated, process=process)
-    ledger_of = partial(memory_ledger, model_config, config.lora_config(), config.quant_config(), **kind)
-    policies = [policy for policy in POLICIES if policy != "offload" or device == "cuda"]
+    policies = [policy for policy in POLICIES if policy != "offload" or target.device == "cuda"]
     ledgers = [ledger_of(batch_size=batch_size, length=length, recompute=policy) for policy in policies]
 
-    print(f"{config.model_name_or_path or 'assets/base'}, {batch_size} x {length} tokens, {describe(config)}, "
-          f"{str(dtype).removeprefix('torch.')}, on {place}\n")  # fmt: skip
-    print_table(ledgers, memory)
-    print_micro_batches(ledger_of, policies, batch_size, length, memory)
+    model_name = config.model_name_or_path or "assets/base"
+    print(f"{model_name}, {batch_size} x {length} tokens, {describe(config, target.dtype)}, ", end="")
+    print(f"on {target.description}\n")
+    print_table(ledgers, target.memory)
+    print_micro_batches(ledger_of, policies, batch_size, length, target.memory)
     print()
-    print_advice(advise(memory, ledger_of, batch_size, length), config, length)
-    write_whole(Path(options.picture), picture_of(ledgers, {f"fits {place}": memory / MARGIN}))
+    print_advice(advise(target.memory, ledger_of, batch_size, length), config, length)
+    limits = {f"fits {target.description}": target.memory / MARGIN}
+    write_whole(Path(options.picture), draw_picture(ledgers, limits))
     print(f"bar chart: {options.picture}")
 
 
-def config_of(name: str, revision: str | None) -> ModelConfig:
-    """Of a well-known shape, a directory, or a repository on the hub, from which nothing but config.json is
-    downloaded.
-    """
+def gpu_of_size(gigabytes: float, config: TrainConfig) -> Target:
+    """A GPU with this much memory, part of which the CUDA context takes."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float16
+    memory = gigabytes * GB - CUDA_CONTEXT
+    return Target("cuda", dtype, memory, process=0, description=f"a GPU of {gigabytes:g} GB")
+
+
+def this_machine(config: TrainConfig) -> Target:
+    """The device that the trainer would use here, with its free memory."""
+    placement = choose_placement(config.bf16, config.fp16)
+    device, memory = placement.device.type, available_memory(placement.device)
+    if memory is None:
+        raise UserError("this system does not report how much memory is free; choose a GPU with --gpu GB")
+    process = process_memory() if device == "cpu" else 0
+    return Target(device, placement.dtype, memory, process, f"the {memory / GB:.1f} GB that are free")
+
+
+def find_model_config(name: str, revision: str | None) -> ModelConfig:
+    """The config of a well-known shape, a directory or a hub id. Only config.json is downloaded."""
     if name in SHAPES:
         return SHAPES[name]
     if Path(name).expanduser().is_dir():
@@ -118,21 +141,22 @@ def config_of(name: str, revision: str | None) -> ModelConfig:
         return read_config_file(hf_hub_download(name, MODEL_CONFIG_FILE, revision=revision))
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise UserError(
-            f"{name!r} is no directory, none of {', '.join(SHAPES)}, and the hub does not give its config.json "
-            f"({type(error).__name__}); check the name, the network and your login"
+            f"{name!r} is not a directory, not one of {', '.join(SHAPES)}, and the hub does not return its "
+            f"config.json ({type(error).__name__}); check the name, the network and your login"
         ) from error
 
 
-def describe(config: TrainConfig) -> str:
-    """Adapter, weights and optimizer in a few words."""
+def describe(config: TrainConfig, dtype: torch.dtype) -> str:
+    """Adapter, weights, optimizer and dtype in a few words, for the first printed line."""
     lora, quant = config.lora_config(), config.quant_config()
     targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
-    weights = "weights as they are" if quant is None else "int8" if quant.bits == 8 else quant.quant_type
-    return f"r {lora.r} on {targets}, dropout {lora.lora_dropout:g}, {weights}, {config.optim}"
+    weights = "unquantized" if quant is None else "int8" if quant.bits == 8 else quant.quant_type
+    rank = f"r {lora.r} on {targets}, dropout {lora.lora_dropout:g}"
+    return f"{rank}, {weights}, {config.optim}, {str(dtype).removeprefix('torch.')}"
 
 
 def print_table(ledgers: Sequence[Ledger], memory: float) -> None:
-    """Gigabytes by category, a column a policy, each at its peak."""
+    """Print gigabytes by category at the peak, with one column for each recompute policy."""
     print_row("GB", [ledger.recompute for ledger in ledgers])
     for category in CATEGORIES:
         if any(ledger.bytes[category] for ledger in ledgers):
@@ -141,13 +165,13 @@ def print_table(ledgers: Sequence[Ledger], memory: float) -> None:
     print_row("  in", [ledger.moment for ledger in ledgers])
     print_row("fits, with a tenth to spare", ["yes" if ledger.fits(memory) else "no" for ledger in ledgers])
     fastest = ledgers[0].flop_per_token
-    print_row("speed, by arithmetic", [f"{fastest / ledger.flop_per_token:.2f}" for ledger in ledgers])
+    print_row("relative speed, by FLOPs", [f"{fastest / ledger.flop_per_token:.2f}" for ledger in ledgers])
 
 
 def print_micro_batches(
-    ledger_of, policies: Sequence[str], batch_size: int, length: int, memory: float
+    ledger_of: Callable[..., Ledger], policies: Sequence[str], batch_size: int, length: int, memory: float
 ) -> None:
-    """The peaks of smaller micro-batches, which accumulation makes the same step."""
+    """Print the peaks of smaller micro-batches; gradient accumulation turns them into the same step."""
     for size in (n for n in range(batch_size - 1, 0, -1) if batch_size % n == 0):
         ledgers = [ledger_of(batch_size=size, length=length, recompute=policy) for policy in policies]
         peaks = [f"{ledger.peak / GB:.3f}" + ("" if ledger.fits(memory) else " no") for ledger in ledgers]
@@ -158,32 +182,25 @@ def print_row(name: str, cells: Sequence[str]) -> None:
     print(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells))
 
 
-def print_advice(found: Sequence[Ledger], config: TrainConfig, length: int) -> None:
-    """What to set, as keys of the trainer."""
-    if not found:
+def print_advice(choices: Sequence[Ledger], config: TrainConfig, length: int) -> None:
+    """Print the trainer's keys for settings that fit, each choice faster than the one before."""
+    if not choices:
         print("advice: nothing fits; take a smaller model or a larger GPU")
-    for i, ledger in enumerate(found):
+    for i, ledger in enumerate(choices):
         keys = [f"--gradient_checkpointing {ledger.recompute}"]
         if ledger.batch_size != config.per_device_train_batch_size:
-            steps = (
-                config.gradient_accumulation_steps * config.per_device_train_batch_size // ledger.batch_size
-            )
-            keys += [
-                f"--per_device_train_batch_size {ledger.batch_size}",
-                f"--gradient_accumulation_steps {steps}",
-            ]
+            examples = config.gradient_accumulation_steps * config.per_device_train_batch_size
+            keys.append(f"--per_device_train_batch_size {ledger.batch_size}")
+            keys.append(f"--gradient_accumulation_steps {examples // ledger.batch_size}")
         if ledger.length != length:
-            keys += [f"--cutoff_len {ledger.length}"]
-        ratio = found[0].flop_per_token / ledger.flop_per_token
-        print(
-            ("advice: " if i == 0 else f"or, {ratio:.2f} times as fast: ")
-            + " ".join(keys)
-            + f"   ({ledger.peak / GB:.2f} GB)"
-        )
+            keys.append(f"--cutoff_len {ledger.length}")
+        speed = choices[0].flop_per_token / ledger.flop_per_token
+        lead = "advice:" if i == 0 else f"or, {speed:.2f} times as fast:"
+        print(f"{lead} {' '.join(keys)}   ({ledger.peak / GB:.2f} GB)")
 
 
-def picture_of(ledgers: Sequence[Ledger], limits: dict[str, float]) -> bytes:
-    """A PNG with a bar a policy."""
+def draw_picture(ledgers: Sequence[Ledger], limits: dict[str, float]) -> bytes:
+    """A PNG with one bar for each recompute policy; see `draw_bars`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -197,7 +214,7 @@ def picture_of(ledgers: Sequence[Ledger], limits: dict[str, float]) -> bytes:
     return picture.getvalue()
 
 
-PARTS = {  # what is drawn in one colour
+PARTS = {  # of a bar: label -> categories that it sums up, colour
     "program": (("process",), "#d8d8d8"),
     "frozen weights and scales": (("linear weights", "scales"), "#3b6ea5"),
     "embeddings, head, norms": (("embeddings, head, norms",), "#7fa6cf"),
@@ -211,9 +228,7 @@ PARTS = {  # what is drawn in one colour
 
 
 def draw_bars(axes, ledgers: Sequence[Ledger], limits: dict[str, float]) -> None:
-    """A bar a policy, stacked by category, at its peak; and a line at each of `limits`, bytes by what they
-    are.
-    """
+    """Draw the peak of each recompute policy as a stacked bar, and a line at each limit (label -> bytes)."""
     names, bottom = [ledger.recompute for ledger in ledgers], [0.0] * len(ledgers)
     for part, (categories, colour) in PARTS.items():
         heights = [sum(ledger.bytes[category] for category in categories) / GB for ledger in ledgers]
@@ -224,7 +239,7 @@ def draw_bars(axes, ledgers: Sequence[Ledger], limits: dict[str, float]) -> None
         axes.text(x, top, f"{top:.3g}", ha="center", va="bottom", fontweight="bold")
     right = len(ledgers) - 0.5
     for label, limit in limits.items():
-        if limit / GB < 1.3 * max(bottom):  # else the bars would be dwarfed
+        if limit / GB < 1.3 * max(bottom):  # a line far above would shrink the bars
             axes.axhline(limit / GB, color="#707070", linewidth=1, linestyle="--", zorder=0)
             axes.text(right, limit / GB, label, ha="right", va="bottom", color="#707070", fontsize=9)
     axes.set(ylabel="GB at the peak", xlim=(-0.5, right))

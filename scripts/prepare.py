@@ -1,26 +1,26 @@
-"""Look at data before a model does: read it, check every row, split it, count its tokens; and save it ready
-for training.
+"""Prepare data for training: read it, check every row, split it, count its tokens, and save rows and tokens.
 
-    python scripts/prepare.py --model mistralai/Mistral-7B-v0.1 --dataset my.jsonl --template mistral --val_size 0.1
-    python scripts/prepare.py --config run.yaml --show 3                     three examples, what is learned of them in colour
-    python scripts/prepare.py --config run.yaml --to s3://bucket/prepared    the same files there too
-    python scripts/train.py --config prepared/train.yaml
+    python scripts/prepare.py --model mistralai/Mistral-7B-v0.1 --dataset my.jsonl --template mistral
+    python scripts/prepare.py --config run.yaml --show 3                     show three examples
+    python scripts/prepare.py --config run.yaml --to s3://bucket/prepared    send the files there too
+    python scripts/train.py --config prepared/train.yaml                     train on them
 
-Keys are the trainer's (`python scripts/train.py --help`), and besides
+Keys are those of the trainer (`python scripts/train.py --help`), and also
 
-    --show N            show N examples as they go into the model: special tokens, and which tokens are learned
-    --skip_invalid      leave rows out that are wrong; else they are listed, and nothing is saved
-    --output DIR        default: prepared; what is there already is replaced with --overwrite_output_dir
-    --to ADDRESS        send the files to s3://bucket/folder or another place that fsspec can write
+    --show N                  show N examples as the model sees them, with learned tokens in colour
+    --skip_invalid            skip wrong rows; without it they are listed, and nothing is saved
+    --output DIR              default: prepared
+    --overwrite_output_dir    replace the files of an earlier preparation in DIR
+    --to ADDRESS              send the files to s3://bucket/folder or another storage that fsspec can write
 
-The directory then holds
+The output directory then holds
 
-    train.jsonl, validation.jsonl                 the rows in one form, mixed and split
-    train.safetensors, validation.safetensors     their tokens; training, resuming and evaluating take them from here
-    statistics.json, lengths.png                  how long, how much of it is learned, how much is cut
-    train.yaml                                    the settings of a training on it, for train.py --config
+    train.jsonl, validation.jsonl                the rows in one form, mixed and split
+    train.safetensors, validation.safetensors    their tokens, which training and evaluation then use
+    statistics.json, lengths.png                 lengths, learned tokens, and how many rows are cut
+    train.yaml                                   settings of a training on these rows, for train.py --config
 
-No weight is read, and of a model on the hub none is downloaded.
+No weights are read, and no weights of a model on the hub are downloaded.
 """
 
 import argparse
@@ -29,19 +29,20 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import yaml
 
-from minilora.data.chat import load_chat_template, training_clock
+from minilora.config import ModelConfig
+from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
 from minilora.data.examples import Dataset
 from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import save_tokens, tokens_file, tokens_key
-from minilora.data.rows import Row, record_of
+from minilora.data.rows import Row, to_record
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.weights import read_config
 from minilora.run.datasets import read_datasets, token_settings, tokenize_rows
@@ -53,13 +54,28 @@ from minilora.system.files import to_json, write_whole
 from minilora.system.hub import resolve_model
 from minilora.system.remote import check_address, redacted, write_files
 
-LISTED = 20  # wrong rows that are listed one by one
-DONE_HERE = (  # keys that the saved rows make up for
-    "eval_dataset val_size prompt_column completion_column messages_column max_samples".split()
-)
+MAX_LISTED = 20  # wrong rows that are listed one by one
 RUN_FILE = "train.yaml"
-FILES = "train.jsonl train.safetensors validation.jsonl validation.safetensors statistics.json lengths.png train.yaml".split()
-ROWS = {  # what is printed of each set: key of statistics.json -> words, format
+OUTPUT_FILES = (
+    "train.jsonl",
+    "train.safetensors",
+    "validation.jsonl",
+    "validation.safetensors",
+    "statistics.json",
+    "lengths.png",
+    RUN_FILE,
+)
+# Keys whose effect is already in the saved rows. A training on these rows must not apply them again.
+APPLIED_KEYS = {
+    "eval_dataset",
+    "val_size",
+    "prompt_column",
+    "completion_column",
+    "messages_column",
+    "max_samples",
+}
+# The printed table: key of statistics.json -> label, format.
+TABLE = {
     "rows": ("rows", "{:,}"),
     "tokens": ("tokens", "{:,}"),
     "supervised_tokens": ("supervised tokens", "{:,}"),
@@ -73,95 +89,72 @@ ROWS = {  # what is printed of each set: key of statistics.json -> words, format
     "also_in_training": ("the same as a row of training", "{:,}"),
 }
 
+Sets = dict[str, Dataset]  # "train" and, if rows are held out, "validation"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Everything that decides which tokens a row becomes."""
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    settings: dict[str, object]  # cutoff_len, train_on_prompt, mask_history
+
+    def tokenize(
+        self, rows: list[Row], source: str | Sequence[str], on_error: Callable[[UserError], None]
+    ) -> Dataset:
+        return tokenize_rows(
+            rows, source, self.settings, self.model_config, self.tokenizer, self.template, on_error
+        )
+
+    def key(self, rows: Sequence[Row]) -> str:
+        return tokens_key(rows, self.tokenizer, self.template, self.settings)
+
 
 def main() -> None:
-    # ---- what to do, and may it be done ------------------------------------------------------------------------------
-
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__, end="")
         return
+    options, keys = parse_options()
+    check_options(options)
+    config = load_train_config(keys, DEFAULT_RUN)
+    encoding = load_encoding(config)
+
+    errors: list[UserError] = []
+    sets = tokenize_sets(config, encoding, errors)
+    if errors and not (options.skip_invalid and "train" in sets):
+        refuse(errors, config.dataset)
+    show_examples(sets["train"], encoding.tokenizer, options.show)
+    statistics = compute_statistics(sets)
+    print_summary(config, encoding, sets, errors)
+    print_table(statistics)
+
+    save(sets, statistics, config, encoding, options.output)
+    print(f"\nprepared: {options.output}")
+    print(f"to train: python scripts/train.py --config {options.output / RUN_FILE}")
+    if options.to:
+        paths = {name: options.output / name for name in OUTPUT_FILES}
+        write_files(options.to, {name: path for name, path in paths.items() if path.is_file()})
+        print(f"sent to {redacted(options.to)}")
+
+
+# ---- options ----
+
+
+def parse_options() -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of this script, and the remaining arguments: keys of the trainer."""
     parser = ArgumentParser()
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--skip_invalid", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("prepared"))
     parser.add_argument("--overwrite_output_dir", action="store_true")
     parser.add_argument("--to")
-    options, keys = parser.parse_known_args()
-    check(options)
-    config = load_train_config(keys, DEFAULT_RUN)
-    model = config.model_name_or_path
-    model_dir = (
-        EMBEDDED_MODEL if model is None else resolve_model(model, config.model_revision, weights=False)
-    )
-    model_config, tokenizer = read_config(model_dir), load_tokenizer(model_dir)
-    template = load_chat_template(config.template, tokenizer, now=training_clock)
-    settings = token_settings(config, model_config)
-
-    # ---- every row, as training will see it --------------------------------------------------------------------------
-
-    faults: list[UserError] = []
-    train_rows, held_out = read_datasets(config, faults.append)
-    sets = {
-        name: tokenize_rows(rows, place, settings, model_config, tokenizer, template, faults.append)
-        for name, rows, place in (
-            ("train", train_rows, config.dataset),
-            ("validation", held_out, config.eval_dataset or config.dataset),
-        )
-        if rows or name == "train"
-    }
-    if faults and not (options.skip_invalid and sets["train"].examples):
-        refuse(faults, config.dataset)
-    sets = {
-        name: dataset for name, dataset in sets.items() if dataset.examples
-    }  # every held-out row may have been a wrong one
-    show(sets["train"], tokenizer, options.show)
-    statistics = {name: count(dataset) for name, dataset in sets.items()}
-    if "validation" in sets:
-        known = set(map(content, sets["train"].rows))
-        statistics["validation"]["also_in_training"] = sum(
-            content(row) in known for row in sets["validation"].rows
-        )
-    in_turns = any(row.messages is not None for dataset in sets.values() for row in dataset.rows)
-    wording = f"template {template.name}" if in_turns else "no template"
-    print_statistics(config, wording, settings["cutoff_len"], statistics, faults)
-
-    # ---- all files, or none ------------------------------------------------------------------------------------------
-
-    with TemporaryDirectory(
-        dir=options.output.absolute().parent, prefix=options.output.name + "."
-    ) as passing:
-        part = Path(passing)
-        for name, dataset in sets.items():
-            write_whole(
-                part / f"{name}.jsonl", "".join(to_json(record_of(row)) + "\n" for row in dataset.rows)
-            )
-            save_tokens(
-                tokens_file(part / f"{name}.jsonl"),
-                dataset,
-                tokens_key(dataset.rows, tokenizer, template, settings),
-            )
-        write_whole(part / "statistics.json", json.dumps(statistics, indent=2) + "\n")
-        write_whole(part / RUN_FILE, run_settings(config, options.output, settings["cutoff_len"], set(sets)))
-        supervised = [example.supervised for example in sets["train"].examples]
-        plot_lengths(sets["train"].uncut_lengths, supervised, settings["cutoff_len"], part / "lengths.png")
-        options.output.mkdir(exist_ok=True)
-        for name in FILES:
-            if (part / name).exists():
-                os.replace(part / name, options.output / name)
-            else:
-                (options.output / name).unlink(missing_ok=True)  # held-out rows of an earlier time
-    print(
-        f"\nprepared: {options.output}\nto train: python scripts/train.py --config {options.output / RUN_FILE}"
-    )
-    if options.to:
-        write_files(
-            options.to, {name: options.output / name for name in FILES if (options.output / name).is_file()}
-        )
-        print(f"sent to {redacted(options.to)}")
+    return parser.parse_known_args()
 
 
-def check(options: argparse.Namespace) -> None:
-    """The values of single keys, and whether the files may be written."""
+def check_options(options: argparse.Namespace) -> None:
+    """Raise UserError for a wrong value, and for an output directory that cannot be written."""
     output = options.output
     if options.show < 0:
         raise UserError(f"--show must be at least 0, not {options.show}")
@@ -169,45 +162,82 @@ def check(options: argparse.Namespace) -> None:
         check_address("--to", options.to)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file, not a directory")
-    if not os.access(output if output.exists() else output.absolute().parent, os.W_OK):
-        raise UserError(f"--output {output}: {output.absolute().parent} is no directory that may be written")
-    if not options.overwrite_output_dir and (found := [name for name in FILES if (output / name).exists()]):
+    written = output if output.exists() else output.absolute().parent
+    if not os.access(written, os.W_OK):
+        raise UserError(f"--output {output}: {written} is not a writable directory; choose another")
+    existing = [name for name in OUTPUT_FILES if (output / name).exists()]
+    if existing and not options.overwrite_output_dir:
         raise UserError(
-            f"--output {output} already holds {found[0]}; choose another, or add --overwrite_output_dir"
+            f"--output {output} already holds {existing[0]}; choose another, or add --overwrite_output_dir"
         )
 
 
-def refuse(faults: list[UserError], dataset: str | Sequence[str]) -> None:
-    """List the rows that are wrong, and end."""
-    for fault in sorted(faults, key=_natural_order)[:LISTED]:
-        print(fault, file=sys.stderr)
-    more = f", {LISTED} of them listed above" if len(faults) > LISTED else ""
-    rows = "1 row is" if len(faults) == 1 else f"{len(faults):,} rows are"
-    raise UserError(f"{rows} wrong in {dataset}{more}; correct them, or leave them out with --skip_invalid")
+def load_encoding(config: TrainConfig) -> Encoding:
+    """Load the tokenizer and the template of the model that a run trains."""
+    model_dir = EMBEDDED_MODEL
+    if config.model_name_or_path is not None:
+        model_dir = resolve_model(config.model_name_or_path, config.model_revision, weights=False)
+    model_config, tokenizer = read_config(model_dir), load_tokenizer(model_dir)
+    template = load_chat_template(config.template, tokenizer, now=training_clock)
+    return Encoding(model_config, tokenizer, template, token_settings(config, model_config))
 
 
-def _natural_order(fault: UserError) -> list[str]:
-    return [
-        part.rjust(12, "0") if part.isdigit() else part for part in re.split(r"(\d+)", str(fault))
-    ]  # line 9 before line 10
+# ---- rows to tokens ----
 
 
-def show(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
-    """Some examples from all over the set, as they go into the model."""
-    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for i in range(0, len(dataset) if count else 0, max(1, len(dataset) // max(count, 1)))[:count]:
+def tokenize_sets(config: TrainConfig, encoding: Encoding, errors: list[UserError]) -> Sets:
+    """Return the sets as training sees them, without empty ones; append the errors of rows to `errors`."""
+    train_rows, held_out_rows = read_datasets(config, errors.append)
+    rows_of = {"train": (train_rows, config.dataset)}
+    if held_out_rows:
+        rows_of["validation"] = (held_out_rows, config.eval_dataset or config.dataset)
+    sets = {name: encoding.tokenize(rows, source, errors.append) for name, (rows, source) in rows_of.items()}
+    return {name: dataset for name, dataset in sets.items() if dataset.examples}
+
+
+def refuse(errors: list[UserError], dataset: str | Sequence[str]) -> None:
+    """List the wrong rows on stderr, the first MAX_LISTED of them, and raise UserError with their number."""
+    for error in sorted(errors, key=_natural_order)[:MAX_LISTED]:
+        print(error, file=sys.stderr)
+    listed = f", {MAX_LISTED} of them listed above" if len(errors) > MAX_LISTED else ""
+    rows = "1 row is" if len(errors) == 1 else f"{len(errors):,} rows are"
+    raise UserError(f"{rows} wrong in {dataset}{listed}; correct them, or skip them with --skip_invalid")
+
+
+def _natural_order(error: UserError) -> list[str]:
+    """Return a sort key that puts line 9 before line 10."""
+    parts = re.split(r"(\d+)", str(error))
+    return [part.rjust(12, "0") if part.isdigit() else part for part in parts]
+
+
+def show_examples(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
+    """Print `count` examples, evenly spread over the set, as the model sees them."""
+    if count == 0:
+        return
+    use_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    stride = max(1, len(dataset) // count)
+    for i in range(0, len(dataset), stride)[:count]:
         example, row = dataset.examples[i], dataset.rows[i]
-        print(f"--- {row.place}: {len(example.input_ids):,} tokens, {example.supervised:,} of them learned")
-        print(highlight_learned(example, tokenizer, colours), end="\n\n")
+        print(
+            f"--- {row.location}: {len(example.input_ids):,} tokens, {example.supervised:,} of them learned"
+        )
+        print(highlight_learned(example, tokenizer, use_colours), end="\n\n")
 
 
-def content(row: Row) -> str:
-    """What makes two rows the same one."""
-    return json.dumps(record_of(row))
+# ---- statistics ----
 
 
-def count(dataset: Dataset) -> dict[str, int | float]:
-    """The figures of one set. Lengths are those before the cut."""
+def compute_statistics(sets: Sets) -> dict[str, dict[str, int | float]]:
+    """Return the figures of every set, as in statistics.json."""
+    statistics = {name: _count(dataset) for name, dataset in sets.items()}
+    if "validation" in sets:
+        training_rows = set(map(_identity, sets["train"].rows))
+        repeated = sum(_identity(row) in training_rows for row in sets["validation"].rows)
+        statistics["validation"]["also_in_training"] = repeated
+    return statistics
+
+
+def _count(dataset: Dataset) -> dict[str, int | float]:
     lengths = sorted(dataset.uncut_lengths)
     return {
         "rows": len(dataset),
@@ -219,42 +249,74 @@ def count(dataset: Dataset) -> dict[str, int | float]:
         "longer_than_cutoff": dataset.truncated,
         "dropped": dataset.dropped,
         "empty_answers": sum(not row.completion.strip() for row in dataset.rows),
-        "repeated": len(dataset) - len(set(map(content, dataset.rows))),
+        "repeated": len(dataset) - len(set(map(_identity, dataset.rows))),
     }
 
 
-def print_statistics(
-    config: TrainConfig, wording: str, cutoff_len: int, statistics: dict[str, dict], faults: list[UserError]
-) -> None:
-    """A column a set, a row a figure."""
-    print(
-        f"dataset    {config.dataset}, for {config.model_name_or_path or 'assets/base'}, {wording}, cutoff_len {cutoff_len:,}"
-    )
-    if faults:
-        rows = "1 row that is" if len(faults) == 1 else f"{len(faults):,} rows that are"
-        print(f"left out   {rows} wrong; the first: {min(faults, key=_natural_order)}")
+def _identity(row: Row) -> str:
+    """Return a text that is equal for two rows with the same content."""
+    return json.dumps(to_record(row))
+
+
+def print_summary(config: TrainConfig, encoding: Encoding, sets: Sets, errors: list[UserError]) -> None:
+    """Print which dataset was encoded for which model, and how many rows were skipped."""
+    model, cutoff_len = config.model_name_or_path or "assets/base", encoding.settings["cutoff_len"]
+    uses_template = any(row.messages is not None for dataset in sets.values() for row in dataset.rows)
+    template = f"template {encoding.template.name}" if uses_template else "no template"
+    print(f"dataset    {config.dataset}, for {model}, {template}, cutoff_len {cutoff_len:,}")
+    if errors:
+        rows = "1 wrong row" if len(errors) == 1 else f"{len(errors):,} wrong rows"
+        print(f"skipped    {rows}; the first: {min(errors, key=_natural_order)}")
+
+
+def print_table(statistics: dict[str, dict[str, int | float]]) -> None:
+    """Print the figures: one column per set, one line per figure."""
     print("\n" + " " * 30 + "".join(f"{name:>14}" for name in statistics))
-    for key, (words, form) in ROWS.items():
+    for key, (label, number_format) in TABLE.items():
         if any(key in figures for figures in statistics.values()):
-            cells = (form.format(figures[key]) if key in figures else "" for figures in statistics.values())
-            print(f"{words:<30}" + "".join(f"{cell:>14}" for cell in cells))
+            cells = [number_format.format(f[key]) if key in f else "" for f in statistics.values()]
+            print(f"{label:<30}" + "".join(f"{cell:>14}" for cell in cells))
 
 
-def run_settings(config: TrainConfig, output: Path, cutoff_len: int, sets: set[str]) -> str:
-    """What the run was given, but for what is done now, with the rows that were saved in place of those that
-    were read.
-    """
-    given = {
-        field.name: value
-        for field in fields(config)
-        if (value := getattr(config, field.name)) != field.default
-    }
-    given = {name: value for name, value in given.items() if name not in DONE_HERE}
-    given |= {"dataset": str(output / "train.jsonl"), "cutoff_len": cutoff_len}
-    if "validation" in sets:
-        given["eval_dataset"] = str(output / "validation.jsonl")
+# ---- files ----
+
+
+def save(
+    sets: Sets, statistics: dict[str, dict], config: TrainConfig, encoding: Encoding, output: Path
+) -> None:
+    """Write all files or none: they are written to a directory beside `output`, then moved."""
+    with TemporaryDirectory(dir=output.absolute().parent, prefix=output.name + ".") as directory:
+        temporary = Path(directory)
+        for name, dataset in sets.items():
+            rows_file = temporary / f"{name}.jsonl"
+            write_whole(rows_file, "".join(to_json(to_record(row)) + "\n" for row in dataset.rows))
+            save_tokens(tokens_file(rows_file), dataset, encoding.key(dataset.rows))
+        write_whole(temporary / "statistics.json", json.dumps(statistics, indent=2) + "\n")
+        cutoff_len, train_set = encoding.settings["cutoff_len"], sets["train"]
+        write_whole(temporary / RUN_FILE, run_settings(config, output, cutoff_len, "validation" in sets))
+        supervised = [example.supervised for example in train_set.examples]
+        plot_lengths(train_set.uncut_lengths, supervised, cutoff_len, temporary / "lengths.png")
+
+        output.mkdir(exist_ok=True)
+        for name in OUTPUT_FILES:
+            if (temporary / name).exists():
+                os.replace(temporary / name, output / name)
+            else:
+                (output / name).unlink(missing_ok=True)  # validation files of an earlier preparation
+
+
+def run_settings(config: TrainConfig, output: Path, cutoff_len: int, has_validation: bool) -> str:
+    """Return train.yaml: the settings that differ from the defaults, with the saved rows as the data."""
+    settings = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in APPLIED_KEYS:
+            settings[field.name] = value
+    settings |= {"dataset": str(output / "train.jsonl"), "cutoff_len": cutoff_len}
+    if has_validation:
+        settings["eval_dataset"] = str(output / "validation.jsonl")
     heading = f"# A training on this data: python scripts/train.py --config {output / RUN_FILE}\n"
-    return heading + yaml.safe_dump(given, sort_keys=False)
+    return heading + yaml.safe_dump(settings, sort_keys=False)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Train with every combination of a few settings, one after the other, and compare.
+"""Train with every combination of a few settings, one run after the other, and compare the runs.
 
     python scripts/sweep.py --config sweep.yaml
 
-The file is one of the trainer's, and has lists under `sweep`:
+The file is a settings file of the trainer with lists of values under `sweep`:
 
     dataset: my.jsonl
     val_size: 0.1
@@ -11,16 +11,15 @@ The file is one of the trainer's, and has lists under `sweep`:
       lora_rank: [4, 8]
       learning_rate: [1e-4, 2e-4]
 
-Each combination is a run of scripts/train.py of its own in `output_dir/lora_rank-4_learning_rate-1e-4`, with
-its settings in a file of that name beside it. All of them are checked before the first one starts. Start the
-sweep again, and finished runs are passed over and interrupted ones go on. A run that fails does not stop the
-others; it is named at the end.
+Each combination is a separate run of scripts/train.py, in `output_dir/lora_rank-4_learning_rate-1e-4` and so
+on. Its settings are in a file of the same name beside this directory. All settings are checked before the
+first run starts. If you start the sweep again, it skips finished runs and resumes interrupted ones. A failed
+run does not stop the others; the sweep names it at the end.
 
-Exit codes: 0 all runs are finished, 2 a mistake of yours or runs that failed, 130 interrupted (the run at
-work has saved).
+Exit codes: 0 all runs are finished, 2 a mistake in the settings or failed runs, 130 interrupted (the current
+run has saved a checkpoint).
 """
 
-import argparse
 import io
 import itertools
 import math
@@ -42,25 +41,20 @@ from minilora.system.errors import ArgumentParser, UserError, run_script, summar
 from minilora.system.files import check_writable, read_json_lines, write_whole
 
 TRAINER = Path(__file__).with_name("train.py")
-LAST_FILE = "README.md"  # what a run writes when all else is done
-PLACES = {
-    "output",
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-}  # which the sweep sets itself
+LAST_FILE = "README.md"  # the file that a run writes last
+RESERVED_KEYS = {"output", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # set by the sweep
 
 
 @dataclass(frozen=True)
 class Run:
-    """One point of the grid."""
+    """One combination of the swept settings."""
 
     directory: Path
-    chosen: dict[str, object]  # its values of the swept keys
+    chosen: dict[str, object]  # swept key -> value
 
     @property
     def file(self) -> Path:
-        """Its settings."""
+        """The file with the run's settings."""
         return self.directory.with_name(self.directory.name + ".yaml")
 
     @property
@@ -69,11 +63,23 @@ class Run:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(help_text=__doc__)
     parser.add_argument("--config", required=True, type=Path)
-    place = parser.parse_args().config
-    settings = read_yaml(place)
-    grid = combinations(settings.pop("sweep", None), place)
+    config = parser.parse_args().config
+    runs = prepare_runs(config)
+    failed = train_all(runs, config)
+    print_table(runs)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed: {summarize(failed)}; their error messages are above; "
+            "start the sweep again after fixing them: it skips finished runs"
+        )
+
+
+def prepare_runs(config: Path) -> list[Run]:
+    """All runs of the sweep, with their settings checked and written to files. Raises UserError."""
+    settings = read_yaml(config)
+    grid = combinations(settings.pop("sweep", None), config)
     parent = Path(settings.pop("output", None) or settings.pop("output_dir", None) or TrainConfig.output_dir)
     runs = [Run(parent / name, chosen) for name, chosen in grid.items()]
     texts = [
@@ -81,111 +87,114 @@ def main() -> None:
         for run in runs
     ]
     for run, text in zip(runs, texts, strict=True):
-        check(run, text, place)
+        check(run, text, config)
     parent.mkdir(parents=True, exist_ok=True)
     for run, text in zip(runs, texts, strict=True):
         write_whole(run.file, text)
-
-    failed = []
-    for i, run in enumerate(runs, start=1):
-        print(
-            f"\n==== run {i} of {len(runs)}: {run.directory.name}{'  (finished before)' * run.finished}",
-            flush=True,
-        )
-        if run.finished:
-            continue
-        code = train(run)
-        if code == 130:
-            print(f"interrupted; to go on: python scripts/sweep.py --config {place}")
-            raise KeyboardInterrupt
-        if code:
-            failed.append(f"{run.directory.name} (exit code {code})")
-    print_table(runs)
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed: {summarize(failed)}; what they said stands above; when it is mended, "
-            "start the sweep again: finished runs are passed over"
-        )
+    return runs
 
 
-def combinations(swept: object, place: Path) -> dict[str, dict[str, object]]:
-    """Name: settings of each point of the grid; the last key changes fastest."""
+def combinations(swept: object, config: Path) -> dict[str, dict[str, object]]:
+    """Name -> swept settings, of every combination; the last key changes fastest. Raises UserError."""
     if not isinstance(swept, dict) or not swept:
-        raise UserError(f"{place} has no lists under sweep, such as lora_rank: [4, 8]")
+        raise UserError(f"{config} has no lists under sweep, such as lora_rank: [4, 8]")
     swept = {str(key).replace("-", "_"): values for key, values in swept.items()}
     for key, values in swept.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{place}: under sweep, {key} must be a list of values, not {values!r}")
-        if key in PLACES:
-            raise UserError(
-                f"{place}: {key} cannot be swept; every run has a directory of its own in output_dir"
-            )
+            raise UserError(f"{config}: under sweep, {key} must be a list of values, not {values!r}")
+        if key in RESERVED_KEYS:
+            raise UserError(f"{config}: {key} cannot be swept; the sweep sets it for every run")
     grid = {}
     for values in itertools.product(*swept.values()):
         chosen = dict(zip(swept, values, strict=True))
-        name = "_".join(f"{key}-{short(value)}" for key, value in chosen.items())
+        name = "_".join(f"{key}-{file_name_part(value)}" for key, value in chosen.items())
         if name in grid:
-            raise UserError(f"{place}: two runs of the sweep would be called {name}; give each value once")
+            raise UserError(f"{config}: two runs of the sweep would be called {name}; give each value once")
         grid[name] = chosen
     return grid
 
 
-def short(value: object) -> str:
-    """A value as part of a file's name."""
+def file_name_part(value: object) -> str:
+    """A value without characters that do not belong in a file name."""
     text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
     return re.sub(r"[^\w.+-]+", "-", text)
 
 
-def check(run: Run, text: str, place: Path) -> None:
-    """Raise UserError for a run that cannot be, or that was finished with other settings. Nothing is written
-    where it will be.
+def check(run: Run, text: str, config: Path) -> None:
+    """Raise UserError if a run's settings are not valid, or if it was finished with other settings.
+
+    `text` are the settings as YAML. Nothing is written to the output directory.
     """
     check_writable("output_dir", run.file, parents=True)
-    with (
-        TemporaryDirectory() as passing,
-        redirect_stdout(io.StringIO()),
-    ):  # the run will say what there is to say about its keys
-        file = Path(passing) / run.file.name
+    # The run itself prints the trainer's notes on its keys.
+    with TemporaryDirectory() as temporary, redirect_stdout(io.StringIO()):
+        file = Path(temporary) / run.file.name
         file.write_text(text, encoding="utf-8")
         try:
-            config = load_train_config(["--config", str(file)])
+            settings = load_train_config(["--config", str(file)])
         except UserError as error:
-            raise UserError(f"{run.directory.name}: {str(error).replace(str(file), str(place))}") from error
+            raise UserError(f"{run.directory.name}: {str(error).replace(str(file), str(config))}") from error
     if run.finished:
-        try:
-            saved = read_yaml(run.directory / SETTINGS_FILE)
-        except UserError as error:
-            raise UserError(
-                f"{run.directory} is finished, but {error}; choose another output_dir, or remove it"
-            ) from error
-        free = config.may_change() - {"model_name_or_path", "model_revision", "dataset", "eval_dataset"}
-        wanted = {key: value for key, value in asdict(config).items() if key not in free}
-        changed = [f"{key} {saved.get(key)!r}" for key, value in wanted.items() if saved.get(key) != value]
-        if changed:
-            raise UserError(
-                f"{run.directory} was finished with {summarize(changed)}; choose another output_dir, or remove it"
-            )
+        check_finished(run, settings)
+
+
+def check_finished(run: Run, settings: TrainConfig) -> None:
+    """Raise UserError if a finished run had other settings, apart from those that change no number."""
+    remedy = "choose another output_dir, or remove it"
+    try:
+        saved = read_yaml(run.directory / SETTINGS_FILE)
+    except UserError as error:
+        raise UserError(f"{run.directory} is finished, but {error}; {remedy}") from error
+    free = settings.may_change() - {"model_name_or_path", "model_revision", "dataset", "eval_dataset"}
+    changed = [
+        f"{key} {saved.get(key)!r}"
+        for key, value in asdict(settings).items()
+        if key not in free and saved.get(key) != value
+    ]
+    if changed:
+        raise UserError(f"{run.directory} was finished with {summarize(changed)}; {remedy}")
+
+
+def train_all(runs: list[Run], config: Path) -> list[str]:
+    """Train every run that is not finished, and return the names of those that failed.
+
+    Raises KeyboardInterrupt if the sweep is interrupted.
+    """
+    failed = []
+    for i, run in enumerate(runs, start=1):
+        note = "  (finished before)" if run.finished else ""
+        print(f"\n==== run {i} of {len(runs)}: {run.directory.name}{note}", flush=True)
+        if run.finished:
+            continue
+        code = train(run)
+        if code == 130:
+            print(f"interrupted; to resume: python scripts/sweep.py --config {config}")
+            raise KeyboardInterrupt
+        if code:
+            failed.append(f"{run.directory.name} (exit code {code})")
+    return failed
 
 
 def train(run: Run) -> int:
-    """The exit code of the trainer, or 130 if the sweep is to end.
+    """Train one run and return the trainer's exit code, or 130 if a signal ends the sweep.
 
-    Ctrl-C reaches the trainer from the terminal; SIGTERM is passed on. It saves, and then ends; but while it
-    is starting yet it ends as any program does, with another exit code than 130.
+    The terminal sends Ctrl-C to the trainer too; SIGTERM goes to the sweep alone, which forwards it. The
+    trainer then saves and exits with 130. While it is still starting, any signal ends it with another code.
     """
     command = [sys.executable, str(TRAINER), "--config", str(run.file), "--resume_from_checkpoint", "latest"]
     received: list[int] = []
+
+    trainer = None
 
     def receive(number: int, _: object) -> None:
         received.append(number)
         if number == signal.SIGTERM and trainer is not None:
             trainer.terminate()
 
-    trainer = None
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         trainer = subprocess.Popen(command)
-        if received:  # in between
+        if received:  # before `trainer` was set
             trainer.terminate()
         code = trainer.wait()
     finally:
@@ -195,33 +204,38 @@ def train(run: Run) -> int:
 
 
 def print_table(runs: list[Run]) -> None:
-    """The settings of each run and what came of them, the best one first: lowest held-out loss, or training
-    loss without one.
+    """Print the settings and the losses of each run, the best run first.
+
+    Finished runs come first, then the lowest held-out loss, then the lowest training loss.
     """
-    keys, rows = list(runs[0].chosen), []
-    for run in runs:
-        metrics = run.directory / METRICS_FILE
-        records = read_json_lines(metrics) if metrics.is_file() else []
-        training = [record["loss"] for record in records if "loss" in record]
-        held_out = [record["eval_loss"] for record in records if "eval_loss" in record and record["step"] > 0]
-        order = (not run.finished, min(held_out, default=math.inf), training[-1] if training else math.inf)
-        steps = max((record["step"] for record in records), default=0)
-        losses = [
-            f"{values[-1]:.4f}" if values else "" for values in (training, sorted(held_out, reverse=True))
-        ]
-        chosen = [
-            ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            for value in run.chosen.values()
-        ]
-        rows.append((order, [*chosen, str(steps), *losses, "finished" if run.finished else "not finished"]))
-    table = [
-        [*keys, "steps", "training loss", "lowest held-out loss", ""],
-        *(cells for _, cells in sorted(rows)),
-    ]
+    rows = sorted(map(table_row, runs))
+    headings = [*runs[0].chosen, "steps", "training loss", "lowest held-out loss", ""]
+    table = [headings, *(cells for _, cells in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+
+
+def table_row(run: Run) -> tuple[tuple[bool, float, float], list[str]]:
+    """What orders the run among the others, and its cells in the table."""
+    metrics = run.directory / METRICS_FILE
+    records = read_json_lines(metrics) if metrics.is_file() else []
+    training = [record["loss"] for record in records if "loss" in record]
+    # Step 0 is the untrained model.
+    held_out = [record["eval_loss"] for record in records if "eval_loss" in record and record["step"] > 0]
+    cells = [
+        *(
+            ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            for value in run.chosen.values()
+        ),
+        str(max((record["step"] for record in records), default=0)),
+        f"{training[-1]:.4f}" if training else "",
+        f"{min(held_out):.4f}" if held_out else "",
+        "finished" if run.finished else "not finished",
+    ]
+    order = (not run.finished, min(held_out, default=math.inf), training[-1] if training else math.inf)
+    return order, cells
 
 
 if __name__ == "__main__":

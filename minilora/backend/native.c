@@ -190,14 +190,14 @@ DEFINE(fp16, _Float16)
 enum { MOMENT_BLOCK = 256, ADDRESSES = 7 };
 
 typedef struct adamw {
-    const int64_t *tensors;             /* (tensors, 7): addresses of parameter, gradient, and of places, absmax of both moments; n */
+    const int64_t *tensors;             /* (tensors, 7): addresses of parameter, gradient, and of indices, absmax of both moments; n */
     const float *code[2];               /* (256,) of the first moment, of the second */
-    const uint8_t *nearest[2];          /* (65536,) place in the code that is nearest to each step from -1 to 1 */
+    const uint8_t *nearest[2];          /* (65536,) index in the code that is nearest to each step from -1 to 1 */
     float beta1, rest1, beta2, rest2, correction2, eps, decay, rate;
 } adamw;
 
-/* values -> absmax, and the place of each in a code: ops.quantize_8bit */
-static inline void requantize(const float *values, int64_t n, const uint8_t *nearest, uint8_t *places, float *absmax) {
+/* values -> absmax, and the index of each in a code: ops.quantize_8bit */
+static inline void requantize(const float *values, int64_t n, const uint8_t *nearest, uint8_t *indices, float *absmax) {
     int32_t steps[MOMENT_BLOCK];
     uint32_t most = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -206,7 +206,7 @@ static inline void requantize(const float *values, int64_t n, const uint8_t *nea
     }
     *absmax = as_float(most);
     if (most == 0) {
-        memset(places, 0, (size_t)n);
+        memset(indices, 0, (size_t)n);
         return;
     }
     float inverse = 1.0f / *absmax;
@@ -217,7 +217,7 @@ static inline void requantize(const float *values, int64_t n, const uint8_t *nea
         steps[i] = (int32_t)fmaf((x + 1.0f) * 0.5f, 65535.0f, 0.5f);
     }
     for (int64_t i = 0; i < n; i++)
-        places[i] = nearest[steps[i]];
+        indices[i] = nearest[steps[i]];
 }
 
 /* one block of one tensor: ops.adamw between dequantizing and quantizing, with its roundings */

@@ -1,24 +1,24 @@
-"""4-bit quantize and dequantize, and AdamW with 8-bit moments, on a CPU, in C: one pass over memory where
+"""The C forms of four operations on a CPU: quantize and dequantize 4-bit weights, AdamW with 8-bit moments.
+
+A CPU is limited by memory here, and every PyTorch operation reads and writes the whole tensor once more. C
+reads a block of weights, scales, compares, packs and forgets it while it is in a register: one pass where
 PyTorch needs a dozen.
 
-A CPU is limited by memory here, and every PyTorch operation reads and writes the whole tensor once more. In C
-a block of weights is read, scaled, compared, packed and forgotten while it is in a register. The source,
-`native.c`, is compiled by the machine's own C compiler on first use (a second or two), never on import, and
-kept in a per-user cache. Nothing depends on it: where there is no compiler, where the build fails, and where
-the library does not give the bits of the definition in `ops.py` on a trial tensor, the definition itself
-runs. MINILORA_BACKEND=torch does without it too.
+The machine's own C compiler builds `native.c` on first use, in a second or two, never on import. The library
+is kept in a cache of this user. Nothing depends on it: without a compiler, or if the library does not give
+known bits on trial tensors, the PyTorch definitions in `quantization.py` and `optim.py` run.
 
 Why not torch.compile or torch.utils.cpp_extension: one brings a whole compiler for a hundred lines, the other
-a C++ build with PyTorch's headers; this is plain C with no headers but the standard ones. Threads are POSIX
-threads started per call, some ten microseconds each: no second OpenMP beside PyTorch's, nothing to go wrong
-after a fork.
+a C++ build with PyTorch's headers. This is plain C with standard headers. Each call starts POSIX threads,
+some ten microseconds each: no second OpenMP beside PyTorch's, and nothing that breaks after a fork.
 
-What the compiler may not do: contract a product and a sum into one rounding (-ffp-contract=off), reorder, or
-flush subnormals. Where PyTorch rounds the two once, the source says fmaf.
+The compiler must not contract a product and a sum into one rounding (-ffp-contract=off), reorder, or flush
+subnormals. Where PyTorch rounds the two once, the source says fmaf.
 """
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import re
@@ -27,8 +27,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -36,48 +38,33 @@ from torch import Tensor
 _SOURCE = Path(__file__).with_suffix(".c")
 
 _FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
-_NATIVE = (
-    ("-march=native", "-mprefer-vector-width=512"),
-    ("-march=native",),
-    ("-mcpu=native",),
-    (),
-)  # the first that compiles
+_WIDE = ("-march=native", "-mprefer-vector-width=512")
+_NATIVE = (_WIDE, ("-march=native",), ("-mcpu=native",), ())  # the first that compiles
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_VALUES_A_THREAD = 1 << 17  # fewer are done before a second thread has started
+_VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
 
 
 def quantize(
     x: Tensor, bounds: Tensor, symbols: Tensor, blocksize: int, packed: Tensor, absmax: Tensor
-) -> bool:
-    """`ops.quantize_4bit` on CPU tensors, into `packed` and `absmax`; False if it cannot be done here."""
-    function = _function("quantize", x.dtype)
-    if function is None:
-        return False
+) -> None:
+    """Fill `packed` and `absmax` with the blocks of x, (n,): see `quantization.quantize_4bit`."""
     steps = symbols.diff(prepend=symbols.new_zeros(1)).int()  # (16,)
+    function = _functions()[f"quantize_{_NAMES[x.dtype]}"]
     function(
         _at(x), _at(bounds), _at(steps), blocksize, x.numel(), _at(packed), _at(absmax), _threads(x.numel())
     )
-    return True
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    n: int,
-    out: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    offset: float,
-) -> bool:
-    """`ops.dequantize_4bit` on CPU tensors, into `out`; False if it cannot be done here."""
-    function = _function("dequantize", out.dtype)
-    if function is None:
-        return False
-    nested = (None, None) if nested_absmax is None else (_at(nested_absmax), _at(nested_code))
-    function(_at(packed), _at(absmax), _at(code), blocksize, n, _at(out), *nested, offset, _threads(n))
-    return True
+def dequantize(q, out: Tensor) -> None:
+    """Fill `out`, contiguous, with the values of q, a `quantization.QuantizedTensor`."""
+    n = out.numel()
+    nested, offset = (None, None), 0.0
+    if q.nested_absmax is not None:
+        nested, offset = (_at(q.nested_absmax), _at(q.nested_code)), float(q.offset)
+    function = _functions()[f"dequantize_{_NAMES[out.dtype]}"]
+    function(
+        _at(q.packed), _at(q.absmax), _at(q.code), q.blocksize, n, _at(out), *nested, offset, _threads(n)
+    )
 
 
 def adamw_8bit(
@@ -85,17 +72,15 @@ def adamw_8bit(
     codes: tuple[Tensor, Tensor],
     nearest: tuple[Tensor, Tensor],
     scalars: tuple[float, ...],
-) -> bool:
-    """`adamw.adamw_8bit` on CPU tensors, all of them in one call; False if it cannot be done here."""
-    function = functions().get("adamw_8bit")
-    if function is None:
-        return False
-    addresses = torch.tensor(
-        [[*map(_at, parts), len(parts[0])] for parts in tensors], dtype=torch.int64, device="cpu"
-    )
+) -> None:
+    """Take one step on all tensors in one call: see `optim.adamw_8bit`."""
+    table = [[*map(_at, parts), len(parts[0])] for parts in tensors]
+    addresses = torch.tensor(table, dtype=torch.int64, device="cpu")
     blocks = sum(len(parts[3]) for parts in tensors)
-    function(_at(addresses), blocks, *map(_at, codes), *map(_at, nearest), *scalars, _threads(256 * blocks))
-    return True
+    threads = _threads(256 * blocks)
+    _functions()["adamw_8bit"](
+        _at(addresses), blocks, *map(_at, codes), *map(_at, nearest), *scalars, threads
+    )
 
 
 def _at(x: Tensor) -> int:
@@ -107,61 +92,55 @@ def _threads(n: int) -> int:
     return max(1, min(torch.get_num_threads(), n // _VALUES_A_THREAD))
 
 
-def _function(operation: str, dtype: torch.dtype):
-    return functions().get(f"{operation}_{_NAMES[dtype]}")
+# ---- built on first use ------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
-def functions() -> dict:
-    """Name -> C function, empty where there is none. Built, loaded and tried out on the first call."""
+def _functions() -> dict:
+    """Return C functions by name, {} where there are none. The first call builds and loads the library."""
     if os.name != "posix":
         return {}
     try:
         library = ctypes.CDLL(str(_library()))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
         return {}
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    arguments = {
-        "quantize": [pointer] * 3 + [count] * 2 + [pointer] * 2 + [ctypes.c_int],
-        "dequantize": [pointer] * 3 + [count] * 2 + [pointer] * 3 + [ctypes.c_float, ctypes.c_int],
-    }
-    found = {}
-    for operation, types in arguments.items():
-        for name in _NAMES.values():
-            if hasattr(library, f"{operation}_{name}"):
-                found[f"{operation}_{name}"] = function = getattr(library, f"{operation}_{name}")
-                function.argtypes, function.restype = types, None
-    found["adamw_8bit"] = function = library.adamw_8bit
-    function.argtypes = [pointer, count] + [pointer] * 4 + [ctypes.c_float] * 8 + [ctypes.c_int]
-    function.restype = None
-    return found
+    pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    arguments = {"adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, threads]}
+    for dtype in _NAMES.values():
+        arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, threads]
+        arguments[f"dequantize_{dtype}"] = [*[pointer] * 3, count, count, *[pointer] * 3, number, threads]
+    functions = {name: getattr(library, name) for name in arguments if hasattr(library, name)}
+    for name, function in functions.items():
+        function.argtypes, function.restype = arguments[name], None
+    return functions
 
 
 def _library() -> Path:
-    """The compiled library, from the cache or built now. Raises one of four errors if there can be none."""
-    compiler = (
-        shlex.split(os.environ.get("CC", ""))
-        or [c for c in map(shutil.which, ("cc", "gcc", "clang")) if c][:1]
-    )
+    """Return the compiled library, from the cache or built now.
+
+    Raises OSError, RuntimeError, ValueError or SubprocessError where it cannot be had.
+    """
+    compilers = [path for path in map(shutil.which, ("cc", "gcc", "clang")) if path]
+    compiler = shlex.split(os.environ.get("CC", "")) or compilers[:1]
     if not compiler:
         raise RuntimeError("no C compiler")
-    key = hashlib.sha256(repr((_SOURCE.read_text(), _FLAGS, _NATIVE, compiler, _cpu())).encode()).hexdigest()[
-        :16
-    ]
+    sources = repr((_SOURCE.read_text(encoding="utf-8"), _FLAGS, _NATIVE, compiler, _cpu()))
     directory = _cache()
-    path = directory / f"native-{key}.so"
+    path = directory / f"native-{hashlib.sha256(sources.encode()).hexdigest()[:16]}.so"
     if not path.is_file():
         with tempfile.TemporaryDirectory(dir=directory) as build:
             for native in _NATIVE:
                 command = [*compiler, *_FLAGS, *native, str(_SOURCE), "-lm", "-o", "native.so"]
                 if subprocess.run(command, cwd=build, capture_output=True, timeout=60).returncode == 0:
                     break
-            os.replace(Path(build) / "native.so", path)  # whole or not at all, whoever else builds it now
+            os.replace(
+                Path(build) / "native.so", path
+            )  # atomic: another process may build it at the same time
     return path
 
 
 def _cache() -> Path:
-    """A directory that is this user's alone: code is loaded from it."""
+    """Return a directory that only this user can write: code is loaded from it."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = base / "minilora"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -172,11 +151,116 @@ def _cache() -> Path:
 
 
 def _cpu() -> tuple[str, ...]:
-    """What -march=native depends on: a home directory may be shared by unlike machines."""
+    """Return what -march=native depends on: unlike machines may share a home directory."""
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     return (
         sys.platform,
         platform.machine(),
         *re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.MULTILINE)[:2],
     )
+
+
+# ---- a compiler is not trusted blindly: known bits on trial tensors ----------------------------------------
+
+
+@lru_cache
+def is_trusted(operation: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a compiled `operation` on tensors of a dtype exists and gives the bits of its PyTorch
+    definition.
+    """
+    name = operation if operation == "adamw_8bit" else f"{operation}_{_NAMES.get(dtype)}"
+    if name not in _functions():
+        return False
+    trial, function = TRIALS[operation]
+    return digest(trial(function, dtype)) == KNOWN_BITS[name]
+
+
+# Digests of what the definitions in quantization.py and optim.py compute; tests/core/test_native.py compares
+# them.
+KNOWN_BITS = {
+    "quantize_fp32": "a06acc2fa995d97d",
+    "dequantize_fp32": "c8c855a19b730416",
+    "quantize_bf16": "c1405851e636d499",
+    "dequantize_bf16": "0bc8628c230cb6e5",
+    "quantize_fp16": "f68cc60a8cfc891f",
+    "dequantize_fp16": "863573001beb814f",
+    "adamw_8bit": "c2f8a9f6e37017df",
+}
+
+
+def digest(tensors: list[Tensor]) -> str:
+    """Return 16 hexadecimal digits that change with any bit of the tensors."""
+    parts = (t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def trial_values(n: int) -> Tensor:
+    """Return (n,) float32 values in [-1, 1], the same bits on every CPU: whole numbers and one division."""
+    return ((torch.arange(n, device="cpu") * 37) % 101 - 50).float() / 50
+
+
+def quantize_trial(quantize: Callable, dtype: torch.dtype) -> list[Tensor]:
+    """Quantize three blocks, one of zeros, and a tail; return the packed bytes and the scales."""
+    x = trial_values(3 * 64 + 7)
+    x[64:128] = 0
+    bounds, symbols = (
+        (torch.arange(15, device="cpu") - 7).float() / 8,
+        torch.arange(16, device="cpu").roll(3).byte(),
+    )
+    packed, absmax = torch.zeros(100, dtype=torch.uint8, device="cpu"), torch.zeros(4, device="cpu")
+    quantize(x.to(dtype), bounds, symbols, 64, packed, absmax)
+    return [packed, absmax]
+
+
+def dequantize_trial(dequantize: Callable, dtype: torch.dtype) -> list[Tensor]:
+    """Dequantize three blocks and a tail, with float32 scales and with quantized ones; return the values."""
+    n, results = 3 * 64 + 7, []
+    packed = ((torch.arange(100, device="cpu") * 73) % 256).byte()
+    q = SimpleNamespace(packed=packed, code=trial_values(16), blocksize=64, nested_absmax=None)
+    q.absmax = trial_values(4).abs()
+    nested = SimpleNamespace(
+        **vars(q) | dict(absmax=torch.tensor([3, 200, 0, 77], dtype=torch.uint8, device="cpu"))
+    )
+    nested.nested_absmax, nested.nested_code = trial_values(1), trial_values(256)
+    nested.offset = torch.tensor(0.25, device="cpu")
+    for trial in (q, nested):
+        results.append(torch.zeros(n, dtype=dtype, device="cpu"))
+        dequantize(trial, results[-1])
+    return results
+
+
+def adamw_trial(adamw_8bit: Callable, _: torch.dtype) -> list[Tensor]:
+    """Take three steps on tensors with whole blocks and a tail; return parameters and moments."""
+    signed = trial_values(256).sort().values
+    codes = signed, signed.abs().sort().values
+    steps = torch.arange(65536, device="cpu") * 2 / 65535 - 1
+    nearest = tuple(torch.bucketize(steps, (code[:-1] + code[1:]) * 0.5).byte() for code in codes)
+    tensors = []
+    for n in (3 * 256 + 7, 2 * 256):
+        indices, absmax = (
+            torch.zeros(n, dtype=torch.uint8, device="cpu"),
+            torch.zeros(-(-n // 256), device="cpu"),
+        )
+        moments = indices, absmax, indices.clone(), absmax.clone()
+        tensors.append((trial_values(n), trial_values(n).roll(5), *moments))
+    for t in (1, 2, 3):  # beta1, 1 - beta1, beta2, 1 - beta2, correction of v, eps, decay, step
+        scalars = (
+            0.9,
+            1 - 0.9,
+            0.999,
+            1 - 0.999,
+            math.sqrt(1 - 0.999**t),
+            1e-8,
+            1 - 1e-5,
+            -1e-3 / (1 - 0.9**t),
+        )
+        adamw_8bit(tensors, codes, nearest, scalars)
+    return [part for parts in tensors for part in parts]
+
+
+TRIALS = {
+    "quantize": (quantize_trial, quantize),
+    "dequantize": (dequantize_trial, dequantize),
+    "adamw_8bit": (adamw_trial, adamw_8bit),
+}

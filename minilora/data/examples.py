@@ -132,13 +132,13 @@ def _encode(
         return input_ids, np.arange(len(input_ids)) >= len(prompt_ids)
     if template is None:
         raise UserError(
-            f"{row.place}: the tokenizer has no chat template for conversations; "
+            f"{row.location}: the tokenizer has no chat template for conversations; "
             f"choose one of {', '.join(TEMPLATES)}"
         )
     try:
         return template.encode(row.messages, mask_history)
     except UserError as error:
-        raise UserError(f"{row.place}: {error}") from error
+        raise UserError(f"{row.location}: {error}") from error
 
 
 def prompt_ids(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> list[int]:

@@ -1,11 +1,11 @@
-"""Which tokens of an example are learned, for a person to look at.
+"""An example as text, with its learned tokens highlighted, for a person to check the loss mask.
 
     <s>Question: Where is the house of Orybelle Ashwood?↵
     Answer:⟦ She lives in Lanternsea.</s>⟧
 
-On a terminal what is learned is green instead, and special tokens are reversed. No decoded text shows those,
-and whether an end token is there and learned is what one most wants to see. It is made from the tokens: an
-example is shown as the model will see it.
+On a terminal, learned tokens are green in place of the brackets, and special tokens are in reverse video. The
+text is decoded from the example's tokens, so it shows what the model sees. It includes special tokens, which
+decoding normally drops: the most important thing to check is whether an end token is there and learned.
 """
 
 import re
@@ -17,41 +17,43 @@ from minilora.data.examples import Example
 from minilora.data.stream_decoder import StreamDecoder
 from minilora.data.tokenizer import Tokenizer
 
-_GREEN, _PLAIN = "\x1b[32m", "\x1b[39m"
-_REVERSED, _UPRIGHT = "\x1b[7m", "\x1b[27m"
+_GREEN, _DEFAULT_COLOUR = "\x1b[32m", "\x1b[39m"
+_REVERSE, _NO_REVERSE = "\x1b[7m", "\x1b[27m"
 
 
 def highlight_learned(example: Example, tokenizer: Tokenizer, colours: bool) -> str:
-    """The example as text in which learned tokens stand out; in colour, or between brackets."""
-    shown = ""
-    for loss_mask, pieces in groupby(_pieces(example, tokenizer), key=lambda piece: piece.loss_mask):
-        texts = [
-            f"{_REVERSED}{piece.text}{_UPRIGHT}" if piece.special and colours else piece.text
+    """Return the example as text in which learned tokens stand out, in colour or between brackets."""
+    before, after = (_GREEN, _DEFAULT_COLOUR) if colours else ("⟦", "⟧")
+    highlighted = ""
+    for learned, pieces in groupby(_decode_pieces(example, tokenizer), key=lambda piece: piece.learned):
+        text = "".join(
+            f"{_REVERSE}{piece.text}{_NO_REVERSE}" if piece.special and colours else piece.text
             for piece in pieces
-        ]
-        before, after = (_GREEN, _PLAIN) if colours else ("⟦", "⟧")
-        shown += before + "".join(texts) + after if loss_mask else "".join(texts)
-    return shown
+        )
+        highlighted += before + text + after if learned else text
+    return highlighted
 
 
 class _Piece(NamedTuple):
-    text: str  # what a token says
-    loss_mask: bool
+    """The text of one token, or of the few tokens that form one character together."""
+
+    text: str
+    learned: bool
     special: bool
 
 
-def _pieces(example: Example, tokenizer: Tokenizer) -> Iterator[_Piece]:
+def _decode_pieces(example: Example, tokenizer: Tokenizer) -> Iterator[_Piece]:
     decoder = StreamDecoder(tokenizer)
-    for i, loss_mask in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
+    for i, learned in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
         if tokenizer.is_special(i):
-            yield _Piece(tokenizer.token(i), loss_mask, special=True)
+            yield _Piece(tokenizer.token(i), learned, special=True)
         elif text := decoder.feed(i):
-            yield _Piece(_visible(text), loss_mask, special=False)
+            yield _Piece(_make_visible(text), learned, special=False)
     if text := decoder.flush():
-        yield _Piece(_visible(text), loss_mask, special=False)
+        yield _Piece(_make_visible(text), learned, special=False)
 
 
-def _visible(text: str) -> str:
-    """With line ends marked, and what would move the cursor or colour the terminal written out."""
+def _make_visible(text: str) -> str:
+    """Return the text with line ends marked by "↵", and control characters written as escapes."""
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
     return text.replace("\n", "↵\n")

@@ -1,14 +1,15 @@
-"""Several short examples in one row: no token is spent on padding, and no example sees another.
+"""Packing: several short examples in one row. No token is spent on padding, no example sees another.
 
 Rows are filled by best fit decreasing (Johnson 1974; for language models Ding et al. 2024, arXiv:2404.10830):
-the longest example first, each into the fullest row that has room for it, or into a new one. Nothing is cut.
-It takes at most 11/9 of the fewest rows (and one more); where examples are much shorter than a row, nearly
-every one is full.
+the longest example first, each into the fullest row that has room for it, or into a new row. No example is
+cut. The number of rows is at most 11/9 of the minimum, plus one. If examples are much shorter than a row,
+nearly every row is full.
 
-What is packed learns exactly what it learns alone: `document_ids` keep attention inside each example,
-positions restart with each one, and the first token of each is no label. How many rows there are depends on
-the lengths alone. The seed chooses among examples of one length which of them meet; that is done once for a
-training, and the order of the rows is each epoch's own.
+A packed example has the loss and the gradients that it has alone: `document_ids` restrict attention to the
+example itself, positions restart with every example, and the first token of an example is never a label.
+
+The number of rows depends only on the lengths. Among examples of equal length, the seed chooses which of them
+share a row. Rows are packed once per training; their order is drawn anew for every epoch.
 """
 
 from bisect import bisect_left, insort
@@ -22,31 +23,26 @@ from minilora.data.examples import Dataset, Example
 
 
 def pack(dataset: Dataset, capacity: int, seed: int) -> Dataset:
-    """The same examples in rows of at most `capacity` tokens, of which no example has more."""
+    """Return the same examples in rows of at most `capacity` tokens. No example may be longer."""
     examples = dataset.examples
-    packed = [
-        _join([examples[i] for i in group])
-        for group in best_fit([len(e.input_ids) for e in examples], capacity, seed)
-    ]
-    return replace(dataset, examples=packed)
+    groups = best_fit([len(e.input_ids) for e in examples], capacity, seed)
+    return replace(dataset, examples=[_join([examples[i] for i in group]) for group in groups])
 
 
 def best_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Indices in groups, the lengths of none of which add up to more than `capacity`."""
+    """Return the indices of `lengths` in groups; the lengths of each group sum to at most `capacity`."""
     assert max(lengths, default=0) <= capacity, "an example is longer than a row"
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(lengths)).tolist()
     groups: list[list[int]] = []
-    groups_with: dict[int, list[int]] = defaultdict(
-        list
-    )  # room left -> the groups that have exactly this much
-    rooms: list[int] = []  # the keys of groups_with, in order
+    groups_with: dict[int, list[int]] = defaultdict(list)  # room left in a group -> indices of such groups
+    rooms: list[int] = []  # the keys of groups_with, sorted: at most `capacity`, for a binary search
     for i in sorted(order, key=lambda i: -lengths[i]):
-        place = bisect_left(rooms, lengths[i])
-        if place < len(rooms):
-            room = rooms[place]
+        fitting = bisect_left(rooms, lengths[i])
+        if fitting < len(rooms):
+            room = rooms[fitting]  # the smallest that is enough: the fullest group
             group = groups_with[room].pop()
             if not groups_with[room]:
-                del rooms[place], groups_with[room]
+                del rooms[fitting], groups_with[room]
         else:
             room, group = capacity, len(groups)
             groups.append([])

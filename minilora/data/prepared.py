@@ -1,16 +1,15 @@
-"""Tokens that lie ready: what `scripts/prepare.py` encoded once, so that no training, resume or rank has to
-do it again.
+"""Prepared tokens: `scripts/prepare.py` encodes rows once, for every training, resumed run and rank.
 
     prepared/train.jsonl         rows, as `read_rows` reads them
     prepared/train.safetensors   their tokens
         input_ids        int32 (N,), of all examples one after the other
         loss_mask        bool (N,)
-        lengths          int32, of every example; their sum is N
-        uncut_lengths    int32, of every example before it was cut
+        lengths          int32 (examples,); their sum is N
+        uncut_lengths    int32 (examples,), before each example was cut at cutoff_len
 
-Nobody has to say which tokens belong to which rows: tokens are used if they carry the key of what is asked
-for, a fingerprint of rows, tokenizer, template and settings. After any change to one of these there are
-simply none, and rows are encoded as ever.
+Tokens carry a key: a hash of rows, tokenizer, template and settings. They are used only if their key is the
+expected one. After a change to any of these the key differs, and the rows are encoded as usual. So stale
+tokens cannot be used by mistake, and no user has to track which tokens belong to which rows.
 """
 
 import json
@@ -23,30 +22,32 @@ from safetensors.numpy import save
 
 from minilora.data.chat import ChatTemplate
 from minilora.data.examples import Dataset, Example
-from minilora.data.rows import Row, record_of
+from minilora.data.rows import Row, to_record
 from minilora.data.tokenizer import Tokenizer
 from minilora.system.files import fingerprint, write_whole
 
-_FORMAT = "minilora tokens 2"  # to be raised whenever the same rows would give other tokens
+_FORMAT = "minilora tokens 2"  # to be raised whenever the same rows would get other tokens
 
 
 def tokens_file(rows_file: str | Path) -> Path:
-    """Where the tokens of a file of rows lie."""
+    """Return the path of the tokens of a file of rows."""
     return Path(rows_file).with_suffix(".safetensors")
 
 
 def tokens_key(
     rows: Sequence[Row], tokenizer: Tokenizer, template: ChatTemplate | None, settings: dict[str, object]
 ) -> str:
-    """What tokens depend on, in twelve digits. `settings`: the other arguments of
-    `minilora.data.examples.tokenize`.
+    """Return a hash, twelve digits, of everything that tokens depend on.
+
+    `settings` are the other arguments of `minilora.data.examples.tokenize`.
     """
-    wording = [_FORMAT, tokenizer.fingerprint(), template and template.source, sorted(settings.items())]
-    return fingerprint(json.dumps(part, sort_keys=True).encode() for part in (wording, *map(record_of, rows)))
+    encoding = [_FORMAT, tokenizer.fingerprint(), template and template.source, sorted(settings.items())]
+    parts = [encoding, *map(to_record, rows)]
+    return fingerprint(json.dumps(part, sort_keys=True).encode() for part in parts)
 
 
 def save_tokens(path: Path, dataset: Dataset, key: str) -> None:
-    """Write the tokens of a set that is not packed. `key`: that of its rows."""
+    """Write the tokens of a dataset that is not packed, with the key of its rows."""
     tensors = {
         "input_ids": np.concatenate([e.input_ids for e in dataset.examples]),
         "loss_mask": np.concatenate([e.loss_mask for e in dataset.examples]),
@@ -57,13 +58,13 @@ def save_tokens(path: Path, dataset: Dataset, key: str) -> None:
 
 
 def load_tokens(path: Path, rows: list[Row], key: str) -> Dataset | None:
-    """What `save_tokens` was given; None if there are no tokens of this key."""
+    """Return the dataset that `save_tokens` wrote, or None if the file does not hold tokens of this key."""
     try:
         with safe_open(path, framework="np") as file:
             if (file.metadata() or {}).get("key") != key:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError):  # missing, or not written by us
+    except (OSError, SafetensorError):  # no such file, or a file that minilora did not write
         return None
     ends = np.cumsum(tensors["lengths"])[:-1]
     parts = zip(np.split(tensors["input_ids"], ends), np.split(tensors["loss_mask"], ends), strict=True)

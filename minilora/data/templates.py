@@ -1,16 +1,20 @@
-r"""The usual chat templates by name, in Jinja, the language that tokenizers carry theirs in.
+r"""The usual chat templates by name, written in Jinja, the language of the templates in tokenizers.
 
-    alpaca     Below is an instruction ... ### Instruction:\n...\n\n### Response:\n     (github.com/tatsu-lab/stanford_alpaca)
+    alpaca     Below is an instruction ... ### Instruction:\n...\n\n### Response:\n
+               (github.com/tatsu-lab/stanford_alpaca)
     llama2     <s>[INST] <<SYS>>\n...\n<</SYS>>\n\n... [/INST] ... </s>
     llama3     <|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n...<|eot_id|>
-    mistral    <s>[INST] ... [/INST] ...</s>; without most of the spaces where [INST] is a token (tokenizer v3)
+    mistral    <s>[INST] ... [/INST] ...</s>; fewer spaces where [INST] is a token (tokenizer v3)
     chatml     <|im_start|>user\n...<|im_end|>\n
-    qwen3      chatml, with <think> ... </think> before the answer to the last question, and cut out of those before
-    plain      one message after the other, and an end token after each answer
+    qwen3      chatml; the last answer begins with <think> ... </think>, which is cut out of older answers
+    plain      one message after the other, and an end token behind each answer
 
-What stands between {% generation %} and {% endgeneration %} is what the assistant writes: its words and its
-end token. A variable beside those that every chat template has: `space`, which is "" where the tokenizer
-itself puts sentencepiece's "▁" in front of what follows a special token, and " " where the template has to.
+{% generation %} ... {% endgeneration %} surround the text of the assistant: its answer and the end token. All
+other tags and variables are those of transformers, except `space`: "" if the tokenizer itself puts
+sentencepiece's "▁" in front of a text behind a special token, and " " if the template has to.
+
+The source of a template is saved with an adapter and is part of the key of prepared tokens, so even a line
+break in it is a change.
 """
 
 _ALTERNATING = r"""
@@ -21,7 +25,7 @@ _ALTERNATING = r"""
         {{- raise_exception('roles must alternate: user, assistant, user, ...; message ' ~ loop.index ~ ' is of ' ~ message.role) }}
     {%- endif %}
 {%- endfor %}
-"""
+"""  # noqa: E501
 
 _ALPACA = r"""
 {{- bos_token }}
@@ -44,7 +48,7 @@ _ALPACA = r"""
         {{- '### Instruction:\n' + message.content + '\n\n### Response:\n' }}
     {%- endif %}
 {%- endfor %}
-"""
+"""  # noqa: E501
 
 _LLAMA2 = r"""
 {%- for message in turns %}
@@ -55,7 +59,7 @@ _LLAMA2 = r"""
         {{- bos_token + space + '[INST] ' + (prefix + message.content) | trim + ' [/INST]' }}
     {%- endif %}
 {%- endfor %}
-"""
+"""  # noqa: E501
 
 _LLAMA3 = r"""
 {{- bos_token }}
@@ -81,7 +85,7 @@ _MISTRAL_V1 = r"""
         {{- space + '[INST] ' + (system + '\n\n' if system and loop.first else '') + message.content + ' [/INST]' }}
     {%- endif %}
 {%- endfor %}
-"""
+"""  # noqa: E501
 
 _MISTRAL_V3 = r"""
 {{- bos_token }}
@@ -141,7 +145,7 @@ _QWEN3 = r"""
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
-"""
+"""  # noqa: E501
 
 _PLAIN = r"""
 {{- bos_token }}

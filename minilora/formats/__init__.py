@@ -1,8 +1,12 @@
 """Files that other programs read and write, each exactly as they do. Read in this order:
 
 config_json.py       config.json <-> ModelConfig: every field is honoured, harmless or refused
-weights.py           safetensors <-> model, tensor by tensor; bnb.py: bitsandbytes' 4-bit entries
-adapter.py           PEFT's adapter files; adapter_header.py: what one holds, from its header alone
+bnb.py               a 4-bit weight <-> its entries in bitsandbytes' state dict
+weights.py           safetensors <-> model, tensor by tensor
+peft_format.py       PEFT's names: files, configuration keys, tensor keys, initialisations
+adapter.py           PEFT's adapter files <-> the adapter on a model
+adapter_header.py    an adapter's configuration, names and shapes, without its numbers
 lint.py              does an adapter load in PEFT, vLLM, SGLang?
-gguf.py              one file for llama.cpp; gguf_vocabulary.py: its tokenizer
+gguf_vocabulary.py   a tokenizer in llama.cpp's terms
+gguf.py              a model as one file for llama.cpp
 """

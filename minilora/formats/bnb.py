@@ -1,13 +1,17 @@
-"""4-bit weights as bitsandbytes keeps them in a state dict, to the byte: such checkpoints go both ways.
+"""4-bit weights in bitsandbytes' format, to the byte: checkpoints go both ways.
 
-weight                                    uint8 (ceil(n / 2), 1)    two symbols a byte
-weight.absmax                             a scale a block: float32, or uint8 where scales are quantized too
-weight.quant_map                          float32 (16,)             the codebook
-weight.nested_absmax, .nested_quant_map   float32                   only where scales are quantized too
-weight.quant_state.bitsandbytes__nf4      uint8                     a JSON object: shape, dtype, block sizes, offset
+A state dict holds several entries for one weight:
+
+    weight                                    uint8 (ceil(n / 2), 1)   two symbols a byte
+    weight.absmax                             float32, one scale a block; uint8 where scales are quantized too
+    weight.quant_map                          float32 (16,)            the codebook
+    weight.nested_absmax, .nested_quant_map   float32                  only where scales are quantized too
+    weight.quant_state.bitsandbytes__nf4      uint8                    JSON: shape, dtype, block sizes, offset
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,129 +27,163 @@ from minilora.quantization import (
 )
 from minilora.system.errors import UserError, summarize
 
-_STATE_KEY = "quant_state.bitsandbytes__"  # + quant_type
+_STATE_KEY = ".quant_state.bitsandbytes__"  # between the weight's name and the quant_type
+_NESTED = (".nested_absmax", ".nested_quant_map")
 
 
 def to_bitsandbytes(q: QuantizedTensor, name: str = "weight") -> dict[str, Tensor]:
-    """The entries of a state dict that bitsandbytes writes for a Linear4bit's weight called `name`, to the
-    byte.
-    """
-    state = {
+    """The entries that bitsandbytes writes for a Linear4bit's weight called `name`, to the byte."""
+    state = {  # in bitsandbytes' order
         "quant_type": q.quant_type,
         "blocksize": q.blocksize,
-    }  # in the order in which bitsandbytes writes them
-    state |= {"dtype": str(q.dtype).removeprefix("torch."), "shape": list(q.shape)}
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "shape": list(q.shape),
+    }
     entries = {
-        "": q.packed.view(-1, 1),
-        ".absmax": q.absmax,
-        ".quant_map": four_bit_code(q.quant_type, q.packed.device).clone(),
+        name: q.packed.view(-1, 1),
+        f"{name}.absmax": q.absmax,
+        f"{name}.quant_map": four_bit_code(q.quant_type, q.packed.device).clone(),
     }
     if q.nested_absmax is not None:
-        entries[".nested_absmax"] = q.nested_absmax
-        entries[".nested_quant_map"] = dynamic_code(True, q.packed.device).clone()
-        state |= {
-            "nested_blocksize": NESTED_BLOCK_SIZE,
-            "nested_dtype": "float32",
-            "nested_offset": q.offset.item(),
-        }
-    packed_state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
-    return {name + suffix: t for suffix, t in entries.items()} | {
-        f"{name}.{_STATE_KEY}{q.quant_type}": packed_state
-    }
+        entries[f"{name}.nested_absmax"] = q.nested_absmax
+        entries[f"{name}.nested_quant_map"] = dynamic_code(True, q.packed.device).clone()
+        state["nested_blocksize"] = NESTED_BLOCK_SIZE
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = q.offset.item()
+    text = json.dumps(state).encode()
+    entries[f"{name}{_STATE_KEY}{q.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+    return entries
+
+
+def group_entries(names: Iterable[str]) -> dict[str, list[str]]:
+    """Name of each weight in 4 bits -> the names of its entries, its own among them, in the given order."""
+    names = list(names)
+    groups = {name.partition(_STATE_KEY)[0]: [] for name in names if _STATE_KEY in name}
+    for name in names:
+        layer, weight, _ = name.rpartition(".weight")
+        if layer + weight in groups:
+            groups[layer + weight].append(name)
+    return groups
 
 
 def from_bitsandbytes(entries: dict[str, Tensor], name: str = "weight") -> QuantizedTensor:
     """The tensor that bitsandbytes stored as `name`, `name.absmax`, ...; other entries are ignored.
 
-    Codebooks that differ from ours by rounding only, as other versions' do, are taken for ours. Raises
-    UserError, with the problems by name, if entries are missing, truncated, or contradict one another.
+    Other versions' codebooks may differ from ours by rounding; ours replace them. Raises UserError, with the
+    problems by name, if entries are missing, truncated, or contradict one another.
     """
-    state_keys = [key for key in entries if key.startswith(f"{name}.{_STATE_KEY}")]
-    if len(state_keys) != 1:
-        raise UserError(
-            f"{name} needs exactly one entry {name}.{_STATE_KEY}nf4 or ...fp4; found {', '.join(state_keys) or 'none'}"
-        )
-    key = state_keys[0]
-    state = _read_state(entries[key], key)
-    nested = "nested_blocksize" in state
-    wanted = ["", ".absmax", ".quant_map"] + [".nested_absmax", ".nested_quant_map"] * nested
-    if missing := [name + suffix for suffix in wanted if name + suffix not in entries]:
-        raise UserError(f"{name} is incomplete: {key} is there, but not {', '.join(missing)}")
-
-    n = torch.Size(state["shape"]).numel()
-    blocks = -(-n // state["blocksize"])
-    packed = entries[name]
-    expected = {  # suffix -> (elements, dtype)
-        ".absmax": (blocks, torch.uint8 if nested else torch.float32),
-        ".quant_map": (16, torch.float32),
-        ".nested_absmax": (-(-blocks // NESTED_BLOCK_SIZE), torch.float32),
-        ".nested_quant_map": (256, torch.float32),
-    }
-    problems = []  # `packed` may be called bfloat16, say, so that others can shard it: bytes they are
-    if packed.dtype not in (torch.uint8, *FLOATS.values()) or packed.nbytes != (n + 1) // 2:
-        problems.append(
-            f"{name} has {packed.nbytes} bytes of {packed.dtype}, {n} weights need {(n + 1) // 2}"
-        )
-    for suffix in wanted[1:]:
-        t, (size, dtype) = entries[name + suffix], expected[suffix]
-        if (t.numel(), t.dtype) != (size, dtype):
-            problems.append(f"{name}{suffix} has {t.numel()} values of {t.dtype}, not {size} of {dtype}")
-        elif suffix.endswith("quant_map"):
-            code = dynamic_code() if "nested" in suffix else four_bit_code(state["quant_type"])
-            if not torch.allclose(t.cpu(), code, rtol=0, atol=1e-6):
-                problems.append(
-                    f"{name}{suffix} is not the {'dynamic' if 'nested' in suffix else state['quant_type']} code"
-                )
-        elif t.is_floating_point() and not t.isfinite().all():
-            problems.append(f"{name}{suffix} holds infinities or NaN")
-    if not nested and (
-        stray := [name + s for s in (".nested_absmax", ".nested_quant_map") if name + s in entries]
-    ):
-        problems.append(f"{', '.join(stray)} are there, but {key} names no nested_blocksize")
-    if problems:
+    state = _find_state(entries, name)
+    if problems := _packed_problems(entries[name], name, state) + _table_problems(entries, name, state):
         raise UserError(f"{name} cannot be read: {summarize(problems)}")
+    packed, nested_absmax, offset = entries[name], None, None
+    if state.offset is not None:
+        nested_absmax = entries[f"{name}.nested_absmax"].reshape(-1)
+        offset = torch.tensor(state.offset, dtype=torch.float32, device=packed.device)
     return QuantizedTensor(
         packed=packed.contiguous().view(-1).view(torch.uint8),
         absmax=entries[f"{name}.absmax"].reshape(-1),
-        shape=torch.Size(state["shape"]),
-        dtype=FLOATS[state["dtype"]],
-        quant_type=state["quant_type"],
-        blocksize=state["blocksize"],
-        nested_absmax=entries[f"{name}.nested_absmax"].reshape(-1) if nested else None,
-        offset=torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
-        if nested
-        else None,
+        shape=state.shape,
+        dtype=state.dtype,
+        quant_type=state.quant_type,
+        blocksize=state.blocksize,
+        nested_absmax=nested_absmax,
+        offset=offset,
     )
 
 
-def _read_state(packed: Tensor, key: str) -> dict:
+@dataclass(frozen=True)
+class _State:
+    """The checked contents of a quant_state entry."""
+
+    key: str  # the entry's own name
+    quant_type: str
+    blocksize: int
+    dtype: torch.dtype
+    shape: torch.Size
+    offset: float | None  # None: scales are not quantized
+
+
+def _find_state(entries: dict[str, Tensor], name: str) -> _State:
+    """The state of the weight called `name`. Raises UserError if it is wrong, or another entry is missing."""
+    keys = [key for key in entries if key.startswith(name + _STATE_KEY)]
+    if len(keys) != 1:
+        raise UserError(
+            f"{name} needs exactly one entry {name}{_STATE_KEY}nf4 or ...fp4; "
+            f"it has {', '.join(keys) or 'none'}"
+        )
+    state = _parse_state(entries[keys[0]], keys[0])
+    suffixes = ("", ".absmax", ".quant_map", *(_NESTED if state.offset is not None else ()))
+    if missing := [name + suffix for suffix in suffixes if name + suffix not in entries]:
+        raise UserError(f"{name} is incomplete: {state.key} is there, but not {', '.join(missing)}")
+    return state
+
+
+def _parse_state(packed: Tensor, key: str) -> _State:
     """The JSON object of a quant_state entry, with every value checked. Raises UserError."""
     try:
-        state = json.loads(bytes(packed.cpu().view(-1).tolist()))
-        if not isinstance(state, dict):
+        raw = json.loads(bytes(packed.cpu().view(-1).tolist()))
+        if not isinstance(raw, dict):
             raise ValueError("it is no object")
     except (ValueError, TypeError, RecursionError) as error:  # truncated, not UTF-8, not JSON, not bytes
         raise UserError(f"{key} is truncated or corrupt: {error}; download again") from error
-
-    def is_size(x) -> bool:
-        return isinstance(x, int) and not isinstance(x, bool) and x > 0
-
+    quant_type, blocksize, dtype, shape = map(raw.get, ("quant_type", "blocksize", "dtype", "shape"))
     checks = {
-        "quant_type": lambda x: x == key.rpartition("__")[2] and x in QUANT_TYPES,
-        "blocksize": lambda x: is_size(x) and x in BLOCK_SIZES,
-        "dtype": lambda x: x in list(FLOATS),
-        "shape": lambda x: isinstance(x, list) and all(map(is_size, x)),
+        "quant_type": quant_type == key.rpartition("__")[2] and quant_type in QUANT_TYPES,
+        "blocksize": _is_size(blocksize) and blocksize in BLOCK_SIZES,
+        "dtype": dtype in list(FLOATS),
+        "shape": isinstance(shape, list) and all(map(_is_size, shape)),
     }
-    if any(name.startswith("nested_") for name in state):
-        checks |= {
-            "nested_blocksize": lambda x: x == NESTED_BLOCK_SIZE,
-            "nested_dtype": lambda x: x == "float32",
-            "nested_offset": lambda x: (
-                isinstance(x, (int, float)) and abs(x) <= torch.finfo(torch.float32).max
-            ),
-        }
-    if problems := [
-        f"{name} = {state.get(name)!r}" for name, fits in checks.items() if not fits(state.get(name))
-    ]:
+    offset = raw.get("nested_offset")
+    nested = any(field.startswith("nested_") for field in raw)
+    if nested:
+        largest = torch.finfo(torch.float32).max
+        checks["nested_blocksize"] = raw.get("nested_blocksize") == NESTED_BLOCK_SIZE
+        checks["nested_dtype"] = raw.get("nested_dtype") == "float32"
+        checks["nested_offset"] = isinstance(offset, (int, float)) and abs(offset) <= largest
+    if problems := [f"{field} = {raw.get(field)!r}" for field, fits in checks.items() if not fits]:
         raise UserError(f"{key} cannot be honoured: {summarize(problems)}")
-    return state
+    return _State(key, quant_type, blocksize, FLOATS[dtype], torch.Size(shape), offset if nested else None)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _packed_problems(packed: Tensor, name: str, state: _State) -> list[str]:
+    """A sentence if the packed symbols are not as many as the shape asks for."""
+    weights = state.shape.numel()
+    needed = (weights + 1) // 2
+    # Some programs relabel the bytes as bfloat16, say, so that they can shard them.
+    if packed.dtype in (torch.uint8, *FLOATS.values()) and packed.nbytes == needed:
+        return []
+    return [f"{name} has {packed.nbytes} bytes of {packed.dtype}, {weights} weights need {needed}"]
+
+
+def _table_problems(entries: dict[str, Tensor], name: str, state: _State) -> list[str]:
+    """One sentence for each entry of scales or codes that contradicts the state."""
+    nested = state.offset is not None
+    blocks = -(-state.shape.numel() // state.blocksize)
+    expected = {  # suffix -> (elements, dtype, codebook)
+        ".absmax": (blocks, torch.uint8 if nested else torch.float32, None),
+        ".quant_map": (16, torch.float32, state.quant_type),
+    }
+    if nested:
+        expected[".nested_absmax"] = (-(-blocks // NESTED_BLOCK_SIZE), torch.float32, None)
+        expected[".nested_quant_map"] = (256, torch.float32, "dynamic")
+    problems = []
+    for suffix, (size, dtype, codebook) in expected.items():
+        table = entries[name + suffix]
+        if (table.numel(), table.dtype) != (size, dtype):
+            problems.append(
+                f"{name}{suffix} has {table.numel()} values of {table.dtype}, not {size} of {dtype}"
+            )
+        elif codebook is not None:
+            code = dynamic_code() if codebook == "dynamic" else four_bit_code(codebook)
+            if not torch.allclose(table.cpu(), code, rtol=0, atol=1e-6):
+                problems.append(f"{name}{suffix} is not the {codebook} code")
+        elif table.is_floating_point() and not table.isfinite().all():
+            problems.append(f"{name}{suffix} holds infinities or NaN")
+    stray = [name + suffix for suffix in _NESTED if name + suffix in entries]
+    if stray and not nested:
+        problems.append(f"{', '.join(stray)} are there, but {state.key} names no nested_blocksize")
+    return problems

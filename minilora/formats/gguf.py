@@ -1,30 +1,29 @@
-"""A model as one GGUF file, which llama.cpp and what is built on it (Ollama, LM Studio, ...) run.
+"""A model as one GGUF file, for llama.cpp and the programs built on it (Ollama, LM Studio, ...).
 
-The file is a header of typed keys and values, a table of tensors, and their bytes; the `gguf` package lays it
-out. What the model means must be said in llama.cpp's terms:
+The file is a header of typed keys and values, a table of tensors, and their bytes. The `gguf` package lays it
+out. This file translates the model into llama.cpp's terms:
 
     names      model.layers.0.self_attn.q_proj.weight  ->  blk.0.attn_q.weight
-    matrices   f16, or q8_0: for every 32 weights of a row d = max |w| / 127 in float16 and round(w / d) in int8, 8.5 bits a
-               weight. Rows that are no multiple of 32 stay f16
+    matrices   f16, or q8_0: for every 32 weights of a row d = max |w| / 127 in float16 and round(w / d) in
+               int8, 8.5 bits a weight. A matrix whose rows are no multiple of 32 long stays f16.
     vectors    norms and biases, always float32
-    q and k    of the architecture `llama`, which is Llama's and Mistral's. RoPE turns pairs of dimensions of each head: in Hugging
-               Face's files, as here, (i, i + K/2); in llama.cpp's `llama` (2i, 2i + 1). So the rows of every
-               head are dealt out in turn from its two halves, and scores of queries with keys, which are both
-               reordered alike, stay as they are. Its `qwen2` and `qwen3` turn the pairs (i, i + K/2), and
-               nothing is moved
+    q and k    RoPE turns pairs of dimensions of each head. Hugging Face, and minilora, pair (i, i + K/2).
+               llama.cpp's architecture `llama`, which is Llama's and Mistral's, pairs (2i, 2i + 1). So the
+               rows of every head are taken in turn from its two halves. Queries and keys are reordered
+               alike, so their scores do not change. `qwen2` and `qwen3` pair (i, i + K/2): no row moves.
     RoPE       linear: a factor. llama3: rope_freqs.weight (K/2,), by which llama.cpp divides every frequency
     tied head  not written: llama.cpp takes the embedding
 
-One tensor passes at a time, and the file appears whole or not at all. What llama.cpp cannot express (biases
-that its code does not add, say) is refused by name; what it does otherwise is returned in sentences, for the
-caller to print.
+Memory holds one tensor at a time, and the file appears complete or not at all. A model that llama.cpp cannot
+express is refused by name: llama.cpp's code does not add some biases, for example. Differences that remain
+are returned as sentences, for the caller to print.
 """
 
 import math
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +40,25 @@ from minilora.system.errors import UserError
 
 try:
     import gguf
+    from gguf import GGMLQuantizationType as Type
 except ImportError as error:
     raise UserError(
         "a .gguf file is written with the gguf package, which is not installed: pip install gguf"
     ) from error
 
-OUTTYPES = ("f16", "q8_0")
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_ROWS = 4096  # of a matrix are converted at a time
+_ROWS = 4096  # rows of a matrix that are converted at a time
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file, before it is read."""
+
+    shape: tuple[int, ...]
+    type: Type
+    source: str | None  # Hugging Face's name; None: `values` holds the tensor
+    heads: int | None = None  # the rows of so many heads are reordered
+    values: Tensor | None = None
 
 
 def write_gguf(
@@ -59,59 +69,42 @@ def write_gguf(
     read: Callable[[str], Tensor],
     outtype: str = "f16",
 ) -> list[str]:
-    """Write a model as a GGUF file. Returns what llama.cpp will do otherwise than the model was trained, a
-    sentence each.
+    """Write a model as a GGUF file. Returns one sentence for each difference in llama.cpp.
 
-    directory: where its tokenizer lies. shapes: of all its tensors, by Hugging Face's names. read: one of
-    them, by its name. Raises UserError, before the first tensor is read, for a model or a tokenizer that
-    llama.cpp has no form for.
+    directory: holds the tokenizer. shapes: of all tensors, by Hugging Face's names. read: returns a tensor by
+    its name. Raises UserError, before the first tensor is read, for a model or a tokenizer that llama.cpp has
+    no form for.
     """
     architecture = _ARCHITECTURES[config.model_type]
     _refuse_inexpressible(config, architecture)
     tokenizer, vocabulary = load_tokenizer(directory), read_vocabulary(directory, config.vocab_size)
-    tensors = _tensors(architecture, config, shapes, read, outtype)
+    entries = _entries(architecture, config, shapes, outtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(part, architecture)
     try:
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(path.stem)
-        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{outtype.upper()}"])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_model(writer, config, architecture)
+        _add_file(writer, path.stem, outtype)
+        _add_model(writer, config)
         _add_vocabulary(writer, vocabulary, tokenizer, config)
         if tokenizer.chat_template is not None:
             writer.add_chat_template(tokenizer.chat_template)
-        for name, (shape, kind, _) in tensors.items():
-            per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            writer.add_tensor_info(
-                name, shape, None, math.prod(shape) // per_block * block_bytes, raw_dtype=kind
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, (_, kind, get) in tqdm(tensors.items(), unit=" tensors", leave=False, disable=None):
-            writer.write_tensor_data(_converted(get(), kind, name))
+        _write_tensors(writer, entries, read)
         writer.close()
         os.replace(part, path)
     except OSError as error:
-        if error.errno is not None:
-            error.filename, error.filename2 = str(path), None
-            raise
-        raise UserError(
-            f"{path} cannot be written: {error}; is the disk full?"
-        ) from error  # numpy forgets the reason
+        if error.errno is None:  # numpy's own message, which forgets the reason
+            raise UserError(f"{path} cannot be written: {error}; is the disk full?") from error
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        with suppress(OSError):  # what is buffered still finds the disk as full
+        with suppress(OSError):  # Buffered bytes meet the same full disk again.
             writer.close()
         part.unlink(missing_ok=True)
-    return _differences(config, vocabulary, tensors, outtype)
+    return _differences(config, vocabulary, entries, outtype)
 
 
 def _refuse_inexpressible(config: ModelConfig, architecture: str) -> None:
-    """llama.cpp's code for an architecture is fixed: what a file asks for beyond it does not load, or is not
-    done.
-    """
+    """Raise UserError for a model that needs more than llama.cpp's code for its architecture computes."""
     heads, size, width = config.num_attention_heads, config.head_dim, config.hidden_size
     problem = None
     if architecture != "llama" and (config.o_bias or config.mlp_bias):
@@ -122,70 +115,89 @@ def _refuse_inexpressible(config: ModelConfig, architecture: str) -> None:
         problem = f"{heads} heads of size {size} that do not add up to hidden_size {width}"
     if problem:
         raise UserError(
-            f"llama.cpp's {architecture} has no {problem}: this model cannot be a .gguf file; write a directory"
+            f"llama.cpp's {architecture} has no {problem}: "
+            "this model cannot be a .gguf file; write a directory"
         )
 
 
-def _tensors(
-    architecture: str, config: ModelConfig, shapes: dict, read: Callable, outtype: str
-) -> dict[str, tuple]:
-    """GGUF's name -> (shape, type, how to get it), of all tensors of the file."""
+# ---- the tensors ----
+
+
+def _entries(
+    architecture: str, config: ModelConfig, shapes: dict[str, tuple[int, ...]], outtype: str
+) -> dict[str, _Entry]:
+    """llama.cpp's name -> entry, of all tensors of the file."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
-    kinds = gguf.GGMLQuantizationType
-    heads = (
-        {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        if architecture == "llama"
-        else {}
-    )
-    tensors = {}
+    reordered = {}
+    if architecture == "llama":
+        reordered = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    entries = {}
     if config.rope.rope_type == "llama3":
         unstretched = rope_frequencies(replace(config.rope, rope_type="default"), config.head_dim)
         divisors = unstretched / rope_frequencies(config.rope, config.head_dim)  # (K/2,)
-        tensors["rope_freqs.weight"] = (tuple(divisors.shape), kinds.F32, lambda: divisors)
-    for name, shape in shapes.items():
-        matrix = (
-            kinds.Q8_0
-            if outtype == "q8_0" and shape[-1] % gguf.GGML_QUANT_SIZES[kinds.Q8_0][0] == 0
-            else kinds.F16
-        )
-        count = heads.get(name.split(".")[-2])
+        entries["rope_freqs.weight"] = _Entry(tuple(divisors.shape), Type.F32, None, values=divisors)
+    for source, shape in shapes.items():
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        heads = reordered.get(source.split(".")[-2])
+        entries[name] = _Entry(shape, _type(shape, outtype), source, heads)
+    return entries
 
-        def get(name=name, count=count) -> Tensor:
-            return read(name) if count is None else deal_out_halves(read(name), count)
 
-        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = (
-            shape,
-            matrix if len(shape) > 1 else kinds.F32,
-            get,
-        )
-    return tensors
+def _type(shape: tuple[int, ...], outtype: str) -> Type:
+    if len(shape) == 1:
+        return Type.F32
+    whole_blocks = shape[-1] % gguf.GGML_QUANT_SIZES[Type.Q8_0][0] == 0
+    return Type.Q8_0 if outtype == "q8_0" and whole_blocks else Type.F16
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter, entries: dict[str, _Entry], read: Callable[[str], Tensor]
+) -> None:
+    """Write the header and the table of tensors, then the tensors one at a time."""
+    for name, entry in entries.items():
+        per_block, block_bytes = gguf.GGML_QUANT_SIZES[entry.type]
+        size = math.prod(entry.shape) // per_block * block_bytes
+        writer.add_tensor_info(name, entry.shape, None, size, raw_dtype=entry.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, entry in tqdm(entries.items(), unit=" tensors", leave=False, disable=None):
+        tensor = read(entry.source) if entry.values is None else entry.values
+        if entry.heads is not None:
+            tensor = deal_out_halves(tensor, entry.heads)
+        writer.write_tensor_data(_converted(tensor, entry.type, name))
 
 
 def deal_out_halves(weight: Tensor, heads: int) -> Tensor:
-    """(heads * K, ...) with the rows of every head reordered from 0, 1, ..., K - 1 to 0, K/2, 1, K/2 + 1,
-    ..., K/2 - 1, K - 1.
-    """
+    """(heads * K, ...) with the rows of every head in the order 0, K/2, 1, K/2 + 1, ..., K/2 - 1, K - 1."""
     halves = weight.unflatten(0, (heads, 2, -1))  # (heads, 2, K/2, ...)
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _converted(tensor: Tensor, kind: gguf.GGMLQuantizationType, name: str) -> np.ndarray:
-    """A tensor as it lies in the file."""
-    if kind == gguf.GGMLQuantizationType.F32:
+def _converted(tensor: Tensor, target: Type, name: str) -> np.ndarray:
+    """A tensor's values, or its q8_0 blocks, as the file holds them."""
+    if target == Type.F32:
         return tensor.float().contiguous().numpy()
-    if kind == gguf.GGMLQuantizationType.F16:
+    if target == Type.F16:
         half = tensor.to(torch.float16)
         if not half.isfinite().all():
             raise UserError(f"{name} holds weights beyond float16's 65504: choose --outtype q8_0")
         return half.contiguous().numpy()
-    blocks = [
-        torch.from_numpy(gguf.quants.quantize(rows.float().contiguous().numpy(), kind))
-        for rows in tensor.split(_ROWS)
-    ]
-    return torch.cat(blocks).numpy()
+    pieces = (rows.float().contiguous().numpy() for rows in tensor.split(_ROWS))
+    return np.concatenate([gguf.quants.quantize(rows, target) for rows in pieces])
 
 
-def _add_model(writer: gguf.GGUFWriter, config: ModelConfig, architecture: str) -> None:
+# ---- the header ----
+
+
+def _add_file(writer: gguf.GGUFWriter, name: str, outtype: str) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{outtype.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_model(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     """The shape of the model, under keys that begin with its architecture."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context_length(config))
@@ -205,62 +217,59 @@ def _add_model(writer: gguf.GGUFWriter, config: ModelConfig, architecture: str) 
 
 
 def _context_length(config: ModelConfig) -> int:
-    """As far as llama.cpp, which has no sliding window for these architectures, computes what the model was
-    trained to.
-    """
-    return min(
-        [config.max_position_embeddings, *(window for window in config.layer_windows if window is not None)]
-    )
+    """The tokens up to which llama.cpp is exact: it has no sliding window for these architectures."""
+    windows = [window for window in config.layer_windows if window is not None]
+    return min([config.max_position_embeddings, *windows])
 
 
 def _add_vocabulary(
     writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer: Tokenizer, config: ModelConfig
 ) -> None:
-    ends = [
-        i
-        for i in dict.fromkeys((answer_end(tokenizer), *config.eos_token_ids))
-        if i not in (None, tokenizer.eos_id)
-    ]
+    """The tokens, their types and scores or merges, and the ids of the tokens with a role."""
+    ends = dict.fromkeys((answer_end(tokenizer), *config.eos_token_ids))  # a set in order
+    ends = [i for i in ends if i not in (None, tokenizer.eos_id)]
     special = {tokenizer.bos_id, tokenizer.eos_id, *ends}
-    writer.add_tokenizer_model(vocabulary.kind)
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types([CONTROL if i in special else kind for i, kind in enumerate(vocabulary.types)])
-    if vocabulary.kind == "llama":
+    writer.add_token_types([CONTROL if i in special else t for i, t in enumerate(vocabulary.types)])
+    if vocabulary.model == "llama":
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(vocabulary.space_prefix)
     else:
         writer.add_token_merges(vocabulary.merges)
-    ids = {
+    roles = {
         "bos": tokenizer.bos_id,
         "eos": tokenizer.eos_id,
         "eot": next(iter(ends), None),
         "unk": vocabulary.unknown_id,
+        "pad": tokenizer.pad_id,
     }
-    for role, i in (ids | {"pad": tokenizer.pad_id}).items():
+    for role, i in roles.items():
         if i is not None:
             getattr(writer, f"add_{role}_token_id")(i)
     writer.add_add_bos_token(tokenizer.encode("") == [tokenizer.bos_id])
     writer.add_add_eos_token(False)
 
 
-def _differences(config: ModelConfig, vocabulary: Vocabulary, tensors: dict, outtype: str) -> list[str]:
-    found = []
+def _differences(
+    config: ModelConfig, vocabulary: Vocabulary, entries: dict[str, _Entry], outtype: str
+) -> list[str]:
+    """One sentence for each way in which llama.cpp will differ from the model as it was trained."""
+    differences = []
     if (context := _context_length(config)) < config.max_position_embeddings:
-        found.append(
-            f"llama.cpp has no sliding window for this model: exact up to {context} tokens, the context length written"
+        differences.append(
+            "llama.cpp has no sliding window for this model: "
+            f"exact up to {context} tokens, the context length written"
         )
     if vocabulary.normalizes:
-        found.append(
-            "this tokenizer normalizes texts first, and llama.cpp does not: unusual Unicode may become other tokens"
+        differences.append(
+            "this tokenizer normalizes texts first, and llama.cpp does not: "
+            "unusual Unicode may become other tokens"
         )
-    wide = [
-        name
-        for name, (shape, kind, _) in tensors.items()
-        if len(shape) > 1 and kind == gguf.GGMLQuantizationType.F16
-    ]
+    wide = [name for name, entry in entries.items() if entry.type == Type.F16]
     if outtype == "q8_0" and wide:
-        found.append(
+        differences.append(
             f"rows that are no multiple of 32 long stay f16: {len(wide)} matrices, {wide[0]} among them"
         )
-    return found
+    return differences

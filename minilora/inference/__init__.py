@@ -1,7 +1,7 @@
-"""A trained adapter at work. Read in this order:
+"""Text from a trained adapter, and how good it is. Read in this order:
 
-load.py          base model, adapter, tokenizer and template from an output directory
-generation.py    tokens one by one: cache, sampling, batches of different lengths
-assistant.py     conversations with settings that change in between; for scripts/chat.py
+load.py          base model, adapters, tokenizer, template and settings, found from an output directory
+generation.py    one token after another: KV cache, sampling, batches of prompts of different lengths
+assistant.py     conversations that reuse the KV cache from turn to turn; for scripts/chat.py
 evaluation.py    loss, perplexity, exact match, ROUGE, BLEU
 """

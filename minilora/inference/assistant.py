@@ -1,10 +1,10 @@
-"""A model that answers: in a conversation, piece by piece, and to many questions at once.
+"""A model that answers: turn by turn in a conversation, or many prompts at once.
 
-Every turn of a conversation is a longer prompt that begins like the one before. Its keys and values are in
-the KV cache still, so only what is new goes through the model: the end of the last answer and the question.
-Where the two prompts part, they part for good: a template may word an old answer differently from how it was
-made, and tokens behind that place saw other tokens. With 2 * layers * G * K numbers a token the copy is
-nothing beside the layers that it saves.
+Each turn's prompt begins like the one before, and the KV cache already holds the keys and values of that
+beginning. So only the new tokens go through the model: the end of the last answer and the next question. The
+cache is kept up to the first token that differs, because a template may write an old answer differently from
+how the model generated it, and later tokens have attended to the old ones. Copying 2 * layers * G * K numbers
+per token costs next to nothing compared with running the layers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +22,8 @@ from minilora.system.errors import UserError, suggestion
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How answers are drawn; see `minilora.inference.generation.generate_stream`."""
+class GenerationSettings:
+    """How answers are generated; see `minilora.inference.generation.generate_stream`."""
 
     temperature: float = 0.7  # 0: always the most likely token
     top_p: float = 0.9
@@ -37,125 +37,119 @@ class Settings:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be at least 0 and below 2^63, not {self.seed}")
 
-    def changed(self, name: str, text: str) -> "Settings":
-        """With one of them as a person typed it."""
+    def sampling(self) -> dict[str, float]:
+        """The settings that `generate_stream` calls by the same names, except the length limit."""
+        return {name: value for name, value in asdict(self).items() if name not in ("max_new_tokens", "seed")}
+
+    def updated(self, name: str, text: str) -> "GenerationSettings":
+        """A copy with one setting read from text that a user typed. Raises UserError if it is not valid."""
         if name not in (known := [field.name for field in fields(self)]):
             raise UserError(f"there is no setting {name!r}{suggestion(name, known)}")
-        kind = type(getattr(self, name))
+        number_type = type(getattr(self, name))
         try:
-            return replace(self, **{name: kind(text)})
+            value = number_type(text)
         except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{name} must be a {'whole number' if kind is int else 'number'}, not {text!r}"
-            ) from error
-
-    def sampling(self) -> dict[str, float]:
-        return {name: value for name, value in asdict(self).items() if name not in ("max_new_tokens", "seed")}
+            expected = "whole number" if number_type is int else "number"
+            raise UserError(f"{name} must be a {expected}, not {text!r}") from error
+        return replace(self, **{name: value})
 
 
 class Assistant:
-    """A model that answers, and what it keeps in mind: the keys and values of all tokens that it has seen
-    last.
-    """
+    """A model that answers, with the KV cache of the last conversation it read."""
 
     def __init__(
         self,
         model: CausalLM,
         tokenizer: Tokenizer,
-        template: ChatTemplate | None,  # None: every message is a prompt of its own
-        settings: Settings,
+        template: ChatTemplate | None,  # None: every message is a prompt on its own
+        settings: GenerationSettings,
         adapter: str | None = None,
     ):
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.ends = end_tokens(model, tokenizer, template and template.end_id)
-        self.tokens: list[int] = []  # what the cache was made from, and at most one token more
-        self.change(settings)
-        self.switch(adapter)
+        self.end_ids = end_tokens(model, tokenizer, template and template.end_id)
+        self.tokens: list[int] = []  # the tokens that the cache holds, and at most one more
+        self.change_settings(settings)
+        self.switch_adapter(adapter)
 
-    def change(self, settings: Settings) -> None:
-        """Other settings; the random numbers begin anew."""
+    def change_settings(self, settings: GenerationSettings) -> None:
+        """Use other settings from now on, and seed the random numbers again."""
         self.settings = settings
         self.generator = torch.Generator(self.model.model.norm.weight.device).manual_seed(settings.seed)
 
-    def switch(self, adapter: str | None) -> None:
-        """Answer with another adapter, or with none. Nothing of what the last one made of the conversation is
-        kept.
-        """
+    def switch_adapter(self, adapter: str | None) -> None:
+        """Answer with another adapter, or with none. The cache is dropped: the last adapter computed it."""
         set_adapter(self.model, adapter)
         self.adapter = adapter
         self.cache: KVCache | None = None
 
-    def room(self, prompt: Sequence[int]) -> int:
-        """How many tokens an answer may have."""
-        positions = self.model.config.max_position_embeddings
-        if len(prompt) >= positions:
-            raise UserError(
-                f"{len(prompt)} tokens fill the {positions} positions of the model; say less, or /clear"
-            )
-        return min(self.settings.max_new_tokens, positions - len(prompt))
-
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
-        """The answer, piece by piece."""
-        prompt = prompt_ids(messages, self.tokenizer, self.template, self.model.config.vocab_size)
-        room, decoder = self.room(prompt), StreamDecoder(self.tokenizer)
-        self.cache = carry_over(self.model, self.cache, self.tokens, prompt, room)
+        """Yield the answer to a conversation, piece by piece."""
+        prompt = encode_question(messages, self.tokenizer, self.template, self.model.config.vocab_size)
+        limit, decoder = self.answer_limit(prompt), StreamDecoder(self.tokenizer)
+        self.cache = reuse_cache(self.model, self.cache, self.tokens, prompt, limit)
         self.tokens = list(prompt)
         input_ids = torch.tensor([prompt], device=self.generator.device)  # (1, T)
-        drawn = dict(self.settings.sampling(), eos_token_ids=self.ends, generator=self.generator)
-        for token in generate_stream(self.model, input_ids, max_new_tokens=room, cache=self.cache, **drawn):
+        settings = dict(self.settings.sampling(), eos_token_ids=self.end_ids, max_new_tokens=limit)
+        settings |= dict(cache=self.cache, generator=self.generator)
+        for token in generate_stream(self.model, input_ids, **settings):
             self.tokens.append(int(token))
-            if self.tokens[-1] not in self.ends:
+            if self.tokens[-1] not in self.end_ids:
                 yield decoder.feed(self.tokens[-1])
         yield decoder.flush()
 
     def answer_all(
-        self,
-        prompts: Sequence[Sequence[int]],
-        templates: Iterable[
-            ChatTemplate | None
-        ],  # that worded them; what ends an answer of one of them ends all answers
-        batch_size: int,
+        self, prompts: Sequence[Sequence[int]], templates: Iterable[ChatTemplate | None], batch_size: int
     ) -> list[str]:
-        """Answers to many at once."""
-        ends = end_tokens(
-            self.model, self.tokenizer, *(template and template.end_id for template in templates)
+        """The answers to many encoded prompts. The end token of any of the `templates` ends each answer."""
+        turn_ends = [template.end_id for template in templates if template is not None]
+        ends = end_tokens(self.model, self.tokenizer, *turn_ends)
+        sampling = dict(self.settings.sampling(), eos_token_ids=ends, generator=self.generator)
+        limits = [self.answer_limit(prompt) for prompt in prompts]
+        return generate_text(
+            self.model, self.tokenizer, prompts, batch_size, max_new_tokens=limits, **sampling
         )
-        drawn = dict(self.settings.sampling(), eos_token_ids=ends, generator=self.generator)
-        room = [self.room(prompt) for prompt in prompts]
-        return generate_text(self.model, self.tokenizer, prompts, batch_size, max_new_tokens=room, **drawn)
+
+    def answer_limit(self, prompt: Sequence[int]) -> int:
+        """The largest number of tokens that the answer to `prompt` may have."""
+        positions = self.model.config.max_position_embeddings
+        if len(prompt) >= positions:
+            raise UserError(
+                f"{len(prompt)} tokens fill the {positions} positions of the model; "
+                "use a shorter prompt, or /clear the conversation"
+            )
+        return min(self.settings.max_new_tokens, positions - len(prompt))
 
 
-def prompt_ids(
+def encode_question(
     messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int
 ) -> list[int]:
-    """A conversation as tokens; without a template its last message alone. Raises UserError for tokens that
-    no model of V knows.
+    """The token ids of a conversation that waits for an answer; without a template, of its last message.
+
+    Raises UserError for a token that is not in the model's vocabulary.
     """
     ids = tokenizer.encode(messages[-1]["content"]) if template is None else template.encode_prompt(messages)
     if (largest := max(ids, default=0)) >= vocab_size:
         raise UserError(
-            f"the tokenizer gives token {largest}, the model knows {vocab_size}: they are not of one model"
+            f"the tokenizer gives token {largest}, but the model knows {vocab_size}: "
+            "they do not belong to the same model"
         )
     return ids
 
 
-def carry_over(
-    model: CausalLM, held: KVCache | None, tokens: Sequence[int], prompt: Sequence[int], room: int
+def reuse_cache(
+    model: CausalLM, old: KVCache | None, old_tokens: Sequence[int], prompt: Sequence[int], new_tokens: int
 ) -> KVCache:
-    """A cache for one prompt and `room` more tokens, that begins with what `held` holds of it: `tokens` are
-    those that made it.
+    """A cache for `prompt` and `new_tokens` more, filled as far as `prompt` begins like `old_tokens`.
 
-    The last token of the prompt is always left to go through the model: its logits are what the answer begins
-    with.
+    The last token of the prompt is never taken from the old cache: its logits give the first token of the
+    answer, so it must go through the model.
     """
     weight = model.model.norm.weight
-    cache = KVCache(model.config, 1, len(prompt) + room, weight.dtype, weight.device)
-    if held is not None:
-        both = min(held.length, len(prompt) - 1)
-        shared = next((i for i in range(both) if tokens[i] != prompt[i]), both)
-        cache.keys[:, :, :, :shared] = held.keys[:, :, :, :shared]
-        cache.values[:, :, :, :shared] = held.values[:, :, :, :shared]
+    cache = KVCache(model.config, 1, len(prompt) + new_tokens, weight.dtype, weight.device)
+    if old is not None:
+        limit = min(old.length, len(prompt) - 1)
+        shared = next((t for t in range(limit) if old_tokens[t] != prompt[t]), limit)
+        cache.keys[:, :, :, :shared] = old.keys[:, :, :, :shared]
+        cache.values[:, :, :, :shared] = old.values[:, :, :, :shared]
         cache.length = shared
     return cache

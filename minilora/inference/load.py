@@ -1,135 +1,169 @@
-"""A base model with the adapters that were trained on it, put together for whoever uses them.
+"""A base model together with the adapters that were trained on it.
 
 Adapters are loaded side by side, each under a name, onto one copy of the base model; `set_adapter` switches
-between them and the base alone. A name is what stands in front of `=` in NAME=DIRECTORY, else the last part
-of the directory or hub id.
+between them and the base alone. In NAME=DIRECTORY the name is given; otherwise it is the last part of the
+directory or hub id.
 
-Training leaves its tokenizer, its chat template and its settings beside the adapter; those of a checkpoint-N
-are the run's, one directory above. Those of the first adapter hold for all that is done with it and the
-others (how the weights are quantized, how rows are worded and cut), but for keys that are given anew.
+Training saves its tokenizer, its chat template and its settings beside the adapter. A checkpoint-N uses those
+of its run, one directory above. The first adapter's settings hold for all adapters (how weights are
+quantized, how rows are formatted and cut), except for keys that the command line sets.
 """
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from torch import nn
 
+from minilora.config import ModelConfig
+from minilora.data.chat import ChatTemplate, load_chat_template
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, load_adapter, read_adapter_config
-from minilora.formats.weights import load_model
-from minilora.linear import describe_weights
+from minilora.formats.weights import load_model, read_config
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
+from minilora.run.describe import describe_weights
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.device import choose_placement
-from minilora.system.errors import UserError
+from minilora.system.errors import ArgumentParser, UserError
 from minilora.system.files import read_json
 from minilora.system.hub import resolve_model
 
-BASE = "base"  # what the model without an adapter is called
+BASE = "base"  # the name of the model without an adapter
+
+
+@dataclass(frozen=True)
+class InferenceSetup:
+    """Everything that inference needs except the weights, so that mistakes show before a weight is read."""
+
+    adapters: dict[str, Path]  # name -> directory; the first one is active
+    config: TrainConfig  # the first adapter's run, with the keys of the command line
+    base: Path
+    model_config: ModelConfig  # of the base model
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+    @property
+    def first_adapter(self) -> str | None:
+        return next(iter(self.adapters), None)
+
+    def load_model(self) -> CausalLM:
+        """The frozen model on this machine's device, in evaluation mode, with every adapter loaded."""
+        placement = choose_placement(self.config.bf16, self.config.fp16)
+        model = load_model(self.base, self.config.quant_config(), placement.dtype, placement.device)
+        for name, directory in self.adapters.items():
+            load_adapter(model, directory, name)
+        set_adapter(model, self.first_adapter)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        names = ", ".join(self.adapters) or "none"
+        weights = describe_weights(model)
+        # stdout carries the answers, so this line goes to stderr.
+        print(f"{self.base.name}: {weights}, on {placement}; adapters: {names}", file=sys.stderr)
+        return model.eval()
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """Add --model and --adapter, which may be repeated, to a script's options."""
+    parser.add_argument("--model", "--model_name_or_path")
+    parser.add_argument("--adapter", action="append", default=[])
+
+
+def prepare_inference(
+    model: str | None,  # as in --model
+    adapter_entries: Sequence[str],  # as in --adapter
+    keys: Sequence[str],  # the trainer's keys on the command line
+    now: Callable[[], datetime] = datetime.now,  # the clock for templates that print the date
+    **overrides: str,  # see `load_run_config`
+) -> InferenceSetup:
+    """Find the adapters and their base model, and read everything but weights. Raises UserError."""
+    adapters = find_adapters(adapter_entries)
+    config = load_run_config(adapters, keys, **overrides)
+    base = find_base(model, adapters.values())
+    tokenizer = load_adapted_tokenizer(base, adapters)
+    template = load_chat_template(config.template, tokenizer, now=now)
+    return InferenceSetup(adapters, config, base, read_config(base), tokenizer, template)
 
 
 def find_adapters(entries: Sequence[str]) -> dict[str, Path]:
-    """Name -> directory, of `DIRECTORY`, `NAME=DIRECTORY` or hub ids. Raises UserError for what is none, and
-    for equal names.
+    """Name -> directory, for entries such as DIRECTORY, NAME=DIRECTORY or a hub id.
+
+    Raises UserError for a directory without an adapter, and for a name that cannot be used.
     """
-    found: dict[str, Path] = {}
+    adapters: dict[str, Path] = {}
     for entry in entries:
-        name, equals, place = entry.partition("=")
+        name, equals, source = entry.partition("=")
         if not equals or Path(entry).is_dir():  # a directory may be called runs/lr=1e-4
-            name, place = "", entry
-        directory = resolve_model(place)
-        read_adapter_config(directory)
-        name = name or (Path(place).name or directory.resolve().name).replace(".", "-")
-        if (
-            name in (*found, BASE) or "." in name or hasattr(nn.ParameterDict(), name)
-        ):  # what it is kept in knows keys, half, train
-            fault = "may hold no dot" if "." in name else "is taken"
+            name, source = "", entry
+        directory = resolve_model(source)
+        read_adapter_config(directory)  # raises UserError if there is no adapter
+        name = name or (Path(source).name or directory.resolve().name).replace(".", "-")
+        # Adapters are kept in a ParameterDict, whose own attributes (keys, half, ...) cannot be names in it.
+        taken = name in (*adapters, BASE) or hasattr(nn.ParameterDict(), name)
+        if taken or "." in name:
+            problem = "contains a dot" if "." in name else "is taken"
             raise UserError(
-                f"--adapter {entry}: the name {name!r} {fault}; give another one, as in other={place}"
+                f"--adapter {entry}: the name {name!r} {problem}; choose another one, as in other={source}"
             )
-        found[name] = directory
-    return found
+        adapters[name] = directory
+    return adapters
 
 
-def find_base(asked: str | None, adapters: Iterable[Path]) -> Path:
-    """The base model's directory: as asked, else the one that the adapters name, else the model that comes
-    with minilora.
-    """
-    if asked:
-        return EMBEDDED_MODEL if asked == "assets/base" else resolve_model(asked)
+def find_base(model: str | None, adapters: Iterable[Path]) -> Path:
+    """The base model's directory: `model`, else the one that the adapters name, else minilora's own model."""
+    if model:
+        return EMBEDDED_MODEL if model == "assets/base" else resolve_model(model)
     named = {}
     for adapter in adapters:
         raw = read_json(adapter / ADAPTER_CONFIG_FILE)
         if not raw.get("base_model_name_or_path"):
-            raise UserError(f"{adapter} does not say which model it was trained on; name it with --model")
+            raise UserError(f"{adapter} does not name the model it was trained on; give it with --model")
         named[raw["base_model_name_or_path"], raw.get("revision")] = adapter
     if len(named) > 1:
         models = "; ".join(f"{adapter}: {name}" for (name, _), adapter in named.items())
         raise UserError(
-            f"the adapters were trained on different models ({models}); name the one to use with --model"
+            f"the adapters were trained on different models ({models}); choose the base model with --model"
         )
     name, revision = next(iter(named), ("assets/base", None))
     return EMBEDDED_MODEL if name == "assets/base" else resolve_model(name, revision)
 
 
-def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **instead: str) -> TrainConfig:
-    """The settings that the first adapter was trained with, or the trainer's defaults, changed by keys of the
-    command line.
+def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **overrides: str) -> TrainConfig:
+    """The settings of the first adapter's training run, or the trainer's defaults, changed by `keys`.
 
-    `instead` stands for keys of that training which do not hold here, unless the command line says so.
+    `overrides` replace settings of that run that do not apply here; `keys` of the command line win over both.
     """
-    instead |= dict(
-        bf16="false", fp16="false"
-    )  # what is fast is this machine's affair, not that of the one that trained
-    if files := [
-        place / SETTINGS_FILE for place in named_adapters(adapters) if (place / SETTINGS_FILE).is_file()
-    ]:
-        instead["config"] = str(files[0])
-    given = {key[2:].partition("=")[0].replace("-", "_") for key in keys}
-    return load_train_config(
-        [*(f"--{name}={value}" for name, value in instead.items() if name not in given), *keys]
-    )
+    # The best dtype depends on the machine that runs the model, not on the one that trained it.
+    overrides |= dict(bf16="false", fp16="false")
+    for directory in run_directories(adapters):
+        if (directory / SETTINGS_FILE).is_file():
+            overrides["config"] = str(directory / SETTINGS_FILE)
+            break
+    set_by_user = {key[2:].partition("=")[0].replace("-", "_") for key in keys}
+    words = [f"--{name}={value}" for name, value in overrides.items() if name not in set_by_user]
+    return load_train_config([*words, *keys])
 
 
 def load_adapted_tokenizer(base: Path, adapters: Mapping[str, Path]) -> Tokenizer:
-    """The first adapter's tokenizer, where there is one, else the base model's."""
-    names = ("tokenizer.json", "tokenizer.model")
-    return load_tokenizer(
-        next(
-            (place for place in named_adapters(adapters) if any((place / name).is_file() for name in names)),
-            base,
-        )
-    )
+    """The tokenizer saved with the first adapter's run, or else the base model's."""
+    for directory in run_directories(adapters):
+        if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            return load_tokenizer(directory)
+    return load_tokenizer(base)
 
 
-def named_adapters(adapters: Mapping[str, Path]) -> list[Path]:
-    """Where what belongs to the first adapter lies: beside it, else, for a checkpoint, with the run's own
-    adapter.
+def run_directories(adapters: Mapping[str, Path]) -> list[Path]:
+    """The directories that may hold the first adapter's tokenizer and settings, the first choice first.
+
+    They are the adapter's own directory and, for a checkpoint-N, the output directory of its run above it.
     """
-    places = [*adapters.values()][:1]
-    return places + [
-        whole.parent for whole in map(Path.resolve, places) if re.fullmatch(r"checkpoint-\d+", whole.name)
+    directories = [*adapters.values()][:1]
+    checkpoints = [
+        path for path in map(Path.resolve, directories) if re.fullmatch(r"checkpoint-\d+", path.name)
     ]
-
-
-def load_adapted(base: Path, adapters: Mapping[str, Path], config: TrainConfig) -> CausalLM:
-    """The model on the device that there is, in evaluation mode, with all adapters on it and the first one
-    active.
-    """
-    placement = choose_placement(config.bf16, config.fp16)
-    model = load_model(base, config.quant_config(), placement.dtype, placement.device)
-    for name, directory in adapters.items():
-        load_adapter(model, directory, name)
-    set_adapter(model, next(iter(adapters), None))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    names = ", ".join(adapters) or "none"
-    print(
-        f"{base.name}: {describe_weights(model)}, on {placement}; adapters: {names}", file=sys.stderr
-    )  # stdout is for answers
-    return model.eval()
+    return directories + [path.parent for path in checkpoints]

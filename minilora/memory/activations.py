@@ -5,7 +5,8 @@ For its backward a decoder layer needs, in numbers a token,
     2 D      its input, and the sum after attention
     4 HK     q, and k and v repeated to H heads, and attention's output
     2 F      gate and up
-    D        after each norm, if a product with it is adapted; under dropout also a mask, a byte a number, for every adapted product
+    D        after each norm, if a product with it is adapted; under dropout also a mask, a byte a number,
+             for every adapted product
 
 and a few single ones: 1 / rms a norm, log-sum-exp a head, x A^T. For Mistral-7B with LoRA on q, k, v and o
 that is 14 D, with dropout in 16 bits 16 D. LoRA-FA keeps no inputs of products, DoRA outputs too.
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from minilora import ops
+from minilora.backend.choice import product_dtype
 from minilora.config import LoraConfig, ModelConfig
 from minilora.loss import _HEAD_ROWS, rows_at_a_time
 
@@ -32,7 +33,7 @@ class Widths(NamedTuple):
     """Bytes of a number. 0: there are none of the kind."""
 
     number: int  # a weight or an activation
-    product: int  # in a matrix product (see `ops.product_dtype`)
+    product: int  # in a matrix product (see `choice.product_dtype`)
     wide: int  # the same, of operands that are copied for it
     d_hidden: int  # the gradient of the hidden states
     sums: int  # in float32, of operands that are not
@@ -43,7 +44,7 @@ def widths_of(dtype: torch.dtype, device: str) -> Widths:
     """device: `cuda` or `cpu`."""
     number = product = dtype.itemsize
     if device == "cpu":
-        product = ops.product_dtype(torch.empty(0, dtype=dtype, device=device)).itemsize
+        product = product_dtype(torch.empty(0, dtype=dtype, device=device)).itemsize
     sums = 4 if number < 4 else 0
     return Widths(
         number=number,

@@ -10,7 +10,7 @@ The peak is not the sum of everything, for it is not there at the same time. It 
 moments:
 
     loss             what forward left; hidden states and a chunk of logits
-    backward         what forward left; the last layer at work, run again or not; gradients, of earlier micro-batches if not of this
+    backward         what forward left; the last layer, run again or not; gradients of earlier micro-batches
     optimizer step   no activations
     evaluation       one layer, or the loss, at a batch size of its own; nothing left, no gradients
 
@@ -24,7 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -32,16 +32,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from minilora import adamw
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_parameters
-from minilora.memory.activations import LayerBytes, LossBytes, layer_bytes, loss_bytes, widths_of
+from minilora.memory.activations import LayerBytes, LossBytes, Widths, layer_bytes, loss_bytes, widths_of
+from minilora.memory.allocator import HEAP_HOLES, compiled_kernel_bytes, compiles_kernels
 from minilora.model import CausalLM
+from minilora.optim import MOMENT_BLOCK_SIZE
 from minilora.quantization import NESTED_BLOCK_SIZE
 from minilora.recompute import POLICIES
 from minilora.system.device import memory_used
 
-MARGIN = 1.1  # so many times the peak should be free
+MARGIN = 1.1  # free memory must be at least this multiple of the predicted peak
 CATEGORIES = (
     "process",  # the program itself, on a CPU
     "linear weights",
@@ -51,10 +52,12 @@ CATEGORIES = (
     "gradients",
     "optimizer states",
     "scratch",
+    "compiled kernels",  # on a CPU with bfloat16 instructions
     "layer inputs",
     "kept activations",  # beside the inputs
     "live layer",
     "hidden and logits",
+    "heap holes",  # on a CPU, unless freed memory is returned at once
 )
 
 
@@ -66,16 +69,16 @@ class Ledger:
     batch_size: int
     length: int
     recompute: str  # the policy in effect
-    flop_per_token: float  # of a training step: what policies differ in beside memory
+    flop_per_token: float  # of a training step: policies differ in it too
 
     @property
     def moment(self) -> str:
-        """When the peak is."""
+        """The name of the moment with the peak."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def bytes(self) -> dict[str, int]:
-        """By category at the peak."""
+        """Bytes by category at the peak."""
         return self.moments[self.moment]
 
     @property
@@ -83,7 +86,7 @@ class Ledger:
         return sum(self.bytes.values())
 
     def fits(self, memory: float) -> bool:
-        """Whether it can be trusted to run in so many bytes."""
+        """Whether the run will fit into so many free bytes, with a margin."""
         return MARGIN * self.peak <= memory
 
 
@@ -99,7 +102,9 @@ def memory_ledger(
     optim: str = "adamw_torch",
     device: str = "cuda",
     eval_batch_size: int = 0,  # 0: nothing is evaluated
-    process: int = 0,  # bytes in use before the model is loaded: `device.memory_used` then
+    process: int = 0,  # bytes in use before the model is loaded: see `process_memory`
+    lengths: int = 1,  # how many different lengths rows have: on some CPUs each has compiled kernels
+    heap_holes: bool = False,  # on a CPU, unless `allocator.return_freed_memory` was called
 ) -> Ledger:
     """Predict training on batches of (batch_size, length) tokens. Allocates no weight and draws no random
     number.
@@ -109,36 +114,79 @@ def memory_ledger(
     assert recompute in POLICIES and device in ("cuda", "cpu")
     recompute = "full" if recompute == "offload" and device == "cpu" else recompute  # as `set_recompute` does
     counts, widths = _count(model_config, lora), widths_of(dtype, device)
+    staying = {"process": process} | _staying_bytes(counts, widths, quant, optim, device)
+    if compiles_kernels(dtype, device):
+        staying["compiled kernels"] = compiled_kernel_bytes(lengths)
+    sizes = partial(_Sizes, model_config, lora, counts, widths, length)
+    moments = _training_moments(sizes(batch_size), recompute)
+    if eval_batch_size:
+        moments["evaluation"] = {"gradients": 0} | _evaluation_bytes(sizes(eval_batch_size))
+    for held in moments.values():
+        if heap_holes:
+            held["heap holes"] = int(HEAP_HOLES * sum(held.values()))
+    return Ledger(
+        {name: dict.fromkeys(CATEGORIES, 0) | staying | held for name, held in moments.items()},
+        batch_size,
+        length,
+        recompute,
+        _flop_per_token(model_config, counts, length, recompute),
+    )
+
+
+def _staying_bytes(
+    counts: "_Counts", widths: Widths, quant: QuantConfig | None, optim: str, device: str
+) -> dict[str, int]:
+    """Return the bytes that are there from the first step to the last."""
     stored = {shape: _stored_bytes(shape, quant, widths.number) for shape in counts.shapes}
-    # What the largest layer's weight becomes before it is multiplied; int8 by way of float32.
-    dense = widths.wide if quant is None else widths.product + (4 if quant.bits == 8 else 0)
-    staying = {
-        "process": process,
+    # A weight is dequantized before it is multiplied, int8 by way of float32; a plain one may be widened.
+    scratch_number = widths.wide if quant is None else widths.product + (4 if quant.bits == 8 else 0)
+    return {
         "linear weights": sum(count * stored[shape][0] for shape, count in counts.shapes.items()),
         "scales": sum(count * stored[shape][1] for shape, count in counts.shapes.items()),
         "embeddings, head, norms": counts.rest * widths.number,
         "adapter": 4 * counts.adapter,
         "gradients": 4 * sum(counts.trainable),
         "optimizer states": sum(_state_bytes(n, optim, device) for n in counts.trainable),
-        "scratch": dense * max(map(math.prod, counts.shapes)),
+        "scratch": scratch_number * max(map(math.prod, counts.shapes)),
     }
 
-    def layers(batch_size: int) -> list[LayerBytes]:
-        each = zip(counts.adapted, model_config.layer_windows, strict=True)
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of activations for batches of one size."""
+
+    model_config: ModelConfig
+    lora: LoraConfig
+    counts: "_Counts"
+    widths: Widths
+    length: int
+    batch_size: int
+
+    @property
+    def layers(self) -> list[LayerBytes]:
+        each = zip(self.counts.adapted, self.model_config.layer_windows, strict=True)
+        fixed = self.batch_size, self.length, self.widths
         return [
-            layer_bytes(model_config, lora, adapted, window, batch_size, length, widths)
-            for adapted, window in each
+            layer_bytes(self.model_config, self.lora, adapted, window, *fixed) for adapted, window in each
         ]
 
-    def loss(batch_size: int) -> LossBytes:
-        return loss_bytes(model_config, counts.head_is_adapted, batch_size, length, widths)
+    @property
+    def loss(self) -> LossBytes:
+        head_is_adapted = self.counts.head_is_adapted
+        return loss_bytes(self.model_config, head_is_adapted, self.batch_size, self.length, self.widths)
 
-    at_loss, D = loss(batch_size), layers(batch_size)[-1].input
-    learning = layers(batch_size)[counts.first_adapted :]  # below the first adapter nothing is kept
+
+def _training_moments(sizes: _Sizes, recompute: str) -> dict[str, dict[str, int]]:
+    """Return moment -> category -> bytes of activations."""
+    loss, layers = sizes.loss, sizes.layers
+    D, learning = (
+        layers[-1].input,
+        layers[sizes.counts.first_adapted :],
+    )  # below the first adapter nothing is kept
     inputs, kept = [layer.input for layer in learning], []
     live = [
         layer.kept + layer.backward + D for layer in learning
-    ]  # of a layer that is run again, which has its output once more
+    ]  # a layer that runs again has its output once more
     match recompute:
         case "off":
             kept, live = [layer.kept for layer in learning], [layer.backward for layer in learning]
@@ -148,22 +196,16 @@ def memory_ledger(
         case "offload":
             inputs = inputs[:2]  # on the GPU: one in use, one on its way
     held = {"layer inputs": sum(inputs), "kept activations": sum(kept)}
-    moments = {
-        "loss": held | {"layer inputs": sum(inputs) + D, "hidden and logits": at_loss.peak},
-        "backward": held | {"live layer": max(live, default=0), "hidden and logits": at_loss.d_hidden},
+    return {
+        "loss": held | {"layer inputs": sum(inputs) + D, "hidden and logits": loss.peak},
+        "backward": held | {"live layer": max(live, default=0), "hidden and logits": loss.d_hidden},
         "optimizer step": {},
     }
-    if eval_batch_size:
-        layer, logits = max(layer.alone for layer in layers(eval_batch_size)), loss(eval_batch_size).alone
-        at_work = {"live layer": layer} if layer > logits else {"hidden and logits": logits}
-        moments["evaluation"] = {"gradients": 0} | at_work
-    return Ledger(
-        {name: dict.fromkeys(CATEGORIES, 0) | staying | of_moment for name, of_moment in moments.items()},
-        batch_size,
-        length,
-        recompute,
-        _flop_per_token(model_config, counts, length, recompute),
-    )
+
+
+def _evaluation_bytes(sizes: _Sizes) -> dict[str, int]:
+    layer, logits = max(layer.alone for layer in sizes.layers), sizes.loss.alone
+    return {"live layer": layer} if layer > logits else {"hidden and logits": logits}
 
 
 def choose_recompute(memory: float | None, ledger_of: Callable[..., Ledger]) -> tuple[str, str]:
@@ -239,7 +281,7 @@ class _Counts(NamedTuple):
     adapted: list[frozenset[str]]  # of every decoder layer, the products that have an adapter
     first_adapted: int  # the first decoder layer that has any
     head_is_adapted: bool
-    not_replayed: (
+    not_rerun: (
         int  # of the linear layers, in those whose values are not wanted a second time (see `recompute.py`)
     )
 
@@ -271,7 +313,7 @@ def _count(model_config: ModelConfig, lora: LoraConfig) -> _Counts:
         adapted=adapted,
         first_adapted=next((i for i, products in enumerate(adapted) if products), len(adapted)),
         head_is_adapted=OUTPUT_HEAD in layers,
-        not_replayed=sum(
+        not_rerun=sum(
             w.numel() for name, w in weights.items() if name.endswith("down_proj") and name not in with_values
         ),
     )
@@ -298,7 +340,7 @@ def _state_bytes(n: int, optim: str, device: str) -> int:
         return 8 * n + 4  # and a step
     if n < 4096:
         return 8 * n
-    scales = 2 * 4 * -(-n // adamw.MOMENT_BLOCK_SIZE)
+    scales = 2 * 4 * -(-n // MOMENT_BLOCK_SIZE)
     paged = optim == "paged_adamw_8bit" and device == "cuda" and n >= 100_000
     return scales if paged else 2 * n + scales
 
@@ -316,6 +358,6 @@ def _flop_per_token(c: ModelConfig, counts: _Counts, length: int, recompute: str
         w * (1 - w / (2 * length)) for w in (min(window or length, length) for window in c.layer_windows)
     )  # on average
     attention = 4 * keys * c.num_attention_heads * c.head_dim
-    once_more = linear - 2 * counts.not_replayed + adapter
+    once_more = linear - 2 * counts.not_rerun + adapter
     again = {"off": 0, "selective": once_more}.get(recompute, once_more + attention)
     return 2 * linear + 2 * head + 2 * adapter + learning + 3.5 * attention + again

@@ -21,7 +21,8 @@ from minilora.optim import Schedule
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.datasets import load_datasets, token_settings
 from minilora.run.output_dir import SETTINGS_FILE, check_output_dir
-from minilora.run.reporters import Reporter, make_reporters, without_secrets
+from minilora.run.redaction import without_secrets
+from minilora.run.reporters import Reporter, make_reporters
 from minilora.run.settings import TrainConfig
 from minilora.run.sharing import Destination, destinations
 from minilora.system.assets import EMBEDDED_MODEL

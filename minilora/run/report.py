@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Protocol
 
 from minilora.data.rows import Row
-from minilora.linear import count_parameters, describe_weights
 from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
-from minilora.optim import describe_optimizer
 from minilora.run.checkpoints import best_checkpoint, copy_checkpoint
+from minilora.run.describe import count_parameters, describe_optimizer, describe_weights
 from minilora.run.output_dir import files_of_a_run, open_output_dir
 from minilora.run.plan import Plan
 from minilora.run.plots import plot_loss, plot_training

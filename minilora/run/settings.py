@@ -1,13 +1,14 @@
-"""Every key of a training run: its name, its default, its meaning; and how a file and a command line become
-one.
+"""Every key of a training run with its default and its meaning, and how a file and a command line set it.
 
     python scripts/train.py --config run.yaml --learning_rate 1e-4
 
-A YAML file first, then overrides. Names are those of Hugging Face's TrainingArguments and of LLaMA-Factory;
-hyphens work like underscores, and the usual short names are aliases. What only LLaMA-Factory has,
-`minilora.run.llama_factory` puts into these words. A key that is not known is an error that names the nearest
-one: a misspelt key that is silently ignored costs a night of training. So is a key that one place sets twice,
-where YAML would take the last.
+The YAML file is read first, and the command line overrides it. The names are those of Hugging Face's
+TrainingArguments and of LLaMA-Factory. Hyphens work like underscores, and the usual short names are aliases.
+`minilora.run.llama_factory` translates the keys that only LLaMA-Factory has.
+
+An unknown key is an error that names the nearest known one: a misspelled key that is silently ignored costs a
+night of training. A key that is set twice in one file or one command line is an error too; YAML alone would
+take the last value.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -32,118 +34,134 @@ from minilora.system.errors import UserError, suggestion
 
 TRACKERS = ("mlflow", "tensorboard", "all")
 
+_ABOVE_ZERO = """
+    cutoff_len per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
+    num_train_epochs learning_rate logging_steps eval_steps save_steps save_total_limit
+    early_stopping_patience lora_rank lora_alpha loraplus_lr_ratio max_samples
+    """.split()
+_AT_LEAST_ZERO = """
+    val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples
+    """.split()
+_NEED_HELD_OUT = "load_best_model_at_end early_stopping_patience eval_steps exact_match_samples".split()
+
+# Keys that a resumed run may change. Model and data are compared by their contents instead of their names,
+# bf16 and fp16 by the dtype that they lead to.
+MAY_CHANGE = set(
+    """
+    model_name_or_path model_revision dataset eval_dataset output_dir overwrite_output_dir
+    resume_from_checkpoint bf16 fp16 per_device_eval_batch_size gradient_checkpointing logging_steps
+    eval_steps save_steps save_total_limit early_stopping_patience exact_match_samples report_to run_name
+    mlflow_tracking_uri push_to_hub hub_private_repo upload hub_strategy
+    """.split()
+)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The comments are the manual that --help prints."""
+    """One training run. --help prints these comments, where "none:" gives the effect of an unset key."""
 
     # model
-    model_name_or_path: str | None = None  # directory or hub id; none: the small base model that comes with minilora
-    model_revision: str | None = None  # branch, tag or commit on the hub
+    model_name_or_path: str | None = None  # directory or hub id; none: the small model included in minilora
+    model_revision: str | None = None  # branch, tag or commit on the hub; none: the hub's main branch
     # data
-    dataset: str | list[str] | None = None  # a file, address or hub dataset; several with weights: a.jsonl:0.7,b.json:0.3
-    eval_dataset: str | list[str] | None = None  # held-out examples
-    val_size: float = 0.0  # or hold out a share (below 1) or a number of the training examples
-    prompt_column: str = "prompt"  # what the prompt is called in the dataset
-    completion_column: str = "completion"  # what the completion is called
-    messages_column: str | None = None  # what the list of messages is called; none: messages or conversations
-    cutoff_len: int | None = None  # longer examples are cut, and counted; none: 1024, or what the model can where that is less
-    max_samples: int | None = None  # the first examples of each dataset alone, to try something
-    template: str | None = None  # alpaca, llama2, llama3, mistral, chatml, qwen3, plain, tokenizer: its own; none: its own if any
-    train_on_prompt: bool = False  # learn the prompt as well
-    mask_history: bool = False  # of a conversation learn the last answer alone
-    packing: bool = False  # fill rows of cutoff_len with whole examples, which do not see each other
-    group_by_length: bool = False  # steps of examples of like length: less padding, less chance
+    dataset: str | list[str] | None = None  # file, address or hub id; mixed by weight: a.json:0.7,b.json:0.3
+    eval_dataset: str | list[str] | None = None  # held-out examples, named in the same way
+    val_size: float = 0.0  # or hold out part of dataset: a share (below 1) or a number of examples
+    prompt_column: str = "prompt"  # name of the column that holds the prompt
+    completion_column: str = "completion"  # name of the column that holds the completion
+    messages_column: str | None = None  # name of the column of messages; none: messages or conversations
+    cutoff_len: int | None = None  # cut examples to this many tokens; none: min(1024, the model's limit)
+    max_samples: int | None = None  # use only this many examples of each dataset, the first ones; none: all
+    template: str | None = None  # alpaca llama2 llama3 mistral chatml qwen3 plain; tokenizer or none: its own
+    train_on_prompt: bool = False  # learn the prompt too
+    mask_history: bool = False  # learn only the last answer of a conversation
+    packing: bool = False  # fill rows of cutoff_len with whole examples, which do not attend to each other
+    group_by_length: bool = False  # put examples of similar length into one step: less padding, less random
     # output
-    output_dir: str = "outputs"  # adapter, metrics, plot, model card, checkpoints
-    overwrite_output_dir: bool = False  # replace what an earlier run left there
-    resume_from_checkpoint: str | None = None  # latest: go on from the newest in output_dir; or a checkpoint-N, of any run
+    output_dir: str = "outputs"  # directory for adapter, metrics, plots, model card and checkpoints
+    overwrite_output_dir: bool = False  # delete the results of an earlier run there
+    resume_from_checkpoint: str | None = None  # latest: the newest in output_dir; or the path of a checkpoint
     # quantization of the frozen weights: QLoRA
-    quantization_bit: int | None = 4  # 4 or 8; none: as they are in the files, plain LoRA
-    quantization_type: str = "nf4"  # nf4 or fp4, for 4 bits
-    double_quantization: bool = True  # store the scales in 8 bits too: 4.127 bits a weight instead of 4.5
+    quantization_bit: int | None = 4  # 4 or 8; none: keep the weights as stored, plain LoRA
+    quantization_type: str = "nf4"  # nf4 or fp4, if quantization_bit is 4
+    double_quantization: bool = True  # store the scales in 8 bits too: 4.127 bits a weight, not 4.5
     # adapter
-    preset: str = "standard_r8_qkvo"  # minimal_r4_qv, standard_r8_qkvo, aggressive_r16_all, high_capacity_r32_all
-    lora_rank: int | None = None  # these change single settings of the preset
-    lora_alpha: float | None = None  # none: the preset's, or 2 * lora_rank where that is given
-    lora_dropout: float | None = None
-    lora_target: str | list[str] | None = None  # layer names (q_proj,v_proj), a regular expression, or all
-    use_rslora: bool = False  # scale by alpha / sqrt(r)
-    use_dora: bool = False  # learn a magnitude for every row of the weight as well
-    lora_fa: bool = False  # train B alone: fewer activations to keep
+    preset: str = "standard_r8_qkvo"  # others: minimal_r4_qv, aggressive_r16_all, high_capacity_r32_all
+    lora_rank: int | None = None  # rank of the update, r; none: the preset's
+    lora_alpha: float | None = None  # the update is scaled by alpha / r; none: 2 * lora_rank or the preset's
+    lora_dropout: float | None = None  # dropout on the adapter's input in training; none: the preset's
+    lora_target: str | list[str] | None = None  # layers (q_proj,v_proj), a regex, or all; none: the preset's
+    use_rslora: bool = False  # rsLoRA: scale by alpha / sqrt(r)
+    use_dora: bool = False  # DoRA: also learn a magnitude for each row of the weight
+    lora_fa: bool = False  # LoRA-FA: train only B, so fewer activations are kept
     # training
-    per_device_train_batch_size: int = 4  # examples in one pass through the model
-    per_device_eval_batch_size: int = 8
+    per_device_train_batch_size: int = 4  # examples in one training pass on each device
+    per_device_eval_batch_size: int = 8  # examples in one evaluation pass on each device
     gradient_accumulation_steps: int = 4  # passes in one optimizer step
-    num_train_epochs: float = 3.0
-    max_steps: int = -1  # optimizer steps; above 0 it takes the place of num_train_epochs
-    learning_rate: float = 2e-4
-    lr_scheduler_type: str = "cosine"  # cosine, linear, constant, polynomial
-    warmup_steps: int = 0
-    warmup_ratio: float = 0.0  # or as a share of all steps
-    optim: str = "adamw_torch"
-    loraplus_lr_ratio: float | None = None  # LoRA+: the learning rate of B is so many times that of A
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    num_train_epochs: float = 3.0  # passes over the training examples; may be a fraction
+    max_steps: int = -1  # optimizer steps; above 0 it overrides num_train_epochs
+    learning_rate: float = 2e-4  # the peak, after the warm-up
+    lr_scheduler_type: str = "cosine"  # cosine, linear, constant or polynomial
+    warmup_steps: int = 0  # optimizer steps over which the learning rate rises from 0
+    warmup_ratio: float = 0.0  # or the same as a share of all steps
+    optim: str = "adamw_torch"  # adamw_torch, adamw_8bit, adamw_bnb_8bit or paged_adamw_8bit
+    loraplus_lr_ratio: float | None = None  # LoRA+: learning rate of B divided by A's; none: both are equal
+    weight_decay: float = 0.0  # AdamW's decoupled weight decay
+    max_grad_norm: float = 1.0  # scale larger gradients down to this norm; 0: never
     bf16: bool = False  # compute in bfloat16; neither: what is fast on this machine
-    fp16: bool = False  # compute in float16, on a GPU
-    gradient_checkpointing: str = "auto"  # off, selective, full, offload: keep less, compute it again; auto: the fastest that fits
-    seed: int = 42
+    fp16: bool = False  # compute in float16, on a GPU only
+    gradient_checkpointing: str = "auto"  # off, selective, full, offload: less memory; auto: first that fits
+    seed: int = 42  # seed of adapter, dropout, split and order of the examples
     # watching and saving
-    logging_steps: int = 10  # steps from one record to the next, wherever they go; 1: every step
-    eval_steps: int | None = None  # none: at the end of every epoch
-    save_steps: int = 500
-    save_total_limit: int | None = None  # keep so many checkpoints; the best one is kept beside them
+    logging_steps: int = 10  # optimizer steps between two records of the metrics
+    eval_steps: int | None = None  # optimizer steps between two evaluations; none: one after each epoch
+    save_steps: int = 500  # optimizer steps between two checkpoints
+    save_total_limit: int | None = None  # number of newest checkpoints to keep beside the best one; none: all
     load_best_model_at_end: bool = False  # end with the adapter of the lowest evaluation loss
-    early_stopping_patience: int | None = None  # stop after so many evaluations without a lower loss
-    exact_match_samples: int = 0  # held-out prompts to answer before and after, and to compare with the expected completion
-    report_to: str | list[str] = "none"  # mlflow, tensorboard: also record there what metrics.jsonl holds
-    run_name: str | None = None  # what the run is called there; none: as its output_dir
-    mlflow_tracking_uri: str | None = None  # a server or store; none: MLFLOW_TRACKING_URI, or mlflow.db beside output_dir
+    early_stopping_patience: int | None = None  # stop after this many evaluations without a lower loss
+    exact_match_samples: int = 0  # held-out prompts answered before and after training, and compared exactly
+    report_to: str | list[str] = "none"  # mlflow, tensorboard or all: also send the metrics there
+    run_name: str | None = None  # name of the run in MLflow; none: the name of output_dir
+    mlflow_tracking_uri: str | None = None  # server; none: MLFLOW_TRACKING_URI or mlflow.db beside output_dir
     # sharing
-    push_to_hub: str | None = None  # a repository on the hub, owner/name, for adapter, model card and metrics; made if need be
-    hub_private_repo: bool = False  # whether it is private where it has to be made
-    upload: str | None = None  # an address for the same files: s3://bucket/folder
-    hub_strategy: str = "end"  # when both are sent: end, or every_save, with each checkpoint too
+    push_to_hub: str | None = None  # owner/name of a hub repository for adapter, model card and metrics
+    hub_private_repo: bool = False  # make that repository private, if the run has to create it
+    upload: str | None = None  # address that receives the same files: s3://bucket/folder
+    hub_strategy: str = "end"  # when to send to both: end, or every_save (with the adapter of the checkpoint)
 
     def __post_init__(self):
-        positive = "cutoff_len per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs"
-        positive += (
-            " learning_rate logging_steps eval_steps save_steps save_total_limit early_stopping_patience lora_rank lora_alpha"
-            " loraplus_lr_ratio max_samples"
-        )
-        for name in positive.split():
+        """Raise UserError for the first value that cannot be right."""
+        self._check_ranges()
+        self._check_choices()
+        self._check_schedule()
+        self._check_held_out()
+        self._check_exclusive_keys()
+        self.quant_config()  # these two check their own fields
+        self.lora_config()
+
+    def _check_ranges(self) -> None:
+        for name in _ABOVE_ZERO:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise UserError(f"{name} must be above 0, not {value:g}")
-        for (
-            name
-        ) in "val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples".split():
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, not {getattr(self, name):g}")
+        for name in _AT_LEAST_ZERO:
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"{name} must be at least 0, not {value:g}")
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2**63, not {self.seed}")
-        for name, allowed in (
-            ("lr_scheduler_type", SCHEDULES),
-            ("optim", OPTIMIZERS),
-            ("gradient_checkpointing", ("auto", *POLICIES)),
-            ("hub_strategy", ("end", "every_save")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name} = {getattr(self, name)!r} is not known; choose from {', '.join(allowed)}"
-                )
-        if self.template not in (None, TOKENIZER_TEMPLATE, *TEMPLATES):
-            raise UserError(
-                f"template = {self.template!r} is not known; choose from {', '.join(TEMPLATES)}, {TOKENIZER_TEMPLATE}"
-            )
-        for name in self.trackers():
-            if name not in TRACKERS:
-                raise UserError(f"report_to = {name!r} is not known; choose from none, {', '.join(TRACKERS)}")
-        for one, other in (("mask_history", "train_on_prompt"), ("packing", "group_by_length")):
-            if getattr(self, one) and getattr(self, other):
-                raise UserError(f"{one} and {other} exclude each other; leave one of them out")
         if self.cutoff_len == 1:
             raise UserError("cutoff_len must be at least 2: one token to read and one to learn")
+
+    def _check_choices(self) -> None:
+        _check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        _check_choice("optim", self.optim, OPTIMIZERS)
+        _check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
+        _check_choice("hub_strategy", self.hub_strategy, ("end", "every_save"))
+        if self.template is not None:
+            _check_choice("template", self.template, (*TEMPLATES, TOKENIZER_TEMPLATE))
+        for name in self.trackers():
+            _check_choice("report_to", name, ("none", *TRACKERS))
+
+    def _check_schedule(self) -> None:
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(f"max_steps must be above 0, or -1 for num_train_epochs, not {self.max_steps}")
         if self.warmup_ratio >= 1:
@@ -152,23 +170,28 @@ class TrainConfig:
             )
         if self.warmup_ratio and self.warmup_steps:
             raise UserError("warmup_steps and warmup_ratio are both set; choose one")
+
+    def _check_held_out(self) -> None:
         if self.eval_dataset and self.val_size:
             raise UserError("eval_dataset and val_size are both set; choose one")
-        if not (self.eval_dataset or self.val_size):
-            for (
-                name
-            ) in "load_best_model_at_end early_stopping_patience eval_steps exact_match_samples".split():
-                if getattr(self, name):
-                    raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
+        if self.eval_dataset or self.val_size:
+            return
+        for name in _NEED_HELD_OUT:
+            if getattr(self, name):
+                raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
+
+    def _check_exclusive_keys(self) -> None:
+        for one, other in (("mask_history", "train_on_prompt"), ("packing", "group_by_length")):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"{one} and {other} exclude each other; leave one of them out")
         if self.lora_fa and self.loraplus_lr_ratio is not None:
             raise UserError(
-                "loraplus_lr_ratio sets B's rate apart from A's, and lora_fa does not train A: leave one of them out"
+                "loraplus_lr_ratio gives B another learning rate than A, but lora_fa does not train A; "
+                "leave one of them out"
             )
-        self.quant_config()
-        self.lora_config()
 
     def quant_config(self) -> QuantConfig | None:
-        """How the frozen weights are stored; None: as they are."""
+        """The quantization of the frozen weights, or None if they stay as they are stored."""
         if self.quantization_bit is None:
             return None
         return QuantConfig(
@@ -178,30 +201,52 @@ class TrainConfig:
         )
 
     def lora_config(self) -> LoraConfig:
-        """The preset with this run's changes."""
-        changes = dict(r=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout)
+        """The preset, with the settings that this run overrides."""
+        overrides = dict(r=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout)
         if self.lora_rank is not None and self.lora_alpha is None:
-            changes["lora_alpha"] = 2 * self.lora_rank
+            overrides["lora_alpha"] = 2 * self.lora_rank
         if self.lora_target is not None:
-            changes["target_modules"] = _targets(self.lora_target)
-        changes = {k: v for k, v in changes.items() if v is not None}
-        kind = dict(use_rslora=self.use_rslora, use_dora=self.use_dora, lora_fa=self.lora_fa)
-        return LoraConfig.preset(self.preset, **kind, **changes)
+            overrides["target_modules"] = _parse_targets(self.lora_target)
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        variant = dict(use_rslora=self.use_rslora, use_dora=self.use_dora, lora_fa=self.lora_fa)
+        return LoraConfig.preset(self.preset, **variant, **overrides)
 
     def trackers(self) -> list[str]:
-        """Where metrics go besides metrics.jsonl."""
+        """The names in `report_to`: the services that get the metrics besides metrics.jsonl."""
         names = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to
         return [name.strip() for name in names if name.strip() != "none"]
 
     def may_change(self) -> set[str]:
-        """The keys that a resumed run may set anew: no number of its training depends on them."""
-        no_schedule = self.lr_scheduler_type == "constant" and not self.warmup_ratio
-        return MAY_CHANGE | ({"max_steps", "num_train_epochs"} if no_schedule else set())
+        """The keys that a resumed run may change, because no number of its training depends on them."""
+        # Every other schedule depends on the total number of steps, and so does a warm-up ratio.
+        constant_rate = self.lr_scheduler_type == "constant" and not self.warmup_ratio
+        return MAY_CHANGE | ({"max_steps", "num_train_epochs"} if constant_rate else set())
 
     def to_yaml(self) -> str:
-        """All keys, as a file that --config reads."""
+        """All keys, as the text of a file that --config reads."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} = {value!r} is not known; choose from {', '.join(choices)}")
+
+
+def _parse_targets(lora_target: str | list[str]) -> tuple[str, ...] | str:
+    """A tuple of layer names, "all-linear", or a regular expression as it is.
+
+    A text with any character that no list of names has (such as * or a bracket) is a regular expression.
+    """
+    if isinstance(lora_target, list):
+        return tuple(lora_target)
+    if lora_target in ("all", "all-linear"):
+        return "all-linear"
+    if re.fullmatch(r"[\w\s.,-]+", lora_target):
+        return tuple(name for name in re.split(r"[\s,]+", lora_target) if name)
+    return lora_target
+
+
+# ---- from a file and a command line to a TrainConfig -------------------------------------------------------
 
 ALIASES = {
     "model": "model_name_or_path",
@@ -216,31 +261,23 @@ ALIASES = {
     "batch_size": "per_device_train_batch_size",
 }
 SWITCHES = ("use_4bit", "load_in_4bit")  # true: quantization_bit = 4, false: none
-WORDS_FOR_BOOLEANS = {  # what true and false stand for, where a key takes words and people, or YAML (on, off), say these
+BOOLEAN_SHORTHANDS = {  # these keys take words; true and false (on and off in YAML) stand for two of them
     "resume_from_checkpoint": {True: "latest", False: None},
     "gradient_checkpointing": {True: "full", False: "off"},
 }
-MAY_CHANGE = (
-    set(  # on resuming. Model and data are compared by what is in them, bf16 and fp16 by what comes of them
-        """
-    model_name_or_path model_revision dataset eval_dataset output_dir overwrite_output_dir resume_from_checkpoint bf16 fp16
-    per_device_eval_batch_size gradient_checkpointing logging_steps eval_steps save_steps save_total_limit early_stopping_patience
-    exact_match_samples report_to run_name mlflow_tracking_uri push_to_hub hub_private_repo upload hub_strategy
-    """.split()
-    )
-)
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 
 def load_train_config(arguments: list[str], default_file: Path | None = None) -> TrainConfig:
-    """From a command line, without the program's name. `default_file` is read if it names no config, model or
-    dataset.
+    """The run that a command line (without the program's name) describes, together with its --config file.
+
+    `default_file` is read if the command line names no config, model or dataset.
     """
-    given = _parse_arguments(arguments)
-    file = given.pop("config", None)
+    arguments_given = _parse_arguments(arguments)
+    file = arguments_given.pop("config", None)
     if file in (True, ""):
         raise UserError("--config names no file; write --config run.yaml")
-    values = _canonical(given, "the command line")
+    values = _canonical(arguments_given, "the command line")
     if file is None and default_file is not None and not {"model_name_or_path", "dataset"} & values.keys():
         file = default_file
     if file is not None:
@@ -248,41 +285,13 @@ def load_train_config(arguments: list[str], default_file: Path | None = None) ->
     values, notes = llama_factory.translate(values)
     for note in notes:
         print(note)
-    kinds = typing.get_type_hints(TrainConfig)
-    return TrainConfig(**{name: _coerce(name, value, kinds[name]) for name, value in values.items()})
-
-
-def manual() -> str:
-    """What --help prints: the keys with their defaults and meanings."""
-    shown = []
-    for section, keys in documented_keys().items():
-        shown.append(f"\n{section}")
-        for name, default, meaning in keys:
-            shown.append(f"  --{name} {default}".ljust(42) + (f"  {meaning}" if meaning else ""))
-    short = ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items())
-    short += "".join(f", {switch} = quantization_bit 4" for switch in SWITCHES)
-    return (
-        "usage: train.py [--config FILE.yaml] [--KEY VALUE ...]\n"
-        + "\n".join(shown)
-        + f"\n\nshort names: {short}\n"
-    )
-
-
-def documented_keys() -> dict[str, list[tuple[str, str, str]]]:
-    """Section: (name, default, meaning) of each key, as they stand in this file."""
-    source = inspect.getsource(TrainConfig).partition("def __post_init__")[0]
-    sections: dict[str, list[tuple[str, str, str]]] = {}
-    for line in re.findall(r"^    (# .+|\w+: .+ = .+)$", source, re.MULTILINE):
-        if line.startswith("# "):
-            keys = sections[line[2:]] = []
-        else:
-            keys.append(re.fullmatch(r"(\w+): .+? = (.+?)(?:  # (.+))?", line).groups(default=""))
-    return sections
+    annotations = typing.get_type_hints(TrainConfig)
+    return TrainConfig(**{name: _coerce(name, value, annotations[name]) for name, value in values.items()})
 
 
 def _parse_arguments(arguments: list[str]) -> dict[str, object]:
-    """`--key value`, `--key=value`, and `--flag` alone for true."""
-    given: dict[str, object] = {}
+    """The keys of a command line: `--key value`, `--key=value`, or `--flag` alone for true."""
+    values: dict[str, object] = {}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -292,101 +301,119 @@ def _parse_arguments(arguments: list[str]) -> dict[str, object]:
         if not equals:
             value = True if not rest or rest[0].startswith("--") else rest.pop(0)
         key = key.replace("-", "_")
-        if key in given:
+        if key in values:
             raise UserError(f"{key} is set twice in the command line; leave one of them out")
-        given[key] = value
-    return given
+        values[key] = value
+    return values
 
 
 def read_yaml(path: Path) -> dict:
-    """The keys of a file, with underscores. Raises UserError naming the file."""
-    if not os.path.isfile(path):  # Path's own method raises for a name that is too long
+    """The keys of a file, with underscores for hyphens. Raises UserError that names the file."""
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise UserError(f"config {path} does not exist")
     try:
         text = path.read_text(encoding="utf-8")
         values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a day that no month has is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-02-30
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"config {path} must hold `key: value` lines")
-    keys = [str(key.value).replace("-", "_") for key, _ in tree.value]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"config {path} sets {twice[0]} twice; leave one of them out")
+    keys = [str(key.value).replace("-", "_") for key, _ in tree.value]  # a dict has lost the repeated keys
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"config {path} sets {repeated[0]} twice; leave one of them out")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _canonical(given: dict[str, object], place: str) -> dict[str, object]:
-    """Aliases replaced by the names they stand for; unknown and doubled keys refused."""
+def _canonical(given: dict[str, object], source: str) -> dict[str, object]:
+    """The same settings under the keys' full names. Raises UserError for an unknown or repeated key.
+
+    `source` is the file or "the command line", for messages.
+    """
     known = {field.name for field in fields(TrainConfig)} | llama_factory.KEYS
     values: dict[str, object] = {}
     for key, value in given.items():
         name = ALIASES.get(key, key)
         if key in SWITCHES:
             name, value = "quantization_bit", 4 if _coerce(key, value, bool) else None
-        if name in WORDS_FOR_BOOLEANS and str(value).lower() in _TRUE + _FALSE:
-            value = WORDS_FOR_BOOLEANS[name][str(value).lower() in _TRUE]
+        if name in BOOLEAN_SHORTHANDS and str(value).lower() in _TRUE + _FALSE:
+            value = BOOLEAN_SHORTHANDS[name][str(value).lower() in _TRUE]
         if name not in known:
-            raise UserError(
-                f"unknown key {key!r} in {place}{suggestion(key, known | ALIASES.keys() | set(SWITCHES))}"
-            )
+            nearest = suggestion(key, known | ALIASES.keys() | set(SWITCHES))
+            raise UserError(f"unknown key {key!r} in {source}{nearest}")
         if name in values:
-            raise UserError(f"{name} is set twice in {place}, once as {key!r}")
+            raise UserError(f"{name} is set twice in {source}, once as {key!r}")
         values[name] = value
     return values
 
 
-def _coerce(name: str, value: object, kind: object) -> object:
-    """A value from YAML or the command line as the type that the key has. YAML reads 1e-4 as text, so text is
-    parsed here.
+def _coerce(name: str, value: object, annotation: object) -> object:
+    """A value from YAML or the command line, converted to the type of its key.
+
+    YAML reads 1e-4 as text, so text is parsed here in either case.
     """
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None or (value in ("none", "null") and type(None) in kinds):
-        if type(None) in kinds:
+    accepted = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None or (value in ("none", "null") and type(None) in accepted):
+        if type(None) in accepted:
             return None
         raise UserError(f"{name} has no value")
-    if list[str] in kinds and isinstance(value, list):
+    if list[str] in accepted and isinstance(value, list):
         if not value or not all(isinstance(entry, str) for entry in value):
             raise UserError(f"{name} must be text or a list of texts, not {value!r}")
         return value
-    if bool in kinds:
-        word = str(value).lower()
-        if word in _TRUE + _FALSE:
-            return word in _TRUE
-        raise UserError(f"{name} must be true or false, not {value!r}")
-    if int in kinds or float in kinds:
-        try:
-            return _number(value, whole=float not in kinds)
-        except (TypeError, ValueError, OverflowError) as error:
-            kind = "number" if float in kinds else "whole number"
-            raise UserError(f"{name} must be a {kind}, not {value!r}") from error
+    if bool in accepted:
+        return _parse_boolean(name, value)
+    if int in accepted or float in accepted:
+        return _parse_number(name, value, whole=float not in accepted)
     if isinstance(value, (bool, list, dict)):
         raise UserError(f"{name} must be text, not {value!r}")
     return str(value)
 
 
-def _number(value: object, whole: bool) -> int | float:
-    """Raises ValueError, TypeError or OverflowError. Whole numbers keep all their digits: a float has 16 of
-    them.
-    """
-    if isinstance(value, bool):
-        raise TypeError
-    if whole and isinstance(value, int | str):
-        with contextlib.suppress(ValueError):  # 1e3 is a whole number too
-            return int(value)
-    number = float(value)  # type: ignore[arg-type]
-    if not math.isfinite(number) or (whole and not number.is_integer()):
-        raise ValueError
+def _parse_boolean(name: str, value: object) -> bool:
+    word = str(value).lower()
+    if word not in _TRUE + _FALSE:
+        raise UserError(f"{name} must be true or false, not {value!r}")
+    return word in _TRUE
+
+
+def _parse_number(name: str, value: object, whole: bool) -> int | float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        if whole and isinstance(value, int | str):
+            with contextlib.suppress(ValueError):  # 1e3 is a whole number too, and is parsed below
+                return int(value)  # keeps all digits, where a float has 16
+        number = float(value)  # type: ignore[arg-type]
+        if not math.isfinite(number) or (whole and not number.is_integer()):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r}") from error
     return int(number) if whole else number
 
 
-def _targets(value: str | list[str]) -> tuple[str, ...] | str:
-    """Names separated by commas, `all` or `all-linear`, or, where it has characters that no name has, a
-    regular expression.
-    """
-    if isinstance(value, list):
-        return tuple(value)
-    if value in ("all", "all-linear"):
-        return "all-linear"
-    if re.fullmatch(r"[\w\s.,-]+", value):
-        return tuple(name for name in re.split(r"[\s,]+", value) if name)
-    return value
+# ---- the manual --------------------------------------------------------------------------------------------
+
+
+def manual() -> str:
+    """The text of --help: every key with its default and meaning, by sections."""
+    lines = ["usage: train.py [--config FILE.yaml] [--KEY VALUE ...]"]
+    for section, keys in documented_keys().items():
+        lines.append(f"\n{section}")
+        for name, default, meaning in keys:
+            lines.append(f"  --{name} {default}".ljust(42) + (f"  {meaning}" if meaning else ""))
+    short_names = [f"{alias} = {name}" for alias, name in ALIASES.items()]
+    short_names += [f"{switch} = quantization_bit 4" for switch in SWITCHES]
+    lines += ["", f"short names: {', '.join(short_names)}", ""]
+    return "\n".join(lines)
+
+
+def documented_keys() -> dict[str, list[tuple[str, str, str]]]:
+    """{section: [(name, default, meaning), ...]}, parsed from the source of TrainConfig above."""
+    source = inspect.getsource(TrainConfig).partition("def __post_init__")[0]
+    sections: dict[str, list[tuple[str, str, str]]] = {}
+    for line in re.findall(r"^    (# .+|\w+: .+ = .+)$", source, re.MULTILINE):
+        if line.startswith("# "):
+            keys = sections[line[2:]] = []
+        else:
+            keys.append(re.fullmatch(r"(\w+): .+? = (.+?)(?:  # (.+))?", line).groups(default=""))
+    return sections

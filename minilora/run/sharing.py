@@ -1,12 +1,13 @@
-"""Where results go that others are to have: a repository on the Hugging Face hub, and any address that fsspec
-can write.
+"""Share a run's results: in a repository on the Hugging Face hub, and at any address that fsspec can write.
 
-    --push_to_hub owner/name          made if need be, private with --hub_private_repo true; each time one commit
-    --upload s3://bucket/folder       file by file, each of them whole or not there
+    --push_to_hub owner/name       one commit each time; a missing repository is created, and is private with
+                                   --hub_private_repo true
+    --upload s3://bucket/folder    file by file; each arrives in full or not at all
 
-A run's settings go there before its first step: who may not write learns it then, and not after a night of
-training. Checkpoints stay at home, for they are of use to this run alone. A save that cannot be shared in the
-middle of a run is a warning; the end of the run is the last try, and after that there is `scripts/share.py`.
+The trainer sends the settings before its first step, so a missing permission stops the run at its start and
+not after a night of training. Checkpoints are not shared, because only this run can use them. A save that
+cannot be shared in the middle of a run only prints a warning. The end of the run is the last attempt; after
+that, `scripts/share.py` sends the results again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,18 +18,16 @@ from typing import Protocol
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.run.output_dir import RUN_FILES, SETTINGS_FILE
-from minilora.run.reporters import without_secrets
+from minilora.run.redaction import without_secrets
 from minilora.system.errors import UserError, summarize
 from minilora.system.hub import push_files
 from minilora.system.remote import check_address, redacted, write_files
 
-Files = Mapping[str, Path | bytes]  # name -> where it lies, or what is in it
+Files = Mapping[str, Path | bytes]  # {name: path or content}
 
 
 class Destination(Protocol):
-    """Somewhere files are sent to, all under their names. `send` returns where they are, and raises
-    UserError.
-    """
+    """A receiver of files. `send` returns their address, or raises UserError."""
 
     def send(self, files: Files, message: str) -> str: ...
 
@@ -41,7 +40,7 @@ class HubRepository:
     private: bool = False
 
     def send(self, files: Files, message: str) -> str:
-        """Commit the files."""
+        """Commit the files, with `message`. Returns the repository's address."""
         return push_files(self.repo_id, files, message, self.private)
 
 
@@ -52,44 +51,45 @@ class RemoteFolder:
     address: str
 
     def send(self, files: Files, message: str) -> str:
-        """Write the files. Nothing keeps a message there."""
+        """Write the files; `message` is not kept. Returns the address without credentials."""
         write_files(self.address, files)
         return redacted(self.address)
 
 
 def destinations(push_to_hub: str | None, private: bool, upload: str | None) -> list[Destination]:
-    """Those that are named. Raises UserError for an address that is none, or that holds a password."""
-    found: list[Destination] = [HubRepository(push_to_hub, private)] if push_to_hub else []
+    """The destinations that are set. Raises UserError if `upload` is not an address or holds a password."""
+    chosen: list[Destination] = []
+    if push_to_hub:
+        chosen.append(HubRepository(push_to_hub, private))
     if upload:
         check_address("upload", upload)
-        found.append(RemoteFolder(upload))
-    return found
+        chosen.append(RemoteFolder(upload))
+    return chosen
 
 
 def files_to_share(directory: Path, adapter: Path | None = None) -> dict[str, Path | bytes]:
-    """What a run's directory holds for others: adapter, tokenizer, settings, metrics, pictures, model card;
-    no checkpoints.
+    """A run's results as {name: path or content}: adapter, tokenizer, settings, metrics, plots, model card.
 
-    `adapter`: where the adapter lies, if it is not this directory's own. Addresses in the settings are sent
-    without passwords.
+    `adapter` is the directory of the adapter, if not `directory` itself. Checkpoints are left out, and so are
+    the credentials in the addresses of the settings.
     """
     names = [name for name in (*RUN_FILES, *TOKENIZER_FILES) if (directory / name).is_file()]
     files: dict[str, Path | bytes] = {name: directory / name for name in names}
     if adapter is not None:
         files |= {name: adapter / name for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)}
     if SETTINGS_FILE in files:
-        files[SETTINGS_FILE] = without_secrets(
-            (directory / SETTINGS_FILE).read_text(encoding="utf-8")
-        ).encode()
+        settings = (directory / SETTINGS_FILE).read_text(encoding="utf-8")
+        files[SETTINGS_FILE] = without_secrets(settings).encode()
     return files
 
 
-def send_to_all(found: Sequence[Destination], files: Files, message: str) -> None:
-    """Send files everywhere and print where they are. Raises UserError for those that failed, after all have
-    been tried.
+def send_to_all(receivers: Sequence[Destination], files: Files, message: str) -> None:
+    """Send files to every destination and print their addresses.
+
+    Every destination is tried. Then UserError is raised, with all failures, if there were any.
     """
     failures = []
-    for destination in found:
+    for destination in receivers:
         try:
             print(f"sent to {destination.send(files, message)}", flush=True)
         except UserError as error:

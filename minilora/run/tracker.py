@@ -67,11 +67,11 @@ class Tracker:
                 self.bar = tqdm(total=total_steps, bar_format="{percentage:3.0f}%")
         self.reporters = list(reporters) if self.path is not None else []
         for reporter in self.reporters:
-            reporter.begin(self.records, state.get(reporter.place.name, {}), self.say)
+            reporter.begin(self.records, state.get(reporter.service.name, {}), self.say)
 
     def state_dict(self) -> dict:
         """The state that a resumed run needs, as JSON."""
-        reported = {reporter.place.name: reporter.place.state_dict() for reporter in self.reporters}
+        reported = {reporter.service.name: reporter.service.state_dict() for reporter in self.reporters}
         return {"records": self.records, "window": self.window, "seconds": self.seconds} | reported
 
     def log(self, **record: float) -> None:

@@ -1,7 +1,7 @@
-"""Where the small model, its data and its settings lie that come with a clone of the repository."""
+"""Paths of the small model, its data and its settings, which come with a clone of the repository."""
 
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 EMBEDDED_MODEL = ASSETS / "base"
-DEFAULT_RUN = ASSETS / "default.yaml"  # what runs where no config, model or dataset is named
+DEFAULT_RUN = ASSETS / "default.yaml"  # the run to train if no config, model or dataset is given

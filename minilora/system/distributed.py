@@ -1,24 +1,23 @@
-"""Several processes train one adapter: data parallelism, as DistributedDataParallel does it (Li et al. 2020,
-arXiv:2006.15704).
+"""Data parallelism: several processes train one adapter.
 
     torchrun --nproc-per-node 2 scripts/train.py ...
 
-Each process, called by its rank, holds the whole model and takes every n-th micro-batch of an optimizer step.
-With N supervised tokens in the step, the gradient is the sum of all token losses' gradients over N, whoever
-computed them:
+Each process holds the whole model and is identified by its rank. Of the micro-batches of an optimizer step,
+rank r of n takes number r, r + n, r + 2n and so on. If the step has N supervised tokens, its gradient is the
+sum of the gradients of all token losses, divided by N, whichever rank computed them:
 
     g = sum over ranks of ( sum over the rank's micro-batches of grad(loss) / N )
 
-so one all-reduce a step makes the ranks' gradients equal; equal optimizers with equal states then take equal
-steps, and adapters stay equal without being sent. It is the step that one process takes with as many times
-the gradient accumulation.
+One all-reduce per step gives every rank this sum. Equal optimizers in equal states then take equal steps, so
+the adapters stay equal and are never sent. It is the same step that one process takes with n times the
+gradient accumulation.
 
-DistributedDataParallel itself overlaps its messages with the backward pass, bucket by bucket. A LoRA adapter
-has 27 MB of gradients where the model has 14 GB, so one message at the end costs next to nothing. There are
-no hooks, no wrapped model with other names, and no `no_sync` around all micro-batches but the last. A rank
-may have fewer micro-batches than the others, or none.
+DistributedDataParallel (Li et al. 2020, arXiv:2006.15704) overlaps communication with the backward pass,
+bucket by bucket. A LoRA adapter has 27 MB of gradients where the model has 14 GB, so one message at the end
+of the step costs next to nothing. This needs no hooks, no wrapped model with other parameter names, and no
+`no_sync` around all micro-batches but the last. A rank may have fewer micro-batches than the others, or none.
 
-Started without torchrun, none of this is set up and each method is the identity.
+Without torchrun there is one process, nothing is set up, and every method returns its input.
 """
 
 import os
@@ -39,27 +38,29 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together."""
+    """This process's rank among the processes that train together."""
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")  # where messages are: NCCL sends from GPUs, gloo from memory
+    device: torch.device = torch.device("cpu")  # of messages: NCCL needs them on the GPU, gloo on the CPU
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process is the one that prints and writes files."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This rank's part: neighbours, which are of like length, go to different ranks, so that nobody waits
-        for long.
+        """This rank's items: every n-th one.
+
+        Neighbours have similar lengths and go to different ranks, so no rank waits long for another.
         """
         return items[self.rank :: self.count]
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter], *numbers: Tensor | float) -> list[float]:
-        """Sum gradients over all ranks, in place, and some float32 numbers with them, in one message. Returns
-        the numbers.
+        """The sums of float32 `numbers` over all ranks; sums gradients in place with the same message.
+
+        A rank without micro-batches contributes zeros for its missing gradients.
         """
         if self.count == 1:
             return [float(number) for number in numbers]
@@ -74,17 +75,16 @@ class Processes:
         return tail.tolist()
 
     def mean(self, value: float, weight: float) -> float:
-        """The weighted mean over all ranks. A rank of weight 0 has no part in it."""
+        """The weighted mean of `value` over all ranks. A rank with weight 0 does not count, even with NaN."""
         if self.count == 1:
             return value
-        sums = torch.tensor(
-            [value * weight if weight else 0.0, weight], dtype=torch.float64, device=self.device
-        )
+        weighted = value * weight if weight else 0.0
+        sums = torch.tensor([weighted, weight], dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
 
     def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Every rank's tensors, on the CPU, in the order of ranks. Names and shapes are the same on all."""
+        """All ranks' tensors, on the CPU, in rank order. Every rank must have the same names and shapes."""
         if self.count == 1:
             return [tensors]
         gathered: list[dict[str, Tensor]] = [{} for _ in range(self.count)]
@@ -96,42 +96,45 @@ class Processes:
         return gathered
 
     def wait_for_all(self) -> None:
-        """Go on when every rank has come here."""
+        """Return when every rank has called this."""
         if self.count > 1:
             dist.all_reduce(torch.zeros(1, device=self.device))
 
     def leave(self) -> None:
-        """The last common act: from here on every rank is on its own."""
+        """End communication: from here on, every rank works alone."""
         if self.count > 1:
             dist.destroy_process_group()
 
     @contextmanager
     def only_main_prints(self) -> Iterator[None]:
-        """Rank 0 alone prints. A mistake that all ranks find is told by it; its end then ends the others."""
+        """Silence every rank but 0, and let rank 0 report the mistakes that all ranks find.
+
+        Rank 0 then exits, and torchrun ends the other ranks while they wait. A rank that is still running
+        after 5 seconds has found a mistake that rank 0 has not, and reports it itself.
+        """
         if self.main:
             yield
             return
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with open(os.devnull, "w") as null, redirect_stdout(null):
             try:
                 yield
             except UserError as error:
                 time.sleep(5)
-                raise UserError(
-                    f"rank {self.rank}: {error}"
-                ) from error  # rank 0 goes on: it has not found it
+                raise UserError(f"rank {self.rank}: {error}") from error
 
 
 def join_processes() -> Processes:
-    """Meet the processes that torchrun started beside this one, if it did, and take the GPU of one's own."""
-    count, rank, local_rank = (
-        int(os.environ.get(name, "0")) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    )
+    """Connect the processes that torchrun started, each on its own GPU. Without torchrun there is one."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    count, rank, local_rank = (int(os.environ.get(name, "0")) for name in names)
     if count <= 1:
         return Processes()
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
-        local = os.environ.get("LOCAL_WORLD_SIZE", "so many")
-        raise UserError(f"torchrun started {local} processes on {gpus} GPUs; use --nproc-per-node {gpus}")
+        local_count = os.environ.get("LOCAL_WORLD_SIZE", "more")
+        raise UserError(
+            f"torchrun started {local_count} processes on {gpus} GPUs; use --nproc-per-node {gpus}"
+        )
     if gpus:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -1,9 +1,9 @@
-"""Mistakes that a user can mend, told in one line.
+"""Mistakes that the user can fix, reported in one line.
 
-A mistake of the user's is a `UserError`: its text names the value, the place and the mend. Scripts run their
-`main` through `run_script`, which prints that one line to stderr and exits with code 2, without a traceback.
-So it does for a disk that is full or may not be written, and for a name that is too long. Every other
-exception is a fault of this program and keeps its traceback.
+A mistake of the user is a `UserError`. Its text names the wrong value, where it is and how to fix it.
+Scripts run their `main` through `run_script`, which prints this one line to stderr and exits with code 2,
+without a traceback. It does the same for a full disk, a missing permission or a file name that is too long.
+Every other exception is a bug in this program and keeps its traceback.
 """
 
 import argparse
@@ -27,74 +27,66 @@ _DISK_ERRORS = (
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The message says what is wrong, where, and what to do about it; in one
-    line, always.
-    """
+    """A mistake that the user can fix. The message says in one line what is wrong, where, and what helps."""
 
     def __str__(self) -> str:
-        return " ".join(
-            super().__str__().splitlines()
-        )  # values and names of files may hold line ends of any kind
+        # Values and file names in the message may contain line ends of any kind.
+        return " ".join(super().__str__().splitlines())
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with names in full, and its complaints as a UserError instead of a line behind a block of
-    usage.
+    """argparse without abbreviated options, that raises UserError instead of printing its usage.
+
+    With `help_text`, such as a script's docstring, --help prints exactly this text.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, help_text: str | None = None, **settings):
         super().__init__(allow_abbrev=False, **settings)
+        self.help_text = help_text
+
+    def format_help(self) -> str:
+        return super().format_help() if self.help_text is None else self.help_text
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
 def raise_error(error: UserError) -> None:
-    """What readers of many rows do with a fault unless they are given something else to do, such as
-    `list.append`.
-    """
+    """The default `on_error` of readers: stop at the first bad row. `list.append` collects all errors."""
     raise error
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The known name closest to `name`, as the tail of an error message: "; nearest: 'v_proj'", or all of the
-    known ones.
-    """
+    """The tail of an error message about an unknown name: "; nearest: 'v_proj'", or "; known: a, b"."""
     known = list(known)
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; nearest: {match[0]!r}" if match else f"; known: {', '.join(sorted(known))}"
 
 
-def summarize(problems: list[str], most: int = 8) -> str:
-    """Several problems in one line, the first `most` of them in full."""
-    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
-    return "; ".join(problems[:most]) + more
+def summarize(problems: list[str], limit: int = 8) -> str:
+    """Several problems in one line: the first `limit` of them, and how many more there are."""
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + more
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main` and exit: 0 done, 2 a mistake of the user's, 130 Ctrl-C, 141 nobody reads on (|
-    head).
-    """
+    """Run a script's `main` and exit: 0 done, 2 a mistake of the user, 130 Ctrl-C, 141 a closed pipe."""
     try:
         main()
-        print(
-            end="", flush=True
-        )  # a pipe that is closed is found out here, not after the last line of Python
+        print(end="", flush=True)  # reports a closed pipe here instead of at Python's exit
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # for what is printed still, and for the flush at exit
+    except BrokenPipeError:  # the reader has gone, as in `| head`
+        # Python flushes stdout once more at exit; that output goes to the null device.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        place = (
-            error.filename2 or error.filename or "writing"
-        )  # of a copy or a new name the second is the one that is written
-        print(f"error: {place}: {error.strerror}", file=sys.stderr)
+        # The second file name of a copy or a rename is the file to be written.
+        path = error.filename2 or error.filename or "writing"
+        print(f"error: {path}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

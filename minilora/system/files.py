@@ -1,6 +1,4 @@
-"""Files that appear whole or not at all, JSON that says where it is broken, and a fingerprint to tell
-contents apart.
-"""
+"""Files that are written completely or not at all, JSON errors that name the position, and fingerprints."""
 
 import hashlib
 import json
@@ -15,7 +13,7 @@ from minilora.system.errors import UserError
 
 
 def read_json(path: str | Path) -> Any:
-    """The contents of a JSON file. Raises UserError naming the file and what is wrong with it."""
+    """The value in a JSON file. Raises UserError that names the file and the error in it."""
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -25,7 +23,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text says. Raises UserError with what the text is instead: "not valid JSON: ..."."""
+    """The value of a JSON text. The text of its UserError completes "FILE is ...": "not valid JSON: ..."."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -33,23 +31,14 @@ def parse_json(text: str) -> Any:
         raise UserError(f"not valid JSON: {error.msg}, {line}column {error.colno}") from error
     except RecursionError as error:
         raise UserError("nested too deeply") from error
-    except ValueError as error:  # Python's guard against numbers that take ages to read
+    except ValueError as error:  # Python refuses numbers so long that they would take minutes to convert
         raise UserError("more than can be read: a whole number in it has over 4300 digits") from error
 
 
-def to_json(value: Any, **options: Any) -> str:
-    """JSON that is readable in every script; half a surrogate pair, which has no UTF-8, stays escaped.
-    options: of json.dumps.
-    """
-    text = json.dumps(value, ensure_ascii=False, **options)
-    return json.dumps(value, **options) if re.search("[\ud800-\udfff]", text) else text
-
-
 def read_json_lines(path: Path) -> list[Any]:
-    """What stands on each line of a JSON Lines file, but for a last line that is being written, or was when
-    its writer was killed.
+    """The value on each line of a JSON Lines file, without a last line that was not written completely.
 
-    Raises UserError naming the line that is no JSON.
+    A process may be writing that line, or was killed while it did. Raises UserError for any other bad line.
     """
     values, lines = [], path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
@@ -61,11 +50,17 @@ def read_json_lines(path: Path) -> list[Any]:
     return values
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file under a passing name and rename it when it is complete, so that a kill or a full disk
-    leaves the old one.
+def to_json(value: Any, **options: Any) -> str:
+    """`json.dumps` that keeps every script readable, not only ASCII. `options` are those of json.dumps."""
+    text = json.dumps(value, ensure_ascii=False, **options)
+    # Half of a surrogate pair cannot be written as UTF-8, so it stays escaped.
+    return json.dumps(value, **options) if re.search("[\ud800-\udfff]", text) else text
 
-    Raises OSError as `open` and `write` do, with the file's name; what was written so far is then removed.
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file under a temporary name and rename it, so that a kill or a full disk keeps the old file.
+
+    Raises OSError as `open` and `write` do, with the file's name, and removes the incomplete file.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -75,35 +70,32 @@ def write_whole(path: Path, data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # `write` names none
+        error.filename, error.filename2 = str(path), None  # errors of `write` carry no file name
         raise
     finally:
         part.unlink(missing_ok=True)
 
 
 def check_writable(name: str, path: Path, parents: bool = False) -> None:
-    """Find out whether a file can be written, before the work is done that it is for. Nothing stays behind.
+    """Raise UserError if a file could not be written later. Leaves nothing behind.
 
-    name: of the option that says so, as in "--output". parents: whether directories above the file will be
-    made where they are missing. Raises UserError.
+    `name` is the option that sets the path, such as "--output". With `parents`, missing directories above the
+    file are allowed, because the caller will create them.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{name} {path} exists and is no file; choose another name")
-    above = path.absolute().parents
-    parent = next(place for place in above if place.exists()) if parents else above[0]
+    ancestors = path.absolute().parents
+    parent = next(ancestor for ancestor in ancestors if ancestor.exists()) if parents else ancestors[0]
     try:
-        with TemporaryFile(
-            dir=parent
-        ):  # permissions alone do not tell: root has all of them, on a read-only disk too
+        # Permission bits do not tell: root has all of them, even on a read-only disk.
+        with TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise UserError(
-            f"{name} {path}: {parent} is no directory that may be written ({error.strerror})"
-        ) from error
+        raise UserError(f"{name} {path}: cannot write to {parent} ({error.strerror})") from error
 
 
 def fingerprint(chunks: Iterable[bytes]) -> str:
-    """Twelve hexadecimal digits that stand for a sequence of bytes strings."""
+    """Twelve hexadecimal digits that identify a sequence of byte strings, including where each one ends."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(len(chunk).to_bytes(8, "little") + chunk)

@@ -15,6 +15,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import torch
@@ -27,14 +28,18 @@ from minilora import (
     QuantConfig,
     UserError,
     add_lora,
-    ops,
     quantize_4bit,
     trainable_parameters,
 )
 from minilora.formats.config_json import parse_config
 from minilora.memory.ledger import MARGIN, memory_ledger
 from minilora.model import CausalLM
-from minilora.quantization import four_bit_code
+from minilora.quantization import (
+    dequantize_definition,
+    four_bit_code,
+    nearest_code_bounds,
+    quantize_definition,
+)
 from minilora.recompute import POLICIES
 from minilora.system.errors import ArgumentParser, run_script
 from minilora.system.files import write_whole
@@ -88,10 +93,13 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def error_of_code(code: Tensor, blocksize: int = 64) -> float:
     """Relative error of a normal weight that is stored in any sixteen values, with float32 scales."""
-    packed, absmax = ops.quantize_4bit(WEIGHT.view(-1), code, blocksize)
-    found = torch.empty_like(WEIGHT)
-    ops.dequantize_4bit(packed, absmax, code, blocksize, WEIGHT.numel(), found.view(-1))
-    return relative_error(found, WEIGHT)
+    n = WEIGHT.numel()
+    packed, absmax = torch.empty((n + 1) // 2, dtype=torch.uint8), torch.empty(-(-n // blocksize))
+    quantize_definition(WEIGHT.view(-1), *nearest_code_bounds(code), blocksize, packed, absmax)
+    q = SimpleNamespace(packed=packed, absmax=absmax, code=code, blocksize=blocksize, nested_absmax=None)
+    stored = torch.empty_like(WEIGHT)
+    dequantize_definition(q, stored)
+    return relative_error(stored, WEIGHT)
 
 
 def density_in_blocks(x: Tensor, blocksize: int = 64) -> Tensor:
@@ -123,7 +131,7 @@ def draw_codes(figure) -> None:
         axes.fill_between(x, density, color=PALE, linewidth=0)
         axes.vlines(code, 0, density_in_blocks(code), color=BLUE, linewidth=1.2)
         axes.plot(code, torch.zeros(16), "o", color=BLUE, markersize=4.5, clip_on=False, zorder=3)
-        bounds, _ = ops.nearest_code_bounds(code)
+        bounds, _ = nearest_code_bounds(code)
         axes.vlines(bounds, -0.2, -0.1, color=GREY, linewidth=0.8)
         axes.set(ylim=(-0.22, 1.12), yticks=[], xlim=(-1.05, 1.05))
         axes.spines[["left", "bottom"]].set_visible(False)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,14 @@ from support.project import ROOT
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
-from minilora import adamw, ops  # noqa: E402
-from minilora.quantization import dynamic_code, four_bit_code, quantize_4bit  # noqa: E402
+from minilora import ops, optim  # noqa: E402
+from minilora.quantization import (  # noqa: E402
+    dynamic_code,
+    four_bit_code,
+    nearest_code_bounds,
+    nearest_of_steps,
+    quantize_4bit,
+)
 
 POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 CARDS = {"T4": 75, "A100": 80, "H100": 90}  # compute capability
@@ -140,9 +147,7 @@ class CompiledLaunch:
 
 @pytest.fixture
 def compile_4bit(monkeypatch):
-    """A function that gives the PTX of what quantize_4bit, dequantize_4bit or gemv_4bit launch for a weight
-    of some shape.
-    """
+    """A function that returns the PTX that quantize, dequantize or gemv launch for a weight of some shape."""
     from minilora.kernels import nf4
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -157,19 +162,20 @@ def compile_4bit(monkeypatch):
             empty((n + 1) // 2, dtype=torch.uint8),
             empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
         )
-        nested = (empty(-(-blocks // 256)), empty(256), empty()) if double_quant else ()
+        nested = (empty(-(-blocks // 256)), empty(256), empty()) if double_quant else (None, None, None)
+        q = SimpleNamespace(packed=packed, absmax=absmax, code=empty(16), blocksize=blocksize, shape=shape)
+        q.nested_absmax, q.nested_code, q.offset = nested
         launch = CompiledLaunch(getattr(nf4, f"{operation}_kernel"), CARDS[card])
         with monkeypatch.context() as patch:
             patch.setattr(nf4, f"{operation}_kernel", launch)
             if operation == "quantize":
-                nf4.quantize_4bit(
-                    empty(n, dtype=dtype), empty(15), empty(16, dtype=torch.uint8), blocksize, packed, absmax
-                )
+                symbols = empty(16, dtype=torch.uint8)
+                nf4.quantize(empty(n, dtype=dtype), empty(15), symbols, blocksize, packed, absmax)
             elif operation == "dequantize":
-                nf4.dequantize_4bit(packed, absmax, empty(16), blocksize, n, empty(n, dtype=dtype), *nested)
+                nf4.dequantize(q, empty(n, dtype=dtype))
             else:
                 x, out = empty(shape[1], dtype=dtype), empty(shape[0], dtype=dtype)
-                nf4.gemv_4bit(x, packed, absmax, empty(16), blocksize, shape, out, *nested)
+                nf4.gemv(q, x, out)
         assert launch.ptx
         return launch.ptx
 
@@ -243,16 +249,15 @@ def test_4bit_round_trip_on_the_gpu_is_the_definition_to_the_bit(
     x = torch.randn(n).to(dtype)
     x[n // 2 : n // 2 + blocksize] = 0
     code = four_bit_code(quant_type)
-    expected = ops.quantize_4bit(x, code, blocksize)
-    packed, absmax = (torch.empty_like(t, device="cuda") for t in expected)
-    nf4.quantize_4bit(x.cuda(), *(t.cuda() for t in ops.nearest_code_bounds(code)), blocksize, packed, absmax)
-    assert torch.equal(packed.cpu(), expected[0]) and torch.equal(absmax.cpu(), expected[1])
+    expected = quantize_4bit(x, quant_type, blocksize, double_quant=False)
+    packed, absmax = (torch.empty_like(t, device="cuda") for t in (expected.packed, expected.absmax))
+    bounds, symbols = (t.cuda() for t in nearest_code_bounds(code))
+    nf4.quantize(x.cuda(), bounds, symbols, blocksize, packed, absmax)
+    assert torch.equal(packed.cpu(), expected.packed) and torch.equal(absmax.cpu(), expected.absmax)
     for double_quant in (False, True):
         q = quantize_4bit(x, quant_type, blocksize, double_quant)
-        on_gpu = q.to("cuda")
-        nested = (on_gpu.nested_absmax, dynamic_code().cuda(), on_gpu.offset) if double_quant else ()
         out = torch.empty(n, dtype=dtype, device="cuda")
-        nf4.dequantize_4bit(on_gpu.packed, on_gpu.absmax, code.cuda(), blocksize, n, out, *nested)
+        nf4.dequantize(q.to("cuda"), out)
         assert torch.equal(out.cpu(), q.dequantize())
 
 
@@ -265,12 +270,9 @@ def test_4bit_matrix_vector_product_on_the_gpu_is_the_dequantized_one(shape, dty
 
     monkeypatch.setenv("MINILORA_BACKEND", "torch")
     q, x = quantize_4bit(torch.randn(shape)), torch.randn(shape[1]).to(dtype)
-    weight, on_gpu = q.dequantize().double(), q.to("cuda")
+    weight = q.dequantize().double()
     out = torch.empty(shape[0], dtype=dtype, device="cuda")
-    nested = on_gpu.nested_absmax, dynamic_code().cuda(), on_gpu.offset
-    nf4.gemv_4bit(
-        x.cuda(), on_gpu.packed, on_gpu.absmax, four_bit_code("nf4").cuda(), 64, shape, out, *nested
-    )
+    nf4.gemv(q.to("cuda"), x.cuda(), out)
     expected, terms = weight @ x.double(), weight.abs() @ x.double().abs()
     bound = (31 + shape[1] / 2048) * 2**-24 * terms + torch.finfo(
         dtype
@@ -288,8 +290,9 @@ def test_4bit_dequantization_on_the_gpu_reaches_past_2_to_the_31_elements():
         pytest.skip("needs 8 GB of GPU memory")
     packed = torch.full(((n + 1) // 2,), 0x5F, dtype=torch.uint8, device="cuda")
     absmax, out = torch.ones(-(-n // 64), device="cuda"), torch.zeros(n, dtype=torch.float16, device="cuda")
-    code = torch.arange(16.0, device="cuda")
-    nf4.dequantize_4bit(packed, absmax, code, 64, n, out)
+    q = SimpleNamespace(packed=packed, absmax=absmax, code=torch.arange(16.0, device="cuda"), blocksize=64)
+    q.nested_absmax = q.nested_code = q.offset = None
+    nf4.dequantize(q, out)
     assert (out[0::2] == 5).all() and (out[1::2] == 15).all()
 
 
@@ -300,7 +303,7 @@ def test_8bit_adamw_on_the_gpu_is_the_definition_to_the_bit(monkeypatch):
 
     monkeypatch.setenv("MINILORA_BACKEND", "torch")
     codes = dynamic_code(True), dynamic_code(False)
-    nearest = tuple(map(ops.nearest_of_steps, codes))
+    nearest = tuple(map(nearest_of_steps, codes))
     sides = [], []
     for n in (1, 4099, 32768, 1_000_003):
         p = torch.randn(n)
@@ -316,7 +319,7 @@ def test_8bit_adamw_on_the_gpu_is_the_definition_to_the_bit(monkeypatch):
         for i, (mine, other) in enumerate(zip(*sides, strict=True)):
             mine[1].normal_().mul_(10.0 ** (-3 * i))[512:600] = 0
             other[1].copy_(mine[1])
-        adamw.adamw_8bit(sides[0], codes, nearest, *settings)
-        adamw_8bit(sides[1], *on_gpu, adamw._adamw_scalars(*settings))
+        optim.adamw_8bit(sides[0], *settings)
+        adamw_8bit(sides[1], *on_gpu, optim._scalars(*settings))
     for mine, other in zip(*sides, strict=True):
         assert all(torch.equal(one, two.cpu()) for one, two in zip(mine, other, strict=True))

@@ -17,15 +17,16 @@ from minilora import (
     linear,
     load_model,
     merge_lora,
-    ops,
     save_model,
     set_adapter,
 )
+from minilora.backend import choice
 from minilora.int8 import quantize_int8
-from minilora.linear import Linear4bit, Linear8bit, count_parameters, describe_weights, scratch
+from minilora.linear import Linear4bit, Linear8bit, scratch
 from minilora.lora import lora_layers
 from minilora.loss import causal_lm_loss
 from minilora.quantization import gemv_4bit, quantize_4bit
+from minilora.run.describe import count_parameters, describe_weights
 
 QUANTS = {
     "nf4": QuantConfig(),
@@ -50,7 +51,7 @@ def test_a_quantized_layer_is_a_linear_layer_with_the_dequantized_weight(kind, d
     layer = layer_of(kind, weight, bias)
     x = torch.randn(2, 7, 50, dtype=dtype, requires_grad=True)
     dy = torch.randn(2, 7, 33, dtype=dtype)
-    wide = ops.product_dtype(x)  # float32 for bfloat16 on a CPU that cannot multiply it
+    wide = choice.product_dtype(x)  # float32 for bfloat16 on a CPU that cannot multiply it
     plain = nn.Linear(50, 33, bias=biased).to(wide)
     with torch.no_grad():
         plain.weight.copy_(layer.weight.dequantize(wide))
@@ -65,10 +66,11 @@ def test_a_quantized_layer_is_a_linear_layer_with_the_dequantized_weight(kind, d
 def test_bfloat16_is_multiplied_in_float32_only_on_a_cpu_without_instructions_for_it(monkeypatch):
     x = torch.zeros(1, dtype=torch.bfloat16)
     for can, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(ops, "_cpu_multiplies_bfloat16", lambda can=can: can)
-        assert ops.product_dtype(x) == dtype
+        monkeypatch.setattr(choice, "_cpu_multiplies_bfloat16", lambda can=can: can)
+        assert choice.product_dtype(x) == dtype
         assert (
-            ops.product_dtype(x.half()) == torch.float16 and ops.product_dtype(x.to("meta")) == torch.bfloat16
+            choice.product_dtype(x.half()) == torch.float16
+            and choice.product_dtype(x.to("meta")) == torch.bfloat16
         )
 
 
@@ -94,7 +96,7 @@ def test_one_vector_goes_the_way_of_decoding_and_gives_the_same(monkeypatch):
         return F.linear(vector, weight)
 
     monkeypatch.setattr(linear, "gemv_4bit", gemv)
-    monkeypatch.setattr(linear.ops, "use_triton", lambda _: True)
+    monkeypatch.setattr(linear, "form_for", lambda *_: "triton")
     y = layer(x)
     assert seen == [(64,)] and y.shape == expected.shape
     torch.testing.assert_close(

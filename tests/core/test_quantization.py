@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minilora import ops
+from minilora import quantization
 from minilora.backend import native
 from minilora.formats.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.int8 import quantize_int8
@@ -18,9 +18,11 @@ from minilora.quantization import (
     BLOCK_SIZES,
     QUANT_TYPES,
     dequantize_4bit,
+    dequantize_dynamic,
     dynamic_code,
     four_bit_code,
     quantize_4bit,
+    quantize_dynamic,
 )
 from minilora.system.errors import UserError
 from minilora.testing import (
@@ -57,7 +59,7 @@ def path(request, monkeypatch):
     """Both ways to compute on a CPU."""
     if request.param == "definition":
         monkeypatch.setenv("MINILORA_BACKEND", "torch")
-    elif not native.functions():
+    elif not native.is_trusted("quantize"):
         pytest.skip("no C compiler: the definition is all there is")
     return request.param
 
@@ -214,16 +216,16 @@ def test_blocks_that_cross_rows_keep_their_scales():
 @given(weight=weights(dtypes=(torch.float32,), blocksize=256))
 def test_8bit_blocks_are_those_of_bitsandbytes(signed, weight):
     x, code = weight.view(-1) if signed else weight.view(-1).abs(), dynamic_code(signed)
-    places, absmax = ops.quantize_8bit(x, code, 256)
+    indices, absmax = quantize_dynamic(x, code, 256)
     expected, state = bnb.quantize_blockwise(x, code=code.clone(), blocksize=256)
-    assert same_bits(places, expected) and same_bits(absmax, state.absmax)
-    values = ops.dequantize_8bit(places, absmax, code, 256)
+    assert same_bits(indices, expected) and same_bits(absmax, state.absmax)
+    values = dequantize_dynamic(indices, absmax, code, 256)
     assert same_bits(values, bnb.dequantize_blockwise(expected, state))
 
 
 @pytest.mark.parametrize("shape", [(4096, 64), (1_000_001,)])
 def test_compiled_and_plain_paths_give_the_same_bits_with_threads(shape, monkeypatch):
-    if not native.functions():
+    if not native.is_trusted("quantize"):
         pytest.skip("no C compiler: the definition is all there is")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     for dtype in DTYPES:
@@ -238,7 +240,13 @@ def test_compiled_and_plain_paths_give_the_same_bits_with_threads(shape, monkeyp
 @pytest.fixture
 def first_use():
     """The state of a new process: nothing built, no table made."""
-    caches = [native.functions, ops._native_agrees, ops._nearest_of_steps, four_bit_code, dynamic_code]
+    caches = [
+        native._functions,
+        native.is_trusted,
+        quantization._nearest_of_steps,
+        four_bit_code,
+        dynamic_code,
+    ]
     for cache in caches:
         cache.cache_clear()
     yield
@@ -249,27 +257,28 @@ def first_use():
 @pytest.mark.parametrize("compiler", ["/nonexistent/cc", "false", "cc '"])  # absent, failing, misspelt
 def test_without_a_compiler_the_definition_runs(first_use, monkeypatch, tmp_path, compiler):
     expected = quantize_4bit(torch.linspace(-1, 1, 4097))
-    native.functions.cache_clear()
-    ops._native_agrees.cache_clear()
+    native._functions.cache_clear()
+    native.is_trusted.cache_clear()
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     q = quantize_4bit(torch.linspace(-1, 1, 4097))
-    assert not native.functions() and not list(tmp_path.glob("minilora/*"))
+    assert not native._functions() and not list(tmp_path.glob("minilora/*"))
     assert same_bits(q.packed, expected.packed) and same_bits(q.dequantize(), expected.dequantize())
 
 
 def test_a_compiled_library_with_other_bits_is_not_used(first_use, monkeypatch, tmp_path):
-    if not native.functions():
+    if not native.is_trusted("quantize"):
         pytest.skip("no C compiler: the definition is all there is")
     spoilt = tmp_path / "native.c"
     spoilt.write_text(native._SOURCE.read_text().replace("1.0f / floored", "0.9f / floored"))
     assert spoilt.read_text() != native._SOURCE.read_text()
     monkeypatch.setattr(native, "_SOURCE", spoilt)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.functions.cache_clear()
+    native._functions.cache_clear()
+    native.is_trusted.cache_clear()
     x = torch.randn(4096, generator=torch.Generator().manual_seed(11))
     q = quantize_4bit(x)
-    assert native.functions() and not ops._native_agrees()
+    assert native._functions() and not native.is_trusted("quantize")
     monkeypatch.setenv("MINILORA_BACKEND", "torch")
     assert same_bits(q.packed, quantize_4bit(x).packed)
 
@@ -392,7 +401,7 @@ def test_double_quantization_moves_scales_by_less_than_a_hundredth_of_their_spre
     # from the mean.
     weight = torch.randn(2**18, generator=torch.Generator().manual_seed(6))
     plain, double = (quantize_4bit(weight, double_quant=d) for d in (False, True))
-    scales = ops.dequantize_8bit(double.absmax, double.nested_absmax, dynamic_code(), 256) + double.offset
+    scales = dequantize_dynamic(double.absmax, double.nested_absmax, dynamic_code(), 256) + double.offset
     spread = (plain.absmax - double.offset).abs().max()
     assert (scales - plain.absmax).abs().max() <= 0.01 * spread
 
@@ -444,7 +453,7 @@ def test_infinities_and_nan_are_refused(path, bad, dtype, place):
 def test_scales_whose_mean_overflows_are_refused_only_doubly():
     weight = torch.full((256,), 3e38)
     assert quantize_4bit(weight, double_quant=False).dequantize().eq(weight).all()
-    with pytest.raises(UserError, match="too large for double quantization"):
+    with pytest.raises(UserError, match="overflow double quantization"):
         quantize_4bit(weight)
 
 

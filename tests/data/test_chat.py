@@ -1,6 +1,4 @@
-"""Chat templates: the tokens of transformers and of mistral_common, and exactly what the assistant writes is
-learned.
-"""
+"""Chat templates: tokens equal those of transformers and mistral_common, and exactly the answers are learned."""
 
 import json
 import re
@@ -21,9 +19,8 @@ from minilora.data.chat import ChatTemplate, load_chat_template
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import load_tokenizer
 
-MISTRAL_COMMON = find_spec(
-    "mistral_common"
-)  # carries the real Mistral tokenizers, and is the reference for them
+# mistral_common carries the real Mistral tokenizers and is the reference for them.
+MISTRAL_COMMON = find_spec("mistral_common")
 MISTRAL_FILES = {
     "mistral-v1": "tokenizer.model.v1",
     "mistral-v3": "mistral_instruct_tokenizer_240323.model.v3",
@@ -40,12 +37,8 @@ CORPUS = [
     "日本語 🙂🙃",
     "### \n\n\n",
 ]
-JSON = (
-    "llama3",
-    "qwen",
-    "llama2",
-    "mistral-json",
-)  # byte-level with BOS and without; "▁" after special tokens, or in front
+# Byte-level with BOS and without it; "▁" behind every special token, or in front of the text only.
+JSON = ("llama3", "qwen", "llama2", "mistral-json")
 
 
 def byte_level(bos: bool) -> tuple[dict, dict]:
@@ -168,7 +161,7 @@ def conversations(draw, words=texts, answered=True):
 
 
 def written(source: str, tokenizer, messages, **options):
-    """What transformers makes of a conversation: ids and the mask of the assistant's tokens."""
+    """Return ids and assistant mask of a conversation by transformers."""
     made = tokenizer.apply_chat_template(messages, chat_template=source, return_dict=True, **options)
     return made["input_ids"], made.get("assistant_masks")
 
@@ -193,9 +186,8 @@ few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck
 @given(messages=conversations())
 @few
 def test_tokens_and_mask_of_every_named_template_are_transformers(ours, theirs, name, template, messages):
-    assume(
-        messages[0]["content"] or template != "plain"
-    )  # an answer that ends with token 0: transformers takes 0 for none
+    # An answer that ends with token 0, which transformers mistakes for no token.
+    assume(messages[0]["content"] or template != "plain")
     chat = load_chat_template(template, ours[name])
     input_ids, loss_mask = chat.encode(messages)
     ids, mask = written(chat.source, theirs[name], messages, return_assistant_tokens_mask=True)
@@ -311,7 +303,7 @@ def test_qwen3_keeps_the_thoughts_before_the_last_answer_and_drops_older_ones(ou
 
 @given(thoughts=st.none() | texts, words=texts | st.just("<think>\nhm\n</think>\n\nyes"))
 @settings(max_examples=50, deadline=None)
-def test_qwen3_takes_the_thoughts_that_are_given_apart_even_if_there_are_none(ours, theirs, thoughts, words):
+def test_qwen3_uses_separate_thoughts_if_they_are_given_even_empty_ones(ours, theirs, thoughts, words):
     """Against the part of Qwen3's own template that says so, written down here."""
     source = (
         "{%- set message = messages[1] %}{%- set content = message.content %}{%- set reasoning_content = '' %}"
@@ -366,7 +358,7 @@ def test_tokens_of_the_mistral_template_are_mistral_commons(ours, mistral_common
     )
 
 
-# What is learned
+# Learned tokens
 
 
 @pytest.mark.parametrize(("name", "template"), SUPPORTED)
@@ -395,7 +387,7 @@ def test_a_template_that_does_not_mark_its_answers_gives_the_same_mask(ours, nam
 
 
 @pytest.mark.parametrize(("name", "template"), SUPPORTED)
-def test_exactly_the_answers_and_their_end_tokens_are_learnt(ours, name, template):
+def test_exactly_the_answers_and_their_end_tokens_are_learned(ours, name, template):
     chat, tokenizer = load_chat_template(template, ours[name]), ours[name]
     turns = [
         ("system", "be kind"),
@@ -433,7 +425,7 @@ TWO_BLOCKS = (  # as templates that put what the model thinks apart; older thoug
 
 @given(messages=conversations(st.sampled_from(["one", "two\n", "three"])))
 @settings(max_examples=30, deadline=None)
-def test_of_the_last_answer_all_blocks_are_learnt_and_of_the_history_none(ours, messages):
+def test_all_blocks_of_the_last_answer_are_learned_and_none_of_the_history(ours, messages):
     chat = ChatTemplate("two", TWO_BLOCKS, ours["qwen"])
     input_ids, loss_mask = chat.encode(messages, mask_history=True)
     assert ours["qwen"].decode(input_ids[loss_mask]) == "<think>" + messages[-1]["content"]
@@ -456,9 +448,8 @@ def test_the_answers_of_a_long_conversation_are_found_together(ours, monkeypatch
     assert ours["qwen"].decode(input_ids[loss_mask]) == "".join(
         message["content"] for message in messages[1::2]
     )
-    assert (
-        len(rendered) <= 200 + 3
-    )  # a prompt for each answer; the text, and the text with marks in front of and behind all answers
+    # One prompt per answer; the text, and the text with markers in front of all answers, then behind them.
+    assert len(rendered) <= 200 + 3
 
 
 OLD_CHATML = (  # as templates were before add_generation_prompt
@@ -466,7 +457,7 @@ OLD_CHATML = (  # as templates were before add_generation_prompt
 )
 
 
-def test_the_header_of_an_answer_is_not_learnt_where_the_template_knows_no_generation_prompt(ours):
+def test_the_header_of_an_answer_is_not_learned_if_the_template_knows_no_generation_prompt(ours):
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": " two\n"}]
     input_ids, loss_mask = ChatTemplate("old", OLD_CHATML, ours["qwen"]).encode(messages)
     assert (
@@ -475,7 +466,7 @@ def test_the_header_of_an_answer_is_not_learnt_where_the_template_knows_no_gener
     )
 
 
-def test_what_an_answer_ends_with_is_learnt_through_blanks_but_no_further(ours):
+def test_the_end_token_of_an_answer_is_learned_through_blanks_but_nothing_behind_it(ours):
     source = "{% for m in messages %}{{ m.role + ':' + m.content | trim + '  ' + eos_token + eos_token + '\n' }}{% endfor %}"
     messages = [
         {"role": "user", "content": "one"},
@@ -507,9 +498,7 @@ OWN = r"""{%- set loop_messages = messages %}
 
 @pytest.fixture(scope="session")
 def own(directories, tmp_path_factory):
-    """A tokenizer with a template of its own, in every place that one can be in; and transformers' of the
-    same directory.
-    """
+    """Tokenizers with their own template, one for each file it can be in; and transformers' for the same files."""
     transformers = pytest.importorskip("transformers", reason="the reference for chat templates")
     made, root = [], tmp_path_factory.mktemp("own")
     several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": OWN}]
@@ -543,7 +532,7 @@ def test_an_answer_that_the_template_leaves_out_is_refused(own):
         load_chat_template(None, own[0][0]).encode(messages)
 
 
-def test_a_template_that_tells_the_date_tells_that_of_the_given_clock(ours):
+def test_a_template_that_prints_the_date_uses_the_given_clock(ours):
     tokenizer = ours["qwen"]
     tokenizer_with_date = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     chat = ChatTemplate("dated", tokenizer_with_date, tokenizer, now=lambda: datetime(2024, 7, 26))
@@ -611,7 +600,7 @@ def test_offsets_go_through_the_text_and_leave_no_character_out(ours, name, text
         assert ids == tokenizer.encode(text.replace("\U000f0000", ""), bos=False)
 
 
-# What is refused
+# Refused templates
 
 
 @pytest.mark.parametrize(
@@ -626,9 +615,13 @@ def test_offsets_go_through_the_text_and_leave_no_character_out(ours, name, text
         (
             "plain",
             "chatml",
-            r"template = chatml needs the token <\|im_start\|>, which the tokenizer lacks; plain and alpaca",
+            r"template = chatml needs the token <\|im_start\|>, which the tokenizer lacks; plain and alpaca need no",
         ),
-        ("plain", "plain", "template = plain ends answers with EOS, and the tokenizer names none"),
+        (
+            "plain",
+            "plain",
+            "template = plain ends answers with EOS, but the tokenizer names none; set eos_token in",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_is_refused_by_name(ours, tmp_path, name, template, said):
@@ -671,19 +664,19 @@ def test_turns_in_an_order_that_the_format_has_no_words_for_are_refused(ours, te
         ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "changes answer 1"),
         (
             "{% set a %}{% generation %}b{% endgeneration %}{% endset %}{{ a[1:] }}",
-            "cuts a {% generation %} block",
+            "cuts or nests a {% generation %} block",
         ),
         (
             "{% set a %}{% generation %}b{% endgeneration %}{% endset %}{{ a | reverse }}",
-            "cuts a {% generation %} block",
+            "cuts or nests a {% generation %} block",
         ),
         (
             "{% generation %}{% generation %}b{% endgeneration %}{% endgeneration %}",
-            "cuts a {% generation %} block, or puts",
+            "cuts or nests a {% generation %} block; it must",
         ),
     ],
 )
-def test_a_template_that_fails_is_told_in_its_own_words_and_one_line(ours, source, said):
+def test_a_template_that_fails_is_quoted_in_one_line(ours, source, said):
     with pytest.raises(
         UserError, match=f"the chat template mine .*{said}|the chat template mine {said}"
     ) as error:
@@ -708,6 +701,6 @@ def test_a_template_that_cannot_be_compiled_is_one_line(ours, source):
     assert "\n" not in str(error.value)
 
 
-def test_a_template_that_is_not_jinja_is_told_with_the_line(ours):
+def test_a_template_that_is_not_jinja_is_refused_with_the_line(ours):
     with pytest.raises(UserError, match="not valid Jinja, line 2: .*'endfor'"):
         ChatTemplate("mine", "{% for m in messages %}\n{% endif %}", ours["qwen"])

@@ -1,4 +1,4 @@
-"""Files of every format, from every kind of place; and what is wrong with them told with file and line."""
+"""Files of every format, from disk, addresses and the hub; errors name the file and the line."""
 
 import base64
 import csv
@@ -33,10 +33,8 @@ def columns(place) -> list[dict]:
     ("name", "text"),
     [
         ("a.jsonl", LINES),
-        (
-            "a.jsonl",
-            "\ufeff" + LINES.replace("\n", "\r\n\r\n"),
-        ),  # byte order mark, Windows line ends, empty lines
+        # A byte order mark, Windows line ends and empty lines.
+        ("a.jsonl", "\ufeff" + LINES.replace("\n", "\r\n\r\n")),
         ("a.json", json.dumps(RECORDS)),
         ("a.json", json.dumps(RECORDS, indent=2)),
         ("a.json", json.dumps({"version": [1, 2], "data": RECORDS}, indent=2)),
@@ -79,7 +77,7 @@ def parquet_bytes():
 
 @given(st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_parquet_with_a_wrong_byte_is_read_or_told_in_one_line(parquet_bytes, tmp_path, data):
+def test_parquet_with_a_wrong_byte_is_read_or_refused_in_one_line(parquet_bytes, tmp_path, data):
     place, value = data.draw(st.integers(0, len(parquet_bytes) - 1)), data.draw(st.integers(0, 255))
     (tmp_path / "a.parquet").write_bytes(parquet_bytes[:place] + bytes([value]) + parquet_bytes[place + 1 :])
     try:
@@ -88,7 +86,7 @@ def test_parquet_with_a_wrong_byte_is_read_or_told_in_one_line(parquet_bytes, tm
         assert "a.parquet" in str(error) and "\n" not in str(error)
 
 
-def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+def test_parquet_without_its_package_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"pip install 'minilora\[parquet\]'"):
@@ -127,7 +125,7 @@ cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 
 
 @given(rows=st.lists(st.tuples(cells, cells), min_size=1, max_size=4))
-def test_what_pythons_csv_writer_writes_is_read_back(tmp_path_factory, rows):
+def test_a_file_by_pythons_csv_writer_is_read_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("csv") / "a.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("p", "q"), *rows])
@@ -178,7 +176,7 @@ def test_what_pythons_csv_writer_writes_is_read_back(tmp_path_factory, rows):
         ("data", LINES, "ends in ''; supported"),
     ],
 )
-def test_malformed_files_are_told_with_file_and_line(tmp_path, name, content, said):
+def test_malformed_files_are_refused_with_file_and_line(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as error:
         read_records(tmp_path / name)
@@ -211,9 +209,7 @@ def test_a_file_that_is_missing_a_directory_cut_short_or_not_text_is_refused(tmp
 
 @pytest.fixture(scope="module")
 def server():
-    """A web server on this machine that knows a few files, one of them for a user with a password; its
-    address.
-    """
+    """The address of a local web server with a few files, one of them behind a password."""
     files = {"/data/a.jsonl": LINES.encode(), "/data/a.csv.gz": gzip.compress(CSV.encode())}
     files |= {"/my%20d%C3%A4ta/a.jsonl": LINES.encode(), "/private/a.jsonl": LINES.encode()}
     password = "Basic " + base64.b64encode("me@home:sécret".encode()).decode()
@@ -286,13 +282,13 @@ def test_a_password_goes_to_no_server_that_an_address_points_to(server):
         ("memory://nowhere/a.jsonl", "memory://nowhere/a.jsonl cannot be read: it does not exist"),
     ],
 )
-def test_an_address_that_leads_nowhere_is_told_without_its_secrets(server, address, said):
+def test_an_address_that_leads_nowhere_is_refused_without_its_secrets(server, address, said):
     with pytest.raises(UserError) as error:
         read_records(address.format(server=server))
     assert said in str(error.value) and "secret" not in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_fsspec_knows_is_read_through_it():
+def test_other_storage_is_read_through_fsspec():
     import fsspec
 
     with fsspec.open("memory://bucket/a.jsonl", "w") as file:
@@ -300,11 +296,10 @@ def test_what_fsspec_knows_is_read_through_it():
     assert read_records("memory://bucket/a.jsonl")[0] == ("memory://bucket/a.jsonl, line 1", RECORDS[0])
 
 
-def test_s3_without_its_package_says_what_to_install(monkeypatch):
+def test_s3_without_its_package_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(
-        sys.modules["fsspec.registry"]._registry, "s3", raising=False
-    )  # what fsspec has imported before
+    imported = sys.modules["fsspec.registry"]._registry  # the file systems that fsspec has imported before
+    monkeypatch.delitem(imported, "s3", raising=False)
     with pytest.raises(UserError, match=r"s3://bucket/a.jsonl: .*pip install 'minilora\[s3\]'"):
         read_records("s3://bucket/a.jsonl")
 
@@ -314,9 +309,7 @@ def test_s3_without_its_package_says_what_to_install(monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub with one dataset of the files that a test names: the two calls that are made of huggingface_hub,
-    answered from here.
-    """
+    """A hub with one dataset, of the files that a test names; it replaces the calls to huggingface_hub."""
     import huggingface_hub
 
     def dataset(*names, listing=None):
@@ -378,7 +371,7 @@ def hub(tmp_path, monkeypatch):
         (["a.jsonl", "sub/b.jsonl"], "me/mine/a", ["a.jsonl"]),
     ],
 )
-def test_of_a_hub_dataset_the_training_files_are_read(hub, names, place, chosen):
+def test_the_training_files_of_a_hub_dataset_are_read(hub, names, place, chosen):
     hub(*names)
     assert read_records(place) == [(f"me/mine/{name}, line 1", {"text": name}) for name in chosen]
 
@@ -413,7 +406,7 @@ def test_a_hub_dataset_in_which_there_is_no_one_choice_is_refused(hub, names, pl
         read_records(place)
 
 
-def test_a_hub_that_does_not_answer_is_told_in_one_line(hub):
+def test_a_hub_that_does_not_answer_is_an_error_of_one_line(hub):
     from huggingface_hub import errors
 
     response = type("Response", (), {"status_code": 503, "headers": {}, "request": None})()
@@ -425,7 +418,7 @@ def test_a_hub_that_does_not_answer_is_told_in_one_line(hub):
             "secret", response=response
         ),
         "cannot be fetched from http.*: HTTPError": errors.HTTPError("secret"),
-        "nor can it be a hub id": errors.HFValidationError("secret"),
+        "it is not a hub id either": errors.HFValidationError("secret"),
         "cannot be fetched .*LocalEntryNotFoundError": errors.LocalEntryNotFoundError("secret"),
     }
     for said, failure in failures.items():

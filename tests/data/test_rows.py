@@ -27,7 +27,7 @@ def test_prompt_and_completion_are_read_under_their_own_names_and_under_others(t
     )
     assert read_rows(path) == [Row("a", "b"), Row("", "c")]
     assert read_rows(path, chat=True) == [Row("a", "b", said("a", "b")), Row("", "c", said("", "c"))]
-    assert [row.place for row in read_rows(path)] == [f"{path}, line 1", f"{path}, line 2"]
+    assert [row.location for row in read_rows(path)] == [f"{path}, line 1", f"{path}, line 2"]
     path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "b"})
     assert read_rows(path, "question", "answer") == [Row("a", "b")]
 
@@ -93,7 +93,7 @@ def test_conversations_of_both_forms_are_the_same_rows(tmp_path, chat):
     ) == [row]
 
 
-def test_what_else_a_message_holds_is_kept_for_the_template(tmp_path):
+def test_other_keys_of_a_message_are_kept_for_the_template(tmp_path):
     messages = [
         {"role": "user", "content": "a", "name": None},
         {"role": "assistant", "content": "b", "reasoning_content": "c"},
@@ -102,7 +102,7 @@ def test_what_else_a_message_holds_is_kept_for_the_template(tmp_path):
     assert row.messages == ({"role": "user", "content": "a"}, messages[1])
 
 
-def test_tools_and_weights_that_ask_for_nothing_are_no_reason_to_refuse_a_row(tmp_path):
+def test_empty_tools_and_weights_do_not_refuse_a_row(tmp_path):
     nothing = {"tool_calls": [], "function_call": None}
     row = {
         "messages": [A | nothing | {"weight": 0}, B | nothing | {"weight": 1}],
@@ -113,7 +113,7 @@ def test_tools_and_weights_that_ask_for_nothing_are_no_reason_to_refuse_a_row(tm
     assert read.completion == "b" and len(read.messages) == 2
 
 
-def test_the_column_that_is_asked_for_is_read_before_what_else_a_row_has(tmp_path):
+def test_a_column_that_the_settings_name_is_preferred_to_all_others(tmp_path):
     messages = list(said("said", "there"))
     row = {
         "prompt": "p",
@@ -125,13 +125,13 @@ def test_the_column_that_is_asked_for_is_read_before_what_else_a_row_has(tmp_pat
         "text": "t",
     }
     path = write(tmp_path / "a.jsonl", row)
-    asked = [
+    cases = [
         ({}, "i"),
         ({"prompt_column": "text"}, "t"),
         ({"messages_column": "chat"}, "said"),
         ({"messages_column": "no"}, "i"),
     ]
-    for columns, prompt in asked:
+    for columns, prompt in cases:
         assert [row.prompt for row in read_rows(path, **columns, chat=True)] == [prompt]
 
 
@@ -152,7 +152,7 @@ def test_plain_text_is_a_row_without_a_prompt(tmp_path):
         ),
     ],
 )
-def test_a_row_that_lacks_a_column_is_told_with_file_and_line(tmp_path, second, message):
+def test_a_row_that_lacks_a_column_is_refused_with_file_and_line(tmp_path, second, message):
     path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, second)
     with pytest.raises(UserError) as error:
         read_rows(path)
@@ -167,9 +167,9 @@ A, B = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     [
         (
             {"question": "a", "answer": "b"},
-            "it has question, answer; say which with prompt_column and completion_column",
+            "it has question, answer; name yours with prompt_column and completion_column",
         ),
-        ({}, "it has none; say which"),
+        ({}, "it has none; name yours"),
         ({"instruction": "a", "output": "b", "input": 5}, "the column input holds 5, not text"),
         (
             {"instruction": "a", "output": "b", "history": [["a"]]},
@@ -208,15 +208,15 @@ A, B = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ),
         (
             {"conversations": [A, B], "functions": [1]},
-            "functions holds [1], not empty, and tools are not taught here; leave",
+            "functions holds [1], not empty, and tools are not supported; leave",
         ),
         (
             {"messages": [A, B | {"weight": 0}, A, B]},
-            "message 2: the answer has weight 0, and every answer counts alike here",
+            "message 2: the answer has weight 0, but all answers have equal weight here; leave the row out",
         ),
     ],
 )
-def test_a_row_of_no_form_and_a_broken_conversation_are_told_with_file_and_line(tmp_path, row, message):
+def test_a_row_of_no_form_and_a_broken_conversation_are_refused_with_file_and_line(tmp_path, row, message):
     path = write(tmp_path / "a.jsonl", row)
     with pytest.raises(UserError) as error:
         read_rows(path)
@@ -245,9 +245,9 @@ def test_datasets_are_parsed_with_and_without_weights():
 @pytest.mark.parametrize(
     ("datasets", "message"),
     [
-        ("a.jsonl:1,b.json", "some have a weight and some have none"),
+        ("a.jsonl:1,b.json", "only some datasets have a weight; give one to all of them"),
         ("a.jsonl:1,b.json:0", "a weight is 0"),
-        ("a.jsonl,,b.json", "names nothing between two commas"),
+        ("a.jsonl,,b.json", "names nothing between two commas; remove one of them"),
         ("", "names nothing"),
     ],
 )
@@ -261,7 +261,7 @@ def test_datasets_with_half_given_weights_are_refused(datasets, message):
     weights=st.lists(st.integers(1, 20), min_size=4, max_size=4),
     seed=st.integers(0, 2**31),
 )
-def test_a_mixture_has_the_proportions_asked_for_and_no_row_twice(sizes, weights, seed):
+def test_a_mixture_has_the_proportions_of_the_weights_and_no_row_twice(sizes, weights, seed):
     parts = [[Row(str(i), str(j)) for j in range(size)] for i, size in enumerate(sizes)]
     weights = [Fraction(weight, 10) for weight in weights[: len(parts)]]
     mixed = mix_rows(parts, weights, seed)

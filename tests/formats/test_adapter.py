@@ -89,7 +89,7 @@ def test_save_then_load_restores_every_bit_under_any_name(tmp_path):
     assert not torch.equal(fresh(ids(1, 9)), expected)
 
 
-def test_targets_are_written_as_leaf_names_and_as_full_names_only_where_leaves_would_say_too_much(tmp_path):
+def test_targets_are_written_as_leaf_names_unless_these_match_more_layers(tmp_path):
     for targets, written in (
         ("all-linear", sorted(ALL_SEVEN)),
         (r".*\.1\..*q_proj", ["model.layers.1.self_attn.q_proj"]),
@@ -110,7 +110,7 @@ def saved(tmp_path, **config):
 
 
 @pytest.mark.parametrize(
-    "config, said",
+    "config, message",
     [
         (
             dict(use_dora=True),
@@ -149,16 +149,30 @@ def saved(tmp_path, **config):
         ),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_and_leaves_the_model_as_it_was(config, said, tmp_path):
+def test_a_key_that_cannot_be_honoured_is_refused_and_leaves_the_model_as_it_was(config, message, tmp_path):
     directory, model = saved(tmp_path, **config), tiny_model()
     with pytest.raises(UserError) as error:
         load_adapter(model, directory)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not lora_layers(model)
 
 
+@pytest.mark.parametrize("init", [True, False, "gaussian", "Gaussian", "orthogonal", "eva", "mica"])
+def test_an_initialisation_that_keeps_the_base_weights_is_read(init, tmp_path):
+    config, factors = read_adapter(saved(tmp_path, init_lora_weights=init))
+    assert config.r == 2 and factors
+
+
 @pytest.mark.parametrize(
-    "change, said",
+    "init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "future", None]
+)
+def test_an_initialisation_that_changes_the_base_weights_is_refused(init, tmp_path):
+    with pytest.raises(UserError, match="changed the base weights"):
+        read_adapter(saved(tmp_path, init_lora_weights=init))
+
+
+@pytest.mark.parametrize(
+    "change, message",
     [
         ({"lora_magnitude_vector": None}, "missing {}lora_magnitude_vector"),
         ({"lora_A.weight": None, "lora_B.weight": None}, "missing {}lora_A.weight"),
@@ -170,7 +184,7 @@ def test_what_cannot_be_honoured_is_refused_and_leaves_the_model_as_it_was(confi
         ({"lora_B.weight": torch.ones(24, 3)}, "{}lora_B.weight is (24, 3), not of rank r = 2"),
     ],
 )
-def test_a_dora_adapter_that_is_not_sound_is_refused_with_and_without_a_model(change, said, tmp_path):
+def test_a_dora_adapter_that_is_not_sound_is_refused_with_and_without_a_model(change, message, tmp_path):
     model = tiny_model()
     add_lora(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     save_adapter(model, tmp_path)
@@ -183,7 +197,7 @@ def test_a_dora_adapter_that_is_not_sound_is_refused_with_and_without_a_model(ch
     save_file({key: tensor for key, tensor in whole.items() if tensor is not None}, path)
     with pytest.raises(UserError) as error:
         read_adapter(tmp_path)
-    assert said.format(prefix) in str(error.value) and "\n" not in str(error.value)
+    assert message.format(prefix) in str(error.value) and "\n" not in str(error.value)
     model = tiny_model()
     with pytest.raises(UserError, match="does not fit the model"):
         load_adapter(model, tmp_path)
@@ -191,13 +205,13 @@ def test_a_dora_adapter_that_is_not_sound_is_refused_with_and_without_a_model(ch
 
 
 @pytest.mark.parametrize(
-    "spoil, said",
+    "spoil, message",
     [
         (lambda tensor: tensor.to(torch.int32), "is torch.int32, not floating point"),
         (lambda tensor: tensor.fill_(torch.nan), "is infinite or NaN in places"),
     ],
 )
-def test_tensors_that_are_no_numbers_to_compute_with_are_refused(spoil, said, tmp_path):
+def test_integers_infinities_and_nan_are_refused(spoil, message, tmp_path):
     path = saved(tmp_path) / "adapter_model.safetensors"
     tensors = load_file(path)
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -205,7 +219,7 @@ def test_tensors_that_are_no_numbers_to_compute_with_are_refused(spoil, said, tm
     for read in (read_adapter, lambda directory: load_adapter(tiny_model(), directory)):
         with pytest.raises(UserError) as error:
             read(tmp_path)
-        assert f"{key} {said}" in str(error.value) and "\n" not in str(error.value)
+        assert f"{key} {message}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_configuration_that_is_no_object_is_refused(tmp_path):
@@ -238,7 +252,7 @@ def test_an_adapter_on_a_model_in_use_drops_nothing_out(tmp_path):
     assert not torch.equal(fresh.train()(ids(1, 9)), fresh(ids(1, 9)))
 
 
-def test_a_missing_a_truncated_and_a_pickled_adapter_are_told_apart(tmp_path):
+def test_a_missing_a_truncated_and_a_pickled_adapter_raise_different_errors(tmp_path):
     model = tiny_model()
     with pytest.raises(UserError, match="is not an adapter: it has no adapter_config.json"):
         load_adapter(model, tmp_path)

@@ -23,7 +23,7 @@ LLAMA3_SCALING = dict(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_transformers_writes_is_read_and_written_back_as_the_same_model(family):
+def test_a_config_written_by_transformers_is_read_and_written_back_as_the_same_model(family):
     config = parse_config(config_dict(transformers_model(family)))
     assert parse_config(to_config_json(config)) == config
 
@@ -38,7 +38,7 @@ def test_the_old_and_the_new_spelling_give_the_same_model():
     assert parse_config(new).dtype == "bfloat16"
 
 
-def test_absent_and_null_key_value_heads_mean_what_they_mean_in_transformers():
+def test_absent_and_null_key_value_heads_mean_the_same_as_in_transformers():
     assert parse_config(LLAMA).num_key_value_heads == 4
     mistral = LLAMA | dict(
         architectures=["MistralForCausalLM"], model_type="mistral", num_attention_heads=16, hidden_size=64
@@ -58,7 +58,7 @@ def test_windows_follow_use_sliding_window_max_window_layers_and_layer_types():
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (dict(model_type="gemma2"), "model_type 'gemma2'"),
         (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
@@ -89,10 +89,10 @@ def test_windows_follow_use_sliding_window_max_window_layers_and_layer_types():
         (dict(hidden_size="16"), "hidden_size"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(changes, said):
+def test_a_field_that_cannot_be_honoured_is_refused_by_name(changes, message):
     with pytest.raises(UserError) as error:
         parse_config(LLAMA | changes)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_size_is_named():

@@ -1,8 +1,8 @@
-"""GGUF files: every value in them, and what llama.cpp computes from them.
+"""GGUF files: every value in them, and the logits that llama.cpp computes from them.
 
-Two judges. A forward pass in numpy below follows llama.cpp's conventions (its names, its pairs of dimensions,
-its division of frequencies) and nothing of minilora's, and runs everywhere. llama.cpp itself is asked where
-its wheel is installed: the package xllamacpp carries it.
+There are two references. A forward pass in numpy, below, follows llama.cpp's conventions (its names, its pairs
+of dimensions, its division of frequencies) and shares no code with minilora. It runs everywhere. llama.cpp
+itself runs where its wheel is installed: the package xllamacpp carries it.
 """
 
 import errno
@@ -50,7 +50,7 @@ F16, F32, Q8_0 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32, g
 
 
 def export(directory: Path, path: Path, outtype: str = "f16", tokenizer: Path | None = None) -> list[str]:
-    """A model directory as a GGUF file, with its weights as they are, and its own or another tokenizer."""
+    """Write a model directory as a GGUF file, with its own or another tokenizer. Returns the notes."""
     return write(path, load_model(directory, dtype=torch.float32), tokenizer or directory, outtype)
 
 
@@ -62,7 +62,7 @@ def write(path: Path, model: CausalLM, tokenizer: Path, outtype: str = "f16") ->
 
 @pytest.fixture(scope="module")
 def ascii_tokenizer(tmp_path_factory) -> Path:
-    """A directory with a byte-level BPE of whole characters, so that every token that is generated is text."""
+    """A directory with a byte-level BPE of whole characters, so that every generated token is text."""
     directory = tmp_path_factory.mktemp("ascii")
     byte_level_bpe(["gpt2"], WORDS, alphabet=[chr(i) for i in range(33, 127)]).save(
         str(directory / "tokenizer.json")
@@ -71,7 +71,7 @@ def ascii_tokenizer(tmp_path_factory) -> Path:
 
 
 def byte_level_bpe(steps: list[str], text: list[str], alphabet: list[str]) -> tokenizers.Tokenizer:
-    """A small tokenizer of the kind of Llama 3's and Qwen's that splits a text into words by the steps given."""
+    """A small tokenizer like Llama 3's and Qwen's, which splits a text into words by `steps`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     by_step = {
         "digits": pre_tokenizers.Digits(individual_digits=True),
@@ -169,9 +169,7 @@ def test_every_tensor_is_the_models_with_llama_cpps_name_type_and_order_of_rows(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_key_of_the_header_says_what_the_configuration_and_the_tokenizer_say(
-    exported, family, model_dir
-):
+def test_every_key_of_the_header_agrees_with_the_configuration_and_the_tokenizer(exported, family, model_dir):
     directory, path, _ = exported(family)
     config, arch = (
         read_config(directory),
@@ -308,20 +306,18 @@ def test_in_8_bits_a_weight_is_off_by_half_a_step_of_its_block_and_no_more(
     assert (tmp_path / "pieces" / "model.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
 
-def test_what_llama_cpp_does_otherwise_is_said(exported):
+def test_differences_in_llama_cpp_are_returned(exported):
     assert exported("llama-gqa")[2] == exported("qwen3-qk-norm")[2] == []
     assert exported("mistral-window")[2] == [
         "llama.cpp has no sliding window for this model: exact up to 7 tokens, the context length written"
     ]
 
 
-# ---- what is computed from it ----------------------------------------------------------------------------------------
+# ---- the logits of llama.cpp's conventions ----------------------------------------------------------------------------
 
 
 def logits_of_llama_cpp(path: Path, tokens: list[int]) -> np.ndarray:
-    """(T, V) from the tensors and the header alone, in float64: what llama.cpp's code for the architecture
-    computes.
-    """
+    """Logits (T, V) as llama.cpp's code computes them, in float64, from the tensors and the header alone."""
     w, header = {name: t.astype(np.float64) for name, t in tensors(path).items()}, values(path)
     arch = header["general.architecture"]
     get = lambda key, default=None: header.get(f"{arch}.{key}", default)  # noqa: E731
@@ -383,7 +379,7 @@ def test_by_llama_cpps_conventions_the_file_is_the_model(exported, family):
     tokens = ids(1, within_window(path))
     expected = load_model(directory, dtype=torch.float32)(tokens)[0]
     # Sums in float64 there and in float32 here, as in test_model; frequencies go through a float32 quotient.
-    # Seen: 1e-6.
+    # Observed: 1e-6.
     assert relative_error(torch.from_numpy(logits_of_llama_cpp(path, tokens[0].tolist())), expected) <= 1e-5
 
 
@@ -477,7 +473,7 @@ def test_llama_cpp_generates_the_same_greedy_tokens(exported, ascii_tokenizer, t
     length = within_window(path)
     export(directory, path := tmp_path / "model.gguf", tokenizer=ascii_tokenizer)
     # It rounds activations to float16 before each product with a float16 matrix: 2^-11 relative, of logits
-    # below 5, gathering over 3 layers. Seen: 2e-3.
+    # below 5, gathering over 3 layers. Observed: 2e-3.
     assert_generates_the_same(
         path, load_model(directory, dtype=torch.float32), ids(1, length // 2), length - length // 2, 0.02
     )
@@ -499,7 +495,7 @@ def test_llama_cpp_generates_the_same_greedy_tokens_from_the_embedded_model_in_8
     model = load_model(base, dtype=torch.float32)
     prompt = torch.tensor([load_tokenizer(base).encode("The fox and the owl")])
     # A weight is off by up to 1/254 of the largest of its 32, an activation likewise, without order: 3e-3 of
-    # a logit. Seen: 1e-2.
+    # a logit. Observed: 1e-2.
     assert_generates_the_same(tmp_path / "model.gguf", model, prompt, 8, 0.1)
 
 
@@ -602,7 +598,7 @@ def test_llama_cpp_splits_texts_into_words_as_each_named_expression_does(tmp_pat
     assert_encodes_the_same(tmp_path, tmp_path)
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
+# ---- merging, and errors ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("into", ["original", "dequantized"])
@@ -619,7 +615,7 @@ def test_the_merged_file_holds_the_tensors_of_the_merged_directory(merge, place,
     assert [path.name for path in (place / "new").iterdir()] == ["merged.gguf"]
 
 
-def test_merging_a_model_with_a_window_prints_what_llama_cpp_does_otherwise(merge, place, model_dir):
+def test_merging_a_model_with_a_window_prints_the_difference_in_llama_cpp(merge, place, model_dir):
     make_base(place / "windowed", model_dir, family="mistral-window")
     code, out, _ = merge(
         "--adapter", place / "adapter", "--model", place / "windowed", "--output", place / "merged.gguf"
@@ -627,16 +623,16 @@ def test_merging_a_model_with_a_window_prints_what_llama_cpp_does_otherwise(merg
     assert code == 0 and "note: llama.cpp has no sliding window for this model: exact up to 7 tokens" in out
 
 
-def test_options_that_contradict_the_kind_of_file_are_refused(merge, place):
-    for output, option, said in [
+def test_options_that_contradict_the_output_format_are_refused(merge, place):
+    for output, option, message in [
         ("merged", ("--outtype", "f16"), "let --output end in .gguf"),
         ("merged.gguf", ("--quantize",), "which no .gguf file holds: leave it out, or choose --outtype q8_0"),
     ]:
         code, _, err = merge("--adapter", place / "adapter", "--output", place / output, *option)
-        assert code == 2 and said in err and err.count("\n") == 1 and not (place / output).exists()
+        assert code == 2 and message in err and err.count("\n") == 1 and not (place / output).exists()
 
 
-def test_without_the_package_the_line_says_what_to_install(merge, place, monkeypatch):
+def test_without_the_package_the_error_names_it(merge, place, monkeypatch):
     monkeypatch.delitem(sys.modules, "minilora.formats.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged.gguf")
@@ -645,7 +641,7 @@ def test_without_the_package_the_line_says_what_to_install(merge, place, monkeyp
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (dict(model_type="qwen3", attention_bias=True, head_dim=16), "qwen3 has no biases on o_proj"),
         (
@@ -660,10 +656,10 @@ def test_without_the_package_the_line_says_what_to_install(merge, place, monkeyp
     ],
 )
 def test_a_model_that_llama_cpp_cannot_express_is_refused_before_anything_is_read(
-    tmp_path, model_dir, changes, said
+    tmp_path, model_dir, changes, message
 ):
     config = parse_config(dict(model_type="llama", vocab_size=V, num_key_value_heads=2) | TINY | changes)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         write_gguf(tmp_path / "model.gguf", model_dir, config, {}, None)
     assert not list(tmp_path.iterdir())
 
@@ -686,20 +682,20 @@ def wrong_tokenizer(directory: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, said",
+    "kind, message",
     [
         ("unigram", "is a unigram model"),
         ("wordlevel", "is of type 'WordLevel'"),
         ("split", r"splits texts in a way for which llama.cpp has no name known here \(\\w\+\)"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_has_no_form_for_is_refused_by_name(tmp_path, kind, said):
+def test_a_tokenizer_that_llama_cpp_has_no_form_for_is_refused_by_name(tmp_path, kind, message):
     wrong_tokenizer(tmp_path, kind)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_vocabulary(tmp_path, V)
 
 
-def test_a_tokenizer_that_rewrites_texts_first_is_said_to(tmp_path, chat_tokenizer):
+def test_a_tokenizer_that_rewrites_texts_first_is_marked(tmp_path, chat_tokenizer):
     backend = tokenizers.Tokenizer.from_file(str(chat_tokenizer / "tokenizer.json"))
     backend.normalizer = tokenizers.normalizers.NFKC()
     backend.save(str(chat_tokenizer / "tokenizer.json"))
@@ -721,7 +717,7 @@ def test_weights_beyond_float16_are_refused_and_fit_8_bits(tmp_path, model_dir):
 @pytest.mark.parametrize(
     "error, raised",
     [
-        (OSError("4096 requested and 1024 written"), UserError),  # numpy's own way to say it
+        (OSError("4096 requested and 1024 written"), UserError),  # numpy's own message
         (OSError(errno.ENOSPC, "No space left on device"), OSError),  # one line by `run_script`
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],

@@ -1,4 +1,4 @@
-"""The linter says what PEFT really does, and what vLLM's and SGLang's rules are."""
+"""The linter's verdicts: PEFT's are compared with PEFT itself, vLLM's and SGLang's with their rules."""
 
 import json
 import shutil
@@ -42,9 +42,7 @@ def made(tmp_path_factory, model_dir):
 
 @pytest.fixture
 def place(tmp_path, made):
-    """A base model in `base`, and in `adapter` a random plain LoRA on all of its linear layers, which every
-    server loads.
-    """
+    """A base model in `base`. In `adapter` a random plain LoRA on all linear layers, which every server loads."""
     return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
 
 
@@ -56,18 +54,18 @@ def verdicts(place, server, with_base=True) -> list[str]:
     return [finding.verdict for finding in lint(place, with_base) if finding.server == server]
 
 
-def said(place, server, with_base=True) -> str:
+def reasons(place, server, with_base=True) -> str:
     return "\n".join(f"{f.verdict}: {f.why}" for f in lint(place, with_base) if f.server == server)
 
 
-# ---- PEFT, which is asked --------------------------------------------------------------------------------------------
+# ---- PEFT itself -------------------------------------------------------------------------------------------------------
 
 
 def in_peft(place) -> torch.Tensor | None:
-    """Logits of the base model and the adapter in PEFT; None if it does not load there."""
+    """Logits of the base model with the adapter in PEFT, or None if PEFT does not load it."""
     peft = pytest.importorskip("peft")
     base = transformers_model("llama-gqa", vocab_size=320)
-    torch.manual_seed(0)  # of the untrained values of what the file lacks
+    torch.manual_seed(0)  # PEFT draws the tensors that the file lacks.
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -78,14 +76,14 @@ def in_peft(place) -> torch.Tensor | None:
 
 
 def made_here(place, **settings) -> torch.Tensor:
-    """Replace the adapter by another one of minilora's. Returns its logits."""
+    """Replace the adapter by another random one that minilora writes. Returns its logits."""
     make_adapter(place / "base", place / "adapter", **settings)
     return adapted(place)(torch.arange(3, 23)[None])
 
 
 @pytest.fixture(scope="module")
 def trained(made) -> torch.Tensor:
-    """Logits with the adapter as it is made."""
+    """Logits with the unchanged adapter."""
     return in_peft(made)
 
 
@@ -126,7 +124,7 @@ def without(key):
     return change
 
 
-GOOD = {  # each gives the logits that it was trained to give, or None if it changes nothing about them
+GOOD = {  # Each function returns the logits of training, or None if they do not change.
     "as minilora writes it": lambda place: None,
     "rsLoRA": lambda place: made_here(place, use_rslora=True),
     "DoRA": lambda place: saved_by_peft(place, r=4, target_modules=["q_proj", "down_proj"], use_dora=True),
@@ -160,7 +158,7 @@ GOOD = {  # each gives the logits that it was trained to give, or None if it cha
         {"a": torch.ones(2)}, place / "adapter" / "optimizer.safetensors"
     ),
 }
-WRONG = {  # what loads, and is not what was trained
+WRONG = {  # PEFT loads these, and computes other logits than in training.
     "a layer without tensors": drop(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"),
     "an A without B": drop(f"{UP1}.lora_B.weight"),
     "a magnitude without DoRA": lambda place: change_tensors(
@@ -201,36 +199,36 @@ def test_the_adapter_to_compare_with_does_something(place, trained):
 
 @pytest.mark.parametrize("case", GOOD)
 @torch.no_grad()
-def test_what_peft_loads_as_it_was_trained_is_said_to_load_there(place, trained, case):
+def test_an_adapter_that_peft_loads_as_it_was_trained_has_no_finding(place, trained, case):
     other = GOOD[case](place)
     assert relative_error(in_peft(place), trained if other is None else other) <= TOLERANCE
-    assert said(place, "PEFT") == said(place, "PEFT", with_base=False) == ""
+    assert reasons(place, "PEFT") == reasons(place, "PEFT", with_base=False) == ""
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_peft_loads_otherwise_than_it_was_trained_is_said_to_load_wrongly(place, trained, case):
+def test_an_adapter_that_peft_loads_differently_loads_wrongly(place, trained, case):
     WRONG[case](place)
     loaded = in_peft(place)
     assert loaded is not None
-    if case != "a magnitude without DoRA":  # ignored: the trained length is lost, and the rest as it was
+    if case != "a magnitude without DoRA":  # PEFT loses the trained length and keeps the rest.
         assert relative_error(loaded, trained) > 100 * TOLERANCE
     assert set(verdicts(place, "PEFT")) == {LOADS_WRONGLY}
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_peft_refuses_is_said_not_to_load(place, case):
+def test_an_adapter_that_peft_refuses_will_not_load(place, case):
     REFUSED[case](place)
     assert in_peft(place) is None
     assert WILL_NOT_LOAD in verdicts(place, "PEFT")
 
 
-def test_a_key_that_peft_does_not_know_is_ignored_and_said_to_be(place):
+def test_a_key_that_peft_does_not_know_is_reported_as_ignored(place):
     change_config(place, future_feature={"on": True}, other_feature=None)
     assert in_peft(place) is not None
-    assert said(place, "PEFT") == "loads wrongly: future_feature = {'on': True} is not known, and ignored"
+    assert reasons(place, "PEFT") == "loads wrongly: future_feature = {'on': True} is not known, and ignored"
 
 
-# ---- vLLM's and SGLang's rules, read in their code -------------------------------------------------------------------
+# ---- vLLM's and SGLang's rules, from their code ----------------------------------------------------------------------
 
 
 def renamed(place, old, new) -> None:
@@ -275,6 +273,11 @@ VLLM = {
         lambda place: change_config(place, init_lora_weights="pissa_niter_4"),
         WILL_NOT_LOAD,
         "'pissa_niter_4' changed the base",
+    ),
+    "LoRA-GA": (
+        lambda place: change_config(place, init_lora_weights="lora_ga"),
+        WILL_NOT_LOAD,
+        "'lora_ga' changed the base",
     ),
     "aLoRA": (
         lambda place: change_config(place, alora_invocation_tokens=[1]),
@@ -372,6 +375,11 @@ SGLANG = {
         LOADS_WRONGLY,
         "'loftq' changed the base model",
     ),
+    "LoRA-GA": (
+        lambda place: change_config(place, init_lora_weights="lora_ga"),
+        LOADS_WRONGLY,
+        "'lora_ga' changed the base model",
+    ),
     "trained copies": (
         lambda place: saved_by_peft(place, r=4, target_modules=["o_proj"], modules_to_save=["lm_head"]),
         LOADS_WRONGLY,
@@ -398,23 +406,25 @@ def change_rank(place, r: int) -> None:
 @pytest.mark.parametrize("case", VLLM)
 def test_each_rule_of_vllm(place, case):
     change, verdict, why = VLLM[case]
-    assert said(place, "vLLM") == ""
+    assert reasons(place, "vLLM") == ""
     change(place)
-    assert f"{verdict}: " in said(place, "vLLM") and why in said(place, "vLLM"), said(place, "vLLM")
+    assert f"{verdict}: " in reasons(place, "vLLM") and why in reasons(place, "vLLM"), reasons(place, "vLLM")
 
 
 @pytest.mark.parametrize("case", SGLANG)
 def test_each_rule_of_sglang(place, case):
     change, verdict, why = SGLANG[case]
-    assert said(place, "SGLang") == ""
+    assert reasons(place, "SGLang") == ""
     change(place)
-    assert f"{verdict}: " in said(place, "SGLang") and why in said(place, "SGLang"), said(place, "SGLang")
+    assert f"{verdict}: " in reasons(place, "SGLang") and why in reasons(place, "SGLang"), reasons(
+        place, "SGLang"
+    )
 
 
 @pytest.mark.parametrize(
     "leaves", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"], ["gate_proj"], ["o_proj", "down_proj"]]
 )
-def test_what_the_servers_put_together_themselves_is_no_finding(place, leaves):
+def test_layers_that_the_servers_fuse_themselves_are_no_finding(place, leaves):
     only(*leaves)(place)
     assert lint(place) == lint(place, with_base=False) == []
 
@@ -424,7 +434,7 @@ def test_what_the_servers_put_together_themselves_is_no_finding(place, leaves):
 )
 def test_vllm_honours_rslora_and_patterns(place, change):
     change_config(place, **change)
-    assert said(place, "vLLM") == ""
+    assert reasons(place, "vLLM") == ""
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -447,7 +457,7 @@ def test_the_command_prints_a_line_for_each_server_and_exits_with_0_if_all_load(
     assert code == 0 and "vLLM    loads, if      started with --max-lora-rank 32: the rank is 20\n" in out
 
 
-def test_the_command_says_why_and_what_helps_and_exits_with_1_if_some_do_not_load(command, place):
+def test_the_command_prints_reason_and_remedy_and_exits_with_1_if_some_do_not_load(command, place):
     change_config(place, use_rslora=True)
     assert command(place / "adapter") == (
         1,
@@ -464,17 +474,17 @@ def test_mistakes_of_the_user_are_one_line_and_exit_with_2(command, place):
     (place / "pickled").mkdir()
     shutil.copy(place / "adapter" / "adapter_config.json", place / "pickled")
     (place / "pickled" / "adapter_model.bin").write_bytes(b"")
-    for arguments, said in [
+    for arguments, message in [
         ((place / "nowhere",), "no such directory"),
         ((place / "empty",), "is not an adapter: it has no adapter_config.json"),
-        ((place / "pickled",), "is pickled and never opened here; save the adapter again as safetensors"),
+        ((place / "pickled",), "is pickled and never read; save the adapter again as safetensors"),
         ((place / "adapter", "--model", place / "empty"), "is not a model directory"),
     ]:
         code, out, err = command(*arguments)
-        assert code == 2 and said in err and err.count("\n") == 1 and not out
+        assert code == 2 and message in err and err.count("\n") == 1 and not out
 
 
-def test_what_no_program_can_read_is_a_finding_of_every_server(place):
+def test_a_directory_that_no_program_can_read_is_a_finding_of_every_server(place):
     for damage in REFUSED["no weights"], REFUSED["a configuration cut short"]:
         damage(place)
         findings = lint(place)
@@ -488,7 +498,7 @@ def test_what_no_program_can_read_is_a_finding_of_every_server(place):
 @pytest.mark.parametrize(
     "key", ["r", "lora_alpha", "target_modules", "rank_pattern", "modules_to_save", "bias", "peft_type"]
 )
-def test_any_value_of_any_key_is_judged_and_never_a_crash(place, key, value):
+def test_any_value_of_any_key_is_judged_without_a_crash(place, key, value):
     change_config(place, **{key: value})
     assert table(lint(place)).count("\n") >= 2
     change_config(place, **{key: {"q_proj": value} if key == "rank_pattern" else [value]})

@@ -24,7 +24,7 @@ def directory(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_directory_written_by_transformers_gives_the_same_logits_here_and_the_way_back(family, tmp_path):
+def test_directories_of_transformers_and_of_minilora_give_the_same_logits_in_both(family, tmp_path):
     theirs = transformers_model(family)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
@@ -45,7 +45,7 @@ def test_sharded_and_single_files_give_the_same_model(tmp_path):
     assert torch.equal(one(ids(1, 9)), many(ids(1, 9)))
 
 
-def test_weights_are_frozen_in_the_dtype_of_the_config_or_the_one_asked_for(directory):
+def test_weights_are_frozen_in_the_dtype_of_the_config_or_of_the_argument(directory):
     assert {p.dtype for p in load_model(directory).parameters()} == {torch.float32}
     model = load_model(directory, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -108,9 +108,9 @@ def test_missing_unexpected_and_wrongly_shaped_tensors_are_listed_in_one_error(d
     with pytest.raises(UserError) as error:
         load_model(directory)
     message = str(error.value)
-    for said in ("missing model.layers.1.mlp.up_proj.weight", "unexpected model.layers.7.extra",
+    for problem in ("missing model.layers.1.mlp.up_proj.weight", "unexpected model.layers.7.extra",
                  "model.norm.weight is (3,), config.json says (24,)", "lm_head.weight is of type I8"):  # fmt: skip
-        assert said in message
+        assert problem in message
     assert "\n" not in message
 
 
@@ -136,7 +136,7 @@ def test_a_missing_shard_a_broken_index_and_pickled_weights_are_named(directory)
         load_model(directory)
 
 
-def test_a_directory_without_a_config_and_one_that_is_not_there_are_told_apart(tmp_path):
+def test_a_directory_without_a_config_and_a_missing_one_raise_different_errors(tmp_path):
     with pytest.raises(UserError, match="has no config.json"):
         load_model(tmp_path)
     with pytest.raises(UserError, match="no such directory"):

@@ -1,6 +1,4 @@
-"""Generation against transformers, with and without the cache, in batches, and the sampling chain against its
-definitions.
-"""
+"""Generation equals transformers, with and without the cache and in batches; sampling keeps its definitions."""
 
 import pytest
 import torch
@@ -36,7 +34,7 @@ def test_greedy_tokens_equal_transformers_and_do_not_depend_on_the_cache(family)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(use_cache):
+def test_prompts_of_different_lengths_get_the_same_tokens_in_one_batch_as_alone(use_cache):
     model = tiny_model(model_type="mistral", sliding_window=6)
     prompts = [ids(1, n)[0].tolist() for n in (3, 11, 7, 1)]
     input_ids, attention_mask = pad_left(prompts, pad_id=0)
@@ -46,7 +44,7 @@ def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(use
         assert row[11:].tolist() == alone[0, len(prompt) :].tolist()
 
 
-def test_a_row_stops_at_eos_and_is_padded_while_others_go_on():
+def test_a_row_stops_at_eos_and_is_padded_while_others_continue():
     model = tiny_model()
     prompt = ids(3, 5)
     free = generate(model, prompt, max_new_tokens=10)[:, 5:]
@@ -88,8 +86,8 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(row, p, k):
     process = pytest.importorskip("transformers.generation.logits_process")
     if k:
         assert torch.equal(keep_top_k(row, k), process.TopKLogitsWarper(k)(None, row))
-    # transformers sums from the least likely token up and we from the most likely down: a sum that meets p to
-    # the last bit may fall on either side, and so may ties; the sets are compared where no partial sum is
+    # transformers sums from the least likely token up, minilora from the most likely down. A sum that equals p
+    # up to rounding may fall on either side, and so may ties. So the sets are compared only if no partial sum is
     # that close.
     ordered = row.softmax(-1).sort(descending=True).values
     if ((ordered.cumsum(-1) - p).abs() > 1e-5).all() and len(set(row[0].tolist())) == row.shape[1]:
@@ -98,7 +96,7 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(row, p, k):
 
 @given(logits, st.floats(0.05, 0.999))
 @settings(max_examples=100, deadline=None)
-def test_the_nucleus_is_never_empty_reaches_p_and_is_the_smallest_that_does(row, p):
+def test_the_nucleus_is_the_smallest_set_that_reaches_p_and_is_never_empty(row, p):
     kept = keep_top_p(row, p).isfinite()
     probability = row.double().softmax(-1)
     inside = probability[kept]
@@ -107,7 +105,7 @@ def test_the_nucleus_is_never_empty_reaches_p_and_is_the_smallest_that_does(row,
     assert inside.sum() - inside.min() < p + 1e-5
 
 
-def test_padding_does_not_count_as_said():
+def test_padding_does_not_count_as_repetition():
     row, sequence, mask = torch.ones(1, 4), torch.tensor([[3, 0, 1]]), torch.tensor([[0, 1, 1]])
     assert penalize_repetition(row, sequence, 2.0, mask).tolist() == [[0.5, 0.5, 1.0, 1.0]]
 
@@ -125,24 +123,16 @@ def test_sampling_follows_the_distribution_and_temperature_zero_is_greedy():
 
 def test_the_same_generator_gives_the_same_text():
     model = tiny_model()
-    runs = [
-        generate(
-            model,
-            ids(2, 4),
-            max_new_tokens=12,
-            temperature=1.0,
-            top_p=0.9,
-            generator=torch.Generator().manual_seed(5),
-        )
-        for _ in range(2)
-    ]
+    settings = dict(max_new_tokens=12, temperature=1.0, top_p=0.9)
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    runs = [generate(model, ids(2, 4), generator=generator, **settings) for generator in generators]
     assert torch.equal(*runs)
 
 
 @pytest.mark.parametrize(
     "temperature, penalty", [(LEAST_DIVISOR, LEAST_DIVISOR), (LEAST_DIVISOR, 1 / LEAST_DIVISOR)]
 )
-def test_at_the_least_divisors_the_draw_is_what_is_most_likely(temperature, penalty):
+def test_at_the_least_divisors_sampling_gives_the_most_likely_token(temperature, penalty):
     model, prompt = tiny_model(), ids(2, 10)
     drawn = generate(model, prompt, max_new_tokens=8, temperature=temperature, repetition_penalty=penalty)
     assert torch.equal(drawn, generate(model, prompt, max_new_tokens=8, repetition_penalty=penalty))

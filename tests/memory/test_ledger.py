@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.measured_training import random_model
 from support.project import SUPPORT
+from support.tiny import state_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,15 +30,15 @@ from minilora import (
     UserError,
     add_lora,
     load_model,
-    ops,
     save_model,
 )
+from minilora.backend import choice
 from minilora.formats.config_json import parse_config, to_config_json
 from minilora.linear import QuantizedLinear
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.memory.ledger import CATEGORIES, advise, available_memory, choose_recompute, memory_ledger
-from minilora.optim import make_optimizer, state_bytes
+from minilora.optim import make_optimizer
 from minilora.recompute import POLICIES, set_recompute
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -223,7 +224,7 @@ def test_forward_and_backward_allocate_what_the_ledger_says(training, recompute,
     # are tables of RoPE and the like; counted and not there is what the first layer leaves out, as its input
     # needs no gradient: up to half of it.
     (config, lora, sizes), dtype = training, getattr(torch, dtype)
-    with mock.patch.object(ops, "_cpu_multiplies_bfloat16", lambda: multiplies_bfloat16):
+    with mock.patch.object(choice, "_cpu_multiplies_bfloat16", lambda: multiplies_bfloat16):
         compare_with_allocations(config, lora, sizes, recompute, dtype)
 
 

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's files: what their keys and their silences mean here, and what is refused."""
+"""LLaMA-Factory's files: the meaning of their keys here, of the keys they leave out, and the refused ones."""
 
 import inspect
 import json
@@ -12,11 +12,12 @@ from support.project import ROOT
 
 from minilora import UserError
 from minilora.data.rows import parse_datasets, read_rows
+from minilora.run import llama_factory
 from minilora.run.llama_factory import (
     DEFAULTS,
     INSTEAD,
     KEYS,
-    LLAMA_FACTORY_ONLY,
+    MARKERS,
     NEEDED,
     NO_EFFECT,
     TRANSLATED,
@@ -30,48 +31,29 @@ FILES = ROOT / "tests" / "run" / "llama_factory"
 
 @pytest.fixture
 def load(monkeypatch):
-    """Read one of the files where its datasets are."""
+    """Load one of the files in the directory of its datasets."""
     monkeypatch.chdir(FILES)
     return lambda name, *overrides: load_train_config(["--config", f"{name}.yaml", *overrides])
 
 
-def said(config: TrainConfig, **expected) -> None:
+def check(config: TrainConfig, **expected) -> None:
+    """The settings of `config` named in `expected` have these values."""
     assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_a_qlora_file_for_16_gb_means_what_it_says(load, capsys):
     config = load("qlora_16gb")
-    said(config, model_name_or_path="mistralai/Mistral-7B-v0.1", quantization_bit=4, double_quantization=True)
-    said(
-        config,
-        lora_dropout=0.05,
-        lora_target="q_proj,v_proj",
-        cutoff_len=1024,
-        max_samples=1000,
-        template="mistral",
+    check(
+        config, model_name_or_path="mistralai/Mistral-7B-v0.1", quantization_bit=4, double_quantization=True
     )
-    said(
-        config,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=16,
-        learning_rate=2e-4,
-        warmup_ratio=0.03,
-    )
-    said(
-        config,
-        optim="paged_adamw_8bit",
-        fp16=True,
-        gradient_checkpointing="full",
-        eval_steps=100,
-        val_size=0.1,
-        save_steps=200,
-    )
-    said(
-        config,
-        report_to="none",
-        resume_from_checkpoint=None,
-        dataset=["data/riddles.json", "data/small_talk.jsonl"],
-    )
+    check(config, lora_dropout=0.05, lora_target="q_proj,v_proj", cutoff_len=1024, max_samples=1000)
+    check(config, template="mistral")
+    check(config, per_device_train_batch_size=1, gradient_accumulation_steps=16, learning_rate=2e-4)
+    check(config, warmup_ratio=0.03)
+    check(config, optim="paged_adamw_8bit", fp16=True, gradient_checkpointing="full", eval_steps=100)
+    check(config, val_size=0.1, save_steps=200)
+    check(config, report_to="none", resume_from_checkpoint=None)
+    check(config, dataset=["data/riddles.json", "data/small_talk.jsonl"])
     lora = config.lora_config()
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (8, 16, ("q_proj", "v_proj"))
     out = capsys.readouterr().out
@@ -82,26 +64,12 @@ def test_a_qlora_file_for_16_gb_means_what_it_says(load, capsys):
     )
 
 
-def test_what_a_file_leaves_out_has_llama_factorys_defaults_and_is_printed(load, capsys):
+def test_keys_that_a_file_leaves_out_get_llama_factorys_defaults_and_are_printed(load, capsys):
     config = load("lora_24gb")
-    said(
-        config,
-        quantization_bit=None,
-        lora_rank=8,
-        lora_dropout=0.0,
-        lora_target="all",
-        cutoff_len=2048,
-        num_train_epochs=3.0,
-    )
-    said(
-        config,
-        learning_rate=1e-4,
-        loraplus_lr_ratio=16.0,
-        optim="adamw_bnb_8bit",
-        bf16=True,
-        eval_steps=None,
-        val_size=0.1,
-    )
+    check(config, quantization_bit=None, lora_rank=8, lora_dropout=0.0, lora_target="all")
+    check(config, cutoff_len=2048, num_train_epochs=3.0)
+    check(config, learning_rate=1e-4, loraplus_lr_ratio=16.0, optim="adamw_bnb_8bit", bf16=True)
+    check(config, eval_steps=None, val_size=0.1)
     assert config.quant_config() is None and config.lora_config().lora_alpha == 16
     assert config.lora_config().target_modules == "all-linear"
     assert (
@@ -112,37 +80,19 @@ def test_what_a_file_leaves_out_has_llama_factorys_defaults_and_is_printed(load,
 
 def test_an_rslora_and_dora_file_for_80_gb_means_what_it_says(load):
     config = load("dora_80gb")
-    said(
-        config,
-        use_rslora=True,
-        use_dora=True,
-        lora_rank=64,
-        lora_alpha=32.0,
-        quantization_bit=None,
-        packing=True,
-    )
-    said(
-        config,
-        optim="adamw_torch",
-        lr_scheduler_type="constant",
-        warmup_steps=20,
-        gradient_checkpointing="off",
-        eval_steps=None,
-    )
-    said(
-        config,
-        template="tokenizer",
-        prompt_column="question",
-        completion_column="answer",
-        report_to="tensorboard",
-    )
+    check(config, use_rslora=True, use_dora=True, lora_rank=64, lora_alpha=32.0, quantization_bit=None)
+    check(config, packing=True)
+    check(config, optim="adamw_torch", lr_scheduler_type="constant", warmup_steps=20)
+    check(config, gradient_checkpointing="off", eval_steps=None)
+    check(config, template="tokenizer", prompt_column="question", completion_column="answer")
+    check(config, report_to="tensorboard")
     assert [
         row.completion for row in read_rows(config.dataset, config.prompt_column, config.completion_column)
     ][0] == "5"
 
 
 @pytest.mark.parametrize("name", ["qlora_16gb", "lora_24gb", "dora_80gb"])
-def test_what_is_saved_of_a_llama_factory_run_is_a_file_of_our_own_for_the_same_run(
+def test_the_saved_settings_of_a_llama_factory_run_are_our_own_file_for_the_same_run(
     load, name, tmp_path, capsys
 ):
     config = load(name)
@@ -154,21 +104,9 @@ def test_what_is_saved_of_a_llama_factory_run_is_a_file_of_our_own_for_the_same_
 
 def test_a_llama_factory_file_trains(run_trainer, model_dir, monkeypatch, tmp_path):
     monkeypatch.chdir(FILES)
-    keys = [
-        "--model",
-        model_dir,
-        "--output_dir",
-        tmp_path / "out",
-        "--max_steps",
-        1,
-        "--warmup_steps",
-        0,
-        "--cutoff_len",
-        64,
-    ]
-    code, out, err = run_trainer(
-        "--config", "dora_80gb.yaml", *keys, "--template", "plain", "--report_to", "none"
-    )
+    paths = ["--config", "dora_80gb.yaml", "--model", model_dir, "--output_dir", tmp_path / "out"]
+    short = ["--max_steps", 1, "--warmup_steps", 0, "--cutoff_len", 64]
+    code, out, err = run_trainer(*paths, *short, "--template", "plain", "--report_to", "none")
     assert code == 0, err
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["use_rslora"], adapter["use_dora"]) == (64, True, True)
@@ -178,7 +116,7 @@ def test_the_command_line_wins_and_may_name_a_preset(load):
     config = load(
         "lora_24gb", "--quantization_bit", "8", "--dataset", "data/quiz.jsonl", "--eval_strategy", "steps"
     )
-    said(config, quantization_bit=8, dataset="data/quiz.jsonl", eval_steps=10)
+    check(config, quantization_bit=8, dataset="data/quiz.jsonl", eval_steps=10)
     assert load_train_config(["--stage", "sft", "--preset", "aggressive_r16_all"]).lora_config().r == 16
 
 
@@ -187,15 +125,12 @@ def test_the_command_line_wins_and_may_name_a_preset(load):
 )
 def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
     words = ["--stage", "sft", "--warmup_ratio", "0.1", "--lr_scheduler_type", schedule]
-    said(
-        load_train_config(words),
-        warmup_ratio=warmup_ratio,
-        lr_scheduler_type=schedule.removesuffix("_with_warmup"),
-    )
+    config = load_train_config(words)
+    check(config, warmup_ratio=warmup_ratio, lr_scheduler_type=schedule.removesuffix("_with_warmup"))
 
 
 @pytest.mark.parametrize(
-    "key, value, mend",
+    "key, value, advice",
     [
         ("stage", "dpo", "plain text (pt) is learned from a dataset with a text column; preferences are not"),
         ("finetuning_type", "full", "the nearest is lora with lora_target: all and a high rank"),
@@ -216,17 +151,17 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
         ("default_system", "Be kind.", "give the rows a system message"),
     ],
 )
-def test_what_would_train_otherwise_is_refused_in_one_line(tmp_path, key, value, mend):
+def test_a_request_for_another_training_is_refused_in_one_line(tmp_path, key, value, advice):
     (tmp_path / "run.yaml").write_text(
         yaml.safe_dump({"stage": "sft", "finetuning_type": "lora", key: value})
     )
     with pytest.raises(UserError) as error:
         load_train_config(["--config", str(tmp_path / "run.yaml")])
-    assert key in str(error.value) and mend in str(error.value) and "\n" not in str(error.value)
+    assert key in str(error.value) and advice in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("off", [False, None, 0, "", {}, "false", "none"])
-def test_off_is_no_request(off):
+def test_a_key_that_is_off_requests_nothing(off):
     names = [name for name, allowed in NEEDED.items() if "none" in allowed]
     assert "deepspeed" in names and translate(dict.fromkeys(names, off)) == ({}, [])
 
@@ -241,7 +176,7 @@ def test_numbers_are_compared_as_numbers_however_yaml_reads_them():
     [
         ("ridles", "nearest: 'riddles'"),
         ("preferences", "preferences: ranking, chosen is not supported"),
-        ("quiz,exam", "dataset exam: data/dataset_info.json calls its columns otherwise"),
+        ("quiz,exam", "dataset exam: data/dataset_info.json names its columns differently"),
         ("riddles,,quiz", "names nothing between two commas"),
     ],
 )
@@ -273,7 +208,7 @@ def test_names_stand_for_files_hub_datasets_and_themselves(load, monkeypatch, tm
 
 @pytest.fixture
 def entry(tmp_path, monkeypatch):
-    """Read rows by an entry of dataset_info.json, which is a dataset of its own or one of several."""
+    """Read one row as an entry of dataset_info.json describes it."""
     monkeypatch.chdir(tmp_path)
 
     def read(row: dict, **entry) -> list:
@@ -283,9 +218,9 @@ def entry(tmp_path, monkeypatch):
             json.dumps({"mine": {"file_name": "a,b.json"} | entry})
         )
         config = load_train_config(["--stage", "sft", "--dataset", "mine", "--template", "chatml"])
-        ((place, _),) = parse_datasets(config.dataset)
+        ((path, _),) = parse_datasets(config.dataset)
         return read_rows(
-            place, config.prompt_column, config.completion_column, config.messages_column, chat=True
+            path, config.prompt_column, config.completion_column, config.messages_column, chat=True
         )
 
     return read
@@ -304,7 +239,7 @@ ROW = {
 
 
 @pytest.mark.parametrize(
-    "asked, question",
+    "description, prompt",
     [
         ({}, "i"),
         ({"formatting": "alpaca"}, "i"),
@@ -324,9 +259,9 @@ ROW = {
         ),
     ],
 )
-def test_what_an_entry_asks_for_is_read_whatever_other_columns_a_row_has(entry, asked, question):
-    row = ROW | {"chat": ROW["chat"] if "columns" in asked else "not this"}
-    assert [row.prompt for row in entry(row, **asked)] == [question]
+def test_the_columns_of_an_entry_are_read_whatever_other_columns_a_row_has(entry, description, prompt):
+    row = ROW | {"chat": ROW["chat"] if "columns" in description else "not this"}
+    assert [row.prompt for row in entry(row, **description)] == [prompt]
 
 
 @pytest.mark.parametrize(
@@ -344,19 +279,19 @@ def test_what_an_entry_asks_for_is_read_whatever_other_columns_a_row_has(entry, 
             {"formatting": "sharegpt", "tags": {"role_tag": "role"}},
             "role_tag role goes with content_tag content, not value",
         ),
-        ({"formatting": "sharegpt", "columns": {"system": "preface"}}, "call the column preface system"),
+        ({"formatting": "sharegpt", "columns": {"system": "preface"}}, "rename the column preface to system"),
         ({"formatting": "xml"}, "formatting xml is not supported"),
-        ({"columns": {"prompt": "text"}}, "columns prompt are no whole example; name prompt and response"),
+        ({"columns": {"prompt": "text"}}, "columns prompt do not make an example; name prompt and response"),
         (
             {"columns": {"prompt": "q", "query": "input", "response": "a"}},
-            "call the columns q, a instruction, input, output",
+            "rename the columns q, a to instruction, input, output",
         ),
         ({"columns": ["prompt", "response"]}, "columns must be an object, not ['prompt', 'response']"),
         ({"tags": "human"}, "tags must be an object, not 'human'"),
         ({"file_name": 5}, "file_name must be text, not 5"),
     ],
 )
-def test_an_entry_that_asks_for_what_is_not_done_is_one_line(entry, wrong, said):
+def test_an_entry_that_cannot_be_read_here_is_one_line(entry, wrong, said):
     with pytest.raises(UserError) as error:
         entry(ROW, **wrong)
     assert f"data/dataset_info.json, mine: {said}" in str(error.value)
@@ -385,28 +320,28 @@ def test_an_index_of_another_shape_is_one_line(monkeypatch, tmp_path, index, sai
         st.integers() | st.text(max_size=9),
     )
 )
-def test_our_own_keys_pass_unchanged_where_no_other_is_there(values):
+def test_our_own_keys_pass_unchanged_if_there_are_no_others(values):
     assert translate(values) == (values, [])
 
 
 @given(st.permutations([name for names in NO_EFFECT.values() for name in names.split()]), st.integers(0, 9))
-def test_keys_without_effect_are_told_and_leave_no_trace(names, count):
+def test_keys_without_effect_are_listed_and_dropped(names, count):
     values, notes = translate(dict.fromkeys(names[:count], "anything"))
-    told = [
+    listed = [
         name for note in notes for name in note.removeprefix("no effect: ").partition(" (")[0].split(", ")
     ]
-    assert values == {} and sorted(told) == sorted(names[:count])
+    assert values == {} and sorted(listed) == sorted(names[:count])
 
 
 def test_no_key_has_two_meanings():
     own = {field.name for field in fields(TrainConfig)} | ALIASES.keys() | set(SWITCHES)
     named = [*TRANSLATED, *NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())]
     assert len(named) == len(set(named)) == len(KEYS) and not KEYS & own
-    assert set(LLAMA_FACTORY_ONLY) <= KEYS and INSTEAD.keys() <= NEEDED.keys() and {*DEFAULTS, *VALUES} <= own
+    assert set(MARKERS) <= KEYS and INSTEAD.keys() <= NEEDED.keys() and {*DEFAULTS, *VALUES} <= own
     ours = asdict(TrainConfig())
     assert all(ours[name] != value for name, value in DEFAULTS.items())
 
 
 def test_every_translated_key_is_read():
-    source = inspect.getsource(translate)
+    _, _, source = inspect.getsource(llama_factory).partition("def translate(")
     assert all(f'"{name}"' in source for name in TRANSLATED)

@@ -1,4 +1,4 @@
-"""Keys: files, overrides, aliases, types, and mistakes that name the nearest."""
+"""Keys of a run: files, overrides, aliases, types, and error messages that name the nearest key."""
 
 import re
 from ast import literal_eval
@@ -32,7 +32,7 @@ def test_every_alias_stands_for_a_key(alias):
     assert getattr(load_train_config([f"--{alias}", value]), ALIASES[alias]) in ("text", 4)
 
 
-def test_the_default_run_is_read_only_where_nothing_is_named(tmp_path):
+def test_the_default_file_is_read_only_if_nothing_is_named(tmp_path):
     default = tmp_path / "default.yaml"
     default.write_text("dataset: default.jsonl\nmax_steps: 7\n")
     assert load_train_config([], default).max_steps == 7
@@ -92,7 +92,7 @@ def test_the_default_run_is_read_only_where_nothing_is_named(tmp_path):
         ),
     ],
 )
-def test_mistakes_are_one_line_that_names_the_key_and_the_mend(arguments, said):
+def test_mistakes_are_one_line_that_names_the_key_and_the_fix(arguments, said):
     with pytest.raises(UserError) as error:
         load_train_config(arguments)
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -118,7 +118,7 @@ def test_a_broken_config_file_is_named(tmp_path, content, said):
     assert "run.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_number_that_is_beyond_all_floats_is_one_line(tmp_path):
+def test_a_number_beyond_all_floats_is_one_line(tmp_path):
     (tmp_path / "run.yaml").write_text(f"learning_rate: 1{400 * '0'}\n")
     with pytest.raises(UserError, match="learning_rate must be a number, not 1000"):
         load_train_config(["--config", str(tmp_path / "run.yaml")])
@@ -163,7 +163,7 @@ def test_lora_target_is_names_or_all_or_a_regular_expression(written, meant):
     ],
 )
 def test_gradient_checkpointing_takes_policies_and_what_people_type(tmp_path, written, policy):
-    if written != "on":  # which is a word of YAML's
+    if written != "on":  # only YAML reads this word as true
         assert (
             load_train_config(
                 ["--gradient_checkpointing", *([written] if written else [])]
@@ -186,7 +186,7 @@ def test_resume_from_checkpoint_takes_a_path_latest_and_what_people_type(written
     assert load_train_config(["--resume_from_checkpoint"]).resume_from_checkpoint == "latest"
 
 
-def test_what_may_change_on_resuming_are_keys_and_none_that_the_numbers_depend_on():
+def test_no_number_depends_on_the_keys_that_may_change_on_resuming():
     config = TrainConfig()
     assert config.may_change() == MAY_CHANGE <= {field.name for field in fields(TrainConfig)}
     numbers = "learning_rate seed lora_rank quantization_bit cutoff_len per_device_train_batch_size max_grad_norm optim packing"
@@ -196,7 +196,7 @@ def test_what_may_change_on_resuming_are_keys_and_none_that_the_numbers_depend_o
     assert "max_steps" not in TrainConfig(lr_scheduler_type="constant", warmup_ratio=0.1).may_change()
 
 
-def test_what_is_saved_is_read_back_as_the_same_run(tmp_path):
+def test_saved_settings_are_read_back_as_the_same_run(tmp_path):
     config = load_train_config(
         ["--lora_target", "q_proj,v_proj", "--learning_rate", "1e-5", "--val_size", "0.1"]
     )
@@ -216,7 +216,7 @@ def test_several_datasets_are_named_with_commas_or_as_a_list(tmp_path):
 @pytest.mark.parametrize(
     "value", ["[]", "[1]", "[a.json, null]", "[2024-01-01]", "{a: b}", "[{a: b}]", "true"]
 )
-def test_a_dataset_that_is_no_name_is_one_line(tmp_path, stage, key, value):
+def test_a_dataset_that_is_not_text_is_one_line(tmp_path, stage, key, value):
     (tmp_path / "run.yaml").write_text(f"{stage}{key}: {value}\n")
     with pytest.raises(UserError, match=f"dataset .*{re.escape(repr(yaml.safe_load(value)))}"):
         load_train_config(["--config", str(tmp_path / "run.yaml")])

@@ -1,6 +1,4 @@
-"""Results go to S3 and to the hub, whole and without secrets, and come back; what goes wrong there never
-costs a training.
-"""
+"""Results reach S3 and the hub complete and without secrets, and can be read back; no failure costs a run."""
 
 import base64
 import hashlib
@@ -36,14 +34,14 @@ TOKEN = "hf_secretsecretsecret"
 # ---- S3 --------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_to_s3_is_read_from_there(s3):
+def test_files_written_to_s3_are_read_back(s3):
     write_files("s3://bucket/data", {"a.jsonl": b'{"text": "a"}\n', "b.bin": bytes(range(256)) * 50_000})
     assert s3() == ["data/a.jsonl", "data/b.bin"]
     assert read_records("s3://bucket/data/a.jsonl") == [("s3://bucket/data/a.jsonl, line 1", {"text": "a"})]
     assert read_file("s3://bucket/data/b.bin") == bytes(range(256)) * 50_000
 
 
-def test_a_folder_is_fetched_once_and_again_when_it_has_changed(s3, monkeypatch):
+def test_a_folder_is_fetched_once_and_again_only_after_a_change(s3, monkeypatch):
     write_files("s3://bucket/run/", {"a.json": b"1", "b.json": b"2", "c.png": b"3", "bad.json": b"4"})
     write_files("s3://bucket/run/below", {"d.json": b"5"})
     first = fetch_folder("s3://bucket/run", ["*.json"], ["bad*"])
@@ -110,7 +108,7 @@ def test_every_save_is_uploaded_with_its_own_adapter(train, s3, monkeypatch):
     assert SHARED - {"training.png"} <= set(sent["Step 2 of 5"])
 
 
-def test_a_bucket_that_is_not_there_is_told_before_anything_is_done(train, s3):
+def test_a_missing_bucket_is_reported_before_anything_is_done(train, s3):
     directory, err = train(code=2, upload="s3://another-bucket/run")
     assert (
         err == "error: s3://another-bucket/run cannot be written: it does not exist\n"
@@ -118,9 +116,7 @@ def test_a_bucket_that_is_not_there_is_told_before_anything_is_done(train, s3):
     )
 
 
-def test_an_upload_that_fails_costs_a_warning_and_at_the_end_exit_code_2_and_nothing_else(
-    train, s3, monkeypatch
-):
+def test_a_failed_upload_costs_only_a_warning_and_exit_code_2_at_the_end(train, s3, monkeypatch):
     write, calls = remote.write_files, []
 
     def fail_later(address, files):
@@ -141,7 +137,7 @@ def test_an_upload_that_fails_costs_a_warning_and_at_the_end_exit_code_2_and_not
     assert {path.name for path in directory.iterdir()} == SHARED | {"checkpoint-2", "checkpoint-4"}
 
 
-def test_share_sends_what_lies_ready(train, s3, call):
+def test_share_sends_the_results_of_a_finished_run(train, s3, call):
     directory, _ = train(max_steps=1)
     assert call("share", "--adapter", directory, "--upload", "s3://bucket/later") == (
         0,
@@ -178,7 +174,7 @@ def test_mistakes_in_sharing_are_one_line_and_exit_2(train, call, monkeypatch, t
     assert code == 2 and said in err and err.count("\n") == 1 and "hidden" not in err
 
 
-def test_without_credentials_the_mend_is_told(s3, monkeypatch):
+def test_missing_credentials_are_reported_with_the_fix(s3, monkeypatch):
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
@@ -208,8 +204,9 @@ def test_settings_are_sent_without_the_secrets_in_their_addresses(tmp_path_facto
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """What the hub answers to its client making a repository and a commit. Texts come in the commit, other
-    files as LFS objects.
+    """The hub's answers to a client that creates a repository and a commit.
+
+    Text files arrive in the commit, other files as LFS objects.
     """
 
     protocol_version = "HTTP/1.1"
@@ -219,15 +216,15 @@ class StandIn(BaseHTTPRequestHandler):
         server, path = self.server, self.path
         server.authorizations.add(self.headers.get("Authorization"))
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request.get('organization') or 'me'}/{request['name']}"
             if name.startswith("others/"):
                 return self.answer(403, {"error": "Forbidden: you may not create models under others"})
             if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 return self.answer(401, {"error": "Invalid credentials in Authorization header"})
             known = name in server.repositories
             server.repositories.setdefault(
-                name, {"visibility": asked.get("visibility"), "files": {}, "commits": []}
+                name, {"visibility": request.get("visibility"), "files": {}, "commits": []}
             )
             return self.answer(409 if known else 200, {"url": f"{server.address}/{name}"})
         if path == "/api/validate-yaml":
@@ -298,7 +295,7 @@ def server():
 
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
-    """An empty hub, and somebody who is logged in there."""
+    """An empty hub with a logged-in user."""
     from huggingface_hub import constants
 
     server.repositories, server.objects, server.authorizations, server.broken = {}, {}, set(), False
@@ -313,7 +310,7 @@ def hub(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own business
-def test_a_run_is_pushed_to_a_repository_that_is_made_for_it(train, hub):
+def test_a_run_is_pushed_to_a_repository_that_it_creates(train, hub):
     directory, out = train(max_steps=3, val_size=4, push_to_hub="me/adapter", hub_private_repo=True)
     repository = hub.repositories["me/adapter"]
     assert repository["visibility"] == "private" and repository["commits"] == [
@@ -332,7 +329,7 @@ def test_a_run_is_pushed_to_a_repository_that_is_made_for_it(train, hub):
     assert TOKEN not in everything and hub.authorizations <= {f"Bearer {TOKEN}", None}
 
 
-def test_a_repository_that_is_there_gets_another_commit(hub):
+def test_an_existing_repository_gets_another_commit(hub):
     for message in ("one", "two"):
         assert push_files("me/adapter", {"a.txt": message.encode()}, message) == f"{hub.address}/me/adapter"
     assert hub.repositories["me/adapter"] == {
@@ -359,13 +356,15 @@ def test_a_repository_that_is_there_gets_another_commit(hub):
         ),
     ],
 )
-def test_who_may_not_push_learns_it_before_the_training(train, hub, monkeypatch, name, token, said):
+def test_a_missing_permission_to_push_is_reported_before_the_training(
+    train, hub, monkeypatch, name, token, said
+):
     monkeypatch.setenv("HF_TOKEN", token)
     directory, err = train(code=2, push_to_hub=name)
     assert said in err and err.count("\n") == 1 and "secret" not in err and not directory.exists()
 
 
-def test_a_hub_that_is_out_of_order_or_out_of_reach_is_told(hub, monkeypatch):
+def test_a_hub_that_fails_or_is_out_of_reach_is_reported(hub, monkeypatch):
     from huggingface_hub import constants
 
     hub.broken = True
@@ -376,7 +375,7 @@ def test_a_hub_that_is_out_of_order_or_out_of_reach_is_told(hub, monkeypatch):
         push_files("me/adapter", {"a.txt": b""}, "x")
 
 
-def test_nothing_is_pushed_offline_and_the_line_says_why(hub, monkeypatch):
+def test_nothing_is_pushed_offline_and_the_message_says_why(hub, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -395,12 +394,12 @@ def test_all_destinations_are_tried_even_if_one_fails(hub, s3, train, call):
     assert S3_SECRET not in out + err
 
 
-def test_nothing_is_sent_where_nothing_is_named():
+def test_nothing_is_sent_if_no_destination_is_named():
     assert destinations(None, False, None) == []
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-def test_a_large_file_that_fails_is_told_by_its_reason(hub, tmp_path, monkeypatch):
+def test_the_reason_is_reported_if_a_large_file_fails(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(StandIn, "do_PUT", lambda self: self.answer(403, {"error": "Forbidden"}))
     (tmp_path / "a.safetensors").write_bytes(b"1")
     with pytest.raises(

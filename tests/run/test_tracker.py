@@ -53,7 +53,7 @@ class Shelf:
         self.call()
         self.finished = status, files
 
-    def leave(self):
+    def disconnect(self):
         self.is_open = False
 
     def state_dict(self):
@@ -95,7 +95,7 @@ def test_an_outage_is_one_line_and_the_place_then_rests(tmp_path, capsys, monkey
     assert shelf.kept == [1, 2]
     warned = "warning: a shelf does not record (fell down); training goes on and metrics.jsonl has it all"
     assert [line for line in capsys.readouterr().out.splitlines() if "warning" in line] == [warned]
-    now[0] += reporters.REST
+    now[0] += reporters.RETRY_SECONDS
     take_steps(tracker, 5, 5)  # still down, without another warning
     assert shelf.kept == [1, 2] and "warning" not in capsys.readouterr().out
     tracker.finish("FINISHED", [])  # one last try, even before the retry time

@@ -1,6 +1,4 @@
-"""scripts/chat.py: the conversation, one question, a file of them; and that a cache carried over changes
-nothing but the time.
-"""
+"""scripts/chat.py: a conversation, one question, a file of questions; a reused cache changes no token."""
 
 import json
 import shutil
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 
 from minilora import CausalLM, UserError, generate, load_adapter, load_model, load_tokenizer, save_model
 from minilora.data.chat import load_chat_template
-from minilora.inference.assistant import Assistant, Settings, carry_over
+from minilora.inference.assistant import Assistant, GenerationSettings, reuse_cache
 from minilora.inference.generation import generate_stream, generate_text
 
 TEMPLATE = r"""{{- bos_token }}
@@ -30,7 +28,7 @@ def chat(call):
 
 
 def expected_answer(model_dir, prompt, adapter=None, **changes):
-    """The greedy answer, made in one piece from the prompt's tokens or text."""
+    """The greedy answer to a prompt, as tokens or text, without a cache from earlier turns."""
     model = load_model(model_dir, dtype=torch.float32)
     if adapter is not None:
         load_adapter(model, adapter)
@@ -39,7 +37,7 @@ def expected_answer(model_dir, prompt, adapter=None, **changes):
 
 
 def replies(out: str) -> list[str]:
-    """What was printed after each prompt sign."""
+    """The text printed after each prompt sign."""
     return [reply.strip("\n") for reply in out.split("> ")[1:]]
 
 
@@ -79,41 +77,22 @@ def test_earlier_turns_are_part_of_the_prompt_until_cleared(chat, model_dir):
 
 
 def test_settings_are_shown_changed_and_checked(chat, model_dir):
-    lines = (
-        "/settings",
-        "/set temperature 0.25",
-        "/settings",
-        "/set top_q 1",
-        "/set top_p 2",
-        "/set top_k much",
-        "/sett",
-        "/",
-        "/set",
-    )
+    lines = ["/settings", "/set temperature 0.25", "/settings", "/set top_q 1", "/set top_p 2"]
+    lines += ["/set top_k much", "/sett", "/", "/set"]
     code, out, err = chat("--model", model_dir, "--top_k", "7", typed="\n".join(lines))
     assert code == 0, err
-    before, _, after, unknown, range_, kind, command, help_, arguments, _ = replies(out)
+    before, _, after, unknown, range_, number_type, command, help_, arguments, _ = replies(out)
     assert "temperature 0.7" in before and "top_k 7" in before and "temperature 0.25" in after
     assert unknown == "error: there is no setting 'top_q'; nearest: 'top_p'"
     assert range_ == "error: top_p must be above 0 and at most 1, not 2.0"
-    assert kind == "error: top_k must be a whole number, not 'much'"
-    assert command.startswith("error: /sett is no command") and "/adapter" in help_
-    assert arguments == "error: /set takes other words; see /help"
+    assert number_type == "error: top_k must be a whole number, not 'much'"
+    assert command.startswith("error: /sett is not a command") and "/adapter" in help_
+    assert arguments == "error: /set takes other arguments; see /help"
 
 
-def test_the_same_seed_draws_the_same_answers(chat, model_dir):
-    keys = (
-        "--model",
-        model_dir,
-        "--quantization_bit",
-        "none",
-        "--temperature",
-        "2",
-        "--max_new_tokens",
-        "12",
-        "--top_p",
-        "1",
-    )
+def test_the_same_seed_samples_the_same_answers(chat, model_dir):
+    keys = ("--model", model_dir, "--quantization_bit", "none")
+    keys += ("--temperature", "2", "--max_new_tokens", "12", "--top_p", "1")
     outs = [chat(*keys, "--seed", seed, typed="the old fox\nthe old fox\n")[1] for seed in (1, 1, 2)]
     assert outs[0] == outs[1] != outs[2]
     first, second, _ = replies(outs[0])
@@ -136,7 +115,7 @@ def test_every_row_of_a_file_comes_back_with_the_answer_it_would_get_alone(chat,
     ]
 
 
-def test_a_long_row_has_what_room_is_left_and_takes_none_from_the_others(chat, model_dir, tmp_path):
+def test_a_long_row_shortens_its_own_answer_and_no_other(chat, model_dir, tmp_path):
     prompts = ["the old fox", "a " * 251, "a young owl"]
     room = 256 - len(load_tokenizer(model_dir).encode(prompts[1]))
     assert 1 <= room < 6
@@ -154,7 +133,7 @@ def test_a_long_row_has_what_room_is_left_and_takes_none_from_the_others(chat, m
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_every_row_is_worded_as_its_own_form_wants_it(chat, model_dir, tmp_path, order):
+def test_every_row_is_formatted_by_the_template_for_its_form(chat, model_dir, tmp_path, order):
     shutil.copytree(model_dir, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
     tokenizer = load_tokenizer(tmp_path / "model")
@@ -173,9 +152,7 @@ def test_every_row_is_worded_as_its_own_form_wants_it(chat, model_dir, tmp_path,
     assert found == [expected_answer(model_dir, wanted[i]).strip() for i in order]
 
 
-def test_rows_that_leave_no_room_or_have_no_words_are_named_before_anything_is_read(
-    chat, model_dir, tmp_path
-):
+def test_rows_that_cannot_be_answered_are_named_before_weights_are_read(chat, model_dir, tmp_path):
     (tmp_path / "model").mkdir()
     for name in ("config.json", "tokenizer.model"):
         shutil.copy(model_dir / name, tmp_path / "model")  # and no weights
@@ -183,7 +160,7 @@ def test_rows_that_leave_no_room_or_have_no_words_are_named_before_anything_is_r
         ({"prompt": "a " * 300}, "in.jsonl, line 2 is 302 tokens long; the model has 256 positions"),
         (
             {"messages": [{"role": "user", "content": "fox"}]},
-            "in.jsonl, line 2: there is no chat template to word messages",
+            "in.jsonl, line 2: messages need a chat template",
         ),
     ):
         (tmp_path / "in.jsonl").write_text('{"prompt": "fox"}\n' + json.dumps(row) + "\n")
@@ -205,12 +182,12 @@ def test_a_tokenizer_of_another_model_is_one_line(chat, model_dir, tmp_path):
         code, _, err = chat("--model", tmp_path / "model", *keys, *GREEDY)
         assert (
             code == 2
-            and "the model knows 100: they are not of one model" in err.splitlines()[-1]
+            and "but the model knows 100: they do not belong to the same model" in err.splitlines()[-1]
             and "Traceback" not in err
         )
 
 
-def test_a_line_that_ends_in_a_backslash_goes_on_in_the_next_one(chat, model_dir):
+def test_a_line_that_ends_in_a_backslash_continues_on_the_next_one(chat, model_dir):
     code, out, err = chat("--model", model_dir, *GREEDY, typed="the old\\\nfox:\\\na\n/help\n")
     assert code == 0, err
     answer, help_, _ = replies(out)
@@ -220,7 +197,7 @@ def test_a_line_that_ends_in_a_backslash_goes_on_in_the_next_one(chat, model_dir
     )
 
 
-def test_instructions_and_messages_in_a_file_are_worded_by_the_template(chat, model_dir, tmp_path):
+def test_instructions_and_messages_in_a_file_are_formatted_by_the_template(chat, model_dir, tmp_path):
     template = load_chat_template("alpaca", load_tokenizer(model_dir))
     apart = {"role": "user", "content": "the old\nfox", "instruction": "the old", "input": "fox"}
     turns = [{"role": "user", "content": "the owl"}, {"role": "assistant", "content": "expected"}]
@@ -235,13 +212,13 @@ def test_instructions_and_messages_in_a_file_are_worded_by_the_template(chat, mo
     wanted = [expected_answer(model_dir, template.encode_prompt(messages)).strip() for messages in asked]
     assert found == wanted
     assert [
-        chat_script.question("in.jsonl", row)[1] for row in rows
+        chat_script.parse_question("in.jsonl", row).messages for row in rows
     ] == asked  # a random model may answer two of them alike
     assert found[0] != expected_answer(model_dir, "the old\nfox").strip()
 
 
-def test_prompts_in_a_file_stay_as_they_are_where_training_left_them_so(chat, model_dir, tmp_path):
-    """A tokenizer's own chat template words conversations, and prompts only if it was asked for by name."""
+def test_prompts_in_a_file_stay_unchanged_if_training_left_them_unchanged(chat, model_dir, tmp_path):
+    """The tokenizer's own template formats conversations, and prompts only if it was chosen by name."""
     shutil.copytree(model_dir, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
     (tmp_path / "in.jsonl").write_text('{"prompt": "the old fox"}\n')
@@ -262,7 +239,7 @@ def test_prompts_in_a_file_stay_as_they_are_where_training_left_them_so(chat, mo
     "keys, message",
     [
         (("--input", "in.jsonl"), "--input and --output go together"),
-        (("--input", "in.jsonl", "--output", "no/such/out.jsonl"), "no/such is no directory"),
+        (("--input", "in.jsonl", "--output", "no/such/out.jsonl"), "no/such (No such file or directory)"),
         (("--input", "in.jsonl", "--output", "."), "--output . exists and is no file"),
         (
             ("--input", "in.jsonl", "--output", "out.jsonl"),
@@ -275,7 +252,7 @@ def test_prompts_in_a_file_stay_as_they_are_where_training_left_them_so(chat, mo
         ),
         (("--temperature", "nan"), "or at least 1e-06, not nan"),
         (("--seed", "-1"), "seed must be at least 0"),
-        (("--system", "be brief"), "no chat template"),
+        (("--system", "be brief"), "a system prompt needs a chat template"),
         (("--template", "chatml"), "needs the token <|im_start|>"),
         (
             ("--instruction", "fox " * 300, "--quantization_bit", "none"),
@@ -292,7 +269,7 @@ def test_mistakes_are_one_line_and_exit_2(chat, model_dir, tmp_path, monkeypatch
     assert not (tmp_path / "out.jsonl").exists()
 
 
-# ---- the cache that is carried over -----------------------------------------------------------------------------------------
+# ---- the reused cache --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -304,11 +281,11 @@ def model(model_dir):
     shared=st.integers(0, 12), new=st.integers(1, 6), answered=st.integers(0, 5), seed=st.integers(0, 2**16)
 )
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_cache_carried_over_changes_no_token(model, shared, new, answered, seed):
+def test_a_reused_cache_changes_no_token(model, shared, new, answered, seed):
     """The second prompt shares any part of the first one, from nothing to all of it."""
     generator = torch.Generator().manual_seed(seed)
     first, other = (torch.randint(3, 300, (1, 12), generator=generator) for _ in range(2))
-    cache = carry_over(model, None, [], first[0].tolist(), 5)
+    cache = reuse_cache(model, None, [], first[0].tolist(), 5)
     tokens = first[0].tolist()
     for _, token in zip(
         range(answered),
@@ -317,7 +294,7 @@ def test_a_cache_carried_over_changes_no_token(model, shared, new, answered, see
     ):
         tokens.append(int(token))
     second = torch.cat((first[:, :shared], other[:, :new]), dim=1)
-    carried = carry_over(model, cache, tokens, second[0].tolist(), 4)
+    carried = reuse_cache(model, cache, tokens, second[0].tolist(), 4)
     assert carried.length <= second.shape[1] - 1
     assert carried.length >= min(shared, cache.length, second.shape[1] - 1)
     steps = list(generate_stream(model, second, max_new_tokens=4, eos_token_ids=(), cache=carried))
@@ -327,10 +304,10 @@ def test_a_cache_carried_over_changes_no_token(model, shared, new, answered, see
     )
 
 
-def test_of_a_second_turn_only_what_is_new_goes_through_the_model(model, model_dir):
+def test_only_the_new_tokens_of_a_second_turn_go_through_the_model(model, model_dir):
     tokenizer = load_tokenizer(model_dir)
     plain = load_chat_template("alpaca", tokenizer)
-    assistant = Assistant(model, tokenizer, plain, Settings(temperature=0, max_new_tokens=5))
+    assistant = Assistant(model, tokenizer, plain, GenerationSettings(temperature=0, max_new_tokens=5))
     lengths = []
     hook = model.model.register_forward_pre_hook(lambda _, arguments: lengths.append(arguments[0].shape[1]))
     question = {"role": "user", "content": "the old fox and a young owl"}
@@ -342,18 +319,20 @@ def test_of_a_second_turn_only_what_is_new_goes_through_the_model(model, model_d
     hook.remove()
     total = len(plain.encode_prompt(turns))
     assert first == len(plain.encode_prompt([question]))
-    assert lengths[0] <= total - first  # what was the first prompt is not read again
+    assert lengths[0] <= total - first  # the first prompt is not read again
     assert lengths[1:] == [1] * (len(lengths) - 1)
 
 
-def test_an_adapter_that_is_switched_to_does_not_see_through_the_eyes_of_the_last_one(model, model_dir):
-    assistant = Assistant(model, load_tokenizer(model_dir), None, Settings(temperature=0, max_new_tokens=2))
+def test_switching_adapters_drops_the_cache(model, model_dir):
+    assistant = Assistant(
+        model, load_tokenizer(model_dir), None, GenerationSettings(temperature=0, max_new_tokens=2)
+    )
     "".join(assistant.stream([{"role": "user", "content": "the old fox"}]))
     assert assistant.cache.length > 0
-    assistant.switch(None)
+    assistant.switch_adapter(None)
     assert assistant.cache is None
 
 
 def test_settings_out_of_range_are_refused():
     with pytest.raises(UserError, match="max_new_tokens must be at least 1, not 0"):
-        Settings(max_new_tokens=0)
+        GenerationSettings(max_new_tokens=0)

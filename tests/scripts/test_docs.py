@@ -1,4 +1,4 @@
-"""What the documents say can be run."""
+"""The documents are true: their snippets run, their commands have the options they use, their files exist."""
 
 import re
 import subprocess
@@ -11,16 +11,21 @@ from support.project import ROOT
 
 from minilora.run.settings import ALIASES, SWITCHES, TrainConfig
 
-SNIPPETS = [
-    pytest.param(code, id=f"{path.name}-{i}")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for i, code in enumerate(
-        re.findall(r"^```python\n(.+?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    )
-]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "assets" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HERE = str(Path(__file__).relative_to(ROOT))
 
 
-@pytest.mark.parametrize("code", SNIPPETS)
+def found_in_documents(pattern: str) -> list:
+    """One test parameter for each match of the pattern's group, named after its document."""
+    return [
+        pytest.param(match, id=f"{path.relative_to(ROOT)}-{i}")
+        for path in DOCUMENTS
+        for i, match in enumerate(re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE))
+    ]
+
+
+@pytest.mark.parametrize("code", found_in_documents(r"^```python\n((?:.*\n)+?)^```"))
 def test_every_snippet_runs(code, tmp_path):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     done = subprocess.run(
@@ -29,29 +34,15 @@ def test_every_snippet_runs(code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_names_files_that_exist():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:minilora|scripts|docs|assets|kernels|tests)/[\w./]*)`", readme):
-        assert (ROOT / name).exists(), name
-    assert "pip install -c constraints.txt -e . && python scripts/train.py" in readme
-    assert 'pip install -c constraints.txt -e ".[test]" && pytest' in readme
+COMMAND = r"(?<!/)(scripts/(?:dev/)?\w+\.py(?: [^`|\n]*(?:\\\n[^`|\n]*)*)?)"
 
 
-COMMANDS = [
-    pytest.param(command, id=f"{path.name}-{i}")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for i, command in enumerate(
-        re.findall(r"(scripts/\w+\.py(?: [^`|\n]*(?:\\\n[^`|\n]*)*)?)", path.read_text(encoding="utf-8"))
-    )
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", found_in_documents(COMMAND))
 def test_every_command_names_a_script_and_options_that_it_has(command):
     script, options = ROOT / command.split()[0], re.findall(r"(?<!\S)--([\w-]+)", command)
     source = script.read_text(encoding="utf-8")
     keys = {field.name for field in fields(TrainConfig)} | ALIASES.keys() | {*SWITCHES, "config"}
-    takes_keys = "load_train_config" in source or "load_run_config" in source
+    takes_keys = "load_train_config" in source or "prepare_inference" in source
     for option in options:
         name = option.replace("-", "_")
         assert (takes_keys and name in keys) or re.search(rf'"--{name}"|--{name}\b', source), (
@@ -59,12 +50,47 @@ def test_every_command_names_a_script_and_options_that_it_has(command):
         )
 
 
-def test_no_text_points_to_a_place_on_one_machine():
-    for path in [
-        *ROOT.glob("*.md"),
-        *ROOT.glob("*/**/*.py"),
-        *ROOT.glob("docs/*.md"),
-        ROOT / "pyproject.toml",
-    ]:
-        if path != Path(__file__).resolve():
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_is_named_exists(document):
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:minilora|scripts|docs|assets|kernels|tests)/[\w./]*)`", text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_between_documents_leads_to_a_file_and_a_heading(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        if "://" in name:
+            continue
+        path = document.parent / name if name else document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def anchors(path: Path) -> set[str]:
+    """The headings of a document as GitHub writes them in links."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_every_claim_names_the_test_that_holds_it():
+    claims = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    rows = [row for row in claims.splitlines() if row.startswith("|") and not re.match(r"\|-|\| claim ", row)]
+    assert len(rows) > 25
+    for row in rows:
+        tests = re.search(r"\| `(tests/\w+/test_\w+\.py)` \|$", row)
+        assert tests and (ROOT / tests.group(1)).exists(), row
+
+
+def test_the_readme_shows_how_to_begin():
+    readme = README.read_text(encoding="utf-8")
+    assert "pip install -c constraints.txt -e . && python scripts/train.py" in readme
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest' in readme
+
+
+def test_no_text_points_to_a_folder_on_one_machine():
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("*/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml"]
+    for path in texts:
+        if str(path.relative_to(ROOT)) != HERE:
             assert not re.search(r"(?<![\w.])/(home|root|Users)/", path.read_text(encoding="utf-8")), path

@@ -161,9 +161,7 @@ def test_the_settings_of_the_run_hold_unless_others_are_given(evaluate, train, d
     assert settings[0]["dataset"] == str(dataset)
 
 
-def test_a_short_try_of_a_training_is_no_short_evaluation_unless_it_is_asked_for(
-    evaluate, train, dataset, tmp_path
-):
+def test_max_samples_of_the_training_does_not_shorten_the_evaluation(evaluate, train, dataset, tmp_path):
     directory, _ = train(dataset=dataset, max_steps=1, max_samples=3)
     examples = []
     for keys in ((), ("--max-samples=2",), ("--max_samples", 2)):
@@ -186,7 +184,7 @@ def test_a_checkpoint_speaks_with_the_tokenizer_of_its_run_unless_it_has_its_own
             assert found == (words if adapter == checkpoint else None)
 
 
-def test_conversations_are_worded_by_the_template(evaluate, model_dir, tmp_path):
+def test_conversations_are_formatted_by_the_template(evaluate, model_dir, tmp_path):
     dataset, turns = tmp_path / "chat.jsonl", [("user", "where is the fox"), ("assistant", "by the mill")]
     dataset.write_text(
         json.dumps({"messages": [dict(role=role, content=content) for role, content in turns]}) + "\n"
@@ -239,7 +237,7 @@ def test_rouge_is_the_harmonic_mean_of_the_shares_of_the_common_subsequence():
 
 
 @pytest.mark.parametrize("package, name", [("rouge_score", "rouge"), ("sacrebleu", "bleu")])
-def test_a_missing_package_is_named_with_its_mend(monkeypatch, package, name):
+def test_a_missing_package_is_named_with_the_command_to_install_it(monkeypatch, package, name):
     for module in [m for m in sys.modules if m.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
@@ -261,7 +259,7 @@ def test_a_missing_package_is_named_with_its_mend(monkeypatch, package, name):
         ({"--metrics": "rogue", "--exact_match_samples": 1}, "metric 'rogue' is not known; nearest: 'rouge'"),
         ({"--metrics": "bleu"}, "--exact_match_samples N"),
         ({"--template": "llama9"}, "template = 'llama9' is not known"),
-        ({"--output": "no/such/place.json"}, "no/such is no directory"),
+        ({"--output": "no/such/place.json"}, "no/such (No such file or directory)"),
         ({"--output": "."}, "--output . exists and is no file"),
     ],
 )

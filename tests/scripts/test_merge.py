@@ -1,6 +1,4 @@
-"""Merging: the directory that is written is the base model and the adapter in one, and the errors it prints
-are the real ones.
-"""
+"""Merging: the written directory computes base model plus adapter, and the printed errors are correct."""
 
 import errno
 import json
@@ -30,8 +28,8 @@ from minilora.formats import weights
 from minilora.formats.weights import StoredTensors
 from minilora.lora import lora_layers
 
-# Merged or beside it, the adapter's part is summed in another order in float32: eps 6e-8 times the depth of
-# the sums, as in test_model. Seen: 1e-6.
+# TOLERANCE: a merged adapter's part is summed in another order than an unmerged one's, in float32. The error
+# is eps 6e-8 times the depth of the sums, as in test_model. Observed: 1e-6.
 CHOICES = {
     "original": "original weights merged",
     "dequantized": "dequantized weights merged",
@@ -82,7 +80,7 @@ def test_merged_into_the_original_weights_transformers_gives_the_logits_of_base_
     base = in_transformers(place / "base")
     before = base(ids(2, 20)).logits
     expected = peft.PeftModel.from_pretrained(base, place / "adapter").eval()(input_ids=ids(2, 20)).logits
-    assert relative_error(expected, before) > 100 * TOLERANCE  # the adapter does something
+    assert relative_error(expected, before) > 100 * TOLERANCE  # The adapter changes the logits.
     theirs = in_transformers(place / "merged")
     assert relative_error(theirs(ids(2, 20)).logits, expected) <= TOLERANCE
     assert relative_error(load_model(place / "merged")(ids(2, 20)), expected) <= TOLERANCE
@@ -115,7 +113,7 @@ def test_merged_into_dequantized_weights_it_is_the_model_that_qlora_trained(merg
     assert relative_error(in_transformers(place / "merged")(ids(2, 20)).logits, expected) <= TOLERANCE
     assert (
         relative_error(adapted(place)(ids(2, 20)), expected) > 100 * TOLERANCE
-    )  # quantization does something
+    )  # Quantization changes the logits.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -222,7 +220,7 @@ def test_quantized_again_it_loads_here_with_the_logits_of_the_merged_weights_qua
 
 
 @torch.no_grad()
-def test_a_base_in_4_bits_is_merged_dequantized_and_says_so(merge, place, model_dir):
+def test_a_base_in_4_bits_is_merged_dequantized_and_the_output_reports_it(merge, place, model_dir):
     expected = adapted(place, QuantConfig(double_quant=False))(ids(2, 20))
     save_model(load_model(place / "base", QuantConfig(double_quant=False)), place / "in4bits")
     shutil.copy(model_dir / "tokenizer.model", place / "in4bits")
@@ -273,11 +271,11 @@ def test_a_merged_model_words_chats_as_training_did_and_knows_the_token_that_ans
     gguf = pytest.importorskip("gguf", reason="an extra: llama.cpp's files")
     assert merge("--adapter", place / "adapter", "--output", place / "merged.gguf")[0] == 0
     fields = gguf.GGUFReader(place / "merged.gguf").fields
-    said = {
+    written = {
         name: fields[f"tokenizer.{name}"].contents()
         for name in ("chat_template", "ggml.eos_token_id", "ggml.eot_token_id")
     }
-    assert said == {"chat_template": template, "ggml.eos_token_id": 2, "ggml.eot_token_id": 1}
+    assert written == {"chat_template": template, "ggml.eos_token_id": 2, "ggml.eot_token_id": 1}
 
 
 def test_an_adapter_of_a_run_without_quantization_goes_into_the_original_weights(merge, place):
@@ -290,17 +288,17 @@ def test_an_adapter_of_a_run_without_quantization_goes_into_the_original_weights
 
 
 def test_weights_are_dequantized_as_the_run_quantized_them(merge, place):
-    assert merge("--adapter", place / "adapter", "--output", place / "asked", *INTO_FP4)[0] == 0
+    assert merge("--adapter", place / "adapter", "--output", place / "options", *INTO_FP4)[0] == 0
     (place / "adapter" / "training_config.yaml").write_text(
         "quantization_type: fp4\ndouble_quantization: false\n"
     )
     code, out, err = merge(
-        "--adapter", place / "adapter", "--output", place / "found", "--into", "dequantized"
+        "--adapter", place / "adapter", "--output", place / "settings", "--into", "dequantized"
     )
     assert code == 0, err
-    asked, found = stored(place / "asked"), stored(place / "found")
+    by_options, by_settings = stored(place / "options"), stored(place / "settings")
     assert "against what training saw: fp4\n" in out and all(
-        torch.equal(asked[name], found[name]) for name in asked
+        torch.equal(by_options[name], by_settings[name]) for name in by_options
     )
 
 
@@ -359,16 +357,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(merge, place, case):
-    damage, said = DAMAGE[case]
+def test_a_failed_merge_prints_one_line_and_leaves_nothing(merge, place, case):
+    damage, message = DAMAGE[case]
     damage(place)
     before = {path.name for path in place.iterdir()}
     code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
-    assert code == 2 and said in err and err.count("\n") == 1
+    assert code == 2 and message in err and err.count("\n") == 1
     assert {path.name for path in place.iterdir()} == before
 
 
-def test_an_output_that_exists_or_cannot_be_is_refused_and_left_alone(merge, place):
+def test_an_output_that_exists_or_cannot_be_written_is_refused_and_kept(merge, place):
     (place / "merged").mkdir()
     code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
     assert (
@@ -377,7 +375,9 @@ def test_an_output_that_exists_or_cannot_be_is_refused_and_left_alone(merge, pla
         and not list((place / "merged").iterdir())
     )
     (place / "file").write_text("mine")
-    (place / "adapter" / "adapter_model.safetensors").unlink()  # so it is found before anything is read
+    (
+        place / "adapter" / "adapter_model.safetensors"
+    ).unlink()  # The output is checked before anything is read.
     for output in (
         place / "file",
         place / "file" / "merged",
@@ -405,7 +405,7 @@ def test_a_tied_output_head_is_not_merged(merge, place, model_dir):
 @pytest.mark.parametrize(
     "error", [SafetensorError("No space left on device"), OSError(errno.ENOSPC, "No space left on device")]
 )
-def test_a_full_disk_is_one_line_and_leaves_nothing(script, merge, place, monkeypatch, error):
+def test_a_full_disk_prints_one_line_and_leaves_nothing(script, merge, place, monkeypatch, error):
     save_file, calls = weights.save_file, []
 
     def full(tensors, path, metadata):
@@ -485,7 +485,7 @@ def test_plain_lora_is_exported_as_it_is(merge, place):
 
 
 @pytest.mark.parametrize("case", ["DoRA", "no config", "B missing", "other rank"])
-def test_an_adapter_that_cannot_be_exported_is_one_line_and_leaves_nothing(merge, place, case):
+def test_a_failed_export_prints_one_line_and_leaves_nothing(merge, place, case):
     if case == "DoRA":
         make_adapter(place / "base", place / "adapter", use_dora=True)
     else:
@@ -514,7 +514,7 @@ def test_options_of_merging_are_refused_beside_export_adapter(merge, place):
     assert code == 2 and "one of the arguments --output --export_adapter is required" in err
 
 
-def test_a_full_disk_leaves_no_half_of_an_exported_adapter(script, merge, place, monkeypatch):
+def test_a_full_disk_leaves_no_half_an_exported_adapter(script, merge, place, monkeypatch):
     def full(path, data):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")

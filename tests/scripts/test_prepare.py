@@ -1,6 +1,4 @@
-"""scripts/prepare.py: every row is checked, what is saved trains as the original does, and nothing is written
-otherwise.
-"""
+"""scripts/prepare.py: every row is checked, saved rows train as the original ones, and a failure writes nothing."""
 
 import errno
 import json
@@ -19,7 +17,7 @@ from minilora.data.chat import load_chat_template
 from minilora.data.examples import tokenize
 from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import load_tokens, save_tokens, tokens_file, tokens_key
-from minilora.data.rows import Row, read_rows, record_of
+from minilora.data.rows import Row, read_rows, to_record
 
 SETTINGS = dict(cutoff_len=64, train_on_prompt=False, mask_history=False)
 
@@ -67,7 +65,7 @@ def test_a_row_that_is_saved_is_read_back_as_the_same_row(tmp_path_factory, reco
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     path.write_text(json.dumps(record))
     rows = read_rows(path, chat=chat)
-    path.write_text(json.dumps(record_of(rows[0])))
+    path.write_text(json.dumps(to_record(rows[0])))
     assert read_rows(path, chat=chat) == rows
 
 
@@ -88,7 +86,7 @@ def equal(one, other) -> bool:
 
 
 @given(parts=st.lists(st.tuples(texts, texts), min_size=1, max_size=5), cutoff_len=st.integers(2, 9))
-def test_tokens_that_lie_ready_are_those_that_would_be_made(model_dir, tmp_path_factory, parts, cutoff_len):
+def test_loaded_tokens_are_those_that_were_saved(model_dir, tmp_path_factory, parts, cutoff_len):
     tokenizer = load_tokenizer(model_dir)
     dataset = tokenize([Row(*part) for part in parts], tokenizer, cutoff_len)
     if dataset.examples:
@@ -98,7 +96,7 @@ def test_tokens_that_lie_ready_are_those_that_would_be_made(model_dir, tmp_path_
         assert load_tokens(path, dataset.rows, "another key") is None
 
 
-def test_the_key_changes_with_all_that_changes_tokens(model_dir, tmp_path):
+def test_the_key_changes_with_everything_that_changes_tokens(model_dir, tmp_path):
     tokenizer = load_tokenizer(model_dir)
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
@@ -120,11 +118,11 @@ def test_the_key_changes_with_all_that_changes_tokens(model_dir, tmp_path):
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == tokens_key(
-        [replace(row, place="elsewhere") for row in ROWS], load_tokenizer(model_dir), None, SETTINGS
+        [replace(row, location="elsewhere") for row in ROWS], load_tokenizer(model_dir), None, SETTINGS
     )
 
 
-def test_a_file_that_holds_no_tokens_of_ours_is_left_alone(tmp_path):
+def test_a_file_that_holds_other_data_is_ignored(tmp_path):
     path = tokens_file(tmp_path / "train.jsonl")
     assert path == tmp_path / "train.safetensors" and load_tokens(path, ROWS, "key") is None
     path.write_bytes(b"something else")
@@ -135,7 +133,7 @@ def test_a_file_that_holds_no_tokens_of_ours_is_left_alone(tmp_path):
 
 
 @given(row=st.tuples(st.none() | texts, texts))
-def test_what_stands_between_the_brackets_is_what_is_learnt(model_dir, row):
+def test_the_text_between_the_brackets_is_the_learned_text(model_dir, row):
     tokenizer = load_tokenizer(model_dir)
     for example in tokenize([Row(*row)], tokenizer, 64).examples:
         shown = highlight_learned(example, tokenizer, colours=False)
@@ -188,7 +186,7 @@ def test_a_training_on_prepared_data_ends_with_the_bits_of_one_on_the_original(
     assert losses[0] == losses[1] and losses[0]
 
 
-def test_tokens_of_other_settings_are_made_anew(prepare, run_trainer, dataset):
+def test_tokens_of_other_settings_are_encoded_again(prepare, run_trainer, dataset):
     assert prepare("--dataset", dataset)[0] == 0
     code, out, err = run_trainer(
         "--config", "prepared/train.yaml", "--max_steps", 1, "--cutoff_len", 40, "--output_dir", "out"
@@ -247,10 +245,10 @@ def test_every_wrong_row_is_listed_and_nothing_is_saved(prepare, write, tmp_path
         and out == ""
         and [line.split(":")[0] for line in listed] == [f"{path}, line {i}" for i in (2, 4, 5, 6)]
     )
-    assert last == f"error: 4 rows are wrong in {path}; correct them, or leave them out with --skip_invalid"
+    assert last == f"error: 4 rows are wrong in {path}; correct them, or skip them with --skip_invalid"
     assert not (tmp_path / "prepared").exists()
     code, out, err = prepare("--dataset", path, "--skip_invalid")
-    assert code == 0 and f"left out   4 rows that are wrong; the first: {path}, line 2" in out
+    assert code == 0 and f"skipped    4 wrong rows; the first: {path}, line 2" in out
     assert len((tmp_path / "prepared" / "train.jsonl").read_text().splitlines()) == 3
 
 
@@ -262,7 +260,7 @@ def test_a_row_with_half_a_character_is_saved_as_it_was(prepare, write, tmp_path
     assert read_rows(saved) == read_rows(path) and '"ü"' in saved.read_text(encoding="utf-8")
 
 
-def test_held_out_rows_of_an_earlier_time_do_not_stay(prepare, dataset, tmp_path):
+def test_validation_files_of_an_earlier_preparation_are_removed(prepare, dataset, tmp_path):
     assert prepare("--dataset", dataset, "--val_size", 4)[0] == 0
     assert (tmp_path / "prepared" / "validation.safetensors").exists()
     assert prepare("--dataset", dataset, "--overwrite_output_dir")[0] == 0
@@ -275,7 +273,7 @@ def test_held_out_rows_that_are_all_wrong_leave_a_set_without_them(prepare, writ
         "--dataset", write({"prompt": "a", "completion": "b"}), "--eval_dataset", wrong, "--skip_invalid"
     )
     assert code == 0, err
-    assert "left out   1 row that is wrong; the first: " in out and not list(
+    assert "skipped    1 wrong row; the first: " in out and not list(
         (tmp_path / "prepared").glob("validation.*")
     )
     assert "eval_dataset" not in (tmp_path / "prepared" / "train.yaml").read_text()
@@ -298,7 +296,7 @@ def test_rows_that_no_template_can_word_are_wrong_rows(prepare, write):
     assert code == 0, err
 
 
-def test_a_directory_that_holds_something_is_left_alone_unless_asked(prepare, dataset, tmp_path):
+def test_files_are_overwritten_only_with_overwrite_output_dir(prepare, dataset, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "train.jsonl").write_text("my own work")
@@ -338,7 +336,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(prepare, dataset, tmp_path, 
         (("--to", "elsewhere"), "--to = 'elsewhere' is no address; write it as s3://bucket/folder"),
         (("--to", "s3://me:secret@[::1/x"), "--to = 's3://[::1/x' is no address"),
         (("--to", "s3://me:secret@bucket/x"), "--to = s3://bucket/x holds a password"),
-        (("--output", "a/b"), "is no directory that may be written"),
+        (("--output", "a/b"), "is not a writable directory"),
         (("--output", "rows.jsonl"), "--output rows.jsonl is a file"),
         (("--cutoff_len", "999"), "cutoff_len = 999 is more than the 256 positions of the model"),
         (("--cutof_len", "9"), "unknown key 'cutof_len'"),

@@ -1,4 +1,4 @@
-"""Sweeps: which runs there are, which are done again, and what is said at the end."""
+"""scripts/sweep.py: the runs of a sweep, the runs that a second start repeats, and the final table."""
 
 import json
 import math
@@ -62,8 +62,9 @@ def run_sweep(sweep, monkeypatch, capfd, tmp_path):
 
 @pytest.fixture
 def stand_in(sweep, monkeypatch):
-    """In the trainer's place a function that fails at rank 13 and is interrupted at rank 15. Returns the
-    names of what ran.
+    """Replace the trainer by a function that fails at rank 13 and is interrupted at rank 15.
+
+    Returns the names of the runs that it was called for.
     """
     called = []
 
@@ -72,7 +73,7 @@ def stand_in(sweep, monkeypatch):
         directory = Path(config.output_dir)
         directory.mkdir(exist_ok=True)
         called.append(directory.name)
-        if config.lora_rank == 13 and not (directory / "mended").exists():
+        if config.lora_rank == 13 and not (directory / "fixed").exists():
             return 2
         records = [
             dict(step=1, loss=1 / config.lora_rank),
@@ -100,34 +101,38 @@ def test_two_real_runs_train_and_are_compared(run_sweep, model_dir, dataset, tmp
     assert out.count("  finished\n") == 2 and "lowest held-out loss" in out
 
 
-STARTING = 'import time; print("starting", flush=True); time.sleep(60)'  # no signal is caught yet
+STARTING = 'import time; print("starting", flush=True); time.sleep(60)'  # it handles no signal yet
 
 
 @pytest.mark.parametrize(
     "trainer, word", [(SAVING, "training"), (STARTING, "starting")], ids=["training", "starting"]
 )
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_sweep_lets_the_trainer_save_and_tells_how_to_go_on(tmp_path, sent, trainer, word):
+def test_a_stopped_sweep_lets_the_trainer_save_and_prints_how_to_resume(tmp_path, sent, trainer, word):
     (tmp_path / "trainer.py").write_text(trainer)
     (tmp_path / "sweep.yaml").write_text("output_dir: out\nsweep:\n  seed: [1, 2]\n")
     code = "import sweep; from pathlib import Path; sweep.TRAINER = Path('trainer.py'); sweep.run_script(sweep.main)"
     words = [sys.executable, "-c", code, "--config", "sweep.yaml"]
     path = os.pathsep.join(map(str, (ROOT / "scripts", ROOT)))
-    kind = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, text=True, start_new_session=True)
-    with subprocess.Popen(words, stdout=subprocess.PIPE, **kind) as process:
+    options = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, text=True, start_new_session=True)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, **options) as process:
         assert any(line == f"{word}\n" for line in process.stdout)  # reads up to there
-        # Ctrl-C in a terminal goes to both programs, SIGTERM to the one that is named.
+        # Ctrl-C in a terminal goes to both programs, SIGTERM only to the sweep.
         os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
         out = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "to go on: python scripts/sweep.py --config sweep.yaml" in out
+    assert process.returncode == 130 and "to resume: python scripts/sweep.py --config sweep.yaml" in out
     assert ("saved\n" in out) == (trainer is SAVING) and "run 2 of 2" not in out
 
 
-def test_finished_runs_are_passed_over_failed_ones_named_and_started_again(run_sweep, stand_in, tmp_path):
+def test_finished_runs_are_skipped_and_failed_ones_named_and_repeated(run_sweep, stand_in, tmp_path):
     code, out, err = run_sweep({"lora_rank": [4, 13, 8]})
     assert code == 2 and "1 of 3 runs failed: lora_rank-13 (exit code 2)" in err and "Traceback" not in err
-    assert stand_in == ["lora_rank-4", "lora_rank-13", "lora_rank-8"]  # the failure stopped no other
-    (tmp_path / "out" / "lora_rank-13" / "mended").touch()
+    assert stand_in == [
+        "lora_rank-4",
+        "lora_rank-13",
+        "lora_rank-8",
+    ]  # the failed run did not stop the others
+    (tmp_path / "out" / "lora_rank-13" / "fixed").touch()
     code, out, err = run_sweep({"lora_rank": [4, 13, 8]})
     assert code == 0 and stand_in[3:] == ["lora_rank-13"]
     assert "run 1 of 3: lora_rank-4  (finished before)" in out
@@ -137,14 +142,12 @@ def test_an_interrupted_run_ends_the_sweep(run_sweep, stand_in):
     code, out, _ = run_sweep({"lora_rank": [15, 4]})
     assert (
         code == 130
-        and "interrupted; to go on: python scripts/sweep.py" in out
+        and "interrupted; to resume: python scripts/sweep.py" in out
         and stand_in == ["lora_rank-15"]
     )
 
 
-def test_the_table_begins_with_the_lowest_held_out_loss_and_leaves_out_the_untrained_models(
-    run_sweep, stand_in
-):
+def test_the_table_begins_with_the_lowest_held_out_loss_and_ignores_the_untrained_model(run_sweep, stand_in):
     _, out, _ = run_sweep({"lora_rank": [2, 13, 4], "learning_rate": ["5e-4", "2e-4"]})
     lines = [
         line.split() for line in out.splitlines()[out.splitlines().index("") :] if line.endswith("finished")
@@ -158,7 +161,7 @@ def test_the_table_begins_with_the_lowest_held_out_loss_and_leaves_out_the_untra
     assert [line[:3] for line in lines[4:]] == [["13", "2e-4", "0"], ["13", "5e-4", "0"]]
 
 
-def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(run_sweep, stand_in):
+def test_a_finished_run_with_other_settings_is_refused(run_sweep, stand_in):
     assert run_sweep({"lora_rank": [4]}, weight_decay=0.1)[0] == 0
     assert run_sweep({"lora_rank": [4]}, weight_decay=0.1, logging_steps=3)[0] == 0  # changes no number
     code, _, err = run_sweep({"lora_rank": [4]}, weight_decay=0.2)
@@ -187,17 +190,15 @@ def test_mistakes_are_one_line_before_the_first_run_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
 
 
-def test_an_output_dir_that_cannot_be_made_is_one_line(run_sweep, stand_in, tmp_path):
+def test_an_output_dir_that_cannot_be_created_is_one_line(run_sweep, stand_in, tmp_path):
     (tmp_path / "file").touch()
     code, _, err = run_sweep({"lora_rank": [4]}, output_dir=str(tmp_path / "file" / "out"))
     assert (
-        code == 2
-        and f"{tmp_path / 'file'} is no directory that may be written" in err
-        and err.count("\n") == 1
+        code == 2 and f"cannot write to {tmp_path / 'file'} (Not a directory)" in err and err.count("\n") == 1
     )
 
 
-def test_a_torn_line_of_metrics_is_left_out_and_lost_settings_are_told(run_sweep, stand_in, tmp_path):
+def test_a_torn_line_of_metrics_is_ignored_and_lost_settings_are_reported(run_sweep, stand_in, tmp_path):
     assert run_sweep({"lora_rank": [4]})[0] == 0
     directory = tmp_path / "out" / "lora_rank-4"
     with (directory / "metrics.jsonl").open("a") as file:
@@ -231,7 +232,7 @@ def test_every_combination_is_one_run_of_its_own_name(swept):
         grid = sweep.combinations(swept, "sweep.yaml")
     except UserError as error:
         assert "would be called" in str(error)
-        shown = [[sweep.short(value) for value in values] for values in swept.values()]
+        shown = [[sweep.file_name_part(value) for value in values] for values in swept.values()]
         assert any(len(set(values)) < len(values) for values in shown)
         return
     assert len(grid) == math.prod(map(len, swept.values()))

@@ -5,15 +5,23 @@ first imported.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
-from minilora.kernels.adamw_8bit import adamw_8bit
+from minilora.kernels.adamw_8bit import adamw_8bit as adamw_8bit_kernel
 from minilora.kernels.rms_norm import rms_norm
 
-from minilora import adamw, ops
+from minilora import ops, optim
 from minilora.kernels import nf4
-from minilora.quantization import dynamic_code, four_bit_code, quantize_4bit
+from minilora.quantization import (
+    QuantizedTensor,
+    dynamic_code,
+    four_bit_code,
+    nearest_code_bounds,
+    nearest_of_steps,
+    quantize_4bit,
+)
 
 assert (
     os.environ["TRITON_INTERPRET"] == "1" and os.environ["MINILORA_BACKEND"] == "torch"
@@ -64,7 +72,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     ("n", "blocksize"), [(1, 64), (63, 32), (64, 64), (5001, 64), (4200, 128), (8193, 4096)]
 )
 def test_4bit_quantization_is_the_definition_to_the_bit(n, blocksize, quant_type, dtype):
-    bounds, symbols = ops.nearest_code_bounds(four_bit_code(quant_type))
+    bounds, symbols = nearest_code_bounds(four_bit_code(quant_type))
     x = randn(n, dtype=dtype, seed=n)
     if n > 300:
         near = torch.cat([bounds, bounds.nextafter(bounds - 1), bounds.nextafter(bounds + 1)])  # 45 values
@@ -83,11 +91,11 @@ def test_4bit_quantization_is_the_definition_to_the_bit(n, blocksize, quant_type
         torch.full(((n + 1) // 2 + 1,), 99, dtype=torch.uint8),
         torch.full((-(-n // blocksize) + 1,), 99.0),
     )
-    nf4.quantize_4bit(x, bounds, symbols, blocksize, packed[:-1], absmax[:-1])
+    nf4.quantize(x, bounds, symbols, blocksize, packed[:-1], absmax[:-1])
     assert packed[-1] == 99 and absmax[-1] == 99  # nothing is written behind the end
-    expected_packed, expected_absmax = ops.quantize_4bit(x, four_bit_code(quant_type), blocksize)
-    assert torch.equal(packed[:-1], expected_packed)
-    assert torch.equal(bits(absmax[:-1]), bits(expected_absmax))
+    expected = quantize_4bit(x, quant_type, blocksize, double_quant=False)
+    assert torch.equal(packed[:-1], expected.packed)
+    assert torch.equal(bits(absmax[:-1]), bits(expected.absmax))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # infinity times zero
@@ -95,22 +103,17 @@ def test_4bit_quantization_is_the_definition_to_the_bit(n, blocksize, quant_type
 def test_4bit_quantization_shows_values_that_are_not_finite_in_the_scale(bad):
     x = torch.ones(150)
     x[[70, 149]] = bad  # in a whole block and in the last
-    bounds, symbols = ops.nearest_code_bounds(four_bit_code("nf4"))
+    bounds, symbols = nearest_code_bounds(four_bit_code("nf4"))
     packed, absmax = torch.empty(75, dtype=torch.uint8), torch.empty(3)
-    nf4.quantize_4bit(x, bounds, symbols, 64, packed, absmax)
+    nf4.quantize(x, bounds, symbols, 64, packed, absmax)
     assert absmax[0] == 1 and not absmax[1:].isfinite().any()
 
 
-def quantized(shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> tuple:
-    """A random weight: what the kernels take before `out` or the shape, and after it."""
-    q = quantize_4bit(
-        randn(*shape, dtype=torch.float32, seed=sum(shape)), quant_type, blocksize, double_quant
-    )
-    nested = (q.nested_absmax, dynamic_code(), q.offset) if double_quant else ()
-    absmax = (
-        q.absmax if double_quant else torch.cat([q.absmax, torch.full((8,), torch.nan)])[:-8]
-    )  # NaN: what must not be read
-    return (q.packed, absmax, four_bit_code(quant_type), blocksize), nested
+def quantized(shape: tuple[int, ...], quant_type: str, blocksize: int, double_quant: bool) -> QuantizedTensor:
+    """A random weight. Behind its float32 scales stand NaN, which must not be read."""
+    x = randn(*shape, dtype=torch.float32, seed=sum(shape))
+    q = quantize_4bit(x, quant_type, blocksize, double_quant)
+    return q if double_quant else replace(q, absmax=torch.cat([q.absmax, torch.full((8,), torch.nan)])[:-8])
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -120,12 +123,11 @@ def quantized(shape: tuple[int, ...], quant_type: str, blocksize: int, double_qu
     [(1, "nf4", 64), (31, "fp4", 32), (4096, "nf4", 64), (12345, "fp4", 32), (8198, "nf4", 4096)],
 )
 def test_4bit_dequantization_is_the_definition_to_the_bit(n, quant_type, blocksize, double_quant, dtype):
-    before, nested = quantized((n,), quant_type, blocksize, double_quant)
+    q = quantized((n,), quant_type, blocksize, double_quant)
     out = torch.full((n + 16,), 99, dtype=dtype)
-    nf4.dequantize_4bit(*before, n, out[:n], *nested)
+    nf4.dequantize(q, out[:n])
     assert (out[n:] == 99).all()  # nothing is written behind the end
-    expected = torch.empty(n)
-    ops.dequantize_4bit(*before, n, expected, *nested)
+    expected = q.dequantize(torch.float32)
     if dtype == torch.bfloat16:  # Triton's interpreter cuts the last 16 bits off where a GPU rounds
         expected = (bits(expected) & -(2**16)).view(torch.float32)
     assert torch.equal(bits(out[:n]), bits(expected.to(dtype)))
@@ -139,14 +141,12 @@ def test_4bit_dequantization_is_the_definition_to_the_bit(n, quant_type, blocksi
     [((1, 1), 64), ((32, 7), 32), ((3, 100), 64), ((9, 128), 64), ((6, 2056), 4096), ((2, 4097), 64)],
 )
 def test_4bit_matrix_vector_product_is_the_dequantized_one(shape, blocksize, double_quant, dtype):
-    before, nested = quantized(shape, "nf4", blocksize, double_quant)
+    q = quantized(shape, "nf4", blocksize, double_quant)
     out_features, in_features = shape
-    weight = torch.empty(out_features * in_features)
-    ops.dequantize_4bit(*before, weight.numel(), weight, *nested)
-    weight = weight.view(shape).double()
+    weight = q.dequantize(torch.float32).double()
     x = randn(in_features, dtype=dtype, seed=1)
     out = torch.full((out_features + 1,), 99, dtype=dtype)
-    nf4.gemv_4bit(x, *before, shape, out[:-1], *nested)
+    nf4.gemv(q, x, out[:-1])
     assert out[-1] == 99
     expected, terms = weight @ x.double(), weight.abs() @ x.double().abs()
     # A term is rounded twice, as is its scale, and once in every sum that it is added to: 7 of its group, one
@@ -181,7 +181,7 @@ def fused_multiply_add(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # 1 / 0, 0 * infinity: blocks of zeros
 def test_8bit_adamw_is_the_definition_to_the_bit():
     codes = dynamic_code(True), dynamic_code(False)
-    nearest = tuple(map(ops.nearest_of_steps, codes))
+    nearest = tuple(map(nearest_of_steps, codes))
     sides = [], []
     for n in (1, 256, 4099, 700):  # fewer and more blocks than the next, tails of 1, 3 and 188
         p = randn(n, dtype=torch.float32, seed=n)
@@ -204,8 +204,8 @@ def test_8bit_adamw_is_the_definition_to_the_bit():
             mine[1].copy_(g)
             other[1].copy_(g)
         settings = 1e-2 / step, (0.9, 0.999), 1e-8, 0.1, step
-        adamw_8bit(sides[0], codes, nearest, adamw._adamw_scalars(*settings))
-        adamw.adamw_8bit(sides[1], codes, nearest, *settings)
+        adamw_8bit_kernel(sides[0], codes, nearest, optim._scalars(*settings))
+        optim.adamw_8bit(sides[1], *settings)
         for mine, other in zip(*sides, strict=True):
             assert all(torch.equal(one, two) for one, two in zip(mine, other, strict=True))
     for parts in sides[0]:

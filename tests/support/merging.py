@@ -1,4 +1,4 @@
-"""Bases and adapters in PEFT's and minilora's files, to be merged, exported and linted."""
+"""Base models and adapters on disk, for tests that merge, export and lint them."""
 
 import json
 import shutil
@@ -6,18 +6,13 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora import (
-    LoraConfig,
-    add_lora,
-    load_adapter,
-    load_model,
-    save_adapter,
-)
+from minilora import LoraConfig, add_lora, load_adapter, load_model, save_adapter
 from support.families import transformers_model
 from support.tiny import randomize
 
 
 def make_base(directory, model_dir, dtype=torch.float32, family="llama-gqa"):
+    """Write a base model with transformers, and the tokenizer of `model_dir` beside it."""
     theirs = transformers_model(family, vocab_size=320).to(dtype)
     theirs.generation_config.max_length = 33
     theirs.save_pretrained(directory)
@@ -25,6 +20,7 @@ def make_base(directory, model_dir, dtype=torch.float32, family="llama-gqa"):
 
 
 def make_adapter(base, directory, **changes):
+    """Write a random adapter for the model in `base`. changes: to the fields of its LoraConfig."""
     lora = dict(
         r=4,
         lora_alpha=3,
@@ -38,17 +34,20 @@ def make_adapter(base, directory, **changes):
 
 
 def adapted(place, quant=None):
+    """The model of `base` with the adapter of `adapter`, both directories in `place`."""
     model = load_model(place / "base", quant)
     load_adapter(model, place / "adapter")
     return model
 
 
 def change_config(place, **changes):
+    """Change keys of adapter_config.json."""
     path = place / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def change_tensors(place, change):
+    """Rewrite adapter_model.safetensors after `change` has edited the dictionary of its tensors."""
     path = place / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     change(tensors)

@@ -1,4 +1,4 @@
-"""Servers on this machine that stand in for those of others."""
+"""Web servers on loopback that stand in for remote ones."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ S3_SECRET = "secretsecretsecret"
 
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPServer]:
-    """A web server on this machine, in a thread; `address` is where."""
+    """A web server on loopback, in a thread; its `address` is http://127.0.0.1:PORT."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.address = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

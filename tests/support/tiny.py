@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora import CausalLM, LoraConfig, add_lora, quantize_4bit, trainable_parameters
 from minilora.formats.config_json import parse_config
@@ -130,3 +130,13 @@ def gradients(model: CausalLM, policy: str, B=2, T=17) -> tuple[float, dict[str,
     return loss.item(), {n: p.grad for n, p in trainable_parameters(model).items()} | {
         "random state": torch.get_rng_state()
     }
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that the tensors in an optimizer's state hold; what several parameters share, such as a codebook,
+    counts once.
+    """
+    tensors = (
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    )
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

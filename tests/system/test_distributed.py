@@ -1,4 +1,4 @@
-"""Several processes with gloo train as one with as many times the accumulation does."""
+"""Several processes with gloo take the same steps as one process with more gradient accumulation."""
 
 import json
 import subprocess
@@ -19,9 +19,7 @@ ENVIRONMENT = PROGRAM_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation(train, dataset, tmp_path):
-    """13 examples in steps of 12: every second step has one micro-batch of one example, and the second rank
-    none.
-    """
+    """13 examples in steps of 12: every second step has a single micro-batch, and the second rank has none."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join(dataset.read_text().splitlines(keepends=True)[:13]))
     keys = dict(
@@ -45,34 +43,30 @@ def test_two_processes_equal_one_with_twice_the_accumulation(train, dataset, tmp
     assert run.returncode == 0, run.stderr
     two = tmp_path / "two"
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
-    # One process prints, and it says the same.
-    plain = [
-        line.partition(" tok/s")[0].rpartition("  ")[0]
-        for line in expected.splitlines()
-        if line.startswith("step ")
-    ]
-    assert [
-        line.partition(" tok/s")[0].rpartition("  ")[0]
-        for line in run.stdout.splitlines()
-        if line.startswith("step ")
-    ] == plain
+    # Only one process prints, and it prints the same lines.
+    assert step_lines(run.stdout) == step_lines(expected)
     assert "; 2 processes" in run.stdout and run.stdout.count("adapter, metrics, plot and model card") == 1
-    # The same float32 numbers are added in another order: as accumulation in tests/test_train.py.
-    for kind in ("loss", "eval_loss"):
+    # The same float32 numbers are added in another order.
+    for name in ("loss", "eval_loss"):
         figures = [
-            [record[kind] for record in metrics(directory) if kind in record] for directory in (one, two)
+            [record[name] for record in metrics(directory) if name in record] for directory in (one, two)
         ]
         assert len(figures[0]) >= 3 and figures[1] == pytest.approx(figures[0], rel=1e-6)
     for key, tensor in adapter(one).items():
         assert relative_error(adapter(two)[key], tensor) <= 1e-4, key
 
 
-def test_two_processes_stop_together_go_on_exactly_and_speak_with_one_voice(
+def step_lines(out: str) -> list[str]:
+    """The trainer's lines about steps, without the speed at their end."""
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    return [line.partition(" tok/s")[0].rpartition("  ")[0] for line in lines]
+
+
+def test_two_processes_stop_together_resume_bit_identically_and_print_once(
     model_dir, dataset, train, tmp_path
 ):
-    alike = (
-        tmp_path / "alike.jsonl"
-    )  # so that both draw as many random numbers, and other ones come of other seeds alone
+    # Equal examples let both ranks draw equally many random numbers, so only their seeds can differ.
+    alike = tmp_path / "alike.jsonl"
     alike.write_text(dataset.read_text().splitlines(keepends=True)[1] * 24)
     keys = dict(
         model=model_dir,
@@ -94,33 +88,32 @@ def test_two_processes_stop_together_go_on_exactly_and_speak_with_one_voice(
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    # The second rank alone got the signal; both stopped after step 3, and the first saved.
+    # Only the second rank got the signal; both stopped after step 3, and the first one saved.
     assert (
         report["stopped"]["ended"] == [130, 130]
         and "interrupted after step 3 of 6" in report["stopped"]["said"][0]
     )
     generators = read_checkpoint(tmp_path / "stopped" / "checkpoint-3")["random"]
-    assert len(generators) == 2 and not torch.equal(
-        generators[0]["torch"], generators[1]["torch"]
-    )  # other dropout masks
+    # The two ranks draw different dropout masks.
+    assert len(generators) == 2 and not torch.equal(generators[0]["torch"], generators[1]["torch"])
     assert report["whole"]["ended"] == report["resumed"]["ended"] == [0, 0]
     whole, resumed = adapter(tmp_path / "whole"), adapter(tmp_path / "stopped")
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
     losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("whole", "stopped")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
-    # A mistake that both find is told once.
+    # Both ranks find the mistake, and one reports it.
     assert report["mistaken"]["ended"] == [2, -15] and report["mistaken"]["said"][1] == ""
     assert (
         report["mistaken"]["said"][0].count("\n") == 1
         and "nearest: 'learning_rate'" in report["mistaken"]["said"][0]
     )
     assert all(said[1] == "" for said in (job["said"] for job in report.values()))
-    # One process does not go on where two were.
+    # One process cannot resume the run of two.
     _, err = train("stopped", code=2, resume_from_checkpoint="latest", **keys)
     assert "the number of processes is 1 here, 2 there" in err
 
 
-def test_one_process_sets_nothing_up(monkeypatch):
+def test_one_process_sets_up_no_communication(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     alone = join_processes()
     assert alone == Processes() and alone.main and not torch.distributed.is_initialized()

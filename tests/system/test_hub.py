@@ -1,4 +1,4 @@
-"""The real client of the hub against a stand-in on loopback: what is asked for, what is told when it fails."""
+"""The hub's real client against a stand-in on loopback: its requests, and the messages when it fails."""
 
 import hashlib
 import json
@@ -58,9 +58,7 @@ BRANCHES = {"main": MAIN, "v0": OLD, MAIN: MAIN, OLD: OLD}
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """The requests that snapshot_download makes: a revision's commit, its list of files, and each file (HEAD,
-    then GET).
-    """
+    """Answers snapshot_download's requests: a revision's commit, its list of files, each file (HEAD, GET)."""
 
     protocol_version = "HTTP/1.1"
 
@@ -122,8 +120,9 @@ def server():
 
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
-    """The client, pointed at the stand-in and at an empty cache. It reads its environment on import, hence
-    its constants.
+    """The stand-in, with the client pointed at it and at an empty cache.
+
+    The client reads its environment on import, so the fixture sets its constants.
     """
     server.requests = []
     point_to(monkeypatch, server.address)
@@ -163,7 +162,7 @@ def refusal(*args, **kwargs) -> str:
 # Local directories
 
 
-def test_a_local_directory_is_itself_even_where_it_looks_like_a_hub_id(hub, tmp_path, monkeypatch):
+def test_a_local_directory_is_returned_even_if_it_looks_like_a_hub_id(hub, tmp_path, monkeypatch):
     (tmp_path / "owner" / "model").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -176,30 +175,28 @@ def test_a_local_directory_is_itself_even_where_it_looks_like_a_hub_id(hub, tmp_
 @pytest.mark.parametrize(
     "path", ["./nope", "../nope", "/nope", "~/nope", "a\\b", "a/b/c", "nope--nope", "two words", "x.git", ""]
 )
-def test_a_path_that_leads_nowhere_is_no_such_directory_and_asks_nobody(hub, path):
+def test_a_path_that_does_not_exist_is_no_such_directory_and_makes_no_request(hub, path):
     assert refusal(path).startswith(f"no such directory: {path!r}")
     assert hub.requests == []
 
 
-def test_a_file_is_answered_with_its_directory(hub, tmp_path):
+def test_a_file_is_refused_and_its_directory_suggested(hub, tmp_path):
     (tmp_path / "model.safetensors").touch()
-    assert f"is a file; give the directory it lies in: {tmp_path}" in refusal(
-        str(tmp_path / "model.safetensors")
-    )
+    assert f"is a file; use its directory instead: {tmp_path}" in refusal(str(tmp_path / "model.safetensors"))
     assert hub.requests == []
 
 
 # Downloads
 
 
-def test_a_download_holds_what_is_read_and_nothing_else(hub):
+def test_only_files_that_minilora_reads_are_downloaded(hub):
     assert files_in(resolve_model("owner/model")) == READ
     fetched = {
         path.rpartition("/resolve/")[2].partition("/")[2]
         for _, path, _ in hub.requests
         if "/resolve/" in path
     }
-    assert fetched == set(READ), "no file is even asked for that is not read"
+    assert fetched == set(READ), "no other file is requested"
 
 
 def test_an_adapter_is_downloaded_by_the_same_call(hub):
@@ -219,13 +216,13 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, revision):
 
 def test_a_cached_snapshot_is_used_offline_and_without_a_network(hub, monkeypatch):
     snapshot = resolve_model("owner/model")
-    asked = len(hub.requests)
+    requests = len(hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_model("owner/model") == snapshot
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    point_to(monkeypatch, "http://127.0.0.1:9")  # the discard port: nobody listens
+    point_to(monkeypatch, "http://127.0.0.1:9")  # the discard port, where no server listens
     assert resolve_model("owner/model") == snapshot
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == requests
 
 
 def test_the_token_is_sent_and_opens_a_gated_repository(hub):
@@ -244,44 +241,46 @@ def test_a_gated_repository_says_accept_the_licence_and_log_in(hub, token):
     assert TOKEN[:-1] not in message
 
 
-def test_a_missing_repository_is_told_as_missing_or_private(hub):
+def test_a_missing_repository_is_reported_as_missing_or_private(hub):
     message = refusal("owner/misspelt", token=TOKEN)
-    assert "'owner/misspelt' is neither a directory here nor a repository" in message and "private" in message
+    assert (
+        "'owner/misspelt' is neither a local directory nor a repository" in message and "private" in message
+    )
 
 
-def test_a_missing_revision_is_told(hub):
+def test_a_missing_revision_is_reported(hub):
     assert "owner/model has no revision 'v9'" in refusal("owner/model", revision="v9", token=TOKEN)
 
 
 def test_pickled_weights_alone_are_refused_and_not_downloaded(hub):
     message = refusal("owner/pickled")
-    assert "owner/pickled holds no .safetensors weights, and pickled ones" in message
+    assert "owner/pickled has no .safetensors weights, and minilora never reads pickled ones" in message
     assert not any(path.endswith(".bin") for _, path, _ in hub.requests)
 
 
-def test_what_is_not_cached_is_told_offline(hub, monkeypatch):
+def test_a_missing_cache_is_reported_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = refusal("owner/model", token=TOKEN)
-    assert "owner/model is not (or not wholly) in the cache" in message and "HF_HUB_OFFLINE" in message
+    assert "owner/model is not (or not completely) in the cache" in message and "HF_HUB_OFFLINE" in message
     assert hub.requests == []
 
 
-def test_a_hub_out_of_reach_is_told(hub, monkeypatch):
+def test_an_unreachable_hub_is_reported(hub, monkeypatch):
     point_to(monkeypatch, "http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached (ConnectError); check the network" in refusal(
         "owner/model", token=TOKEN
     )
 
 
-def test_a_token_that_the_hub_does_not_accept_is_told(hub):
+def test_a_rejected_token_is_reported(hub):
     assert "answers 401: the token is not accepted" in refusal("owner/mistaken-token", token=TOKEN)
 
 
-def test_a_hub_that_is_broken_is_told(hub):
+def test_a_broken_hub_is_reported(hub):
     assert "answers 500: try again later" in refusal("owner/broken", token=TOKEN)
 
 
 @pytest.mark.parametrize("token", ["", TOKEN + "\n", f" {TOKEN}", TOKEN + "é"])
-def test_a_token_that_cannot_be_one_is_refused_before_it_is_sent(hub, token):
-    assert "the token given" in refusal("owner/model", token=token)
+def test_an_impossible_token_is_refused_before_it_is_sent(hub, token):
+    assert "the token is empty or contains" in refusal("owner/model", token=token)
     assert hub.requests == []

@@ -1,0 +1,54 @@
+"""In which form an operation runs: as a Triton kernel on a GPU, as compiled C on a CPU, or as its PyTorch
+definition.
+
+All three compute the same numbers. The definition says what they are, and the other two are tested against
+it. MINILORA_BACKEND=torch or =triton overrides the choice.
+"""
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from minilora.backend import native
+from minilora.system.device import cpu_bfloat16_feature
+from minilora.system.errors import UserError
+
+
+def form_for(x: Tensor, operation: str) -> str:
+    """Return 'triton', 'c' or 'torch'. operation: quantize, dequantize, adamw_8bit; others have no C form.
+
+    Raises UserError for an unknown MINILORA_BACKEND.
+    """
+    backend = os.environ.get("MINILORA_BACKEND", "")
+    if backend not in ("", "torch", "triton"):
+        raise UserError(f"MINILORA_BACKEND = {backend!r} is not known; choose torch or triton, or unset it")
+    if backend:
+        return backend
+    if x.is_cuda:
+        return "triton" if _triton_is_installed() else "torch"
+    return "c" if x.device.type == "cpu" and native.is_trusted(operation, x.dtype) else "torch"
+
+
+@lru_cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a matrix product with x is fastest and at least as exact: nearly always x's
+    own.
+
+    The exception is bfloat16 on a CPU without bfloat16 instructions. PyTorch multiplies it there at a quarter
+    of float32's speed, so the operands are widened and the product is rounded once.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _cpu_multiplies_bfloat16():
+        return torch.float32
+    return x.dtype
+
+
+@lru_cache
+def _cpu_multiplies_bfloat16() -> bool:
+    return cpu_bfloat16_feature() is not None

@@ -1,0 +1,65 @@
+"""How a CPU's memory is used from step to step, beside what tensors hold: holes in the heap, and compiled
+kernels.
+
+Holes. glibc keeps freed blocks for the next step in one heap. Blocks of other sizes leave holes in it: the
+heap of a training step is about half as large again as its activations. `return_freed_memory` gives every
+block over 1 MiB back to the system at once. Then there are no holes, but every activation touches fresh
+pages, which the kernel must clear: a step of a 1.1B model took a third longer. So it is called only where the
+ledger says that the heap would not fit.
+
+Kernels. For bfloat16 products oneDNN compiles kernels for each shape, of some 256 kB each, and keeps them.
+The shapes follow the number of tokens, so memory would grow with every new length. Two bounds hold it:
+`limit_compiled_kernels` lets oneDNN keep only the last ones, and `padded_length` rounds lengths up, so that
+there are few of them. The second is needed for fused attention, whose kernels PyTorch never drops.
+"""
+
+import ctypes
+import os
+import platform
+
+import torch
+
+from minilora.backend.choice import product_dtype
+
+HEAP_HOLES = 0.6  # bytes of holes a byte of activations; measured on a 135M and a 1.1B model
+PRODUCT_KERNELS, PRODUCT_KERNEL_BYTES = 256, 350_000  # how many oneDNN may keep, and the size of one
+ATTENTION_BYTES = 8 << 20  # of the kernels of fused attention, for each length of a row
+KERNELS_A_LENGTH = 24  # shapes of products that a new length brings along
+
+
+def return_freed_memory() -> None:
+    """Make glibc give freed blocks over 1 MiB back to the system at once, from now on. Elsewhere this does
+    nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_MMAP_THRESHOLD = -3  # malloc.h; 32 MiB is where it would move by itself
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def limit_compiled_kernels() -> None:
+    """Let oneDNN keep at most PRODUCT_KERNELS compiled products. For a script to call before it computes
+    anything.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCT_KERNELS))
+
+
+def compiles_kernels(dtype: torch.dtype, device: str) -> bool:
+    """Whether products in this dtype are compiled for each shape: bfloat16's on a CPU that has instructions
+    for it.
+    """
+    return device == "cpu" and product_dtype(torch.empty(0, dtype=dtype)) == torch.bfloat16
+
+
+def compiled_kernel_bytes(lengths: int) -> int:
+    """Return the bytes of the kernels compiled for so many different lengths of a row."""
+    return min(PRODUCT_KERNELS, KERNELS_A_LENGTH * lengths) * PRODUCT_KERNEL_BYTES + ATTENTION_BYTES * lengths
+
+
+def padded_length(tokens: int) -> int:
+    """Round a number of tokens up: to multiples of 16 up to 256, of 32 up to 512, of 64 up to 1024, and so
+    on.
+
+    Padding is at most a sixteenth of a long row, and up to 1024 tokens there are 32 different lengths.
+    """
+    multiple = max(16, (1 << (tokens - 1).bit_length()) // 16)
+    return -(-tokens // multiple) * multiple

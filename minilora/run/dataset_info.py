@@ -1,0 +1,155 @@
+"""LLaMA-Factory's dataset_info.json: the files, hub datasets and columns behind the names of datasets.
+
+    {"riddles": {"file_name": "riddles.json", "columns": {"prompt": "question", "response": "answer"}}}
+
+File names in it are relative to its own folder. An entry is accepted if `minilora.data.rows` can read its
+rows as they are; everything else is an error that names the entry and the fix.
+"""
+
+import os
+from pathlib import Path
+
+from minilora.data.rows import parse_datasets
+from minilora.system.errors import UserError, suggestion
+from minilora.system.files import read_json
+
+_FIELD_TYPES = {
+    "file_name": str,
+    "hf_hub_url": str,
+    "ms_hub_url": str,
+    "om_hub_url": str,
+    "formatting": str,
+    "columns": dict,
+    "tags": dict,
+}
+_MESSAGE_FORMATS = ("sharegpt", "openai")
+_COLUMNS = {  # LLaMA-Factory's name of a column: the name that it must have here
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "system": "system",
+    "history": "history",
+}
+_TAGS = {  # the accepted values; tags of tools may have any value, because messages of tools are refused
+    "role_tag": ("from", "role"),
+    "content_tag": ("value", "content"),
+    "user_tag": ("human", "user"),
+    "assistant_tag": ("gpt", "assistant"),
+    "system_tag": ("system",),
+}
+
+
+def resolve_datasets(values: dict[str, object], index_file: Path) -> dict[str, object]:
+    """The keys `dataset` and `eval_dataset` with a path or hub id for each name, and the columns' keys.
+
+    `index_file` is dataset_info.json. Column keys that `values` sets are not overridden. Raises UserError for
+    an unknown name and for an entry that cannot be read here.
+    """
+    entries = read_json(index_file) if os.path.isfile(index_file) else {}
+    if not isinstance(entries, dict):
+        raise UserError(
+            f'{index_file} must hold an object, {{"name": {{"file_name": "my.json"}}}}, '
+            f"not {type(entries).__name__}"
+        )
+    resolved, column_keys = {}, {}
+    for key in ("dataset", "eval_dataset"):
+        if values.get(key) in (None, "none", "null"):
+            continue
+        sources = []
+        for name, weight in parse_datasets(values[key]):
+            source, needed = _resolve(name, entries, index_file)
+            if any(column_keys.get(column_key, column) != column for column_key, column in needed.items()):
+                raise UserError(
+                    f"{key} {name}: {index_file} names its columns differently from another dataset's; "
+                    "rename them in the files so that they agree"
+                )
+            column_keys |= needed
+            sources.append(source if weight is None else f"{source}:{float(weight):g}")
+        # A list keeps a comma in a file's name from separating two datasets.
+        resolved[key] = sources if len(sources) > 1 or "," in sources[0] else sources[0]
+    return resolved | {name: column for name, column in column_keys.items() if name not in values}
+
+
+def _resolve(name: str, entries: dict, index_file: Path) -> tuple[str, dict[str, str]]:
+    """The path or hub id behind a name, and the column keys that its rows need."""
+    if entries.get(name) is None:
+        return _resolve_without_entry(name, entries, index_file), {}
+    entry, location = entries[name], f"{index_file}, {name}"
+    _check_entry(entry, location)
+    source = entry.get("hf_hub_url") or str(index_file.parent / (entry.get("file_name") or name))
+    columns = _given_columns(entry)
+    if entry.get("formatting") in _MESSAGE_FORMATS or "messages" in columns:
+        _check_tags(entry.get("tags") or {}, location)
+        if columns.get("system", "system") != "system":
+            raise UserError(f"{location}: rename the column {columns['system']} to system")
+        return source, {"messages_column": columns.get("messages", "conversations")}
+    return source, _prompt_columns(columns, location)
+
+
+def _resolve_without_entry(name: str, entries: dict, index_file: Path) -> str:
+    """A file in the index's folder, else a file or hub id by itself."""
+    if os.path.isfile(index_file.parent / name):
+        return str(index_file.parent / name)
+    if "/" in name or os.path.exists(name):
+        return name
+    if entries:
+        raise UserError(f"dataset {name!r} is not a file and not in {index_file}{suggestion(name, entries)}")
+    raise UserError(
+        f"dataset {name!r} is not a file, and there is no {index_file}; set dataset_dir, or name a file"
+    )
+
+
+def _check_entry(entry: object, location: str) -> None:
+    """Raise UserError for fields of a wrong type, and for fields and columns that are not supported."""
+    if not isinstance(entry, dict):
+        raise UserError(f'{location} must hold an object such as {{"file_name": "my.json"}}, not {entry!r}')
+    for field, field_type in _FIELD_TYPES.items():
+        if not isinstance(value := entry.get(field), field_type | None):
+            needed = "text" if field_type is str else "an object"
+            raise UserError(f"{location}: {field} must be {needed}, not {value!r}")
+    unsupported = [
+        field for field, value in entry.items() if field not in _FIELD_TYPES and value not in (None, False)
+    ]
+    unsupported += [column for column in _given_columns(entry) if column not in (*_COLUMNS, "messages")]
+    if (formatting := entry.get("formatting") or "alpaca") not in ("alpaca", *_MESSAGE_FORMATS):
+        unsupported.append(f"formatting {formatting}")
+    if unsupported:
+        raise UserError(
+            f"{location}: {', '.join(unsupported)} is not supported; "
+            "write the examples into a file of their own"
+        )
+
+
+def _given_columns(entry: dict) -> dict[str, object]:
+    """{LLaMA-Factory's name of a column: its name in the file}, without those set to null."""
+    return {name: column for name, column in (entry.get("columns") or {}).items() if column is not None}
+
+
+def _prompt_columns(columns: dict[str, object], location: str) -> dict[str, str]:
+    """The column keys for rows of prompt and response; {} if the rows have the usual Alpaca columns."""
+    if columns and not columns.keys() >= {"prompt", "response"}:
+        raise UserError(
+            f"{location}: columns {', '.join(columns)} do not make an example; name prompt and response"
+        )
+    if len(columns) == 2:
+        return {"prompt_column": columns["prompt"], "completion_column": columns["response"]}
+    if renamed := [str(column) for name, column in columns.items() if _COLUMNS[name] != column]:
+        raise UserError(
+            f"{location}: rename the columns {', '.join(renamed)} "
+            "to instruction, input, output, system and history"
+        )
+    return {}
+
+
+def _check_tags(tags: dict[str, object], location: str) -> None:
+    """Messages must be {"role", "content"} or {"from", "value"}, with the usual names of the roles."""
+    for tag, value in tags.items():
+        if tag in _TAGS and value is not None and value not in _TAGS[tag]:
+            raise UserError(
+                f"{location}: {tag} is {value!r}, and must be {' or '.join(_TAGS[tag])}; "
+                "rename it in the file"
+            )
+    role, content = (tags.get(tag) or _TAGS[tag][0] for tag in ("role_tag", "content_tag"))
+    if (role == "role") != (content == "content"):
+        needed = "content" if role == "role" else "value"
+        raise UserError(f"{location}: role_tag {role} goes with content_tag {needed}, not {content}")

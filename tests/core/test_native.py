@@ -1,0 +1,39 @@
+"""The C library is used only where it gives the bits of the PyTorch definitions, which stand in the source as digests."""
+
+import pytest
+import torch
+
+from minilora import optim, quantization
+from minilora.backend import native
+
+
+@pytest.mark.parametrize("dtype", native._NAMES)
+def test_the_known_bits_of_4bit_quantization_are_those_of_the_definitions(dtype):
+    name = native._NAMES[dtype]
+    quantized = native.quantize_trial(quantization.quantize_definition, dtype)
+    dequantized = native.dequantize_trial(quantization.dequantize_definition, dtype)
+    assert native.digest(quantized) == native.KNOWN_BITS[f"quantize_{name}"]
+    assert native.digest(dequantized) == native.KNOWN_BITS[f"dequantize_{name}"]
+
+
+def test_the_known_bits_of_adamw_are_those_of_the_definition_on_a_cpu_with_fma():
+    x = torch.tensor([1 + 2**-12])
+    if (x.square().neg().add(x, alpha=1 + 2**-12) == 0).all():  # x^2 was rounded, and cancelled
+        pytest.skip("PyTorch uses no FMA on this CPU and rounds a product before it is added")
+    steps = iter((1, 2, 3))
+
+    def definition(tensors, codes, nearest, scalars):
+        step, settings = next(steps), (1e-3, (0.9, 0.999), 1e-8, 1e-2)
+        assert scalars == optim._scalars(*settings, step)
+        for code, table in zip(codes, nearest, strict=True):
+            assert torch.equal(table, quantization.nearest_of_steps(code))
+        optim.adamw_8bit_definition(tensors, codes, *settings, step)
+
+    assert native.digest(native.adamw_trial(definition, torch.float32)) == native.KNOWN_BITS["adamw_8bit"]
+
+
+def test_a_digest_changes_with_one_bit():
+    x = torch.zeros(1000)
+    before = native.digest([x])
+    x.view(torch.int32)[-1] = 1
+    assert native.digest([x]) != before
