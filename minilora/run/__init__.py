@@ -4,6 +4,7 @@ settings.py      every key of a run, from YAML and the command line; llama_facto
 plan.py          every decision that needs no weights; datasets.py: the examples
 output_dir.py    the directory of results: is it writable, and which files of an earlier run are deleted?
 checkpoints.py   everything that a resumed run needs; no kill leaves an incomplete checkpoint
-tracker.py       progress and metrics.jsonl; report.py: summary, model card, uploads; plots.py: pictures
+tracker.py       progress and metrics.jsonl; plots.py: pictures
+report.py        summary, model card, uploads; describe.py: weights and optimizer in words
 reporters.py     MLflow, TensorBoard; sharing.py: the hub, S3
 """
