@@ -2,4 +2,5 @@
 
 ledger.py        everything by category and moment; which recompute policy fits; advice
 activations.py   the part that depends on tokens: what a layer and the loss hold
+allocator.py     a CPU's heap and its compiled kernels: how both are kept small
 """

@@ -57,13 +57,35 @@ def widths_of(dtype: torch.dtype, device: str) -> Widths:
 
 
 class LayerBytes(NamedTuple):
-    """Of one layer."""
+    """Bytes of one decoder layer."""
 
     input: int
     attention: int  # attention's output and log-sum-exps
-    kept: int  # what backward reads, these two included but not the input
-    backward: int  # what backward makes of its own, at its largest
+    kept: int  # what backward reads, attention's included but not the input
+    backward: int  # what backward makes itself, at its largest
     alone: int  # all of a forward without a graph, the input included
+
+
+class _Adapters(NamedTuple):
+    """The adapters of a layer on a number of tokens."""
+
+    lora: LoraConfig
+    adapted: frozenset[str]
+    tokens: int
+    widths: Widths
+
+    def kept(self, x: int, outputs: dict[str, int], x_is_kept: bool = False) -> int:
+        """Return the bytes that the adapters on one input of x bytes keep.
+
+        outputs: bytes of each product's output. DoRA keeps those.
+        """
+        names = self.adapted & outputs.keys()
+        kept = len(names) * self.tokens * self.lora.r * self.widths.product  # x A^T
+        if self.lora.lora_dropout:
+            kept += len(names) * x // self.widths.number  # the masks
+        if names and not (self.lora.lora_fa or x_is_kept):
+            kept += x
+        return kept + (sum(outputs[name] for name in names) if self.lora.use_dora else 0)
 
 
 def layer_bytes(
@@ -75,51 +97,33 @@ def layer_bytes(
     length: int,
     widths: Widths,
 ) -> LayerBytes:
-    """Of a decoder layer at work on (batch_size, length) tokens."""
+    """Return the bytes of a decoder layer on (batch_size, length) tokens."""
     tokens = batch_size * length
     row = 4 * tokens  # a float32 a token
     H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    D, HK, GK, F = (
-        tokens * width * widths.number for width in (c.hidden_size, H * K, G * K, c.intermediate_size)
-    )
-    wide_D, wide_F = (tokens * width * widths.wide for width in (c.hidden_size, c.intermediate_size))
-    sums_D, sums_F = (tokens * width * widths.sums for width in (c.hidden_size, c.intermediate_size))
+    D, HK, GK, F = (tokens * n * widths.number for n in (c.hidden_size, H * K, G * K, c.intermediate_size))
+    wide_D, wide_F = (tokens * n * widths.wide for n in (c.hidden_size, c.intermediate_size))
+    sums_D, sums_F = (tokens * n * widths.sums for n in (c.hidden_size, c.intermediate_size))
+    adapters = _Adapters(lora, adapted, tokens, widths)
 
-    def adapters(x: int, outputs: dict[str, int], x_is_kept: bool = False) -> int:
-        """What the adapters of products with one input of x bytes keep. `outputs`: of each product, for DoRA,
-        which keeps them.
-        """
-        names = adapted & outputs.keys()
-        kept = len(names) * tokens * lora.r * widths.product  # x A^T
-        if lora.lora_dropout:
-            kept += len(names) * x // widths.number  # the masks
-        if names and not (lora.lora_fa or x_is_kept):
-            kept += x
-        return kept + (sum(outputs[name] for name in names) if lora.use_dora else 0)
-
-    twice = (
-        F if lora.lora_dropout else 0
-    )  # DoRA's output is then not the product's; without dropout SwiGLU keeps the same
     attention = HK + H * row
     first_half = attention + 3 * HK + row
-    first_half += adapters(D, dict(q_proj=HK, k_proj=GK, v_proj=GK)) + adapters(
-        HK, dict(o_proj=D), x_is_kept=True
-    )
+    first_half += adapters.kept(D, dict(q_proj=HK, k_proj=GK, v_proj=GK))
+    first_half += adapters.kept(HK, dict(o_proj=D), x_is_kept=True)
     if c.qk_norm:
         first_half += HK + GK + (H + G) * row
     if window is not None and window < length:
         first_half += length**2 * widths.number  # the mask, as numbers to add to the scores
-    down = adapters(F, dict(down_proj=D))
-    second_half = D + row + adapters(D, dict(gate_proj=twice, up_proj=twice)) + 2 * F + down
+    # Under dropout DoRA's output is not the product's; without it SwiGLU keeps the same tensor.
+    twice = F if lora.lora_dropout else 0
+    down = adapters.kept(F, dict(down_proj=D))
+    second_half = D + row + adapters.kept(D, dict(gate_proj=twice, up_proj=twice)) + 2 * F + down
 
-    at_swiglu = 3 * F - down  # down_proj has let go of what it kept
-    if lora.use_dora and adapted & {"gate_proj", "up_proj"}:
-        at_swiglu = max(
-            at_swiglu, 2 * (F - twice) + (2 * sums_F or F) - down
-        )  # the gradient of up's magnitudes
+    at_swiglu = 3 * F - down  # down_proj has released what it kept
+    if lora.use_dora and adapted & {"gate_proj", "up_proj"}:  # the gradient of up's magnitudes
+        at_swiglu = max(at_swiglu, 2 * (F - twice) + (2 * sums_F or F) - down)
     at_down = F + wide_F + D + wide_D + (D + (twice if lora.use_dora else 0) if down else 0)
-    # When the second half has let go: dy, dq, dk and dv of attention; the norm's input and dy, and what it
-    # makes of them.
+    # After the second half: dy, dq, dk and dv of attention; the norm's input and dy, and what it makes of them.
     between = max(4 * HK + 3 * tokens * H * K * widths.attention_sums, 2 * D + 4 * sums_D) - second_half
     return LayerBytes(
         input=D,
@@ -131,26 +135,25 @@ def layer_bytes(
 
 
 class LossBytes(NamedTuple):
-    """Around the output head."""
+    """Bytes around the output head."""
 
     peak: int
-    d_hidden: int  # which backward holds to its end
+    d_hidden: int  # the gradient of the hidden states, which backward holds to its end
     alone: int  # without gradients
 
 
 def loss_bytes(
     c: ModelConfig, head_is_adapted: bool, batch_size: int, length: int, widths: Widths
 ) -> LossBytes:
-    """Of the loss of (batch_size, length) tokens, the hidden states included."""
-    V, D, places = c.vocab_size, c.hidden_size, batch_size * (length - 1)
-    chunk, rows = min(places, rows_at_a_time(V)), min(V, _HEAD_ROWS)
-    hidden, d_hidden = places * D * widths.number, places * D * widths.d_hidden
+    """Return the bytes of the loss of (batch_size, length) tokens, the hidden states included."""
+    V, D, rows = c.vocab_size, c.hidden_size, batch_size * (length - 1)
+    chunk, head_rows = min(rows, rows_at_a_time(V)), min(V, _HEAD_ROWS)
+    hidden, d_hidden = rows * D * widths.number, rows * D * widths.d_hidden
     logits = 4 * chunk * V
-    if head_is_adapted:  # log-softmax, its gradient, that of the logits
+    if head_is_adapted:  # log-softmax, its gradient, and the gradient of the logits
         return LossBytes(2 * hidden + 3 * logits, hidden, 2 * hidden + 3 * logits)
     alone = 2 * hidden + 2 * logits + chunk * D * widths.wide
-    alone += (
-        chunk * V * widths.product if widths.product == 2 else rows * D * widths.wide
-    )  # logits or weights in another dtype
+    # Logits or weights in another dtype.
+    alone += chunk * V * widths.product if widths.product == 2 else head_rows * D * widths.wide
     scaled = logits if widths.d_hidden > widths.number else 0  # for float16 the logits' gradient, once more
     return LossBytes(alone + d_hidden + scaled + chunk * D * (4 + widths.product), d_hidden, alone)

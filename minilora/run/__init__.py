@@ -1,10 +1,12 @@
 """One training run, except for its loop, which is in scripts/train.py. Read in this order:
 
-settings.py      every key of a run, from YAML and the command line; llama_factory.py: LLaMA-Factory's keys
+settings.py      every key of a run, from YAML and the command line
+llama_factory.py LLaMA-Factory's keys; dataset_info.py: its list of datasets
 plan.py          every decision that needs no weights; datasets.py: the examples
 output_dir.py    the directory of results: is it writable, and which files of an earlier run are deleted?
 checkpoints.py   everything that a resumed run needs; no kill leaves an incomplete checkpoint
 tracker.py       progress and metrics.jsonl; plots.py: pictures
 report.py        summary, model card, uploads; describe.py: weights and optimizer in words
-reporters.py     MLflow, TensorBoard; sharing.py: the hub, S3
+reporters.py     metrics for services.py: MLflow, TensorBoard; redaction.py: texts without passwords
+sharing.py       results for others: the hub, S3
 """

@@ -1,9 +1,10 @@
 """This machine and whatever lies beyond it. No file here knows what LoRA is.
 
-errors.py        a mistake of the user's, told in one line; exit codes of scripts
+errors.py        a user's mistake in one line; exit codes of scripts
 files.py         JSON read with care, files written whole or not at all
 device.py        which device and dtype to compute in, and why; peak memory
 distributed.py   several processes that train one adapter
 remote.py        files at any address: s3://, hf://, https://
 hub.py           the Hugging Face hub: models in, adapters out
+assets.py        where the small model lies that comes with minilora
 """
