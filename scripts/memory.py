@@ -35,7 +35,7 @@ from minilora.memory.ledger import (
 from minilora.recompute import POLICIES
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import EMBEDDED_MODEL
-from minilora.system.device import choose_placement
+from minilora.system.device import choose_placement, requested_dtype
 from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import check_writable, write_whole
 
@@ -73,7 +73,7 @@ def main() -> None:
     config = load_train_config(keys)
     model_config = config_of(config.model_name_or_path or str(EMBEDDED_MODEL), config.model_revision)
     if options.gpu is not None:
-        device, dtype = "cuda", torch.bfloat16 if config.bf16 else torch.float16
+        device, dtype = "cuda", requested_dtype(config.bf16, config.fp16) or torch.float16
         memory, process, place = options.gpu * GB - CUDA_CONTEXT, 0, f"a GPU of {options.gpu:g} GB"
     else:
         placement = choose_placement(config.bf16, config.fp16)

@@ -84,7 +84,7 @@ def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **instead
     `instead` stands for keys of that training which do not hold here, unless the command line says so.
     """
     instead |= dict(
-        bf16="false", fp16="false"
+        bf16="none", fp16="false"
     )  # what is fast is this machine's affair, not that of the one that trained
     if files := [
         place / SETTINGS_FILE for place in named_adapters(adapters) if (place / SETTINGS_FILE).is_file()

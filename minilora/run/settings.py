@@ -85,7 +85,7 @@ class TrainConfig:
     loraplus_lr_ratio: float | None = None  # LoRA+: the learning rate of B is so many times that of A
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
-    bf16: bool = False  # compute in bfloat16; neither: what is fast on this machine
+    bf16: bool | None = None  # compute in bfloat16; false: in float32, unless fp16 is true; none: in the dtype that is fast on this machine
     fp16: bool = False  # compute in float16, on a GPU
     gradient_checkpointing: str = "auto"  # off, selective, full, offload: keep less, compute it again; auto: the fastest that fits
     seed: int = 42
