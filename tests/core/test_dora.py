@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import relative_error, same_model_here, transformers_model
+from support.families import (
+    in_eval_mode,
+    relative_error,
+    same_model_here,
+    transformers_in_4_bits,
+    transformers_model,
+)
 from support.tiny import AFTER_20_STEPS, ALL_SEVEN, TOLERANCE, gradients, ids, tiny_model
 from torch import nn
 
@@ -92,23 +98,9 @@ def directory(request, tmp_path_factory, model_dir):
 
 
 def both_in_4_bits(directory, **lora):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes")
-    how = dict(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+    return adapt_both(
+        load_model(directory, QuantConfig(), torch.float32), transformers_in_4_bits(directory), **lora
     )
-    config = transformers.BitsAndBytesConfig(**how)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        directory,
-        quantization_config=config,
-        dtype=torch.float32,
-        device_map={"": "cpu"},
-        attn_implementation="eager",
-    )
-    return adapt_both(load_model(directory, QuantConfig(), torch.float32), theirs, **lora)
 
 
 def both_plain(family, **lora):
@@ -132,7 +124,7 @@ def compare_forward_and_gradients(ours, theirs, training):
     assert len(pairs) == len(trainable_parameters(ours)) == 3 * len(lora_layers(ours)) > 0
     for name, mine, other in pairs:
         assert other.grad.any() and relative_error(mine.grad, other.grad) <= TOLERANCE, name
-    ours.eval(), theirs.eval()
+    ours.eval(), in_eval_mode(theirs)
     assert relative_error(ours(batch), theirs(input_ids=batch).logits) <= TOLERANCE
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.families import relative_error, transformers_model
+from support.families import in_eval_mode, relative_error, transformers_in_4_bits, transformers_model
 from support.tiny import TOLERANCE, adapter_pairs, ids, randomize, tiny_model
 from torch import nn
 
@@ -162,19 +162,10 @@ def test_a_model_is_quantized_in_its_decoder_layers_only_and_computes_with_the_d
 
 
 def test_logits_and_lora_gradients_equal_transformers_bitsandbytes_and_peft(directory):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    )
+    peft = pytest.importorskip("peft")
     lora = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **lora)).eval()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
+    theirs = in_eval_mode(peft.get_peft_model(transformers_in_4_bits(directory), config))
     ours = load_model(directory, QuantConfig())
     add_lora(ours, LoraConfig(**lora))
     randomize(ours)
@@ -197,16 +188,7 @@ def test_logits_and_lora_gradients_equal_transformers_bitsandbytes_and_peft(dire
 def test_a_directory_quantized_by_transformers_gives_equal_logits_here_and_the_other_way_round(
     directory, tmp_path, quant_type, double_quant
 ):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    theirs = load(directory, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}).eval()
+    theirs = transformers_in_4_bits(directory, quant_type, double_quant)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
     assert any(isinstance(m, Linear4bit) for m in ours.modules())
@@ -216,7 +198,8 @@ def test_a_directory_quantized_by_transformers_gives_equal_logits_here_and_the_o
         load_model(directory, QuantConfig(quant_type=quant_type, double_quant=double_quant)),
         tmp_path / "ours",
     )
-    again = load(tmp_path / "ours", device_map={"": "cpu"}).eval()
+    load = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained
+    again = in_eval_mode(load(tmp_path / "ours", device_map={"": "cpu"}))
     assert relative_error(again(ids(2, 20)).logits, expected) <= TOLERANCE
 
 
