@@ -469,7 +469,9 @@ def test_no_tensor_as_large_as_the_weight_is_made():
     layer = decomposed_layer((512, 512, 2), quantized=True)
     x = torch.randn(8, 512)
     layer(x).sum().backward()  # the buffer to dequantize into, and ||W||^2, exist from here on
-    assert peak_memory(lambda: layer(x).sum().backward()) < 4 * 512 * 512 / 4
+    weight, buffer = layer.base_layer.weight, torch.empty(512, 512)
+    temporaries = peak_memory(lambda: weight.dequantize(out=buffer))  # none in C; without a compiler, the definition's
+    assert peak_memory(lambda: layer(x).sum().backward()) - temporaries < 4 * 512 * 512 / 4
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
