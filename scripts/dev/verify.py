@@ -481,11 +481,12 @@ def introduction(options: argparse.Namespace) -> str:
     {command}
 
 minilora beside transformers, PEFT and bitsandbytes: both sides have the same files, the same tokens and the
-same random adapter ({adapter}). The difference of two tensors is max|ours - theirs| / max|theirs|, or, where
-only *identical* is allowed, the share of bytes that differ. *Worst* and *median* are over the tensors of a row.
+same random adapter ({adapter}). The difference of
+two tensors is max|ours - theirs| / max|theirs|, or, where only *identical* is allowed, the share of bytes
+that differ. *Worst* and *median* are over the tensors of a row.
 
 {date.today()}, seed {options.seed}, {options.steps} optimizer steps, 2 x {TOKENS} tokens, float32 on a CPU
-({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads).
+({torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}).
 Python {platform.python_version()}, {versions}.
 
 {PACKED_WEIGHTS}"""
