@@ -156,7 +156,7 @@ def test_faults_of_the_program_keep_their_traceback():
 
 
 def test_messages_name_the_nearest_or_all_and_list_many_problems_in_one_line():
-    assert suggestion("v_porj", ["q_proj", "v_proj"]) == "; suggestion: 'v_proj'"
+    assert suggestion("v_porj", ["q_proj", "v_proj"]) == "; nearest: 'v_proj'"
     assert suggestion("zzz", ["b", "a"]) == "; known: a, b"
     assert summarize([str(i) for i in range(11)]) == "0; 1; 2; 3; 4; 5; 6; 7; and 3 more"
 
