@@ -1,12 +1,12 @@
 """Choose the device and the dtype to compute in, and give the reason.
 
-    NVIDIA, compute capability >= 8 (Ampere and newer)    bfloat16
-    NVIDIA, older (a T4 is 7.5)                            float16   bfloat16 is emulated there, several times slower
-    CPU with AVX512_BF16 or AMX                            bfloat16
-    any other CPU                                          float32   and never float16, for which CPUs have no fast products
+    NVIDIA, compute capability >= 8 (Ampere and newer)   bfloat16
+    NVIDIA, older (a T4 is 7.5)                          float16    bfloat16 is emulated, several times slower
+    CPU with AVX512_BF16 or AMX                          bfloat16
+    any other CPU                                        float32    CPUs have no fast products in float16
 
-The keys `bf16` and `fp16` override this table. For a CPU the environment variable MINILORA_CPU_DTYPE does too:
-it sets the dtype of every run that requests none.
+The keys `bf16` and `fp16` override this table. On a CPU, the environment variable MINILORA_CPU_DTYPE sets the
+dtype of every run that requests none.
 
 This module does not call `torch.cuda.is_bf16_supported()`: it counts emulation and says yes on a T4.
 """
@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from minilora.system.errors import UserError
-
 
 CPU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # the values of MINILORA_CPU_DTYPE
 
@@ -120,7 +119,7 @@ def memory_used(device: torch.device) -> int:
 
 
 def return_freed_memory() -> None:
-    """Make glibc return large freed blocks to the system at once. A script calls this once, before it computes.
+    """Make glibc return large freed blocks to the system at once. A script calls this before it computes.
 
     By default glibc raises its threshold for that up to 32 MiB as blocks are freed. Activations of a few MiB
     then come from one heap and leave it full of holes: in a training step of a 1.1B model the peak is 3.5 GiB
