@@ -1,4 +1,4 @@
-"""Quantized layers and models against transformers + bitsandbytes + PEFT, and what they keep in memory."""
+"""Quantized layers and models against transformers + bitsandbytes + PEFT, and the tensors that they keep."""
 
 import copy
 
@@ -82,7 +82,7 @@ def test_nothing_of_the_dequantized_weight_is_kept_for_backward():
 
 @torch.no_grad()
 def test_one_vector_goes_the_way_of_decoding_and_gives_the_same(monkeypatch):
-    """As on a GPU with Triton, with the definition in the kernel's place."""
+    """On a GPU with Triton a kernel multiplies one vector. Here the definition stands in for it."""
     torch.manual_seed(0)
     layer = layer_of("nf4", torch.randn(33, 64), torch.randn(33))
     x = torch.randn(1, 1, 64)
@@ -97,9 +97,8 @@ def test_one_vector_goes_the_way_of_decoding_and_gives_the_same(monkeypatch):
     monkeypatch.setattr(linear.ops, "use_triton", lambda _: True)
     y = layer(x)
     assert seen == [(64,)] and y.shape == expected.shape
-    torch.testing.assert_close(
-        y, expected, rtol=1e-5, atol=1e-5
-    )  # a product with another kernel: float32 sums of 64
+    # Another kernel sums 64 products of float32 in another order.
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -138,7 +137,7 @@ def test_moving_the_dtype_of_a_model_leaves_the_bytes_alone():
 
 @pytest.fixture(params=["llama-gqa", "qwen2-bias-tied"])
 def directory(request, tmp_path):
-    # Widths are multiples of the block size: else bitsandbytes 0.50's CPU kernel gives blocks that span rows
+    # Widths are multiples of the block size: bitsandbytes 0.50's CPU kernel gives a block that spans two rows
     # a wrong scale.
     transformers_model(request.param, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     return tmp_path
@@ -173,8 +172,7 @@ def test_logits_and_lora_gradients_equal_transformers_bitsandbytes_and_peft(dire
         for _, mine, other in adapter_pairs(ours, theirs):
             other.copy_(mine)
     batch = ids(2, 20, vocab=97)
-    # Same codes, same scales (bit for bit, tests/test_quantization.py): what is left is the order of float32
-    # sums.
+    # Codes and scales are bit-identical (test_quantization.py). Only the order of float32 sums differs.
     assert relative_error(ours(batch), theirs(input_ids=batch).logits) <= TOLERANCE
     (causal_lm_loss(ours, batch, batch) / (2 * 19)).backward()
     theirs(input_ids=batch, labels=batch).loss.backward()
