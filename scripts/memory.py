@@ -114,7 +114,7 @@ def main() -> None:
 
 def gpu_of_size(gigabytes: float, config: TrainConfig) -> Target:
     """A GPU with this much memory, part of which the CUDA context takes."""
-    dtype = torch.bfloat16 if config.bf16 else torch.float16
+    dtype = requested_dtype(config.bf16, config.fp16) or torch.float16
     memory = gigabytes * GB - CUDA_CONTEXT
     return Target("cuda", dtype, memory, process=0, description=f"a GPU of {gigabytes:g} GB")
 

@@ -139,7 +139,7 @@ def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **overrid
     `overrides` replace settings of that run that do not apply here; `keys` of the command line win over both.
     """
     # The best dtype depends on the machine that runs the model, not on the one that trained it.
-    overrides |= dict(bf16="false", fp16="false")
+    overrides |= dict(bf16="none", fp16="false")
     for directory in run_directories(adapters):
         if (directory / SETTINGS_FILE).is_file():
             overrides["config"] = str(directory / SETTINGS_FILE)

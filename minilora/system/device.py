@@ -1,13 +1,17 @@
-"""Which device to compute on, and in which dtype, with the reason.
+"""Choose the device and the dtype to compute in, and give the reason.
 
-    NVIDIA, compute capability >= 8 (Ampere and newer)    bfloat16
-    NVIDIA, older (a T4 is 7.5)                            float16   bfloat16 is emulated there, several times slower
-    CPU with AVX512_BF16 or AMX                            bfloat16
-    any other CPU                                          float32   and never float16, for which CPUs have no fast products
+    NVIDIA, compute capability >= 8 (Ampere and newer)   bfloat16
+    NVIDIA, older (a T4 is 7.5)                          float16    bfloat16 is emulated, several times slower
+    CPU with AVX512_BF16 or AMX                          bfloat16
+    any other CPU                                        float32    CPUs have no fast products in float16
 
-`torch.cuda.is_bf16_supported()` is not asked: it counts emulation and says yes on a T4.
+The keys `bf16` and `fp16` override this table. On a CPU, the environment variable MINILORA_CPU_DTYPE sets the
+dtype of every run that requests none.
+
+This module does not call `torch.cuda.is_bf16_supported()`: it counts emulation and says yes on a T4.
 """
 
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -17,10 +21,12 @@ import torch
 
 from minilora.system.errors import UserError
 
+CPU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # the values of MINILORA_CPU_DTYPE
+
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the computing happens, in which dtype, and why."""
+    """The device, the dtype to compute in, and why."""
 
     device: torch.device
     dtype: torch.dtype
@@ -30,55 +36,82 @@ class Placement:
         return f"{self.device.type}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
 
-def choose_placement(bf16: bool = False, fp16: bool = False) -> Placement:
-    """The first GPU if there is one, else the CPU, and the dtype that is fast there unless `bf16` or `fp16`
-    asks for one.
+def choose_placement(bf16: bool | None = None, fp16: bool = False) -> Placement:
+    """Choose the first GPU if there is one, else the CPU; and the requested dtype, else the fast one there.
 
-    Raises UserError for both at once, and for float16 on a CPU.
+    `bf16` and `fp16` mean what they mean in Hugging Face's TrainingArguments: True requests that dtype, and
+    bf16=False without fp16 requests float32. With bf16=None and no fp16 the hardware decides; on a CPU
+    MINILORA_CPU_DTYPE (float32 or bfloat16) overrides it.
+
+    Raises UserError for bf16 and fp16 together, for float16 on a CPU, and for an unknown MINILORA_CPU_DTYPE.
     """
-    if bf16 and fp16:
-        raise UserError("bf16 and fp16 are both set; choose one")
+    dtype = requested_dtype(bf16, fp16)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and fp16:
+    if device.type == "cpu" and dtype == torch.float16:
         raise UserError(
             "fp16 needs a GPU: a CPU computes float16 ten times slower than float32; leave it out"
         )
-    if bf16 or fp16:
-        return Placement(
-            device, torch.bfloat16 if bf16 else torch.float16, "as asked by " + ("bf16" if bf16 else "fp16")
-        )
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-        if major >= 8:
-            return Placement(device, torch.bfloat16, name)
-        return Placement(device, torch.float16, name + ", which only emulates bfloat16")
+    if dtype is not None:
+        key = "fp16" if fp16 else "bf16"
+        return Placement(device, dtype, f"requested by {key}" if fp16 or bf16 else "requested by bf16: false")
+    return _fastest_on_gpu(device) if device.type == "cuda" else _fastest_on_cpu(device)
+
+
+def requested_dtype(bf16: bool | None, fp16: bool) -> torch.dtype | None:
+    """Return the dtype that the keys `bf16` and `fp16` request, or None where the hardware is to decide."""
+    if bf16 and fp16:
+        raise UserError("bf16 and fp16 are both set; choose one")
+    if fp16:
+        return torch.float16
+    return {True: torch.bfloat16, False: torch.float32, None: None}[bf16]
+
+
+def _fastest_on_gpu(device: torch.device) -> Placement:
+    """Return bfloat16 where the GPU has it in hardware, else float16."""
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    if major >= 8:
+        return Placement(device, torch.bfloat16, name)
+    return Placement(device, torch.float16, name + ", which only emulates bfloat16")
+
+
+def _fastest_on_cpu(device: torch.device) -> Placement:
+    """Return the dtype that MINILORA_CPU_DTYPE names, else bfloat16 where the CPU has it, else float32.
+
+    The variable chooses a dtype, it does not change the hardware: a CPU without bfloat16 instructions keeps
+    bfloat16 activations, and multiplies them in float32 (`choice.product_dtype`).
+    """
+    if name := os.environ.get("MINILORA_CPU_DTYPE"):
+        if name not in CPU_DTYPES:
+            choices = " or ".join(CPU_DTYPES)
+            raise UserError(f"MINILORA_CPU_DTYPE = {name!r} is not known; choose {choices}, or unset it")
+        return Placement(device, CPU_DTYPES[name], "no GPU; MINILORA_CPU_DTYPE says so")
     if feature := cpu_bfloat16_feature():
         return Placement(device, torch.bfloat16, f"no GPU; the CPU has {feature}")
     return Placement(device, torch.float32, "no GPU; the CPU has no bfloat16 instructions")
 
 
 def cpu_bfloat16_feature() -> str | None:
-    """The name of the CPU's instructions for bfloat16 products, if it has any. Linux only: elsewhere float32
-    is the safe answer.
+    """Return the name of the CPU's instructions for bfloat16 products, or None if it has none.
+
+    Only Linux can be asked. Elsewhere the answer is None, because float32 is right everywhere.
     """
     cpuinfo = Path("/proc/cpuinfo")
     if platform.system() != "Linux" or not cpuinfo.is_file():
         return None
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
-    found = set(flags.group(1).split()) if flags else set()
-    return next(
-        (name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512_BF16")) if flag in found), None
-    )
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    flags = set(line.group(1).split()) if line else set()
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16"}
+    return next((name for flag, name in names.items() if flag in flags), None)
 
 
 def memory_used(device: torch.device) -> int:
-    """Peak bytes so far: of PyTorch's allocator on a GPU, of the whole process on a CPU."""
+    """Return the peak bytes so far: of PyTorch's allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux; unlike getrusage's, this figure does not begin with the parent process's
+    if status.is_file():  # Linux. getrusage's figure would begin with the parent process's peak.
         return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE).group(1))
-    import resource  # macOS, in bytes; there is none on Windows
+    import resource  # macOS, where the figure is in bytes; Windows has no such module
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,14 +1,18 @@
-"""Time QLoRA training steps, beside transformers + bitsandbytes + PEFT doing the same work.
+"""Time QLoRA training steps, ours and those of transformers + bitsandbytes + PEFT on the same work.
 
-    python scripts/dev/bench.py                  a 50-million-parameter Llama of random weights, 1 x 256 tokens
-    python scripts/dev/bench.py --peer           the usual stack as well, and the ratios
-    python scripts/dev/bench.py --model DIR --tokens 512 --bf16 --gradient_checkpointing full --peer --output result.json
+    python scripts/dev/bench.py           a 50-million-parameter Llama of random weights, 1 x 256 tokens
+    python scripts/dev/bench.py --peer    the usual stack as well, and the ratios
+    python scripts/dev/bench.py --peer --model DIR --tokens 512 --bf16 --gradient_checkpointing full
 
-Each side is a process of its own, so that its peak memory is its own, and reads the same checkpoint. Before
-anything is timed, their losses and their gradients on the same tokens are compared. Then steps alternate
-between them, so that a machine that slows down slows both, and medians are reported. Of the kernels: how fast
-4-bit weights are dequantized, and which share of the machine's own rate of matrix products the whole step
-reaches.
+Each side reads the same checkpoint in a process of its own, so that its peak memory can be measured. The
+script first compares their losses and their gradients on the same tokens, and stops if they differ. Then the
+steps of the two sides alternate, so that a machine that slows down slows both. It reports medians. It also
+times two parts of a step: the dequantization of 4-bit weights, and the machine's own matrix products. It
+prints which share of the rate of these products the whole step reaches.
+
+Each side runs as its users run it: ours as scripts/train.py does, with large freed blocks returned to the
+system; the peer as PEFT's and bitsandbytes' documentation shows, in train() mode from the first forward on
+(docs/parity.md says what eval() does to bitsandbytes' layers on some CPUs).
 """
 
 import argparse
@@ -22,7 +26,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -60,7 +66,7 @@ SIZES = dict(width=512, layers=8, vocab=32000, batch=1, tokens=256, steps=5)
 
 def main() -> None:
     options = parse_options()
-    placement = choose_placement(options.bf16, options.fp16)
+    placement = choose_placement(options.bf16 or None, options.fp16)
     with tempfile.TemporaryDirectory() as folder:
         if options.model is None:
             options.model = f"{folder}/model"
@@ -68,9 +74,8 @@ def main() -> None:
         config = read_config(Path(options.model))
         report = describe(options, placement, config)
         for name, value in report.items():
-            print(
-                f"{name:<12} {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}"
-            )
+            pairs = value.items() if isinstance(value, dict) else ()
+            print(f"{name:<12} {', '.join(f'{k} {v}' for k, v in pairs) or value}")
         report["sides"] = time_sides(options, placement, Path(folder))
         report["kernels"] = time_kernels(placement, config)
     show(report, config, options)
@@ -81,21 +86,18 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", help="directory of a model; default: a Llama of random weights and these sizes"
-    )
+    parser.add_argument("--model", help="directory of a model; default: a random Llama of these sizes")
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--quantization_bit", default="4", choices=["4", "none"])
+    policy_help, optim_help = "the peer recomputes all or nothing", "the peer uses bitsandbytes' own"
+    parser.add_argument("--gradient_checkpointing", default="off", choices=POLICIES, help=policy_help)
+    parser.add_argument("--optim", default="adamw_8bit", choices=OPTIMIZERS, help=optim_help)
     parser.add_argument(
-        "--gradient_checkpointing", default="off", choices=POLICIES, help="the peer recomputes all or nothing"
+        "--bf16", action="store_true", help="compute in bfloat16; default: as scripts/train.py"
     )
-    parser.add_argument(
-        "--optim", default="adamw_8bit", choices=OPTIMIZERS, help="the peer takes bitsandbytes' own"
-    )
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--fp16", action="store_true", help="compute in float16")
-    parser.add_argument("--peer", action="store_true", help=f"time {PEER} beside it")
+    parser.add_argument("--peer", action="store_true", help=f"time {PEER} too")
     parser.add_argument("--output", help="write all figures to this JSON file")
     options = parser.parse_args()
     if min(getattr(options, name) for name in SIZES) < 1 or options.width % 64:
@@ -106,60 +108,53 @@ def parse_options() -> argparse.Namespace:
 
 
 def write_random_model(options: argparse.Namespace) -> None:
-    """A Llama of random bfloat16 weights, as a directory in the hub's layout."""
-    config = dict(
-        model_type="llama",
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-    )
-    config |= dict(
-        intermediate_size=11 * options.width // 4 // 64 * 64, num_attention_heads=options.width // 64
-    )
+    """Write a Llama of random bfloat16 weights to the directory options.model."""
+    width, feed_forward = options.width, 11 * options.width // 4 // 64 * 64
+    config = dict(model_type="llama", vocab_size=options.vocab, num_hidden_layers=options.layers)
+    config |= dict(hidden_size=width, intermediate_size=feed_forward, num_attention_heads=width // 64)
     model = CausalLM(parse_config(config | dict(max_position_embeddings=max(2048, options.tokens))))
     model.init_weights()
     save_model(model.to(torch.bfloat16), options.model)
 
 
 def describe(options: argparse.Namespace, placement: Placement, config: ModelConfig) -> dict:
-    """What is timed, on what, with which versions."""
+    """Return the head of the report: date, machine, versions, model and settings."""
     machine = f"{cpu_name()}, {torch.get_num_threads()} threads"
     if placement.device.type == "cuda":
         machine = torch.cuda.get_device_name(placement.device)
     packages = ("torch", *("transformers", "peft", "bitsandbytes") * options.peer)
     names = "batch tokens steps quantization_bit gradient_checkpointing optim".split()
+    versions = {"python": platform.python_version()}
+    sizes = f"{config.num_hidden_layers} layers of width {config.hidden_size}, V {config.vocab_size}"
     return {
         "date": date.today().isoformat(),
         "machine": machine,
         "computed on": str(placement),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "model": f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, V {config.vocab_size}",
+        "versions": versions | {name: importlib.metadata.version(name) for name in packages},
+        "model": f"{config.model_type}, {sizes}",
         "settings": {name: getattr(options, name) for name in names},
     }
 
 
-# ---- the process that compares and times ----------------------------------------------------------------------------
+# ---- the process that compares and times ---------------------------------------------------------------
 
 
 def time_sides(options: argparse.Namespace, placement: Placement, folder: Path) -> dict[str, dict]:
-    """Name of the side -> seconds to load, of every step and of the median one; tokens a second; peak bytes."""
+    """Return, by side: seconds to load, of every step and of the median step; tokens a second; peak bytes."""
     sides = {OURS: load_ours} | ({PEER: load_peer} if options.peer else {})
     with contextlib.ExitStack() as stack:
-        ask = {
-            name: stack.enter_context(side_process(load, options, placement)) for name, load in sides.items()
-        }
-        results = {name: dict(load_seconds=ask[name](None)) for name in sides}
+        start = partial(side_process, options=options, placement=placement)
+        request = {name: stack.enter_context(start(load)) for name, load in sides.items()}
+        results = {name: dict(load_seconds=request[name](None)) for name in sides}
         files = {name: folder / f"{i}.safetensors" for i, name in enumerate(sides)}
-        losses = {name: ask[name](file) for name, file in files.items()}
+        losses = {name: request[name](file) for name, file in files.items()}
         if options.peer:
             compare(losses, {name: load_file(file) for name, file in files.items()}, placement.dtype)
         for step in range(options.steps + 1):
             for name in sides:
-                seconds, results[name]["peak_bytes"] = ask[name](step)
-                results[name].setdefault("step_seconds", []).extend(
-                    [seconds] * (step > 0)
-                )  # the first one warms up
+                seconds, results[name]["peak_bytes"] = request[name](step)
+                if step > 0:  # the first step warms up
+                    results[name].setdefault("step_seconds", []).append(seconds)
     for result in results.values():
         result["median_seconds"] = statistics.median(result["step_seconds"])
         result["tokens_per_second"] = options.batch * options.tokens / result["median_seconds"]
@@ -168,81 +163,99 @@ def time_sides(options: argparse.Namespace, placement: Placement, folder: Path) 
 
 @contextlib.contextmanager
 def side_process(load: Callable, options: argparse.Namespace, placement: Placement):
-    """A process with a model of its own; yields a function that tells it what to do and waits for the answer."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(there, load, options, placement), daemon=True
-    )
+    """Start `serve` in a new process; yield a function that sends it a request and returns the answer."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(there, load, options, placement), daemon=True)
     process.start()
     there.close()
 
-    def ask(what):
-        here.send(what)
+    def request(message: None | Path | int):
+        here.send(message)
         try:
             return here.recv()
         except EOFError:
-            raise UserError("one side failed; what it said is above") from None
+            raise UserError("one side failed; its error message is above") from None
 
-    yield ask
+    yield request
     here.close()
     process.join()
 
 
 def compare(losses: dict[str, float], gradients: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> None:
-    """Stop unless both sides have the same loss and the same gradients."""
+    """Raise UserError unless both sides have the same loss and the same gradients."""
     ours, theirs = gradients[OURS], gradients[PEER]
     assert ours.keys() == theirs.keys()
     worst = max(((ours[k] - g).norm() / g.norm()).item() for k, g in theirs.items())
     gap = abs(losses[OURS] - losses[PEER]) / losses[PEER]
-    print(
-        f"{'the same?':<12} loss {losses[OURS]:.5f} and {losses[PEER]:.5f}, gradients differ by at most {worst:.1e} in the norm"
-    )
-    # float32: as in the tests. Half precision: several hundred roundings of 2^-9 one after the other, at
-    # random, on each side: sqrt(700) 2^-9 = 5 %.
+    both = f"loss {losses[OURS]:.5f} and {losses[PEER]:.5f}"
+    print(f"{'the same?':<12} {both}, gradients differ by at most {worst:.1e} in the norm")
+    # float32: as in the tests. Half precision: each side takes several hundred random roundings of 2^-9, one
+    # after the other: sqrt(700) 2^-9 = 5 %.
     allowed = 1e-4 if dtype == torch.float32 else 1e-1
     if not (worst <= allowed and gap <= allowed):
         raise UserError(f"the two sides do not compute the same (allowed: {allowed:g}); nothing was timed")
 
 
-# ---- the process of one side ----------------------------------------------------------------------------------------
+# ---- the process of one side ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """A loaded model, ready to train."""
+
+    loss_of: Callable[[Tensor], Tensor]  # (B, T) token ids -> the mean loss
+    trainable: dict[str, nn.Parameter]  # by the same names on both sides
+    optimizer: torch.optim.Optimizer
+
+    def gradients(self, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Return the loss and every gradient that is not zero, in float32 on the CPU."""
+        loss = self.loss_of(ids)
+        loss.backward()
+        found = {name: p.grad.float().cpu() for name, p in self.trainable.items() if p.grad.any()}
+        self.optimizer.zero_grad()
+        return loss.item(), found
+
+    def step(self, ids: Tensor) -> None:
+        self.loss_of(ids).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def serve(connection: Connection, load: Callable, options: argparse.Namespace, placement: Placement) -> None:
-    """Load on None, write the gradients of one batch on a path, take a step on a number; answer with what is
-    wanted.
+    """Answer requests until the other end closes.
+
+    None: load the model -> seconds. A path: write the gradients of one batch there -> the loss. A number:
+    take that training step -> (seconds, peak bytes so far).
     """
-    loss_of = named = optimizer = None
-    while True:
-        try:
-            what = connection.recv()
-        except EOFError:
-            return
-        start = now(placement.device)
-        if what is None:
-            loss_of, named, optimizer = load(options, placement)
-            connection.send(now(placement.device) - start)
-            continue
-        step = what if isinstance(what, int) else 0
-        generator = torch.Generator().manual_seed(step)
-        vocab_size = read_config(Path(options.model)).vocab_size
-        ids = torch.randint(0, vocab_size, (options.batch, options.tokens), generator=generator).to(
-            placement.device
-        )
-        start = now(placement.device)
-        loss = loss_of(ids)
-        loss.backward()
-        if isinstance(what, Path):
-            save_file({name: p.grad.float().cpu() for name, p in named.items() if p.grad.any()}, what)
-            optimizer.zero_grad()
-            connection.send(loss.item())
-        else:
-            optimizer.step()
-            optimizer.zero_grad()
-            connection.send((now(placement.device) - start, memory_used(placement.device)))
+    side, device = None, placement.device
+    with contextlib.suppress(EOFError):
+        while True:
+            message = connection.recv()
+            start = now(device)
+            if message is None:
+                side = load(options, placement)
+                connection.send(now(device) - start)
+            elif isinstance(message, Path):
+                loss, found = side.gradients(tokens_of_step(0, options).to(device))
+                save_file(found, message)
+                connection.send(loss)
+            else:
+                ids = tokens_of_step(message, options).to(device)
+                start = now(device)
+                side.step(ids)
+                connection.send((now(device) - start, memory_used(device)))
 
 
-def load_ours(options: argparse.Namespace, placement: Placement):
-    """(loss of a batch, trainable parameters by name, optimizer)."""
+def tokens_of_step(step: int, options: argparse.Namespace) -> Tensor:
+    """Return random token ids, (B, T), the same for both sides."""
+    generator = torch.Generator().manual_seed(step)
+    vocab_size = read_config(Path(options.model)).vocab_size
+    return torch.randint(0, vocab_size, (options.batch, options.tokens), generator=generator)
+
+
+def load_ours(options: argparse.Namespace, placement: Placement) -> Side:
+    """Load our side, as scripts/train.py does."""
     limit_compiled_kernels()
     quant = QuantConfig() if options.quantization_bit == "4" else None
     model = load_model(options.model, quant, placement.dtype, placement.device)
@@ -251,150 +264,135 @@ def load_ours(options: argparse.Namespace, placement: Placement):
     set_recompute(model, options.gradient_checkpointing)
     named = trainable_parameters(model.train())
     optimizer = make_optimizer(options.optim, named, lr=2e-4, weight_decay=0.0)
-    return (
-        (lambda ids: causal_lm_loss(model, ids, ids) / (ids.shape[0] * (ids.shape[1] - 1))),
-        named,
-        optimizer,
-    )
+    # transformers takes the mean over the tokens that have a next one.
+    mean_loss = lambda ids: causal_lm_loss(model, ids, ids) / (ids.shape[0] * (ids.shape[1] - 1))  # noqa: E731
+    return Side(mean_loss, named, optimizer)
 
 
-def load_peer(options: argparse.Namespace, placement: Placement):
-    """The same in transformers + bitsandbytes + PEFT, with A as it is here."""
-    import bitsandbytes
+def load_peer(options: argparse.Namespace, placement: Placement) -> Side:
+    """Load the same in transformers + bitsandbytes + PEFT, with the same A."""
     import peft
-    import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    quant = None
-    if options.quantization_bit == "4":
-        kind = dict(
-            bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=placement.dtype
-        )
-        quant = transformers.BitsAndBytesConfig(load_in_4bit=True, **kind)
-    where = {"": str(placement.device)}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=placement.dtype, device_map=where, quantization_config=quant
-    )
     recompute = options.gradient_checkpointing != "off"
-    if quant is not None:
+    model = load_in_transformers(options, placement)
+    if options.quantization_bit == "4":
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute)
     elif recompute:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = peft.get_peft_model(
-        model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
-    )
+        model, config
+    ).train()  # before the first forward: from_pretrained calls eval()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     named = {re.sub(r"base_model\.model\.|\.weight$", "", name): p for name, p in named.items()}
     torch.manual_seed(1)
     for name, parameter in named.items():
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(parameter, a=5**0.5)
-    optimizers = {
-        "adamw_8bit": "AdamW8bit",
-        "adamw_bnb_8bit": "AdamW8bit",
-        "paged_adamw_8bit": "PagedAdamW8bit",
-    }
-    kind = (
-        getattr(bitsandbytes.optim, optimizers[options.optim])
-        if options.optim in optimizers
-        else torch.optim.AdamW
-    )
-    return (
-        (lambda ids: model.train()(input_ids=ids, labels=ids).loss),
-        named,
-        kind(named.values(), lr=2e-4, weight_decay=0.0),
-    )
+    optimizer = peer_optimizer(options.optim)(named.values(), lr=2e-4, weight_decay=0.0)
+    return Side(lambda ids: model(input_ids=ids, labels=ids).loss, named, optimizer)
 
 
-# ---- the kernels' part, and the figures -----------------------------------------------------------------------------
+def load_in_transformers(options: argparse.Namespace, placement: Placement) -> nn.Module:
+    """Load the base model of the peer, in 4 bits where the options say so."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    how = dict(dtype=placement.dtype, device_map={"": str(placement.device)})
+    if options.quantization_bit == "4":
+        quant = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        quant |= dict(bnb_4bit_compute_dtype=placement.dtype)
+        how |= dict(quantization_config=transformers.BitsAndBytesConfig(**quant))
+    return transformers.AutoModelForCausalLM.from_pretrained(options.model, **how)
+
+
+def peer_optimizer(optim: str) -> type[torch.optim.Optimizer]:
+    """Return bitsandbytes' optimizer of the same kind, or PyTorch's for moments in float32."""
+    import bitsandbytes
+
+    names = dict(adamw_8bit="AdamW8bit", adamw_bnb_8bit="AdamW8bit", paged_adamw_8bit="PagedAdamW8bit")
+    return getattr(bitsandbytes.optim, names[optim]) if optim in names else torch.optim.AdamW
+
+
+# ---- the kernels' part, and the figures ----------------------------------------------------------------
 
 
 def time_kernels(placement: Placement, config: ModelConfig) -> dict[str, float]:
-    """Dequantization and matrix products of one layer's largest weight, on 1024 rows."""
-    device, shape = placement.device, (config.intermediate_size, config.hidden_size)
-    x = torch.randn(1024, shape[1], device=device).to(placement.dtype)
+    """Time the dequantization and the matrix product of one layer's largest weight, on 1024 rows."""
+    device, shape, rows = placement.device, (config.intermediate_size, config.hidden_size), 1024
+    x = torch.randn(rows, shape[1], device=device).to(placement.dtype)
     dtype = product_dtype(x)
     q = quantize_4bit(torch.randn(shape, device=device).to(placement.dtype))
-    out, wide = torch.empty(shape, dtype=dtype, device=device), x.to(dtype)
-    product = torch.empty(1024, shape[0], dtype=dtype, device=device)
-
-    def median_seconds(function: Callable) -> float:
-        times = []
-        for _ in range(12):
-            start = now(device)
-            function()
-            times.append(now(device) - start)
-        return statistics.median(times[2:])
-
+    weight, wide = torch.empty(shape, dtype=dtype, device=device), x.to(dtype)
+    product = torch.empty(rows, shape[0], dtype=dtype, device=device)
+    dequantization = median_seconds(lambda: q.dequantize(out=weight), device)
+    multiplication = median_seconds(lambda: torch.mm(wide, weight.T, out=product), device)
     return {
-        "dequantize_bytes_per_second": (q.nbytes + out.nbytes)
-        / median_seconds(lambda: q.dequantize(out=out)),
-        "product_flop_per_second": 2
-        * 1024
-        * shape[0]
-        * shape[1]
-        / median_seconds(lambda: torch.mm(wide, out.T, out=product)),
+        "dequantize_bytes_per_second": (q.nbytes + weight.nbytes) / dequantization,
+        "product_flop_per_second": 2 * rows * shape[0] * shape[1] / multiplication,
     }
 
 
+def median_seconds(function: Callable, device: torch.device) -> float:
+    """Return the median time of ten calls, after two that warm up."""
+    times = []
+    for _ in range(12):
+        start = now(device)
+        function()
+        times.append(now(device) - start)
+    return statistics.median(times[2:])
+
+
 def step_flop(config: ModelConfig, options: argparse.Namespace) -> float:
-    """Floating-point operations of the products of one step: forward, the gradient of the activations, and
-    what is recomputed.
+    """Return the floating-point operations of the matrix products of one step.
+
+    They are those of the forward, of the gradient of the activations, and of the recomputed part.
     """
     D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
     H, G = config.num_attention_heads, config.num_key_value_heads
     tokens = options.batch * options.tokens
-    linear = 2 * (2 * D * H * K + 2 * D * G * K + 3 * D * F)  # a token, one layer, one pass
-    attention = 2 * options.tokens * H * K  # the same: scores and values, half of them seen
+    linear = 2 * (2 * D * H * K + 2 * D * G * K + 3 * D * F)  # per token, layer and pass
+    attention = 2 * options.tokens * H * K  # the same: scores and values, half of them masked
     again = {"off": 0, "selective": linear - 2 * D * F, "full": linear - 2 * D * F + attention}
     again["offload"] = again["full"]
-    layer = (
-        2 * linear + 3.5 * attention + again[options.gradient_checkpointing]
-    )  # backward of attention: five products for two
+    # The backward of attention has five products, its forward two.
+    layer = 2 * linear + 3.5 * attention + again[options.gradient_checkpointing]
     return tokens * (config.num_hidden_layers * layer + 2 * 2 * D * config.vocab_size)
 
 
 def show(report: dict, config: ModelConfig, options: argparse.Namespace) -> None:
-    """The table, and the shares added to the report."""
+    """Print the table; add the ratios and the share of the product rate to the report."""
     sides, kernels = report["sides"], report["kernels"]
     print(f"\n{'':<36}{'load s':>9}{'step ms':>11}{'tok/s':>11}{'peak GiB':>11}")
     for name, side in sides.items():
-        figures = (
-            side["load_seconds"],
-            1000 * side["median_seconds"],
-            side["tokens_per_second"],
-            side["peak_bytes"] / 2**30,
-        )
-        print(f"{name:<36}{figures[0]:>9.1f}{figures[1]:>11,.1f}{figures[2]:>11,.1f}{figures[3]:>11.2f}")
+        load, step = side["load_seconds"], 1000 * side["median_seconds"]
+        speed, peak = side["tokens_per_second"], side["peak_bytes"] / 2**30
+        print(f"{name:<36}{load:>9.1f}{step:>11,.1f}{speed:>11,.1f}{peak:>11.2f}")
     if PEER in sides:
-        wanted = {"load": "load_seconds", "step": "median_seconds", "memory": "peak_bytes"}
-        ratios = report["ratios"] = {
-            name: sides[PEER][key] / sides[OURS][key] for name, key in wanted.items()
-        }
-        print(
-            f"{'times less than the peer':<36}{ratios['load']:>8.2f}x{ratios['step']:>10.2f}x{'':>11}{ratios['memory']:>10.2f}x"
-        )
-    rate = kernels["share_of_product_rate"] = (
-        step_flop(config, options) / sides[OURS]["median_seconds"] / kernels["product_flop_per_second"]
+        keys = {"load": "load_seconds", "step": "median_seconds", "memory": "peak_bytes"}
+        ratios = {name: sides[PEER][key] / sides[OURS][key] for name, key in keys.items()}
+        load, step, memory = (f"{ratio:.2f}x" for ratio in ratios.values())
+        print(f"{'times less than the peer':<36}{load:>9}{step:>11}{'':>11}{memory:>11}")
+        report["ratios"] = ratios
+    flop_per_second = step_flop(config, options) / sides[OURS]["median_seconds"]
+    share = kernels["share_of_product_rate"] = flop_per_second / kernels["product_flop_per_second"]
+    dequantized, multiplied = (
+        kernels[key] / 1e9 for key in ("dequantize_bytes_per_second", "product_flop_per_second")
     )
-    print(
-        f"\ndequantization {kernels['dequantize_bytes_per_second'] / 1e9:.1f} GB/s; matrix products "
-        f"{kernels['product_flop_per_second'] / 1e9:,.0f} GFLOP/s, of which the whole step reaches {rate:.0%}"
-    )
+    print(f"\ndequantization {dequantized:.1f} GB/s; matrix products {multiplied:,.0f} GFLOP/s, "
+          f"of which the whole step reaches {share:.0%}")  # fmt: skip
 
 
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    found = (
-        re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if cpuinfo.is_file()
-        else None
-    )
-    return found.group(1) if found else platform.processor() or platform.machine()
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    line = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return line.group(1) if line else platform.processor() or platform.machine()
 
 
 def now(device: torch.device) -> float:
+    """Return the time when everything submitted to the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

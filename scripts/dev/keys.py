@@ -1,10 +1,9 @@
-"""Write docs/keys.md: every key of the trainer with its default and meaning, and what LLaMA-Factory's other
-keys mean here.
+"""Write docs/keys.md: every key of the trainer and every key of LLaMA-Factory, with its meaning.
 
     python scripts/dev/keys.py
 
-The page is made of the comments in `minilora/run/settings.py` and of the tables in
-`minilora/run/llama_factory.py`; a test compares.
+The page is built from the comments in `minilora/run/settings.py` and the tables in
+`minilora/run/llama_factory.py`. A test checks that docs/keys.md is up to date.
 """
 
 import textwrap
@@ -24,65 +23,82 @@ def main() -> None:
 
 
 def page() -> str:
-    """The page as Markdown."""
-    sections = []
-    for section, keys in documented_keys().items():
-        rows = [
-            (f"`{name}`", "`" + default.strip('"').lower() + "`", meaning) for name, default, meaning in keys
-        ]
-        sections.append(f"## {section[0].upper()}{section[1:]}\n\n" + table("key | default | meaning", rows))
-    own = "\n\n".join(sections)
-    aliases = [(f"`{alias}`", f"`{name}`") for alias, name in ALIASES.items()]
-    aliases += [(f"`{switch}: true`", "`quantization_bit: 4`") for switch in SWITCHES]
-    translated = [(f"`{key}`", meaning) for key, meaning in TRANSLATED.items()]
-    translated += [
-        (f"`{key}: {word}`", f"`{own}`") for key, words in VALUES.items() for word, own in words.items()
-    ]
-    defaults = ", ".join(
-        f"`{name}: {'none' if value is None else value}`" for name, value in DEFAULTS.items()
-    )
-    defaults = textwrap.fill(defaults + ".", 130, break_on_hyphens=False)
-    off = ", ".join(
-        f"`{name}`" for name, allowed in NEEDED.items() if "none" in allowed and name not in INSTEAD
-    )
-    needed = {name: "off" if "none" in allowed else f"`{allowed[0]}`" for name, allowed in NEEDED.items()}
-    refused = [
-        (f"`{name}`", must, INSTEAD.get(name, ""))
-        for name, must in needed.items()
-        if name in INSTEAD or must != "off"
-    ]
+    """Return the page as Markdown."""
     return f"""# Every key of a training run
 
-Written by `python scripts/dev/keys.py`. A file has them as `key: value`, the command line as `--key value`; hyphens work like
-underscores, and the command line wins. A key that is not here is an error.
+`python scripts/dev/keys.py` writes this page. A file sets a key as `key: value`, the command line as
+`--key value`. The command line overrides the file. Hyphens work like underscores. An unknown key is an error.
 
-{own}
+{own_keys()}
 
-# # Short names
+## Short names
 
-{table("short | key", aliases)}
+{short_names()}
 
-# # LLaMA-Factory's files
+## LLaMA-Factory's files
 
-They run as they are: most keys are the same ones. A file with `stage` or `finetuning_type` is taken for one of them, and what it
-leaves out has LLaMA-Factory's defaults where they would change a number:
-{defaults}
+They run as they are: most keys have the same names. A file with `stage` or `finetuning_type` counts as one of
+them. The keys that it omits then have LLaMA-Factory's defaults, wherever ours would give another number:
+{llama_factory_defaults()}
 A name in `dataset` is looked up in `dataset_dir/dataset_info.json`.
 
-{table("key | means here", translated)}
+{translated_keys()}
 
-Accepted without an effect, as no number depends on them; the trainer prints which it found:
+These keys are accepted and have no effect, because no number depends on them. The trainer prints each one:
 
-{table("keys | why", [(", ".join(f"`{name}`" for name in names.split()), why) for why, names in NO_EFFECT.items()])}
+{keys_without_effect()}
 
-Refused, unless they ask for what is done here anyway, as the training would be another one:
+These keys would change the training. They are refused, unless they have the one value that minilora supports:
 
-{table("key | must be | instead", [*refused, (off, "off", "")])}
+{refused_keys()}
 """
 
 
+def own_keys() -> str:
+    """Return a table per section of TrainConfig."""
+    sections = []
+    for section, keys in documented_keys().items():
+        rows = [
+            (f"`{name}`", f"`{default.strip(chr(34)).lower()}`", meaning) for name, default, meaning in keys
+        ]
+        sections.append(f"## {section[0].upper()}{section[1:]}\n\n" + table("key | default | meaning", rows))
+    return "\n\n".join(sections)
+
+
+def short_names() -> str:
+    rows = [(f"`{alias}`", f"`{name}`") for alias, name in ALIASES.items()]
+    rows += [(f"`{switch}: true`", "`quantization_bit: 4`") for switch in SWITCHES]
+    return table("short | key", rows)
+
+
+def llama_factory_defaults() -> str:
+    pairs = ((name, "none" if value is None else value) for name, value in DEFAULTS.items())
+    text = ", ".join(f"`{name}: {value}`" for name, value in pairs) + "."
+    return textwrap.fill(text, 130, break_on_hyphens=False)
+
+
+def translated_keys() -> str:
+    rows = [(f"`{key}`", meaning) for key, meaning in TRANSLATED.items()]
+    for key, words in VALUES.items():
+        rows += [(f"`{key}: {word}`", f"`{own}`") for word, own in words.items()]
+    return table("key | means here", rows)
+
+
+def keys_without_effect() -> str:
+    rows = [(", ".join(f"`{name}`" for name in names.split()), why) for why, names in NO_EFFECT.items()]
+    return table("keys | why", rows)
+
+
+def refused_keys() -> str:
+    """Return a table with a row per key, and one last row for all that must be off without an alternative."""
+    needed = {name: "off" if "none" in allowed else f"`{allowed[0]}`" for name, allowed in NEEDED.items()}
+    off = [name for name, must in needed.items() if must == "off" and name not in INSTEAD]
+    rows = [(f"`{name}`", must, INSTEAD.get(name, "")) for name, must in needed.items() if name not in off]
+    return table("key | must be | instead", [*rows, (", ".join(f"`{name}`" for name in off), "off", "")])
+
+
 def table(head: str, rows: list[tuple[str, ...]]) -> str:
-    """Markdown; a bar within a cell is escaped."""
+    """Return a Markdown table. A bar inside a cell is escaped."""
     lines = [head, " | ".join("---" for _ in head.split("|"))]
     lines += [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)

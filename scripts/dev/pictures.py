@@ -1,14 +1,14 @@
 """Draw the pictures of the documents.
 
-    python scripts/dev/pictures.py                          rewrites docs/pictures/, in seconds and without a model
+    python scripts/dev/pictures.py     rewrites docs/pictures/, in seconds and without a model
 
-    codes.png     where the sixteen values of three 4-bit codes lie among weights          docs/quantization.md
-    error.png     what each bit buys: error against bits a weight, both measured           docs/quantization.md
-    lora.png      trainable parameters of Mistral-7B against rank, counted                 docs/lora.md
-    memory.png    where the bytes of a training step of Mistral-7B go, by recompute policy docs/memory.md
+    codes.png     the sixteen values of three 4-bit codes, among the weights           docs/quantization.md
+    error.png     error against bits per weight, both measured                         docs/quantization.md
+    lora.png      trainable parameters of Mistral-7B against rank, counted             docs/lora.md
+    memory.png    the bytes of a training step of Mistral-7B, by recompute policy      docs/memory.md
 
-Every number is computed by minilora's own functions while the picture is drawn, on a seeded weight or a model
-without memory.
+minilora's own functions compute every number while the script draws, on a seeded weight or on PyTorch's meta
+device, which has no memory.
 """
 
 import io
@@ -46,22 +46,19 @@ from minilora.system.files import write_whole
 
 WEIGHT = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
-MISTRAL_7B = dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                  num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
+MISTRAL_7B = dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336)
+MISTRAL_7B |= dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--output", default="docs/pictures", help="directory of the PNG files (default: %(default)s)"
-    )
+    directory_help = "directory of the PNG files (default: %(default)s)"
+    parser.add_argument("--output", default="docs/pictures", help=directory_help)
     directory = Path(parser.parse_args().output)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(
-            f"--output {directory}: a file is in the way of this directory; give another one"
-        ) from error
+        raise UserError(f"--output {directory}: a file is in the way; name another directory") from error
     matplotlib.use("Agg")
     for draw in (draw_codes, draw_error, draw_lora, draw_memory):
         path = directory / (draw.__name__.removeprefix("draw_") + ".png")
@@ -70,12 +67,11 @@ def main() -> None:
 
 
 def picture_of(draw: Callable) -> bytes:
-    """The PNG of what `draw(figure)` draws."""
+    """Return the PNG of the figure that `draw(figure)` fills."""
     from matplotlib import pyplot
 
-    with pyplot.rc_context(
-        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
-    ):
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+    with pyplot.rc_context(style):
         figure = pyplot.figure(layout="constrained")
         draw(figure)
         picture = io.BytesIO()
@@ -84,15 +80,14 @@ def picture_of(draw: Callable) -> bytes:
     return picture.getvalue()
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of `expected`."""
-    return float(
-        (found.double() - expected).square().mean().sqrt() / expected.double().square().mean().sqrt()
-    )
+def relative_error(approximation: Tensor, expected: Tensor) -> float:
+    """Return rms(approximation - expected) / rms(expected), where rms is the root mean square."""
+    exact = expected.double()
+    return float((approximation.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def error_of_code(code: Tensor, blocksize: int = 64) -> float:
-    """Relative error of a normal weight that is stored in any sixteen values, with float32 scales."""
+    """Return the relative error of a normal weight that is stored in any 16 values, with float32 scales."""
     n = WEIGHT.numel()
     packed, absmax = torch.empty((n + 1) // 2, dtype=torch.uint8), torch.empty(-(-n // blocksize))
     quantize_definition(WEIGHT.view(-1), *nearest_code_bounds(code), blocksize, packed, absmax)
@@ -103,11 +98,10 @@ def error_of_code(code: Tensor, blocksize: int = 64) -> float:
 
 
 def density_in_blocks(x: Tensor, blocksize: int = 64) -> Tensor:
-    """Density at x of a normal weight over its block's absmax m, for the blocksize - 1 weights in each that
-    are not the absmax.
+    """Return the density at x of w / m: w a normal weight, m the absmax of its block, and |w| < m.
 
-    Given m, such a weight is a normal one cut off at m: phi(x m) m / P(|w| < m). m itself has the density of
-    the largest of `blocksize` magnitudes, and is integrated out on a grid.
+    Given m, w is normal and cut off at m, so w / m has the density phi(x m) m / P(|w| < m). m has the density
+    of the largest of `blocksize` magnitudes. The function integrates over m on a grid.
     """
     m = torch.linspace(0.5, 7, 2000, dtype=torch.float64)  # (grid,)
 
@@ -160,45 +154,33 @@ def draw_error(figure) -> None:
             axes.plot(bits, errors, style, color=colour, markerfacecolor=filling, linewidth=1.4, markersize=5)
             for size, b, e in zip(sizes, bits, errors, strict=True):
                 text = f"blocks of {size}" if (size, double) == (512, False) else size
-                place = ((-4, -11), "right") if double else ((5, 4), "left")
-                axes.annotate(
-                    text, (b, e), place[0], textcoords="offset points", ha=place[1], fontsize=9, color=GREY
-                )
+                offset, side = ((-4, -11), "right") if double else ((5, 4), "left")
+                small = dict(textcoords="offset points", fontsize=9, color=GREY)
+                axes.annotate(text, (b, e), offset, ha=side, **small)
             name = f"{quant_type.upper()}, " + ("double quantization" if double else "scales in float32")
             axes.text(*((4.28, errors[0] - 0.1) if double else (4.62, errors[1] + 0.1)), name, color=colour)
-    axes.set(
-        xlabel="bits a weight, scales counted", ylabel="relative error (%)", xlim=(3.92, 5.06), ylim=(8, 15)
-    )
+    axes.set(xlabel="bits a weight, scales counted", xlim=(3.92, 5.06))
+    axes.set(ylabel="relative error (%)", ylim=(8, 15))
     axes.grid(alpha=0.25)
 
 
 def draw_lora(figure) -> None:
     figure.set_size_inches(7.6, 4.6)
     axes, ranks = figure.subplots(), [2**k for k in range(8)]
-    targets = {
-        "all seven": PRESETS["aggressive_r16_all"],
-        "q k v o": PRESETS["standard_r8_qkvo"],
-        "q v": PRESETS["minimal_r4_qv"],
-    }
-    for label, config in targets.items():
-        per_rank = trained(LoraConfig(r=1, target_modules=config.target_modules))
+    targets = {"all seven": "aggressive_r16_all", "q k v o": "standard_r8_qkvo", "q v": "minimal_r4_qv"}
+    for label, preset in targets.items():
+        per_rank = count_trained(LoraConfig(r=1, target_modules=PRESETS[preset].target_modules))
         axes.plot(ranks, [r * per_rank for r in ranks], color=BLUE, linewidth=1.4)
         axes.text(ranks[-1] * 1.08, ranks[-1] * per_rank, label, color=BLUE, va="center")
-    for (name, config), place in zip(PRESETS.items(), ((8, -26), (60, -60), (-10, 6), (-10, 6)), strict=True):
-        count, side = trained(config), "left" if place[0] > 0 else "right"
-        line = dict(arrowstyle="-", color=ORANGE, linewidth=0.7) if place == (60, -60) else None
+    far = (60, -60)
+    for (name, config), offset in zip(PRESETS.items(), ((8, -26), far, (-10, 6), (-10, 6)), strict=True):
+        count, side = count_trained(config), "left" if offset[0] > 0 else "right"
+        line = dict(arrowstyle="-", color=ORANGE, linewidth=0.7) if offset == far else None
         axes.plot(config.r, count, "o", color=ORANGE, markersize=7)
-        text = f"{name}\n{count:,}"
-        axes.annotate(
-            text, (config.r, count), place, textcoords="offset points", color=ORANGE, ha=side, arrowprops=line
-        )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="rank r",
-        ylabel="trainable parameters of Mistral-7B",
-        xlim=(0.9, 215),
-    )
+        label = dict(textcoords="offset points", color=ORANGE, ha=side, arrowprops=line)
+        axes.annotate(f"{name}\n{count:,}", (config.r, count), offset, **label)
+    axes.set(xscale="log", xlabel="rank r", xlim=(0.9, 215))
+    axes.set(yscale="log", ylabel="trainable parameters of Mistral-7B")
     axes.set_xticks(ranks, map(str, ranks))
     axes.minorticks_off()
     axes.set_yticks([1e6, 1e7, 1e8], ["1 million", "10 million", "100 million"])
@@ -210,15 +192,12 @@ def draw_memory(figure) -> None:
     kind = dict(batch_size=4, length=1024, dtype=torch.float16, optim="adamw_8bit")
     mistral, lora = parse_config(MISTRAL_7B), PRESETS["standard_r8_qkvo"]
     ledgers = [memory_ledger(mistral, lora, QuantConfig(), recompute=policy, **kind) for policy in POLICIES]
-    draw_bars(
-        figure.subplots(),
-        ledgers,
-        {"fits a T4": (16e9 - CUDA_CONTEXT) / MARGIN, "a published run on a T4": 10e9},
-    )
+    limits = {"fits a T4": (16e9 - CUDA_CONTEXT) / MARGIN, "a published run on a T4": 10e9}
+    draw_bars(figure.subplots(), ledgers, limits)
 
 
-def trained(config: LoraConfig) -> int:
-    """How many parameters of Mistral-7B the adapter trains, counted on PyTorch's meta device."""
+def count_trained(config: LoraConfig) -> int:
+    """Count the parameters of Mistral-7B that an adapter trains, on PyTorch's meta device."""
     with torch.device("meta"):
         model = CausalLM(parse_config(MISTRAL_7B))
     add_lora(model, config)

@@ -1,11 +1,11 @@
-"""Quantized layers and models against transformers + bitsandbytes + PEFT, and what they keep in memory."""
+"""Quantized layers and models against transformers + bitsandbytes + PEFT, and the tensors that they keep."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.families import relative_error, transformers_model
+from support.families import in_eval_mode, relative_error, transformers_in_4_bits, transformers_model
 from support.tiny import TOLERANCE, adapter_pairs, ids, randomize, tiny_model
 from torch import nn
 
@@ -84,7 +84,7 @@ def test_nothing_of_the_dequantized_weight_is_kept_for_backward():
 
 @torch.no_grad()
 def test_one_vector_goes_the_way_of_decoding_and_gives_the_same(monkeypatch):
-    """As on a GPU with Triton, with the definition in the kernel's place."""
+    """On a GPU with Triton a kernel multiplies one vector. Here the definition stands in for it."""
     torch.manual_seed(0)
     layer = layer_of("nf4", torch.randn(33, 64), torch.randn(33))
     x = torch.randn(1, 1, 64)
@@ -99,9 +99,8 @@ def test_one_vector_goes_the_way_of_decoding_and_gives_the_same(monkeypatch):
     monkeypatch.setattr(linear, "form_for", lambda *_: "triton")
     y = layer(x)
     assert seen == [(64,)] and y.shape == expected.shape
-    torch.testing.assert_close(
-        y, expected, rtol=1e-5, atol=1e-5
-    )  # a product with another kernel: float32 sums of 64
+    # Another kernel sums 64 products of float32 in another order.
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -140,7 +139,7 @@ def test_moving_the_dtype_of_a_model_leaves_the_bytes_alone():
 
 @pytest.fixture(params=["llama-gqa", "qwen2-bias-tied"])
 def directory(request, tmp_path):
-    # Widths are multiples of the block size: else bitsandbytes 0.50's CPU kernel gives blocks that span rows
+    # Widths are multiples of the block size: bitsandbytes 0.50's CPU kernel gives a block that spans two rows
     # a wrong scale.
     transformers_model(request.param, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     return tmp_path
@@ -164,19 +163,10 @@ def test_a_model_is_quantized_in_its_decoder_layers_only_and_computes_with_the_d
 
 
 def test_logits_and_lora_gradients_equal_transformers_bitsandbytes_and_peft(directory):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    )
+    peft = pytest.importorskip("peft")
     lora = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **lora)).eval()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **lora)
+    theirs = in_eval_mode(peft.get_peft_model(transformers_in_4_bits(directory), config))
     ours = load_model(directory, QuantConfig())
     add_lora(ours, LoraConfig(**lora))
     randomize(ours)
@@ -184,8 +174,7 @@ def test_logits_and_lora_gradients_equal_transformers_bitsandbytes_and_peft(dire
         for _, mine, other in adapter_pairs(ours, theirs):
             other.copy_(mine)
     batch = ids(2, 20, vocab=97)
-    # Same codes, same scales (bit for bit, tests/test_quantization.py): what is left is the order of float32
-    # sums.
+    # Codes and scales are bit-identical (test_quantization.py). Only the order of float32 sums differs.
     assert relative_error(ours(batch), theirs(input_ids=batch).logits) <= TOLERANCE
     (causal_lm_loss(ours, batch, batch) / (2 * 19)).backward()
     theirs(input_ids=batch, labels=batch).loss.backward()
@@ -199,16 +188,7 @@ def test_logits_and_lora_gradients_equal_transformers_bitsandbytes_and_peft(dire
 def test_a_directory_quantized_by_transformers_gives_equal_logits_here_and_the_other_way_round(
     directory, tmp_path, quant_type, double_quant
 ):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    theirs = load(directory, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}).eval()
+    theirs = transformers_in_4_bits(directory, quant_type, double_quant)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
     assert any(isinstance(m, Linear4bit) for m in ours.modules())
@@ -218,7 +198,8 @@ def test_a_directory_quantized_by_transformers_gives_equal_logits_here_and_the_o
         load_model(directory, QuantConfig(quant_type=quant_type, double_quant=double_quant)),
         tmp_path / "ours",
     )
-    again = load(tmp_path / "ours", device_map={"": "cpu"}).eval()
+    load = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained
+    again = in_eval_mode(load(tmp_path / "ours", device_map={"": "cpu"}))
     assert relative_error(again(ids(2, 20)).logits, expected) <= TOLERANCE
 
 

@@ -36,7 +36,6 @@ from minilora.run.checkpoints import (
     unflatten,
     write_checkpoint,
 )
-from minilora.system.device import Placement
 from minilora.system.files import fingerprint
 
 CPU = torch.device("cpu")
@@ -292,7 +291,7 @@ def stopped(train):
     """A run of 6 steps with a checkpoint at 3, and a way to go on under other settings, which must be
     refused.
     """
-    keys = dict(max_steps=6, save_steps=3)
+    keys = dict(max_steps=6, save_steps=3, bf16="false")
     directory, _ = train(**keys)
 
     def refused(resume_from_checkpoint="latest", **other):
@@ -336,11 +335,10 @@ def test_another_dataset_and_another_model_are_refused_whatever_they_are_called(
     assert "the fingerprint of the model is" in refused(model=tmp_path / "other")
 
 
-def test_another_dtype_is_refused(stopped, monkeypatch):
+def test_another_dtype_is_refused(stopped):
     _, refused = stopped
-    placement = Placement(CPU, torch.bfloat16, "a test")
-    monkeypatch.setattr("minilora.run.plan.choose_placement", lambda *_: placement)
-    assert "the dtype of computing is 'torch.bfloat16 on cpu' here, 'torch.float32 on cpu' there" in refused()
+    said = refused(bf16="true")
+    assert "the dtype of computing is 'torch.bfloat16 on cpu' here, 'torch.float32 on cpu' there" in said
 
 
 def test_a_place_without_a_checkpoint_is_refused(stopped, tmp_path):
@@ -363,7 +361,7 @@ def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_skips_it(s
     said = refused()
     assert f"{directory} has no complete checkpoint" in said and str(path) in said and str(other) in said
     other.write_text(whole)
-    _, out = train(max_steps=6, save_steps=3, resume_from_checkpoint="latest")
+    _, out = train(max_steps=6, save_steps=3, bf16="false", resume_from_checkpoint="latest")
     assert f"skipped: {path} is truncated or corrupt" in out and "after step 3 of 6" in out
 
 

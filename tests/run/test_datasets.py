@@ -59,6 +59,7 @@ def test_packed_rows_train_as_the_examples_alone_do(train, dataset):
         gradient_accumulation_steps=1,
         max_steps=1,
         learning_rate=1e-2,
+        bf16="false",
     )
     alone, _ = train("alone", **keys)
     packed, out = train("packed", packing=True, **keys)

@@ -1,6 +1,4 @@
-"""What `python scripts/train.py` promises: a model that cannot answer learns to, also about people it was
-never asked about.
-"""
+"""`python scripts/train.py` turns a model that cannot answer into one that can, also about unseen people."""
 
 import json
 import re
@@ -12,6 +10,7 @@ from support.project import ROOT
 from minilora import QuantConfig, load_adapter, load_model, load_tokenizer
 from minilora.data.rows import read_rows
 from minilora.inference.evaluation import answers, exact_match
+from minilora.system.device import choose_placement
 
 
 def test_the_default_run_turns_rambling_into_answers_about_people_never_asked_about(tmp_path):
@@ -27,8 +26,10 @@ def test_the_default_run_turns_rambling_into_answers_about_people_never_asked_ab
     output = tmp_path / "outputs" / "default"
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["eval_loss"] < 0.1 < 2 < records[0]["eval_loss"]
-    # The saved adapter, loaded anew onto the quantized base, gives the answers that were counted.
-    model, tokenizer = load_model(ROOT / "assets" / "base", QuantConfig()), load_tokenizer(output)
+    # The saved adapter, loaded onto the quantized base, gives the answers that the run counted.
+    placement = choose_placement()  # that of the run
+    model = load_model(ROOT / "assets" / "base", QuantConfig(), placement.dtype, placement.device)
+    tokenizer = load_tokenizer(output)
     load_adapter(model, output)
     rows = read_rows(ROOT / "assets" / "test.jsonl")[: int(count)]
     assert round(100 * exact_match(answers(model, tokenizer, rows), rows), 1) == after

@@ -22,6 +22,7 @@ from minilora.system.errors import UserError
 # Losses are summed in another order in float32, over a few hundred tokens: eps 6e-8 times the depth of the
 # sums. Seen: 2e-7.
 TOLERANCE = 1e-5
+UNQUANTIZED = ("--quantization_bit", "none", "--bf16", "false")  # and in float32, on every machine
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_perplexity_is_that_of_transformers_and_peft_for_the_base_and_each_adapt
     evaluate, model_dir, dataset, adapters, tmp_path
 ):
     chosen = ("--adapter", adapters / "one", "--adapter", f"other={adapters / 'two'}", "--dataset", dataset)
-    code, out, err = evaluate(*chosen, "--quantization_bit", "none", "--output", tmp_path / "result.json")
+    code, out, err = evaluate(*chosen, *UNQUANTIZED, "--output", tmp_path / "result.json")
     assert code == 0, err
     results = json.loads((tmp_path / "result.json").read_text())["results"]
     expected = {
@@ -84,9 +85,7 @@ def test_figures_and_answers_do_not_depend_on_the_batch_size(evaluate, dataset, 
             "--output",
             tmp_path / "r.json",
         )
-        code, _, err = evaluate(
-            "--adapter", adapters / "one", "--dataset", dataset, "--quantization_bit", "none", *keys
-        )
+        code, _, err = evaluate("--adapter", adapters / "one", "--dataset", dataset, *UNQUANTIZED, *keys)
         assert code == 0, err
         found.append(json.loads((tmp_path / "r.json").read_text()))
     for other in found[1:]:

@@ -1,4 +1,4 @@
-"""The pictures of the documents can be drawn again."""
+"""scripts/dev/pictures.py draws the pictures of the documents."""
 
 import struct
 import sys
@@ -13,7 +13,7 @@ NAMES = ("codes.png", "error.png", "lora.png", "memory.png")
 
 
 def size_of(png: bytes) -> tuple[int, int]:
-    """Width and height: the header chunk follows the eight bytes of the signature at once."""
+    """Return width and height from the header chunk, which follows the eight bytes of the signature."""
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and png[12:16] == b"IHDR"
     return struct.unpack(">II", png[16:24])
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.families import relative_error
+from support.families import in_eval_mode, relative_error, transformers_in_4_bits
 from support.project import ROOT, adapter, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,7 +64,7 @@ def test_training_lowers_the_loss_and_writes_every_file(train):
         ),
         ({"load_in_4bit": "true", "quantization_bit": None}, "weights    nf4 with double quantization"),
         ({"quantization_bit": 8}, "weights    int8, a scale a row, 8."),
-        ({"quantization_bit": "none"}, "weights    float32"),
+        ({"quantization_bit": "none", "bf16": "false"}, "weights    float32"),
     ],
 )
 def test_a_quantized_base_trains_as_well_and_says_how_it_is_stored(train, keys, said):
@@ -88,9 +88,8 @@ def test_the_same_seed_gives_the_same_adapter_and_another_one_does_not(train):
 def test_pain_5_accumulation_1x8_equals_4x2_equals_8x1_on_examples_of_very_different_lengths(train):
     runs = {}
     for batch_size, accumulation in ((1, 8), (4, 2), (8, 1)):
-        keys = dict(
-            per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, logging_steps=1
-        )
+        keys = dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        keys |= dict(logging_steps=1, bf16="false")
         directory, _ = train(f"{batch_size}x{accumulation}", **keys)
         runs[batch_size] = adapter(directory), [r["loss"] for r in metrics(directory) if "loss" in r]
     for batch_size in (4, 8):
@@ -146,21 +145,13 @@ def test_training_stops_early_when_the_held_out_loss_does_not_fall(train, held_o
 def test_the_logged_held_out_loss_is_that_of_the_saved_adapter_in_peft(train, model_dir, dataset, bits):
     """The whole path against PEFT: trained here, loaded there, and the loss computed there."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    quant = {}
-    if bits == "4":
-        pytest.importorskip("bitsandbytes")
-        config = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-        quant = dict(quantization_config=config, dtype=torch.float32, device_map={"": "cpu"})
-    directory, _ = train(max_steps=10, learning_rate=1e-2, eval_dataset=dataset, quantization_bit=bits)
+    directory, _ = train(
+        max_steps=10, learning_rate=1e-2, eval_dataset=dataset, quantization_bit=bits, bf16="false"
+    )
     tokenizer = load_tokenizer(model_dir)
     examples = tokenize(read_rows(dataset), tokenizer, 1024).examples
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(model_dir, **quant)
-    theirs = peft.PeftModel.from_pretrained(theirs, directory).eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained if bits == "none" else transformers_in_4_bits
+    theirs = in_eval_mode(peft.PeftModel.from_pretrained(load(model_dir), directory))
     total = tokens = 0.0
     with torch.no_grad():
         for example in examples:

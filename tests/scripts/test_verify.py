@@ -1,4 +1,4 @@
-"""The parity report holds every row, every row can fail, and the report that is checked in is this script's."""
+"""The parity report has every row, every row can fail, and docs/parity.md is the output of this script."""
 
 import math
 import re
@@ -34,7 +34,7 @@ def run(call):
 
 
 def tables(report: str) -> dict[str, list[list[str]]]:
-    """The rows of each section of a report, as cells."""
+    """Return the cells of every row, by section of the report."""
     sections = re.split(r"^## ", report, flags=re.MULTILINE)[1:]
     return {
         s.partition(":")[0]: [row[2:-2].split(" | ") for row in s.splitlines() if row.startswith("| ")][2:]
@@ -58,7 +58,7 @@ def test_the_report_and_the_terminal_hold_every_row_and_what_it_takes_to_repeat_
         assert f"{package} {version(package)}" in report
 
 
-BREAKAGES = {  # something of ours that is wrong -> the rows that must notice
+BREAKAGES = {  # a fault in minilora -> the rows that must fail
     "activation": ["hidden states after every layer", "final hidden states", "logits"],
     "scaling": [
         "loss with an adapter",
@@ -91,7 +91,7 @@ def test_every_row_can_fail():
 
 @pytest.fixture
 def broken(request, monkeypatch):
-    """minilora with one thing wrong."""
+    """Break one thing in minilora; return its name."""
     code = verify.four_bit_code("nf4")
     match request.param:
         case "scaling":

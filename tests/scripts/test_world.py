@@ -1,4 +1,4 @@
-"""The invented world that the small base model knows, and the questions about it."""
+"""The invented world of the small base model, and the questions about it."""
 
 import json
 import re

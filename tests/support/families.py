@@ -1,5 +1,6 @@
 """Tiny random models of every family, in transformers and here, with the same weights."""
 
+import pytest
 import torch
 
 from minilora import CausalLM
@@ -56,6 +57,34 @@ def transformers_model(family: str, seed: int = 0, **sizes):
             mean = 1.0 if "norm" in name else 0.0
             parameter.copy_(mean + 0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def transformers_in_4_bits(directory, quant_type: str = "nf4", double_quant: bool = True):
+    """The model of a directory in transformers, with bitsandbytes' 4-bit layers, computing in float32."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    quant = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    how = dict(dtype=torch.float32, device_map={"": "cpu"}, attn_implementation="eager")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return in_eval_mode(load(directory, quantization_config=quant, **how))
+
+
+def in_eval_mode(theirs):
+    """The same model in eval(), apart from bitsandbytes' own layers, which stay in train().
+
+    On a CPU with AVX512_BF16 such a layer, in eval(), packs its weight anew at the first forward, and from
+    then on multiplies in bfloat16, without a gradient (docs/parity.md). It has no dropout.
+    """
+    theirs.eval()
+    for layer in theirs.modules():
+        if type(layer).__module__.startswith("bitsandbytes."):
+            layer.train()
+    return theirs
 
 
 def config_dict(theirs) -> dict:

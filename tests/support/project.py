@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"  # programs that tests start as processes of their own
 PROGRAM_ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), str(ROOT / "tests")]),
+    "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "scripts", ROOT / "tests")),
     "OMP_NUM_THREADS": "1",
 }
 WORDS = "the old fox and a young owl live by the river in a small blue house near the mill where bread is baked".split()

@@ -7,6 +7,11 @@ from minilora import UserError
 from minilora.system import device
 
 
+@pytest.fixture(autouse=True)
+def without_the_variable(monkeypatch):
+    monkeypatch.delenv("MINILORA_CPU_DTYPE", raising=False)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Pretend that there is a GPU of some name and compute capability."""
@@ -64,5 +69,43 @@ def test_what_is_asked_for_wins_and_what_cannot_be_is_refused(gpu, monkeypatch):
         device.choose_placement(fp16=True)
     gpu("A100", (8, 0))
     assert device.choose_placement(fp16=True).dtype == torch.float16
+    assert device.choose_placement(bf16=False, fp16=True).dtype == torch.float16
     with pytest.raises(UserError, match="both set"):
         device.choose_placement(bf16=True, fp16=True)
+
+
+def test_bf16_false_requests_float32_and_bf16_unset_leaves_the_choice_to_the_hardware(gpu, monkeypatch):
+    """As in Hugging Face's TrainingArguments."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "cpu_bfloat16_feature", lambda: "AMX")
+    assert device.choose_placement().dtype == torch.bfloat16
+    assert device.choose_placement(bf16=False).dtype == torch.float32
+    assert str(device.choose_placement(bf16=False)) == "cpu, float32 (requested by bf16: false)"
+    gpu("A100", (8, 0))
+    assert device.choose_placement(bf16=False).dtype == torch.float32
+
+
+@pytest.mark.parametrize("feature", [None, "AMX"])
+@pytest.mark.parametrize("name, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_variable_sets_the_dtype_of_a_cpu_and_keys_override_it(gpu, monkeypatch, feature, name, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "cpu_bfloat16_feature", lambda: feature)
+    monkeypatch.setenv("MINILORA_CPU_DTYPE", name)
+    placement = device.choose_placement()
+    assert placement.dtype == dtype and "MINILORA_CPU_DTYPE" in str(placement)
+    assert device.choose_placement(bf16=True).dtype == torch.bfloat16
+    assert device.choose_placement(bf16=False).dtype == torch.float32
+    gpu("Tesla T4", (7, 5))
+    assert device.choose_placement().dtype == torch.float16
+
+
+def test_an_unknown_value_of_the_variable_is_refused_and_an_empty_one_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "cpu_bfloat16_feature", lambda: None)
+    monkeypatch.setenv("MINILORA_CPU_DTYPE", "")
+    assert device.choose_placement().dtype == torch.float32
+    monkeypatch.setenv("MINILORA_CPU_DTYPE", "float16")
+    with pytest.raises(
+        UserError, match="MINILORA_CPU_DTYPE = 'float16' is not known; choose float32 or bfloat16"
+    ):
+        device.choose_placement()

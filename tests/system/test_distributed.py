@@ -30,6 +30,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(train, dataset, tmp
         learning_rate=1e-2,
         logging_steps=1,
         lora_dropout=0,
+        bf16="false",
     )
     keys |= dict(per_device_train_batch_size=3, per_device_eval_batch_size=4, exact_match_samples=3)
     one, expected = train("one", gradient_accumulation_steps=4, **keys)
