@@ -238,7 +238,7 @@ def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] 
 def matching_names(names: Iterable[str], target_modules: Sequence[str] | str) -> list[str]:
     """Return the names that PEFT's rule for `target_modules` selects, in their order.
 
-    A string is a regular expression that matches the whole name. A list holds full names, or their last parts.
+    A string is a regular expression that matches whole names. A list holds full names, or their last parts.
     """
     if isinstance(target_modules, str):
         return [name for name in names if re.fullmatch(target_modules, name)]

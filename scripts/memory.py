@@ -38,7 +38,7 @@ from minilora.memory.ledger import (
 from minilora.recompute import POLICIES
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import EMBEDDED_MODEL
-from minilora.system.device import choose_placement
+from minilora.system.device import choose_placement, requested_dtype
 from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import check_writable, write_whole
 

@@ -172,7 +172,7 @@ def collate(examples: Sequence[Example], pad_id: int, rounded: bool = False) -> 
 
 
 def document_ids(examples: Sequence[Example], rounded: bool = False) -> Tensor | None:
-    """Return the index of each token's document within its row, int64 (B, T); None if every row is one document."""
+    """Return the index of each token's document in its row, int64 (B, T); None if every row is one document."""
     if all(len(e.document_lengths) == 1 for e in examples):
         return None
     T = row_length(examples, rounded)

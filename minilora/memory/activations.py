@@ -123,7 +123,7 @@ def layer_bytes(
     if lora.use_dora and adapted & {"gate_proj", "up_proj"}:  # the gradient of up's magnitudes
         at_swiglu = max(at_swiglu, 2 * (F - twice) + (2 * sums_F or F) - down)
     at_down = F + wide_F + D + wide_D + (D + (twice if lora.use_dora else 0) if down else 0)
-    # After the second half: dy, dq, dk and dv of attention; the norm's input and dy, and what it makes of them.
+    # After the second half: dy, dq, dk and dv of attention; the norm's input, dy, and what it makes of them.
     between = max(4 * HK + 3 * tokens * H * K * widths.attention_sums, 2 * D + 4 * sums_D) - second_half
     return LayerBytes(
         input=D,

@@ -187,8 +187,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose the recompute policy and predict its memory. `auto` is the fastest one that fits.
 
-    On a CPU the heap's holes are counted too. Where they do not fit, glibc is told to return freed memory at once:
-    that leaves no holes and is slower.
+    On a CPU the heap's holes are counted too. Where they do not fit, glibc is told to return freed memory at
+    once: that leaves no holes and is slower.
     """
     device, available = placement.device, available_memory(placement.device)
     rounded = compiles_kernels(placement.dtype, device.type)

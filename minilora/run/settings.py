@@ -108,9 +108,7 @@ class TrainConfig:
     loraplus_lr_ratio: float | None = None  # LoRA+: learning rate of B divided by A's; none: both are equal
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     max_grad_norm: float = 1.0  # scale larger gradients down to this norm; 0: never
-    bf16: bool | None = (
-        None  # compute in bfloat16; false: in float32; none: in the dtype that is fast here
-    )
+    bf16: bool | None = None  # compute in bfloat16; false: in float32; none: in the dtype that is fast here
     fp16: bool = False  # compute in float16, on a GPU only
     gradient_checkpointing: str = "auto"  # off, selective, full, offload: less memory; auto: first that fits
     seed: int = 42  # seed of adapter, dropout, split and order of the examples
