@@ -179,7 +179,6 @@ class LoraLinear(nn.Module):
 
 # ---- the verbs: add, switch, merge, unmerge, remove --------------------------------------------------------
 
-
 _LINEAR = (nn.Linear, QuantizedLinear, LoraLinear)
 
 

@@ -49,11 +49,6 @@ def causal_lm_loss(
     return torch.stack(losses).sum()
 
 
-def count_supervised(labels: Tensor) -> int:
-    """Return how many tokens `causal_lm_loss` sums over. labels: (B, T)."""
-    return int((labels[:, 1:] != IGNORE_INDEX).sum())
-
-
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Return the sum over the labels, but IGNORE_INDEX, of the cross-entropy of hidden W^T, () float32.
 

@@ -38,11 +38,7 @@ from minilora.system.errors import UserError
 SCHEDULES = ("cosine", "linear", "constant", "polynomial")
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 MOMENT_BLOCK_SIZE = 256  # elements of an 8-bit moment that share a scale
-
 _POLYNOMIAL_END = 1e-7
-
-
-# ---- learning rate -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -292,9 +288,7 @@ def _codes_and_tables(device: torch.device) -> tuple[tuple[Tensor, Tensor], tupl
     return codes, (nearest_of_steps(codes[0]), nearest_of_steps(codes[1]))
 
 
-def _scalars(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int
-) -> tuple[float, ...]:
+def _scalars(lr: float, betas, eps: float, weight_decay: float, step: int) -> tuple[float, ...]:
     """Return the eight numbers that depend on neither tensor nor element, in the kernels' order."""
     beta1, beta2 = betas
     corrected = math.sqrt(1 - beta2**step), eps, 1 - lr * weight_decay, -lr / (1 - beta1**step)

@@ -48,9 +48,6 @@ _CHUNK = {
 }  # values at a time: what a CPU's cache holds, what keeps a GPU busy
 
 
-# ---- codebooks ---------------------------------------------------------------------------------------------
-
-
 @lru_cache
 def four_bit_code(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     """Return the values of the sixteen symbols, (16,) float32, largest magnitude 1. Shared: do not write to
@@ -339,9 +336,6 @@ def _nearest_of_steps(codes: tuple[float, ...]) -> Tensor:
     )  # on the CPU: a GPU rounds this division differently
     code = torch.tensor(codes, **_TABLE)
     return torch.bucketize(steps, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
-
-
-# ---- checks, of int8.py too --------------------------------------------------------------------------------
 
 
 def check_floats(weight: Tensor) -> None:

@@ -29,17 +29,17 @@ function, so they get gradients whatever the input needs, `torch.autograd.grad` 
 and a tensor that could not get a gradient is an error.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from minilora.backend.offload import OffloadedInputs
+from minilora.backend.rerun import Pattern, State, put_tensors, take_tensors
 from minilora.system.errors import UserError, suggestion
 
 POLICIES = ("off", "selective", "full", "offload")  # from the fastest to the most frugal
@@ -78,7 +78,7 @@ def checkpoint(
     if parameters is None:
         parameters = function.parameters() if isinstance(function, nn.Module) else ()
     parameters = [p for p in parameters if p.requires_grad]
-    tensors, pattern = _take_tensors(arguments)
+    tensors, pattern = take_tensors(arguments)
     call = _Call(function, rerun or function, pattern, len(tensors), keep_attention, offload)
     return _Checkpoint.apply(call, *tensors, *parameters)
 
@@ -88,7 +88,7 @@ class _Call(NamedTuple):
 
     function: Callable
     rerun: Callable
-    pattern: "_Pattern"  # of the arguments
+    pattern: Pattern  # of the arguments
     count: int  # of the tensors among them
     keep_attention: bool
     offload: OffloadedInputs | None
@@ -100,11 +100,11 @@ class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         arguments, parameters = tensors[: call.count], tensors[call.count :]
-        ctx.call, ctx.state = call, _State(arguments)
+        ctx.call, ctx.state = call, State(arguments)
         recorder = _AttentionOutputs() if call.keep_attention else ExitStack()
         with recorder:
-            outputs = call.function(*_put_tensors(call.pattern, arguments))
-        attention, ctx.attention = _take_tensors(recorder.outputs if call.keep_attention else [])
+            outputs = call.function(*put_tensors(call.pattern, arguments))
+        attention, ctx.attention = take_tensors(recorder.outputs if call.keep_attention else [])
         if call.offload is not None:
             ctx.offload_index, arguments = call.offload.put(arguments[0]), arguments[1:]
         ctx.save_for_backward(*arguments, *parameters, *attention)
@@ -123,10 +123,10 @@ class _Checkpoint(torch.autograd.Function):
         )
         arguments = [t.detach().requires_grad_(need) for t, need in zip(arguments, needs, strict=False)]
         recorded = (
-            _AttentionOutputs(_put_tensors(ctx.attention, attention)) if call.keep_attention else ExitStack()
+            _AttentionOutputs(put_tensors(ctx.attention, attention)) if call.keep_attention else ExitStack()
         )
         with ctx.state.restored(), torch.enable_grad(), recorded:
-            outputs = call.rerun(*_put_tensors(call.pattern, arguments))
+            outputs = call.rerun(*put_tensors(call.pattern, arguments))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wanted = [t for t, need in zip(arguments + parameters, needs, strict=True) if need]
         _check_nothing_is_lost(outputs, wanted)
@@ -134,29 +134,6 @@ class _Checkpoint(torch.autograd.Function):
         y, dy = [outputs[i] for i in used], [gradients[i] for i in used]
         found = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))
         return None, *(next(found) if need else None for need in needs)
-
-
-class _State:
-    """The random numbers and the autocasting that the first run saw, for the second one."""
-
-    def __init__(self, tensors: Iterable[Tensor]):
-        self.gpus = sorted({t.get_device() for t in tensors if t.is_cuda})
-        self.cpu_random = torch.get_rng_state()
-        self.gpu_random = [torch.cuda.get_rng_state(gpu) for gpu in self.gpus]
-        devices = ["cpu"] + ["cuda"] * bool(self.gpus)
-        self.autocast = {d: (torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices}
-        self.autocast_cache = torch.is_autocast_cache_enabled()
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(self.gpus))
-            torch.set_rng_state(self.cpu_random)
-            for gpu, state in zip(self.gpus, self.gpu_random, strict=True):
-                torch.cuda.set_rng_state(state, gpu)
-            for device, (dtype, enabled) in self.autocast.items():
-                stack.enter_context(torch.autocast(device, dtype, enabled, self.autocast_cache))
-            yield
 
 
 class _AttentionOutputs(TorchDispatchMode):
@@ -181,29 +158,6 @@ class _AttentionOutputs(TorchDispatchMode):
             arguments = (*arguments[:4], True, *arguments[5:])  # the fifth: give the log-sum-exps too
         self.outputs.append(operation(*arguments, **options))
         return self.outputs[-1]
-
-
-class _Pattern(NamedTuple):
-    """A nested value without its tensors."""
-
-    leaves: list  # _TENSOR stands where a tensor was
-    spec: TreeSpec
-
-
-_TENSOR = object()
-
-
-def _take_tensors(value: Any) -> tuple[list[Tensor], _Pattern]:
-    """Return the tensors in a nested value, and the rest of it."""
-    leaves, spec = tree_flatten(value)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, _Pattern([_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-
-
-def _put_tensors(pattern: _Pattern, tensors: Iterable[Tensor]) -> Any:
-    """Return the nested value that `_take_tensors` took apart, with other tensors."""
-    rest = iter(tensors)
-    return tree_unflatten([next(rest) if leaf is _TENSOR else leaf for leaf in pattern.leaves], pattern.spec)
 
 
 def _check_nothing_is_lost(outputs: tuple[Tensor, ...], wanted: list[Tensor]) -> None:

@@ -138,9 +138,8 @@ def start(plan: Plan, model: CausalLM, started: float) -> Run:
     trainable = trainable_parameters(model)
     is_float32 = all(parameter.dtype == torch.float32 for parameter in trainable.values())
     assert is_float32, "adapters are float32, whatever the compute dtype"
-    optimizer = make_optimizer(
-        config.optim, trainable, config.learning_rate, config.weight_decay, config.loraplus_lr_ratio
-    )
+    rates = config.learning_rate, config.weight_decay, config.loraplus_lr_ratio
+    optimizer = make_optimizer(config.optim, trainable, *rates)
     loss_scale = LossScale(device, enabled=plan.placement.dtype == torch.float16)
     run = Run(model, trainable, optimizer, loss_scale, report.open_output(plan), started)
     if processes.rank:

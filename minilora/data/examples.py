@@ -172,7 +172,7 @@ def collate(examples: Sequence[Example], pad_id: int, rounded: bool = False) -> 
 
 
 def document_ids(examples: Sequence[Example], rounded: bool = False) -> Tensor | None:
-    """Return the index of each token's document in its row, int64 (B, T); None if every row is one document."""
+    """Return the index of each token's document, int64 (B, T); None if every row is one document."""
     if all(len(e.document_lengths) == 1 for e in examples):
         return None
     T = row_length(examples, rounded)
@@ -181,6 +181,11 @@ def document_ids(examples: Sequence[Example], rounded: bool = False) -> Tensor |
         lengths = torch.tensor(example.document_lengths)
         ids[i, : len(example.input_ids)] = torch.arange(len(lengths)).repeat_interleave(lengths)
     return ids
+
+
+def count_supervised(labels: Tensor) -> int:
+    """Return how many tokens `causal_lm_loss` sums over. labels: (B, T)."""
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 # ---- the order ---------------------------------------------------------------------------------------------

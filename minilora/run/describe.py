@@ -36,8 +36,8 @@ def describe_optimizer(name: str, device: torch.device, loraplus_lr_ratio: float
         "adamw_torch": "AdamW with 32-bit moments",
         "adamw_8bit": "AdamW with 8-bit moments",
         "adamw_bnb_8bit": "bitsandbytes' AdamW with 8-bit moments",
-        "paged_adamw_8bit": "bitsandbytes' AdamW with 8-bit moments, paged to main memory for tensors of 100,000 "
-        "elements and more",
+        "paged_adamw_8bit": "bitsandbytes' AdamW with 8-bit moments, paged to main memory for tensors of "
+        "100,000 elements and more",
     }[name]
     if name == "paged_adamw_8bit" and device.type != "cuda":
         line = (

@@ -41,9 +41,10 @@ from torch import Tensor, nn
 
 import minilora
 from minilora import LoraConfig, QuantConfig, UserError
+from minilora.data.examples import count_supervised
 from minilora.formats.weights import StoredTensors, read_config
 from minilora.lora import OUTPUT_HEAD, lora_layers
-from minilora.loss import IGNORE_INDEX, causal_lm_loss, count_supervised
+from minilora.loss import IGNORE_INDEX, causal_lm_loss
 from minilora.optim import AdamW8bit, Schedule, make_optimizer, set_learning_rate
 from minilora.quantization import QUANT_TYPES, four_bit_code
 from minilora.recompute import set_recompute

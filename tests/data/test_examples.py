@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from minilora import UserError
 from minilora.data.chat import load_chat_template
-from minilora.data.examples import Order, collate, document_ids, prompt_ids, split, tokenize
+from minilora.data.examples import Order, collate, count_supervised, document_ids, prompt_ids, split, tokenize
 from minilora.data.rows import Row
 from minilora.data.tokenizer import load_tokenizer
-from minilora.loss import IGNORE_INDEX, count_supervised
+from minilora.loss import IGNORE_INDEX
 
 
 @given(prompt=st.text(max_size=20), completion=st.text(max_size=20))
