@@ -119,11 +119,15 @@ def memory_ledger(
         staying["compiled kernels"] = compiled_kernel_bytes(lengths)
     sizes = partial(_Sizes, model_config, lora, counts, widths, length)
     moments = _training_moments(sizes(batch_size), recompute)
+    if device == "cpu" and widths.product == 4:  # MKL packs about half of the head's weight for its product
+        head = model_config.vocab_size * model_config.hidden_size
+        moments["loss"]["scratch"] = staying["scratch"] + 2 * head
     if eval_batch_size:
         moments["evaluation"] = {"gradients": 0} | _evaluation_bytes(sizes(eval_batch_size))
     for held in moments.values():
         if heap_holes:
-            held["heap holes"] = int(HEAP_HOLES * sum(held.values()))
+            activations = (size for name, size in held.items() if name not in staying)
+            held["heap holes"] = int(HEAP_HOLES * sum(activations))
     return Ledger(
         {name: dict.fromkeys(CATEGORIES, 0) | staying | held for name, held in moments.items()},
         batch_size,

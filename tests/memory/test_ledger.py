@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.measured_training import random_model
-from support.project import SUPPORT
+from support.project import PROGRAM_ENVIRONMENT, SUPPORT
 from support.tiny import state_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,9 +37,11 @@ from minilora.formats.config_json import parse_config, to_config_json
 from minilora.linear import QuantizedLinear
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
+from minilora.memory.allocator import HEAP_HOLES, compiled_kernel_bytes, padded_length
 from minilora.memory.ledger import CATEGORIES, advise, available_memory, choose_recompute, memory_ledger
 from minilora.optim import make_optimizer
 from minilora.recompute import POLICIES, set_recompute
+from minilora.system.device import cpu_bfloat16_feature
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_SEVEN = (*QKVO, "gate_proj", "up_proj", "down_proj")
@@ -275,23 +277,58 @@ MEASURED = {  # tensors of a megabyte and more, as in training a real model: bel
 }  # fmt: skip
 
 
+def measured_ratios(case: str, dtype: str) -> dict[str, float]:
+    """Policy -> predicted over measured peak. PyTorch itself, 0.4 GB, is measured and taken off both."""
+    config, lora, sizes = MEASURED[case]
+    sizes = sizes | dict(dtype=dtype)
+    arguments = json.dumps(dict(config=to_config_json(config), lora=lora) | sizes)
+    script = [sys.executable, str(SUPPORT / "measured_training.py"), arguments]
+    environment = PROGRAM_ENVIRONMENT | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(script, capture_output=True, text=True, check=True, env=environment)
+    peaks = json.loads(done.stdout)
+    process = peaks.pop("process")
+    kind = sizes | dict(dtype=getattr(torch, dtype), optim="adamw_8bit", device="cpu", process=process)
+    predict = partial(memory_ledger, config, LoraConfig(**lora), QuantConfig(), **kind)
+    return {
+        policy: (predict(recompute=policy).peak - process) / (peak - process)
+        for policy, peak in peaks.items()
+    }
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("case", MEASURED)
 def test_the_peak_of_training_is_predicted_within_a_tenth(case):
-    # A tenth is what `fits` leaves free. PyTorch itself (`process`, 0.4 GB) is measured, so it is taken off
-    # both: the tenth is one of what is predicted. Seen: 6 % above to 8 % below. Missing is above all what
-    # matrix products pack their operands into: 12 MB for the head of 8000 x 768 alone.
-    config, lora, sizes = MEASURED[case]
-    arguments = json.dumps(dict(config=to_config_json(config), lora=lora) | sizes)
-    script = [sys.executable, str(SUPPORT / "measured_training.py"), arguments]
-    found = json.loads(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
-    process = found.pop("process")
-    kind = sizes | dict(
-        dtype=getattr(torch, sizes["dtype"]), optim="adamw_8bit", device="cpu", process=process
-    )
-    for policy, peak in found.items():
-        ledger = memory_ledger(config, LoraConfig(**lora), QuantConfig(), recompute=policy, **kind)
-        assert ledger.peak - process == pytest.approx(peak - process, rel=0.1), policy
+    # `fits` leaves a tenth free. Seen: 8 % above to 4 % below. Missing are operands that products pack.
+    ratios = measured_ratios(case, "float32")
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
+@pytest.mark.skipif(cpu_bfloat16_feature() is None, reason="this CPU multiplies bfloat16 in float32")
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_peak_of_training_in_bfloat16_is_predicted_with_the_compiled_kernels(case):
+    # The kernels of one length, 17 MB, are counted at their most: a fifth of these small models' activations.
+    # Seen: 18 % above to 5 % below.
+    ratios = measured_ratios(case, "bfloat16")
+    assert all(0.9 <= ratio <= 1.25 for ratio in ratios.values()), ratios
+
+
+def test_compiled_kernels_are_bounded_however_many_lengths_rows_have():
+    lengths = {padded_length(n) for n in range(1, 1025)}
+    assert len(lengths) == 32 and all(padded_length(n) >= n for n in range(1, 5000))
+    assert max(padded_length(n) / n for n in range(256, 5000)) <= 1 + 1 / 8
+    assert compiled_kernel_bytes(len(lengths)) < 0.4e9
+
+
+def test_the_heaps_holes_are_counted_at_every_moment_with_activations():
+    kind = dict(batch_size=2, length=64, dtype=torch.float32, recompute="off", device="cpu")
+    without = memory_ledger(FAMILIES["llama"], LoraConfig(), None, **kind)
+    with_holes = memory_ledger(FAMILIES["llama"], LoraConfig(), None, heap_holes=True, **kind)
+    activations = ("layer inputs", "kept activations", "live layer", "hidden and logits")
+    for moment, held in with_holes.moments.items():
+        assert without.moments[moment]["heap holes"] == 0
+        assert held["heap holes"] == int(HEAP_HOLES * sum(held[name] for name in activations))
+    assert with_holes.peak > without.peak
 
 
 def test_mistral_7b_at_4_x_1024_with_full_recompute_takes_less_than_6_and_a_half_gigabytes():

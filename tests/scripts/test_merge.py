@@ -307,7 +307,7 @@ DAMAGE = {
     "no adapter": (lambda place: shutil.rmtree(place / "adapter"), "no such directory"),
     "no config": (lambda place: (place / "adapter" / "adapter_config.json").unlink(), "is not an adapter"),
     "DoRA": (lambda place: change_config(place, use_dora=True), "lora_magnitude_vector"),
-    "no base": (lambda place: change_config(place, base_model_name_or_path=None), "name it with --model"),
+    "no base": (lambda place: change_config(place, base_model_name_or_path=None), "give it with --model"),
     "base gone": (
         lambda place: change_config(place, base_model_name_or_path=str(place / "gone")),
         "no such directory",
