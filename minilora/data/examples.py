@@ -233,10 +233,11 @@ class Order:
             chosen = self._by_length(permutation[position * size : (position + 1) * size])
         return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
 
-    def padding_share(self) -> float:
-        """The share of padding among all tokens that the model reads in the first epoch."""
+    def padding_share(self, rounded: bool = False) -> float:
+        """Return the share of padding among all tokens that the model reads in the first epoch."""
         steps = map(self.batches, range(self.steps_per_epoch))
-        read = sum(len(batch) * max(self.lengths[i] for i in batch) for step in steps for batch in step)
+        longest = [(len(batch), max(self.lengths[i] for i in batch)) for step in steps for batch in step]
+        read = sum(size * (padded_length(length) if rounded else length) for size, length in longest)
         return 1 - sum(self.lengths) / read
 
     def _by_length(self, indices: np.ndarray) -> list[int]:

@@ -57,7 +57,7 @@ def print_summary(plan: Plan, model: CausalLM) -> None:
         "steps": f"{plan.schedule.total_steps:,}, {order.steps_per_epoch:,} an epoch; "
         f"{order.examples_per_step} examples, about {tokens:,.0f} tokens each",
         "output": config.output_dir,
-        "padding": f"{order.padding_share():.1%} of all tokens that go through the model",
+        "padding": f"{order.padding_share(plan.memory.rounded):.1%} of all tokens that go through the model",
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
         "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak",
     }

@@ -1,0 +1,74 @@
+"""A plan keeps the heap where it fits, frees memory at once where it does not, and rounds lengths where kernels are compiled."""
+
+import pytest
+import torch
+
+from minilora.data.examples import Order, collate, document_ids
+from minilora.formats.weights import read_config
+from minilora.memory.allocator import padded_length
+from minilora.run import plan as plans
+from minilora.run.plan import plan_memory
+from minilora.run.settings import TrainConfig
+from minilora.system.device import Placement
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def planned(model_dir, monkeypatch):
+    """Plan the memory of a small run with so many free bytes: the plan, and how often memory was told to be freed."""
+
+    def plan(available, dtype=torch.float32, lengths=(20, 100), **settings):
+        calls = []
+        monkeypatch.setattr(plans, "available_memory", lambda _: available)
+        monkeypatch.setattr(plans, "return_freed_memory", lambda: calls.append(1))
+        order = Order(lengths, batch_size=2, accumulation=1, seed=0)
+        placement = Placement(CPU, dtype, "a test")
+        config = TrainConfig(quantization_bit=None, **settings)
+        return plan_memory(config, read_config(model_dir), placement, order, evaluates=False), len(calls)
+
+    return plan
+
+
+def test_where_the_heap_fits_it_is_kept_and_its_holes_are_in_the_prediction(planned):
+    roomy, calls = planned(1 << 40)
+    assert calls == 0 and roomy.recompute == "off"
+    tight, _ = planned(roomy.peak)  # a tenth must be left free
+    assert tight.peak < roomy.peak
+
+
+def test_where_the_heap_does_not_fit_memory_is_freed_at_once_whatever_the_policy(planned):
+    for policy in ("auto", "full", "off"):
+        _, calls = planned(1000, gradient_checkpointing=policy)
+        assert calls == 1
+    _, calls = planned(None)  # a system that does not report its free memory
+    assert calls == 0
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_lengths_are_rounded_only_where_a_cpu_compiles_kernels_for_them(planned, monkeypatch, multiplies):
+    monkeypatch.setattr("minilora.backend.choice._cpu_multiplies_bfloat16", lambda: multiplies)
+    assert planned(1 << 40, torch.bfloat16)[0].rounded == multiplies
+    assert not planned(1 << 40, torch.float32)[0].rounded
+
+
+def test_more_lengths_take_more_kernels_and_only_there(planned, monkeypatch):
+    monkeypatch.setattr("minilora.backend.choice._cpu_multiplies_bfloat16", lambda: True)
+    one, many = (planned(1 << 40, torch.bfloat16, lengths)[0].peak for lengths in ((256,) * 9, range(8, 257)))
+    assert many - one > 100e6
+    one, many = (planned(1 << 40, torch.float32, lengths)[0].peak for lengths in ((256,) * 9, range(8, 257)))
+    assert abs(many - one) < 10e6  # the process itself grows a little between two plans
+
+
+def test_rounded_rows_hold_the_same_tokens_and_labels_and_padding_behind_them():
+    import numpy as np
+
+    from minilora.data.examples import Example
+
+    examples = [Example(np.arange(1, n + 1, dtype=np.int32), np.arange(n) > 2, (2, n - 2)) for n in (7, 37)]
+    plain, rounded = collate(examples, 0), collate(examples, 0, rounded=True)
+    assert plain[0].shape == (2, 37) and rounded[0].shape == (2, padded_length(37)) == (2, 48)
+    for before, after, filling in zip(plain, rounded, (0, -100), strict=True):
+        assert torch.equal(after[:, :37], before) and (after[:, 37:] == filling).all()
+    ids = document_ids(examples, rounded=True)
+    assert torch.equal(ids[:, :37], document_ids(examples)) and (ids[:, 37:] == -1).all()
