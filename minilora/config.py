@@ -30,9 +30,7 @@ class ModelConfig:
     num_attention_heads: int  # H
     num_key_value_heads: int  # G, divides H
     head_dim: int  # K, even; H * K need not be D
-    layer_windows: tuple[
-        int | None, ...
-    ]  # each layer's sliding window in tokens; None: sees all tokens before
+    layer_windows: tuple[int | None, ...]  # each layer's sliding window, in tokens; None: no window
     rope: RopeConfig = RopeConfig()
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048

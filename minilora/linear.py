@@ -9,7 +9,7 @@ dequantized between forward and backward, which 4 bits were meant to avoid. All 
 scratch buffer per device and dtype, as large as the largest layer. On a CPU, touching fresh pages costs more
 than the arithmetic.
 
-A product is taken in the activations' dtype (see `choice.product_dtype`), not in the one that was quantized.
+A product is taken in the activations' dtype (see backend/choice.py), not in the one that was quantized.
 """
 
 import torch

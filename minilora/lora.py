@@ -1,5 +1,4 @@
-"""LoRA: a trainable low-rank update beside a frozen linear layer (Hu et al. 2021, arXiv:2106.09685, section
-4.1).
+"""LoRA: a trainable low-rank update beside a frozen linear layer (arXiv:2106.09685, section 4.1).
 
     y = x W^T + b  +  scaling * dropout(x) A^T B^T              A: (r, in)   B: (out, r)   scaling = alpha / r
 

@@ -36,6 +36,7 @@ from minilora.quantization import dequantize_dynamic, dynamic_code, nearest_of_s
 from minilora.system.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "constant", "polynomial")
+# A new optimizer also needs its bytes in memory/ledger.py and its line in run/describe.py.
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 MOMENT_BLOCK_SIZE = 256  # elements of an 8-bit moment that share a scale
 _POLYNOMIAL_END = 1e-7
@@ -236,9 +237,7 @@ def adamw(
 
 
 def adamw_8bit(
-    tensors: list[
-        tuple[Tensor, ...]
-    ],  # each: parameter, gradient, m's indices and absmax, v's indices and absmax
+    tensors: list[tuple[Tensor, ...]],  # each: parameter, gradient, indices and absmax of m, and those of v
     lr: float,
     betas: tuple[float, float],
     eps: float,

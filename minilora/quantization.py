@@ -1,5 +1,4 @@
-"""Weights in 4 bits: codebooks, blocks, and scales that are quantized in turn (QLoRA, arXiv:2305.14314,
-section 3).
+"""Weights in 4 bits: codebooks, blocks, scales that are quantized in turn (QLoRA, arXiv:2305.14314, 3).
 
     w  ~  code[symbol] * absmax            symbol: 4 bits, one a weight     absmax: one a block of 64 weights
 
@@ -42,10 +41,7 @@ NESTED_BLOCK_SIZE = 256
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _TABLE = dict(dtype=torch.float32, device="cpu")  # codebooks are made here, whatever PyTorch's defaults are
-_CHUNK = {
-    "cpu": 1 << 18,
-    "cuda": 1 << 24,
-}  # values at a time: what a CPU's cache holds, what keeps a GPU busy
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # values at a time: a CPU's cache holds them, or they fill a GPU
 
 
 @lru_cache

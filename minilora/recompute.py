@@ -1,5 +1,4 @@
-"""Gradient checkpointing by hand: compute again in backward what forward did not keep (Chen et al. 2016,
-1604.06174).
+"""Gradient checkpointing by hand: backward computes again what forward did not keep (arXiv:1604.06174).
 
 Backward through a layer needs the activations of its forward: some 20 tensors as large as its input and more.
 Keeping them for all L layers is most of the memory of training. A checkpointed layer keeps its input alone.
@@ -8,17 +7,17 @@ Its backward first runs the layer again, this time with a graph:
     forward     y = layer(x) without a graph; keep x                             memory a layer: one (B, T, D)
     backward    y = layer(x) with a graph; dx, d(parameters) = its backward; forget it     one live layer
 
-The price is one more forward: 44 instead of 30 GFLOP a token for a 7B model. The policies pay different parts
-of it:
+The price is most of one more forward: 40 instead of 30 GFLOP a token for Mistral-7B. The policies pay
+different parts of it:
 
     off         keep everything, recompute nothing
     full        keep layer inputs
     selective   keep layer inputs and attention's outputs and log-sum-exps, so that attention runs once
     offload     keep layer inputs in pinned CPU memory; they come back one layer ahead of their use
 
-None of them computes the last product of a layer, down_proj, again. Its output is added to the residual
-stream and leaves the layer, and no backward formula reads it: see `DecoderLayer.rerun_for_backward`. That
-saves a fifth of a layer's products.
+None of them computes the last product of a layer, down_proj, again, unless DoRA reads its values. Its
+output is added to the residual stream, and the gradient of a sum reads no value: see
+`DecoderLayer.rerun_for_backward`. That saves a quarter of the second run's products.
 
 The second run must repeat the first bit for bit: the random state (dropout) and autocast's are saved and
 restored. With them gradients are bit-identical to those of `off`.

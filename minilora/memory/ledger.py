@@ -37,7 +37,7 @@ from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_paramete
 from minilora.memory.activations import LayerBytes, LossBytes, Widths, layer_bytes, loss_bytes, widths_of
 from minilora.memory.allocator import HEAP_HOLES, compiled_kernel_bytes, compiles_kernels
 from minilora.model import CausalLM
-from minilora.optim import MOMENT_BLOCK_SIZE
+from minilora.optim import MOMENT_BLOCK_SIZE, OPTIMIZERS
 from minilora.quantization import NESTED_BLOCK_SIZE
 from minilora.recompute import POLICIES
 from minilora.system.device import memory_used
@@ -183,14 +183,11 @@ class _Sizes:
 def _training_moments(sizes: _Sizes, recompute: str) -> dict[str, dict[str, int]]:
     """Return moment -> category -> bytes of activations."""
     loss, layers = sizes.loss, sizes.layers
-    D, learning = (
-        layers[-1].input,
-        layers[sizes.counts.first_adapted :],
-    )  # below the first adapter nothing is kept
+    D = layers[-1].input
+    learning = layers[sizes.counts.first_adapted :]  # below the first adapter nothing is kept
     inputs, kept = [layer.input for layer in learning], []
-    live = [
-        layer.kept + layer.backward + D for layer in learning
-    ]  # a layer that runs again has its output once more
+    # A layer that runs again has its output once more.
+    live = [layer.kept + layer.backward + D for layer in learning]
     match recompute:
         case "off":
             kept, live = [layer.kept for layer in learning], [layer.backward for layer in learning]
@@ -285,9 +282,7 @@ class _Counts(NamedTuple):
     adapted: list[frozenset[str]]  # of every decoder layer, the products that have an adapter
     first_adapted: int  # the first decoder layer that has any
     head_is_adapted: bool
-    not_rerun: (
-        int  # of the linear layers, in those whose values are not wanted a second time (see `recompute.py`)
-    )
+    not_rerun: int  # weights of linear layers that a second run skips (see `recompute.py`)
 
 
 @lru_cache
@@ -324,22 +319,21 @@ def _count(model_config: ModelConfig, lora: LoraConfig) -> _Counts:
 
 
 def _stored_bytes(shape: tuple[int, int], quant: QuantConfig | None, number: int) -> tuple[int, int]:
-    """Of a linear layer: its weight, and the scales (see `minilora.quantization`). number: bytes of one that
-    is not quantized.
-    """
+    """Return a linear layer's bytes: weight and scales. number: bytes of one weight that is not quantized."""
     n = math.prod(shape)
     if quant is None:
         return n * number, 0
     if quant.bits == 8:
         return n, 4 * shape[0]
     blocks = -(-n // quant.blocksize)
-    return (n + 1) // 2, blocks + 4 * -(
-        -blocks // NESTED_BLOCK_SIZE
-    ) + 4 if quant.double_quant else 4 * blocks
+    nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
+    scales = blocks + 4 * nested_blocks + 4 if quant.double_quant else 4 * blocks
+    return (n + 1) // 2, scales
 
 
 def _state_bytes(n: int, optim: str, device: str) -> int:
-    """Of the two moments of n numbers (see `minilora.optim`)."""
+    """Return the bytes of the two moments of n numbers (see `minilora.optim`)."""
+    assert optim in OPTIMIZERS, f"the ledger does not know the moments of {optim}"
     if optim == "adamw_torch":
         return 8 * n + 4  # and a step
     if n < 4096:
@@ -350,17 +344,16 @@ def _state_bytes(n: int, optim: str, device: str) -> int:
 
 
 def _flop_per_token(c: ModelConfig, counts: _Counts, length: int, recompute: str) -> float:
-    """A multiplication and an addition are two. Frozen matrices are multiplied in forward and for dx, an
-    adapter's also for its own gradient; attention's backward has five products to its forward's two.
+    """Return floating-point operations a token; a multiplication and an addition are two.
+
+    Frozen matrices are multiplied in forward and for dx, an adapter's also for its own gradient. Attention's
+    backward has five products to its forward's two.
     """
-    linear, head = (
-        2 * sum(n * math.prod(shape) for shape, n in counts.shapes.items()),
-        2 * c.vocab_size * c.hidden_size,
-    )
+    linear = 2 * sum(n * math.prod(shape) for shape, n in counts.shapes.items())
+    head = 2 * c.vocab_size * c.hidden_size
     adapter, learning = 2 * counts.adapter, 2 * sum(counts.trainable)
-    keys = sum(
-        w * (1 - w / (2 * length)) for w in (min(window or length, length) for window in c.layer_windows)
-    )  # on average
+    windows = (min(window or length, length) for window in c.layer_windows)
+    keys = sum(w * (1 - w / (2 * length)) for w in windows)  # that a query sees, on average
     attention = 4 * keys * c.num_attention_heads * c.head_dim
     once_more = linear - 2 * counts.not_rerun + adapter
     again = {"off": 0, "selective": once_more}.get(recompute, once_more + attention)

@@ -117,10 +117,13 @@ def _sync_and_rename(part: Path, directory: Path) -> None:
     """Force a folder and everything in it to disk, then give it its final name."""
     for path in (*part.rglob("*"), part):
         _sync(path)
+    old = directory.with_name(directory.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
-        delete_checkpoint(directory)
+        os.replace(directory, old)  # deleted only after the new one has its name
     os.replace(part, directory)
     _sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

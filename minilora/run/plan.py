@@ -118,8 +118,8 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     }
     checkpoint, state = find_resumed(config, training, schedule.total_steps)
     check_output_dir(config, checkpoint)
-    receivers, reporters = open_outlets(config) if processes.main else ([], [])
     memory = plan_memory(config, model_config, placement, order, evaluates=bool(eval_set))
+    receivers, reporters = open_outlets(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
         model_dir=model_dir, model_config=model_config, tokenizer=tokenizer, template=template,

@@ -79,7 +79,7 @@ def _fastest_on_cpu(device: torch.device) -> Placement:
     """Return the dtype that MINILORA_CPU_DTYPE names, else bfloat16 where the CPU has it, else float32.
 
     The variable chooses a dtype, it does not change the hardware: a CPU without bfloat16 instructions keeps
-    bfloat16 activations, and multiplies them in float32 (`choice.product_dtype`).
+    bfloat16 activations, and multiplies them in float32 (backend/choice.py).
     """
     if name := os.environ.get("MINILORA_CPU_DTYPE"):
         if name not in CPU_DTYPES:
