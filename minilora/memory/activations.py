@@ -108,7 +108,9 @@ def layer_bytes(
 
     attention = HK + H * row
     first_half = attention + 3 * HK + row
-    first_half += adapters.kept(D, dict(q_proj=HK, k_proj=GK, v_proj=GK))
+    # Without dropout DoRA's output is the tensor that the norm of queries or keys keeps.
+    q, k = (0, 0) if c.qk_norm and not lora.lora_dropout else (HK, GK)
+    first_half += adapters.kept(D, dict(q_proj=q, k_proj=k, v_proj=GK))
     first_half += adapters.kept(HK, dict(o_proj=D), x_is_kept=True)
     if c.qk_norm:
         first_half += HK + GK + (H + G) * row

@@ -254,6 +254,17 @@ def compare_with_allocations(config, lora, sizes, recompute, dtype):
     assert max(predicted.values()) == pytest.approx(max(allocations.peaks.values()), rel=0.1)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("recompute", ["off", "full"])
+def test_doras_outputs_and_the_norms_of_queries_and_keys_share_their_tensors(recompute, dropout):
+    sizes = dict(
+        vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4
+    )
+    config = shape("qwen3", **sizes | dict(num_key_value_heads=4, head_dim=16))
+    lora = LoraConfig(r=1, lora_dropout=dropout, target_modules=QKVO, use_dora=True)
+    compare_with_allocations(config, lora, dict(batch_size=2, length=48), recompute, torch.float32)
+
+
 # ---- peaks, by what the system says of a process ---------------------------------------------------------------------------
 
 EIGHT_HEADS = dict(num_attention_heads=8, num_key_value_heads=8)
