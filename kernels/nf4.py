@@ -254,4 +254,5 @@ def check(q, n: int) -> None:
 
 
 def is_block_size(blocksize: int) -> bool:
+    """Whether the kernels take blocks of this size: a power of two from 32 to TILE."""
     return 32 <= blocksize <= TILE and blocksize & (blocksize - 1) == 0
