@@ -94,8 +94,12 @@ def _fastest_on_cpu(device: torch.device) -> Placement:
 def cpu_bfloat16_feature() -> str | None:
     """Return the name of the CPU's instructions for bfloat16 products, or None if it has none.
 
-    Only Linux can be asked. Elsewhere the answer is None, because float32 is right everywhere.
+    Only Linux can be asked. Elsewhere the answer is None, because float32 is right everywhere. Where the
+    variable ONEDNN_MAX_CPU_ISA keeps PyTorch from using them, the CPU counts as one without them.
     """
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if not re.search("ALL|DEFAULT|BF16|FP16|AMX|AVX10|VNNI_2", cap):
+        return None
     cpuinfo = Path("/proc/cpuinfo")
     if platform.system() != "Linux" or not cpuinfo.is_file():
         return None

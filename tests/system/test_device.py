@@ -57,6 +57,7 @@ def test_a_cpu_computes_in_bfloat16_only_with_instructions_for_it(monkeypatch, t
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(device.platform, "system", lambda: "Linux")
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(device, "Path", lambda _: tmp_path / "cpuinfo")
     placement = device.choose_placement()
     assert (placement.device.type, placement.dtype) == ("cpu", dtype)
@@ -109,3 +110,17 @@ def test_an_unknown_value_of_the_variable_is_refused_and_an_empty_one_is_none(mo
         UserError, match="MINILORA_CPU_DTYPE = 'float16' is not known; choose float32 or bfloat16"
     ):
         device.choose_placement()
+
+
+@pytest.mark.parametrize(
+    ("cap", "feature"),
+    [("AVX2", None), ("avx512_core", None), ("AVX512_CORE_AMX", "AMX"), ("ALL", "AMX"), (None, "AMX")],
+)
+def test_instructions_that_onednn_may_not_use_do_not_count(cap, feature, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx2 avx512_bf16 amx_bf16\n")
+    monkeypatch.setattr(device.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(device, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if cap is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+    assert device.cpu_bfloat16_feature() == feature
