@@ -4,8 +4,8 @@ kernels.
 Holes. glibc keeps freed blocks for the next step in one heap. Blocks of other sizes leave holes in it: the
 heap of a training step is about half as large again as its activations. `return_freed_memory` gives every
 block over 1 MiB back to the system at once. Then there are no holes, but every activation touches fresh
-pages, which the kernel must clear: a step of a 1.1B model took a quarter longer. So it is called only where the
-ledger says that the heap would not fit.
+pages, which the kernel must clear: a step of a 1.1B model took a quarter longer. So it is called only where
+the ledger says that the heap would not fit.
 
 Kernels. For bfloat16 products oneDNN compiles kernels for each shape, of some 256 kB each, and keeps them.
 The shapes follow the number of tokens, so memory would grow with every new length. Two bounds hold it:
