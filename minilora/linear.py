@@ -15,22 +15,13 @@ A product is taken in the activations' dtype (see backend/choice.py), not in the
 import torch
 from torch import Tensor, nn
 
+from minilora.backend import native
 from minilora.backend.choice import form_for, product_dtype
+from minilora.backend.scratch import scratch
 from minilora.int8 import Int8Tensor
 from minilora.quantization import QuantizedTensor, gemv_4bit
 
 Weight = QuantizedTensor | Int8Tensor | Tensor
-
-_scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-
-def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of this shape in the buffer that all layers share; the next call overwrites it."""
-    count = shape[0] * shape[1]
-    buffer = _scratch.get((device, dtype))
-    if buffer is None or buffer.numel() < count:
-        buffer = _scratch[device, dtype] = torch.empty(count, dtype=dtype, device=device)
-    return buffer[:count].view(shape)
 
 
 def dequantized(weight: Weight, like: Tensor) -> Tensor:
@@ -46,19 +37,32 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        x_wide = _widened(x, weight)
-        y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x_wide.dtype, device=x.device)  # (..., out)
-        rows, W = x_wide.reshape(-1, x.shape[-1]), dequantized(weight, x_wide)
-        if bias is None:
-            torch.mm(rows, W.T, out=y.view(len(rows), -1))
+        rows = _widened(x, weight).reshape(-1, x.shape[-1])  # (rows, in)
+        y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=rows.dtype, device=x.device)  # (..., out)
+        out = y.view(len(rows), weight.shape[0])
+        if _multiplies_packed(weight, rows):
+            native.matmul(weight, rows.contiguous(), out, bias=None if bias is None else bias.float())
+        elif bias is None:
+            torch.mm(rows, dequantized(weight, rows).T, out=out)
         else:
-            torch.addmm(bias.to(y.dtype), rows, W.T, out=y.view(len(rows), -1))
+            torch.addmm(bias.to(y.dtype), rows, dequantized(weight, rows).T, out=out)
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        dy_wide = _widened(dy, ctx.weight)
-        return (dy_wide @ dequantized(ctx.weight, dy_wide)).to(dy.dtype), None, None  # (..., in)
+        weight, dy_wide = ctx.weight, _widened(dy, ctx.weight)
+        if not _multiplies_packed(weight, dy_wide):
+            return (dy_wide @ dequantized(weight, dy_wide)).to(dy.dtype), None, None  # (..., in)
+        dx = torch.empty(*dy.shape[:-1], weight.shape[1], dtype=dy.dtype, device=dy.device)  # (..., in)
+        rows = dy.reshape(-1, dy.shape[-1]).contiguous()
+        native.matmul(weight, rows, dx.view(len(rows), weight.shape[1]), backward=True)
+        return dx, None, None
+
+
+def _multiplies_packed(weight: Weight, rows: Tensor) -> bool:
+    """Whether a C kernel takes the weight as it is stored: it dequantizes it in the cache, chunk by chunk."""
+    is_four_bit = isinstance(weight, QuantizedTensor)
+    return is_four_bit and form_for(rows, "matmul") == "c" and native.multiplies(weight.shape)
 
 
 class _GradientOnly(torch.autograd.Function):

@@ -3,6 +3,8 @@
 choice.py    which form of an operation runs: PyTorch, C or Triton
 native.py    the C library: compiled on first use, trusted after a trial, called through ctypes
 native.c     its source: quantize, dequantize, AdamW in 8 bits
+amx.c        and on a CPU with AMX: the products with a 4-bit weight
+scratch.py   a buffer that all layers share
 offload.py   layer inputs on their way to CPU memory and back
 rerun.py     what a second run of a layer needs to repeat the first one
 """

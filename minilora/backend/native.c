@@ -9,11 +9,12 @@
 #include <immintrin.h>
 #endif
 
-enum { LANES = 32, MAX_THREADS = 64 };  /* every block is a multiple of LANES values */
+enum { LANES = 32, MAX_THREADS = 64, PIECES_A_THREAD = 16 };  /* every block is a multiple of LANES values */
 
 typedef struct task {
     void (*run)(const struct task *);
-    int64_t first, last;                /* the blocks of this thread */
+    int64_t first, last;                /* the blocks of this piece */
+    int member;                         /* the number of this thread in its team */
     int64_t blocksize, n;               /* n values in all */
     const void *x;                      /* quantize: (n,) */
     const float *bounds;                /* (15,) midpoints between neighbouring codes, ascending */
@@ -26,6 +27,7 @@ typedef struct task {
     float offset;
     void *out;                          /* (n,) */
     const struct adamw *adamw;
+    const struct product *product;
 } task;
 
 static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -145,40 +147,66 @@ void quantize_##NAME(const void *x, const float *bounds, const int32_t *steps, i
               .steps = steps, .packed = packed, .scales = scales};                                              \
     share(t, threads);                                                                                          \
 }                                                                                                               \
-void dequantize_##NAME(uint8_t *packed, const void *absmax, const float *code, int64_t blocksize, int64_t n,    \
-                       void *out, const float *nested_absmax, const float *nested_code, float offset,           \
-                       int threads) {                                                                           \
+void dequantize_##NAME(uint8_t *packed, const void *absmax, const float *code, int64_t blocksize,               \
+                       const float *nested_absmax, const float *nested_code, float offset, int64_t n,           \
+                       void *out, int threads) {                                                                \
     task t = {.run = run_dequantize_##NAME, .blocksize = blocksize, .n = n, .packed = packed, .absmax = absmax, \
               .code = code, .nested_absmax = nested_absmax, .nested_code = nested_code, .offset = offset,       \
               .out = out};                                                                                      \
     share(t, threads);                                                                                          \
 }
 
+/* A job in pieces of whole blocks. Every thread of the team takes the next piece until none is left, so that a core which
+   is also busy with something else takes fewer of them. */
+typedef struct team {
+    task whole;
+    int64_t blocks, pieces, next;
+    int members;
+} team;
+
+static void join_team(void *argument) {
+    team *t = argument;
+    task mine = t->whole;
+    mine.member = __atomic_fetch_add(&t->members, 1, __ATOMIC_RELAXED);
+    for (int64_t piece; (piece = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->pieces;) {
+        mine.first = t->blocks * piece / t->pieces;
+        mine.last = t->blocks * (piece + 1) / t->pieces;
+        mine.run(&mine);
+    }
+}
+
 static void *start(void *argument) {
-    const task *t = argument;
-    t->run(t);
+    join_team(argument);
     return NULL;
 }
 
-/* every thread takes a run of whole blocks, the caller the first one; what cannot be started the caller does itself */
-static void share(task whole, int threads) {
-    task part[MAX_THREADS];
+/* GOMP_parallel of the OpenMP library that PyTorch loaded, or NULL. Its threads wait in a loop for a while after each of
+   PyTorch's operations, and would keep a core from any other thread. */
+static void (*openmp)(void (*)(void *), void *, unsigned, unsigned);
+
+void use_openmp(void *gomp_parallel) {
+    memcpy(&openmp, &gomp_parallel, sizeof openmp);
+}
+
+static void share_blocks(task whole, int64_t blocks, int threads) {
+    int64_t most = PIECES_A_THREAD * (int64_t)threads;
+    team t = {.whole = whole, .blocks = blocks, .pieces = blocks < most ? blocks : most};
     pthread_t thread[MAX_THREADS];
-    int started[MAX_THREADS];
-    int64_t blocks = (whole.n + whole.blocksize - 1) / whole.blocksize;
-    threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
-    for (int i = 0; i < threads; i++) {
-        part[i] = whole;
-        part[i].first = blocks * i / threads;
-        part[i].last = blocks * (i + 1) / threads;
-        started[i] = i > 0 && pthread_create(&thread[i], NULL, start, &part[i]) == 0;
+    int started = 0;
+    threads = threads > MAX_THREADS ? MAX_THREADS : threads;
+    if (openmp && threads > 1) {
+        openmp(join_team, &t, (unsigned)threads, 0);
+        return;
     }
-    for (int i = 0; i < threads; i++)
-        if (!started[i])
-            whole.run(&part[i]);
-    for (int i = 0; i < threads; i++)
-        if (started[i])
-            pthread_join(thread[i], NULL);
+    while (started < threads - 1 && pthread_create(&thread[started], NULL, start, &t) == 0)
+        started++;
+    join_team(&t);
+    while (started)
+        pthread_join(thread[--started], NULL);
+}
+
+static void share(task whole, int threads) {
+    share_blocks(whole, (whole.n + whole.blocksize - 1) / whole.blocksize, threads);
 }
 
 DEFINE(fp32, float)
@@ -265,3 +293,7 @@ void adamw_8bit(const int64_t *tensors, int64_t blocks, const float *code1, cons
     task t = {.run = run_adamw_8bit, .blocksize = MOMENT_BLOCK, .n = blocks * MOMENT_BLOCK, .adamw = &a};
     share(t, threads);
 }
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include "amx.c"
+#endif

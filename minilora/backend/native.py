@@ -1,4 +1,5 @@
-"""The C forms of four operations on a CPU: quantize and dequantize 4-bit weights, AdamW with 8-bit moments.
+"""The C forms of four operations on a CPU: quantize, dequantize and multiply 4-bit weights, AdamW with 8-bit
+moments.
 
 A CPU is limited by memory here, and every PyTorch operation reads and writes the whole tensor once more. C
 reads a block of weights, scales, compares, packs and forgets it while it is in a register: one pass where
@@ -9,8 +10,10 @@ is kept in a cache of this user. Nothing depends on it: without a compiler, or i
 known bits on trial tensors, the PyTorch definitions in `quantization.py` and `optim.py` run.
 
 Why not torch.compile or torch.utils.cpp_extension: one brings a whole compiler for a hundred lines, the other
-a C++ build with PyTorch's headers. This is plain C with standard headers. Each call starts POSIX threads,
-some ten microseconds each: no second OpenMP beside PyTorch's, and nothing that breaks after a fork.
+a C++ build with PyTorch's headers. This is plain C with standard headers. It runs on the threads of PyTorch's
+own OpenMP library, which would otherwise wait in a loop for PyTorch's next operation and keep the cores busy.
+In a process that was forked, where those threads are missing, each call starts POSIX threads, some twenty
+microseconds each.
 
 The compiler must not contract a product and a sum into one rounding (-ffp-contract=off), reorder, or flush
 subnormals. Where PyTorch rounds the two once, the source says fmaf.
@@ -35,13 +38,17 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from minilora.backend.scratch import scratch
+
 _SOURCE = Path(__file__).with_suffix(".c")
+_INCLUDED = _SOURCE.with_name("amx.c")
 
 _FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
 _WIDE = ("-march=native", "-mprefer-vector-width=512")
 _NATIVE = (_WIDE, ("-march=native",), ("-mcpu=native",), ())  # the first that compiles
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
+_ROWS_AT_ONCE, _W_AT_ONCE = 1024, 384 * 1024  # of x; weights in bfloat16 that fill half of a core's cache
 
 
 def quantize(
@@ -58,13 +65,46 @@ def quantize(
 def dequantize(q, out: Tensor) -> None:
     """Fill `out`, contiguous, with the values of q, a `quantization.QuantizedTensor`."""
     n = out.numel()
-    nested, offset = (None, None), 0.0
-    if q.nested_absmax is not None:
-        nested, offset = (_at(q.nested_absmax), _at(q.nested_code)), float(q.offset)
     function = _functions()[f"dequantize_{_NAMES[out.dtype]}"]
-    function(
-        _at(q.packed), _at(q.absmax), _at(q.code), q.blocksize, n, _at(out), *nested, offset, _threads(n)
-    )
+    function(_at(q.packed), _at(q.absmax), _at(q.code), q.blocksize, *_nested(q), n, _at(out), _threads(n))
+
+
+def _nested(q) -> tuple[int | None, int | None, float]:
+    """Return what C takes of the scales' scales of q, a `quantization.QuantizedTensor`."""
+    if q.nested_absmax is None:
+        return None, None, 0.0
+    return _at(q.nested_absmax), _at(q.nested_code), float(q.offset)
+
+
+def multiplies(shape: tuple[int, ...]) -> bool:
+    """Whether `matmul` takes a weight of this shape."""
+    return len(shape) == 2 and all(n % 32 == 0 for n in shape)
+
+
+def matmul(q, x: Tensor, out: Tensor, backward: bool = False, bias: Tensor | None = None) -> None:
+    """Fill `out` with x W^T + bias, or with x W: the products of `linear._FrozenLinear`, see amx.c.
+
+    q: W, (out, in), a `quantization.QuantizedTensor`; x: (rows, in) -> (rows, out), or backward (rows, out)
+    -> (rows, in), contiguous bfloat16; bias: (out,) float32. On a CPU with AMX.
+    """
+    numbers, chunk = tile_numbers(q.shape, len(x), backward)
+    tiles = scratch((numbers,), torch.bfloat16, x.device)
+    weight = _at(q.packed), _at(q.absmax), _at(q.code), q.blocksize, *_nested(q)
+    addresses = None if bias is None else _at(bias), _at(out), _at(tiles)
+    function, threads = _functions()["matmul_bf16"], _threads(q.shape.numel())
+    function(backward, len(x), *q.shape, _at(x), *weight, *addresses, chunk, threads)
+
+
+def tile_numbers(shape: tuple[int, int], rows: int, backward: bool) -> tuple[int, int]:
+    """Return the bfloat16 numbers that `matmul` keeps beside its operands, and the features of W that it
+    dequantizes at a time.
+
+    That is up to 1024 rows of x, and a chunk of W for each thread.
+    """
+    features, summed = reversed(shape) if backward else shape
+    threads = _threads(math.prod(shape))
+    chunk = 32 * max(1, min(_W_AT_ONCE // summed // 32, -(-features // threads // 32)))
+    return summed * (min(-(-rows // 32) * 32, _ROWS_AT_ONCE) + threads * chunk), chunk
 
 
 def adamw_8bit(
@@ -105,14 +145,34 @@ def _functions() -> dict:
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
         return {}
     pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    arguments = {"adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, threads]}
+    quantized = [*[pointer] * 3, count, pointer, pointer, number]
+    arguments = {
+        "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, threads],
+        "matmul_bf16": [ctypes.c_int, *[count] * 3, pointer, *quantized, *[pointer] * 3, count, threads],
+    }
     for dtype in _NAMES.values():
         arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, threads]
-        arguments[f"dequantize_{dtype}"] = [*[pointer] * 3, count, count, *[pointer] * 3, number, threads]
+        arguments[f"dequantize_{dtype}"] = [*quantized, count, pointer, threads]
+    if hasattr(library, "amx_permission") and library.amx_permission() != 0:
+        del arguments["matmul_bf16"]
     functions = {name: getattr(library, name) for name in arguments if hasattr(library, name)}
     for name, function in functions.items():
         function.argtypes, function.restype = arguments[name], None
+    library.use_openmp.argtypes, library.use_openmp.restype = [pointer], None
+    library.use_openmp(_gomp_parallel())
+    os.register_at_fork(after_in_child=lambda: library.use_openmp(None))
     return functions
+
+
+def _gomp_parallel() -> int | None:
+    """Return the address of GOMP_parallel in the OpenMP library that PyTorch loaded, or None."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        try:
+            loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def _library() -> Path:
@@ -124,7 +184,8 @@ def _library() -> Path:
     compiler = shlex.split(os.environ.get("CC", "")) or compilers[:1]
     if not compiler:
         raise RuntimeError("no C compiler")
-    sources = repr((_SOURCE.read_text(encoding="utf-8"), _FLAGS, _NATIVE, compiler, _cpu()))
+    texts = [path.read_text(encoding="utf-8") for path in (_SOURCE, _INCLUDED)]
+    sources = repr((texts, _FLAGS, _NATIVE, compiler, _cpu()))
     directory = _cache()
     path = directory / f"native-{hashlib.sha256(sources.encode()).hexdigest()[:16]}.so"
     if not path.is_file():
@@ -185,6 +246,7 @@ KNOWN_BITS = {
     "dequantize_bf16": "0bc8628c230cb6e5",
     "quantize_fp16": "f68cc60a8cfc891f",
     "dequantize_fp16": "863573001beb814f",
+    "matmul_bf16": "ceff2eca1b09da3c",
     "adamw_8bit": "c2f8a9f6e37017df",
 }
 
@@ -230,6 +292,24 @@ def dequantize_trial(dequantize: Callable, dtype: torch.dtype) -> list[Tensor]:
     return results
 
 
+def matmul_trial(matmul: Callable, dtype: torch.dtype) -> list[Tensor]:
+    """Multiply 33 rows with a W of (64, 96), forward, with a bias, and backward; return both results.
+
+    All numbers are small and whole, so every order of summation gives the same bits.
+    """
+    rows, out, in_ = 33, 64, 96
+    packed = ((torch.arange(out * in_ // 2, device="cpu") * 73) % 256).byte()
+    code = torch.arange(-8.0, 8.0, device="cpu")
+    absmax = 1.0 + torch.arange(out * in_ // 64, device="cpu") % 3
+    q = SimpleNamespace(packed=packed, code=code, blocksize=64, absmax=absmax, nested_absmax=None)
+    q.shape = torch.Size((out, in_))
+    x, dy = (((torch.arange(rows * n, device="cpu") * 37) % 15 - 7).view(rows, n) for n in (in_, out))
+    y, dx = (torch.zeros(rows, n, dtype=dtype, device="cpu") for n in (out, in_))
+    matmul(q, x.to(dtype), y, bias=torch.arange(float(out), device="cpu"))
+    matmul(q, dy.to(dtype), dx, backward=True)
+    return [y, dx]
+
+
 def adamw_trial(adamw_8bit: Callable, _: torch.dtype) -> list[Tensor]:
     """Take three steps on tensors with whole blocks and a tail; return parameters and moments."""
     signed = trial_values(256).sort().values
@@ -262,5 +342,6 @@ def adamw_trial(adamw_8bit: Callable, _: torch.dtype) -> list[Tensor]:
 TRIALS = {
     "quantize": (quantize_trial, quantize),
     "dequantize": (dequantize_trial, dequantize),
+    "matmul": (matmul_trial, matmul),
     "adamw_8bit": (adamw_trial, adamw_8bit),
 }

@@ -22,7 +22,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from minilora.backend import native
+from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_parameters
 from minilora.memory.activations import LayerBytes, LossBytes, Widths, layer_bytes, loss_bytes, widths_of
@@ -115,8 +117,12 @@ def memory_ledger(
     recompute = "full" if recompute == "offload" and device == "cpu" else recompute  # as `set_recompute` does
     counts, widths = _count(model_config, lora), widths_of(dtype, device)
     staying = {"process": process} | _staying_bytes(counts, widths, quant, optim, device)
+    packed = quant is not None and quant.bits == 4 and _multiplies_packed(dtype, device)
+    if packed:
+        rows = max(batch_size, eval_batch_size) * length
+        staying["scratch"] = _tile_bytes(counts.shapes, rows, lora.use_dora, staying["scratch"])
     if compiles_kernels(dtype, device):
-        staying["compiled kernels"] = compiled_kernel_bytes(lengths)
+        staying["compiled kernels"] = compiled_kernel_bytes(lengths, packed)
     sizes = partial(_Sizes, model_config, lora, counts, widths, length)
     moments = _training_moments(sizes(batch_size), recompute)
     if device == "cpu" and widths.product == 4:  # MKL packs about half of the head's weight for its product
@@ -153,6 +159,22 @@ def _staying_bytes(
         "optimizer states": sum(_state_bytes(n, optim, device) for n in counts.trainable),
         "scratch": scratch_number * max(map(math.prod, counts.shapes)),
     }
+
+
+def _multiplies_packed(dtype: torch.dtype, device: str) -> bool:
+    """Whether 4-bit weights are dequantized in a CPU's cache: see `linear._multiplies_packed`."""
+    like = torch.empty(0, dtype=dtype, device="cpu")
+    return device == "cpu" and form_for(like.to(product_dtype(like)), "matmul") == "c"
+
+
+def _tile_bytes(shapes: Iterable[tuple[int, int]], rows: int, use_dora: bool, dequantized: int) -> int:
+    """Return the bytes of the scratch buffer where weights are not dequantized into it, if all shapes allow.
+
+    DoRA's norms need a dequantized weight all the same.
+    """
+    if use_dora or not all(map(native.multiplies, shapes)):
+        return dequantized
+    return 2 * max(native.tile_numbers(shape, rows, bw)[0] for shape in shapes for bw in (False, True))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The C library is used only where it gives the bits of the PyTorch definitions, which stand in the source as digests."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -37,3 +39,9 @@ def test_a_digest_changes_with_one_bit():
     before = native.digest([x])
     x.view(torch.int32)[-1] = 1
     assert native.digest([x]) != before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="this system does not tell what is loaded")
+def test_the_library_shares_the_threads_of_pytorch_where_it_brings_gnu_openmp():
+    folder = str(Path(torch.__file__).parent / "lib" / "libgomp")
+    assert (native._gomp_parallel() is not None) == (folder in Path("/proc/self/maps").read_text())

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minilora import CausalLM, LoraConfig, ModelConfig, add_lora, linear, quantize_4bit, trainable_parameters
+from minilora import CausalLM, LoraConfig, ModelConfig, add_lora, quantize_4bit, trainable_parameters
+from minilora.backend import scratch
 from minilora.formats.config_json import parse_config
 from minilora.linear import Linear4bit
 from minilora.loss import causal_lm_loss
@@ -75,7 +76,7 @@ def main() -> None:
         **case
         | dict(config=case["config"] | dict(vocab_size=1000, num_hidden_layers=1), batch_size=1, length=64)
     )  # a warm-up
-    linear._scratch.clear()
+    scratch.release()
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
         "SC_PAGE_SIZE"
     )  # PyTorch and other libraries
