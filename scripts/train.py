@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from minilora.data.examples import collate, document_ids
 from minilora.formats.adapter import load_adapter, save_adapter
-from minilora.formats.lint import lint_adapter, table
+from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.weights import load_model
 from minilora.inference.evaluation import answers, evaluate_loss, exact_match
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
@@ -41,7 +41,6 @@ from minilora.run.plan import Plan, make_plan
 from minilora.run.settings import TrainConfig, load_train_config, manual
 from minilora.run.tracker import StepMetrics, Tracker
 from minilora.system.assets import DEFAULT_RUN
-from minilora.system.device import memory_used
 from minilora.system.distributed import Processes, join_processes
 from minilora.system.errors import UserError, run_script
 
@@ -58,8 +57,9 @@ def main() -> None:
 def train(config: TrainConfig, processes: Processes) -> None:
     started = time.perf_counter()
     plan = make_plan(config, processes)  # device, examples, their order, the schedule
+    report.print_plan(plan)
     model = build_model(plan)  # frozen and quantized, with an adapter to train
-    report.print_summary(plan, model)
+    report.print_model(model)
     run = start(plan, model, started)  # optimizer and loss scale, from zero or from a checkpoint
     fit(plan, run)  # steps, evaluations, checkpoints
     if processes.main:
@@ -184,7 +184,7 @@ def fit(plan: Plan, run: Run) -> None:
 
 def optimizer_step(plan: Plan, run: Run, stop: checkpoints.StopSignal) -> tuple[StepMetrics, bool]:
     """Take one optimizer step. Returns its metrics, and whether any process has received a stop signal."""
-    began, device = time.perf_counter(), plan.placement.device
+    began = time.perf_counter()
     lr = plan.schedule.learning_rate(run.step - run.loss_scale.skipped)  # skipped steps do not count
     set_learning_rate(run.optimizer, lr)
     loss, tokens = accumulate_gradients(plan, run)
@@ -204,8 +204,8 @@ def optimizer_step(plan: Plan, run: Run, stop: checkpoints.StopSignal) -> tuple[
             f"lower learning_rate = {plan.config.learning_rate:g} "
             f"(last good checkpoint: {good[-1] if good else 'none was saved yet'})"
         )
-    seconds = time.perf_counter() - began
-    return StepMetrics(run.step, loss, lr, norm, tokens, seconds, memory_used(device)), bool(stopping)
+    memory, seconds = plan.memory.measure(plan.placement.device), time.perf_counter() - began
+    return StepMetrics(run.step, loss, lr, norm, tokens, seconds, memory), bool(stopping)
 
 
 def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
@@ -271,9 +271,8 @@ def save_checkpoint(plan: Plan, run: Run) -> Path:
         checkpoints.write_checkpoint(directory, write_adapter, state)
         if plan.destinations and config.hub_strategy == "every_save":
             report.share_checkpoint(plan, run, directory)
-        if config.save_total_limit is not None:
+        if (limit := config.save_total_limit) is not None:
             best_step = run.best["step"] if config.load_best_model_at_end else None
-            limit = config.save_total_limit
             checkpoints.delete_old_checkpoints(plan.output_dir, run.step, limit, best_step)
     return directory
 
@@ -292,7 +291,7 @@ def finish(plan: Plan, run: Run) -> None:
     if plan.prompts:
         figures |= compare_answers(plan, model)
     report.write_model_card(plan, figures)
-    print("\n" + table(lint_adapter(directory, plan.model_config)))
+    print("\n" + findings_text(lint_adapter(directory, plan.model_config)))
     report.publish(plan, run)
 
 

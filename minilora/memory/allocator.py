@@ -7,6 +7,10 @@ block over 1 MiB back to the system at once. Then there are no holes, but every 
 pages, which the kernel must clear: a step of a 1.1B model took a quarter longer. So it is called only where
 the ledger says that the heap would not fit.
 
+Batches of many different lengths leave more holes than that, and more with every new length. Once a run has
+taken more than was predicted, `return_holes` gives the free pages back after each step. They are touched once
+a step then, instead of once an activation, which costs next to nothing.
+
 Kernels. For bfloat16 products oneDNN compiles kernels for each shape, of some 256 kB each, and keeps them.
 The shapes follow the number of tokens, so memory would grow with every new length. Two bounds hold it:
 `limit_compiled_kernels` lets oneDNN keep only the last ones, and `padded_length` rounds lengths up, so that
@@ -34,6 +38,12 @@ def return_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         M_MMAP_THRESHOLD = -3  # malloc.h; 32 MiB is where it would move by itself
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def return_holes() -> None:
+    """Give the heap's free pages back to the system, now. Elsewhere than with glibc this does nothing."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def limit_compiled_kernels() -> None:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
 from minilora.data.examples import Dataset, Order
@@ -22,6 +24,7 @@ from minilora.memory.allocator import (
     limit_compiled_kernels,
     padded_length,
     return_freed_memory,
+    return_holes,
 )
 from minilora.memory.ledger import Ledger, available_memory, choose_recompute, memory_ledger, process_memory
 from minilora.optim import Schedule
@@ -31,9 +34,9 @@ from minilora.run.output_dir import SETTINGS_FILE, check_output_dir
 from minilora.run.redaction import without_secrets
 from minilora.run.reporters import Reporter, make_reporters
 from minilora.run.settings import TrainConfig
-from minilora.run.sharing import Destination, destinations
+from minilora.run.sharing import Destination, make_destinations
 from minilora.system.assets import EMBEDDED_MODEL
-from minilora.system.device import Placement, choose_placement
+from minilora.system.device import Placement, choose_placement, memory_used
 from minilora.system.distributed import Processes
 from minilora.system.errors import UserError
 from minilora.system.files import fingerprint
@@ -48,6 +51,13 @@ class MemoryPlan:
     reason: str
     peak: int  # predicted bytes
     rounded: bool  # round the lengths of rows up, so that few kernels are compiled
+
+    def measure(self, device: torch.device) -> int:
+        """Return the peak bytes so far. Beyond the prediction, a CPU's heap gives its free pages back."""
+        used = memory_used(device)
+        if device.type == "cpu" and used > self.peak:
+            return_holes()
+        return used
 
 
 @dataclass(frozen=True)
@@ -119,13 +129,13 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     checkpoint, state = find_resumed(config, training, schedule.total_steps)
     check_output_dir(config, checkpoint)
     memory = plan_memory(config, model_config, placement, order, evaluates=bool(eval_set))
-    receivers, reporters = open_outlets(config) if processes.main else ([], [])
+    destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
         model_dir=model_dir, model_config=model_config, tokenizer=tokenizer, template=template,
         train_set=train_set, eval_set=eval_set, order=order, schedule=schedule, memory=memory,
         training=training, checkpoint=checkpoint, state=state,
-        destinations=receivers, reporters=reporters,
+        destinations=destinations, reporters=reporters,
     )  # fmt: skip
 
 
@@ -163,12 +173,12 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
     return Schedule(config.lr_scheduler_type, config.learning_rate, steps, warmup)
 
 
-def open_outlets(config: TrainConfig) -> tuple[list[Destination], list[Reporter]]:
+def open_services(config: TrainConfig) -> tuple[list[Destination], list[Reporter]]:
     """Return the destinations of the results, and the reporters.
 
     Each destination receives the settings now, so a missing permission shows before the training.
     """
-    receivers = destinations(config.push_to_hub, config.hub_private_repo, config.upload)
+    destinations = make_destinations(config.push_to_hub, config.hub_private_repo, config.upload)
     reporters = make_reporters(
         config.trackers(),
         Path(config.output_dir),
@@ -177,9 +187,9 @@ def open_outlets(config: TrainConfig) -> tuple[list[Destination], list[Reporter]
         config.mlflow_tracking_uri,
     )
     settings = without_secrets(config.to_yaml()).encode()
-    for receiver in receivers:
-        receiver.send({SETTINGS_FILE: settings}, "Begin training")
-    return receivers, reporters
+    for destination in destinations:
+        destination.send({SETTINGS_FILE: settings}, "Begin training")
+    return destinations, reporters
 
 
 def plan_memory(

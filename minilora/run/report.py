@@ -14,7 +14,7 @@ from minilora.run.output_dir import files_of_a_run, open_output_dir
 from minilora.run.plan import Plan
 from minilora.run.plots import plot_loss, plot_training
 from minilora.run.sharing import files_to_share, send_to_all
-from minilora.run.tracker import Tracker, minutes, short_number
+from minilora.run.tracker import Tracker, minutes
 from minilora.system.device import memory_used
 from minilora.system.errors import UserError
 from minilora.system.files import write_whole
@@ -36,21 +36,16 @@ class Run(Protocol):
 # ---- at the start ------------------------------------------------------------------------------------------
 
 
-def print_summary(plan: Plan, model: CausalLM) -> None:
-    """Print the whole plan, a line for each part of it."""
-    count = count_parameters(model)
-    trainable = sum(p.numel() for p in trainable_parameters(model).values())
+def print_plan(plan: Plan) -> None:
+    """Print what is decided before a weight is read, a line for each part of it."""
     config, order, processes = plan.config, plan.order, plan.processes.count
     lora, c = config.lora_config(), plan.model_config
     tokens = sum(order.lengths) / len(order.lengths) * min(order.examples_per_step, len(order.lengths))
     targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
-    lines = {
-        "model": f"{plan.base_model}: {c.model_type}, {short_number(count - trainable)} parameters, "
-        f"{c.num_hidden_layers} layers of width {c.hidden_size}",
+    _print_lines({
+        "model": f"{plan.base_model}: {c.model_type}, {c.num_hidden_layers} layers of width {c.hidden_size}",
         "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
-        "weights": describe_weights(model),
         "adapter": f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
-        "trainable": f"{trainable:,} of {count:,} parameters ({trainable / count:.2%})",
         "optimizer": describe_optimizer(config.optim, plan.placement.device, config.loraplus_lr_ratio),
         "training": plan.train_set.summary(),
         "held out": plan.eval_set.summary() if plan.eval_set else "none",
@@ -60,7 +55,20 @@ def print_summary(plan: Plan, model: CausalLM) -> None:
         "padding": f"{order.padding_share(plan.memory.rounded):.1%} of all tokens that go through the model",
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
         "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak",
-    }
+    })  # fmt: skip
+
+
+def print_model(model: CausalLM) -> None:
+    """Print how the weights are stored and how many of them learn."""
+    count = count_parameters(model)
+    trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    _print_lines({
+        "weights": describe_weights(model),
+        "trainable": f"{trainable:,} of {count:,} parameters ({trainable / count:.2%})",
+    })  # fmt: skip
+
+
+def _print_lines(lines: dict[str, str]) -> None:
     for name, text in lines.items():
         print(f"{name:<10} {text}", flush=True)
 

@@ -1,17 +1,25 @@
 """A plan keeps the heap where it fits, frees memory at once where it does not, and rounds lengths where kernels are compiled."""
 
+import os
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
 from minilora.data.examples import Order, collate, document_ids
 from minilora.formats.weights import read_config
-from minilora.memory.allocator import padded_length
+from minilora.memory.allocator import padded_length, return_holes
 from minilora.run import plan as plans
 from minilora.run.plan import plan_memory
 from minilora.run.settings import TrainConfig
 from minilora.system.device import Placement
 
 CPU = torch.device("cpu")
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture
@@ -43,6 +51,26 @@ def test_where_the_heap_does_not_fit_memory_is_freed_at_once_whatever_the_policy
         assert calls == 1
     _, calls = planned(None)  # a system that does not report its free memory
     assert calls == 0
+
+
+def test_a_run_that_takes_more_than_predicted_gives_free_memory_back_after_each_step(planned, monkeypatch):
+    calls, (memory, _) = [], planned(1 << 40)
+    monkeypatch.setattr(plans, "return_holes", lambda: calls.append(1))
+    for used, count in ((memory.peak, 0), (memory.peak + 1, 1), (memory.peak + 2, 2)):
+        monkeypatch.setattr(plans, "memory_used", lambda device, used=used: used)
+        assert memory.measure(CPU) == used and len(calls) == count
+    assert memory.measure(torch.device("cuda")) == memory.peak + 2 and len(calls) == 2  # there is no heap
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to")
+def test_holes_between_blocks_in_use_go_back_to_the_system():
+    blocks = [torch.ones(1 << 16) for _ in range(800)]  # 256 kB each: on the heap
+    kept = blocks[::10]  # the blocks between them become holes
+    del blocks
+    before = resident_bytes()
+    return_holes()
+    assert before - resident_bytes() > 0.8 * 720 * (1 << 18)
+    assert all(bool((block == 1).all()) for block in kept)
 
 
 @pytest.mark.parametrize("multiplies", [True, False])
