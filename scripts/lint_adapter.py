@@ -10,7 +10,7 @@ trained, 1 if some do not, 2 if the directory holds no adapter.
 
 import sys
 
-from minilora.formats.lint import lint_adapter, loads, table
+from minilora.formats.lint import findings_text, lint_adapter, loads
 from minilora.formats.weights import read_config
 from minilora.system.errors import ArgumentParser, run_script
 from minilora.system.hub import resolve_model
@@ -23,7 +23,7 @@ def main() -> None:
     options = parser.parse_args()
     base_config = read_config(resolve_model(options.model)) if options.model else None
     findings = lint_adapter(resolve_model(options.adapter), base_config)
-    print(table(findings))
+    print(findings_text(findings))
     sys.exit(0 if loads(findings) else 1)
 
 

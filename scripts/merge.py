@@ -45,7 +45,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.dora import row_factors
 from minilora.formats.adapter import load_adapter, read_adapter
 from minilora.formats.bnb import to_bitsandbytes
-from minilora.formats.lint import lint_adapter, table
+from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.formats.weights import (
     INDEX_FILE,
@@ -436,7 +436,7 @@ def export_adapter(adapter: Path, output: Path) -> None:
         f"{output} holds the adapter as plain LoRA: "
         f"alpha {lora.lora_alpha:g} -> {plain.lora_alpha:g}, scaling {lora.scaling:g}"
     )
-    print(table(lint_adapter(output)))
+    print(findings_text(lint_adapter(output)))
 
 
 def as_plain_lora(lora: LoraConfig) -> LoraConfig:

@@ -13,7 +13,7 @@ name=owner/name.
 from pathlib import Path
 
 from minilora.formats.adapter import read_adapter_config
-from minilora.run.sharing import destinations, files_to_share, send_to_all
+from minilora.run.sharing import files_to_share, make_destinations, send_to_all
 from minilora.system.errors import ArgumentParser, UserError, run_script
 
 
@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("--upload")
     options = parser.parse_args()
     read_adapter_config(options.adapter)  # raises UserError if the directory holds no adapter
-    targets = destinations(options.push_to_hub, options.hub_private_repo, options.upload)
-    if not targets:
+    destinations = make_destinations(options.push_to_hub, options.hub_private_repo, options.upload)
+    if not destinations:
         raise UserError("nowhere to send it to; add --push_to_hub owner/name or --upload s3://bucket/folder")
-    send_to_all(targets, files_to_share(options.adapter), "Upload adapter")
+    send_to_all(destinations, files_to_share(options.adapter), "Upload adapter")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 /* Blockwise 4-bit quantize and dequantize, and AdamW with 8-bit moments, for native.py: the same bits as the PyTorch definitions in
-   ops.py, in one pass. */
+   quantization.py and optim.py, in one pass. */
 
 #include <math.h>
 #include <pthread.h>
@@ -224,7 +224,7 @@ typedef struct adamw {
     float beta1, rest1, beta2, rest2, correction2, eps, decay, rate;
 } adamw;
 
-/* values -> absmax, and the index of each in a code: ops.quantize_8bit */
+/* values -> absmax, and the index of each in a code: quantization.quantize_dynamic */
 static inline void requantize(const float *values, int64_t n, const uint8_t *nearest, uint8_t *indices, float *absmax) {
     int32_t steps[MOMENT_BLOCK];
     uint32_t most = 0;
@@ -248,7 +248,7 @@ static inline void requantize(const float *values, int64_t n, const uint8_t *nea
         indices[i] = nearest[steps[i]];
 }
 
-/* one block of one tensor: ops.adamw between dequantizing and quantizing, with its roundings */
+/* one block of one tensor: optim.adamw_8bit_definition between dequantizing and quantizing, with its roundings */
 static inline void adamw_block(const adamw *settings, const int64_t *tensor, int64_t block) {
     const adamw a = *settings;
     int64_t start = block * MOMENT_BLOCK, left = tensor[6] - start;

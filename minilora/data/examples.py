@@ -127,10 +127,10 @@ def _encode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The row's token ids, int32 (T,), and its loss mask, bool (T,)."""
     if row.messages is None:
-        prompt_ids = [] if row.prompt is None else tokenizer.encode(row.prompt)
-        completion_ids = tokenizer.encode(row.completion, bos=row.prompt is None, eos=True)
-        input_ids = np.array(prompt_ids + completion_ids, dtype=np.int32)
-        return input_ids, np.arange(len(input_ids)) >= len(prompt_ids)
+        prompt = [] if row.prompt is None else tokenizer.encode(row.prompt)
+        completion = tokenizer.encode(row.completion, bos=row.prompt is None, eos=True)
+        input_ids = np.array(prompt + completion, dtype=np.int32)
+        return input_ids, np.arange(len(input_ids)) >= len(prompt)
     if template is None:
         raise UserError(
             f"{row.location}: the tokenizer has no chat template for conversations; "

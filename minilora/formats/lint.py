@@ -95,7 +95,7 @@ def loads(findings: list[Finding]) -> bool:
     return all(finding.verdict == NEEDS_OPTION for finding in findings)
 
 
-def table(findings: list[Finding]) -> str:
+def findings_text(findings: list[Finding]) -> str:
     """The findings for a terminal, each with its remedy below. A server without findings gets one line."""
     lines = []
     for server in SERVERS:

@@ -17,7 +17,8 @@ resume compares them and refuses any difference by name.
 A checkpoint is complete or does not exist. Its files are first written to `checkpoint-40.part` and forced to
 disk. Then one atomic rename gives the folder its name. Older checkpoints are deleted after that, and they
 lose their name before their files. So after a kill or a full disk at any moment, every folder called
-checkpoint-N is complete. The digests reveal any later damage.
+checkpoint-N is complete. A full disk ends the training with one line and exit code 2; free some space and
+resume. The digests reveal any later damage.
 
 `torch.save` would take three lines. But it writes a pickle, and reading a pickle runs any program inside it.
 """

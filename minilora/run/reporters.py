@@ -10,6 +10,7 @@ The services themselves are in `minilora.run.services`.
 
 import importlib
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,6 +129,7 @@ class Reporter:
     @contextmanager
     def _failure_is_a_warning(self) -> Iterator[None]:
         """Print the first failure of an outage, and start the pause before the next attempt."""
+        handled = sys.exc_info()[1]  # what ended the training, if this is its report
         try:
             yield
             self.failing = False
@@ -136,15 +138,18 @@ class Reporter:
             self.next_try = time.monotonic() + RETRY_SECONDS
             if not self.failing:
                 self.say(
-                    f"warning: {self.service.address} does not record ({_root_cause(error)}); "
+                    f"warning: {self.service.address} does not record ({_root_cause(error, handled)}); "
                     "training goes on and metrics.jsonl has it all"
                 )
             self.failing = True
 
 
-def _root_cause(error: BaseException, max_length: int = 160) -> str:
-    """The text of the innermost cause, in one line. The outer errors only wrap it in addresses."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__
+def _root_cause(error: BaseException, handled: BaseException | None, max_length: int = 160) -> str:
+    """The text of the innermost cause, in one line. The outer errors only wrap it in addresses.
+
+    handled: an exception that was being handled when the service failed, and did not cause that.
+    """
+    while (cause := error.__cause__ or error.__context__) not in (None, handled):
+        error = cause
     text = without_secrets(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= max_length else f"{text[:max_length].rstrip()}..."

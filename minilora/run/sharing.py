@@ -56,8 +56,11 @@ class RemoteFolder:
         return redacted(self.address)
 
 
-def destinations(push_to_hub: str | None, private: bool, upload: str | None) -> list[Destination]:
-    """The destinations that are set. Raises UserError if `upload` is not an address or holds a password."""
+def make_destinations(push_to_hub: str | None, private: bool, upload: str | None) -> list[Destination]:
+    """Return the destinations that are set.
+
+    Raises UserError if `upload` is not an address or holds a password.
+    """
     chosen: list[Destination] = []
     if push_to_hub:
         chosen.append(HubRepository(push_to_hub, private))
@@ -83,13 +86,13 @@ def files_to_share(directory: Path, adapter: Path | None = None) -> dict[str, Pa
     return files
 
 
-def send_to_all(receivers: Sequence[Destination], files: Files, message: str) -> None:
+def send_to_all(destinations: Sequence[Destination], files: Files, message: str) -> None:
     """Send files to every destination and print their addresses.
 
     Every destination is tried. Then UserError is raised, with all failures, if there were any.
     """
     failures = []
-    for destination in receivers:
+    for destination in destinations:
         try:
             print(f"sent to {destination.send(files, message)}", flush=True)
         except UserError as error:

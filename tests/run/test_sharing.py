@@ -17,7 +17,7 @@ from support.servers import S3_SECRET, serving
 
 from minilora import UserError
 from minilora.data.readers import read_records
-from minilora.run.sharing import RemoteFolder, destinations, files_to_share
+from minilora.run.sharing import RemoteFolder, files_to_share, make_destinations
 from minilora.system import remote
 from minilora.system.hub import push_files, resolve_model
 from minilora.system.remote import fetch_folder, read_file, redacted, write_files
@@ -395,7 +395,7 @@ def test_all_destinations_are_tried_even_if_one_fails(hub, s3, train, call):
 
 
 def test_nothing_is_sent_if_no_destination_is_named():
-    assert destinations(None, False, None) == []
+    assert make_destinations(None, False, None) == []
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

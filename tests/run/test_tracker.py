@@ -110,6 +110,13 @@ def test_an_outage_is_one_line_and_the_place_then_rests(tmp_path, capsys, monkey
     ]
 
 
+def test_a_service_that_fails_while_a_failed_training_is_reported_gives_its_own_reason(tmp_path, capsys):
+    tracker = tracker_of(tmp_path, Reporter(Shelf([True])))
+    with pytest.raises(ValueError, match="out of memory"), tracker:
+        raise ValueError("out of memory")
+    assert "a shelf does not record (fell down)" in capsys.readouterr().out
+
+
 def test_ctrl_c_is_not_swallowed(tmp_path):
     shelf = Shelf()
     shelf.send = lambda records: (_ for _ in ()).throw(KeyboardInterrupt)
