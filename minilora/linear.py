@@ -7,7 +7,7 @@ A frozen weight has no gradient, so backward needs W and nothing else, and W can
 bytes at any time. So neither pass keeps it: an autograd function that saved W would hold the whole model
 dequantized between forward and backward, which 4 bits were meant to avoid. All layers dequantize into one
 scratch buffer per device and dtype, as large as the largest layer. On a CPU, touching fresh pages costs more
-than the arithmetic.
+than the arithmetic. On a CPU with AMX W is never whole: it is dequantized in the cache (backend/amx.c).
 
 A product is taken in the activations' dtype (see backend/choice.py), not in the one that was quantized.
 """

@@ -120,7 +120,7 @@ def memory_ledger(
     packed = quant is not None and quant.bits == 4 and _multiplies_packed(dtype, device)
     if packed:
         rows = max(batch_size, eval_batch_size) * length
-        staying["scratch"] = _tile_bytes(counts.shapes, rows, lora.use_dora, staying["scratch"])
+        staying["scratch"] = _tile_bytes(counts.shapes, rows, lora.use_dora)
     if compiles_kernels(dtype, device):
         staying["compiled kernels"] = compiled_kernel_bytes(lengths, packed)
     sizes = partial(_Sizes, model_config, lora, counts, widths, length)
@@ -167,14 +167,15 @@ def _multiplies_packed(dtype: torch.dtype, device: str) -> bool:
     return device == "cpu" and form_for(like.to(product_dtype(like)), "matmul") == "c"
 
 
-def _tile_bytes(shapes: Iterable[tuple[int, int]], rows: int, use_dora: bool, dequantized: int) -> int:
-    """Return the bytes of the scratch buffer where weights are not dequantized into it, if all shapes allow.
+def _tile_bytes(shapes: Iterable[tuple[int, int]], rows: int, use_dora: bool) -> int:
+    """Return the bytes of the scratch buffer where weights are dequantized in the cache.
 
-    DoRA's norms need a dequantized weight all the same.
+    It holds tiles. Only weights of other shapes, and with DoRA's norms all, are dequantized into it.
     """
-    if use_dora or not all(map(native.multiplies, shapes)):
-        return dequantized
-    return 2 * max(native.tile_numbers(shape, rows, bw)[0] for shape in shapes for bw in (False, True))
+    numbers = [math.prod(shape) for shape in shapes if use_dora or not native.multiplies(shape)]
+    for shape in filter(native.multiplies, shapes):
+        numbers += [native.tile_numbers(shape, rows, backward)[0] for backward in (False, True)]
+    return 2 * max(numbers)
 
 
 @dataclass(frozen=True)
