@@ -48,7 +48,7 @@ _WIDE = ("-march=native", "-mprefer-vector-width=512")
 _NATIVE = (_WIDE, ("-march=native",), ("-mcpu=native",), ())  # the first that compiles
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
-_ROWS_AT_ONCE, _W_AT_ONCE = 1024, 384 * 1024  # of x; weights in bfloat16 that fill half of a core's cache
+_ROWS_AT_ONCE, _W_AT_ONCE = 1024, 384 * 1024  # rows of x; weights of a chunk, 768 kB of a core's cache
 
 
 def quantize(
