@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import linear
-from minilora.backend import native
+from minilora.backend import choice, native
 from minilora.linear import Linear4bit
 from minilora.quantization import BLOCK_SIZES, quantize_4bit
 
@@ -120,6 +120,7 @@ def test_a_forked_process_multiplies_too_though_the_threads_of_openmp_are_not_th
 )
 def test_a_layer_multiplies_its_packed_weight_where_the_kernel_takes_it(monkeypatch, shape, dtype, packed):
     directions = []
+    monkeypatch.setattr(choice, "_cpu_multiplies_bfloat16", lambda: True)  # not where oneDNN's ISA is capped
     monkeypatch.setattr(native, "matmul", lambda *a, **k: directions.append(k.get("backward", False)))
     layer, x = Linear4bit(quantize_4bit(torch.randn(shape))), torch.randn(2, 3, shape[1], dtype=dtype)
     layer(x.requires_grad_()).sum().backward()
@@ -132,6 +133,7 @@ def test_a_layer_multiplies_its_packed_weight_where_the_kernel_takes_it(monkeypa
 
 @needs_amx
 def test_packed_and_dequantized_products_agree_in_a_layer(monkeypatch):
+    monkeypatch.setattr(choice, "_cpu_multiplies_bfloat16", lambda: True)
     layer = Linear4bit(quantize_4bit(torch.randn(64, 96)), torch.randn(64).bfloat16())
     x = torch.randn(2, 96, 5).bfloat16().transpose(1, 2).requires_grad_()  # not contiguous
     dy = torch.randn(2, 64, 5).bfloat16().transpose(1, 2)
