@@ -119,6 +119,7 @@ def test_a_forked_process_multiplies_too_though_the_threads_of_openmp_are_not_th
     ],
 )
 def test_a_layer_multiplies_its_packed_weight_where_the_kernel_takes_it(monkeypatch, shape, dtype, packed):
+    monkeypatch.delenv("MINILORA_BACKEND", raising=False)
     directions = []
     monkeypatch.setattr(choice, "_cpu_multiplies_bfloat16", lambda: True)  # not where oneDNN's ISA is capped
     monkeypatch.setattr(native, "matmul", lambda *a, **k: directions.append(k.get("backward", False)))
