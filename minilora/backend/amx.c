@@ -29,7 +29,6 @@
 enum {
     TILE = 512,                         /* bfloat16 numbers in a tile of A or B */
     STEP = 32,                          /* numbers that one instruction sums over; also the features of two tiles */
-    ROWS_AT_ONCE = 1024,                /* rows of x that are in tiles at the same time */
     AHEAD = 2,                          /* steps that tiles are fetched ahead from the second level of the cache */
 };
 
@@ -208,19 +207,19 @@ static void run_product(const task *t) {
     _tile_release();
 }
 
-/* in and out are multiples of 32. tiles, at 64 bytes: a tile pair for each step of up to ROWS_AT_ONCE rows, then of `chunk`
-   features for each thread; see native.py. */
+/* in, out, rows_at_once and chunk are multiples of 32. tiles, aligned to 64 bytes, holds rows_at_once rows of x, then `chunk`
+   features of W for each thread. */
 void matmul_bf16(int backward, int64_t rows, int64_t out, int64_t in, const uint16_t *x, uint8_t *packed, const void *absmax,
                  const float *code, int64_t blocksize, const float *nested_absmax, const float *nested_code, float offset,
-                 const float *bias, uint16_t *y, uint16_t *tiles, int64_t chunk, int threads) {
-    int64_t features = backward ? in : out, summed = backward ? out : in, at_once = (rows + 31) / 32 * 32;
-    at_once = at_once < ROWS_AT_ONCE ? at_once : ROWS_AT_ONCE;
+                 const float *bias, uint16_t *y, uint16_t *tiles, int64_t rows_at_once, int64_t chunk,
+                 int threads) {
+    int64_t features = backward ? in : out, summed = backward ? out : in;
     product p = {.backward = backward, .features = features, .steps = summed / STEP, .in = in, .bias = bias, .chunk = chunk,
-                 .x_tiles = tiles, .w_tiles = tiles + at_once * summed};
+                 .x_tiles = tiles, .w_tiles = tiles + rows_at_once * summed};
     task t = {.blocksize = blocksize, .packed = packed, .absmax = absmax, .code = code, .nested_absmax = nested_absmax,
               .nested_code = nested_code, .offset = offset, .product = &p};
-    for (int64_t row = 0; row < rows; row += ROWS_AT_ONCE) {
-        p.rows = rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE;
+    for (int64_t row = 0; row < rows; row += rows_at_once) {
+        p.rows = rows - row < rows_at_once ? rows - row : rows_at_once;
         p.x = x + row * summed;
         p.y = y + row * features;
         t.run = run_pack;

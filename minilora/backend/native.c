@@ -294,6 +294,6 @@ void adamw_8bit(const int64_t *tensors, int64_t blocks, const float *code1, cons
     share(t, threads);
 }
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "amx.c"
 #endif

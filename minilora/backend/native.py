@@ -87,24 +87,23 @@ def matmul(q, x: Tensor, out: Tensor, backward: bool = False, bias: Tensor | Non
     q: W, (out, in), a `quantization.QuantizedTensor`; x: (rows, in) -> (rows, out), or backward (rows, out)
     -> (rows, in), contiguous bfloat16; bias: (out,) float32. On a CPU with AMX.
     """
-    numbers, chunk = tile_numbers(q.shape, len(x), backward)
+    numbers, *at_once = tile_numbers(q.shape, len(x), backward)
     tiles = scratch((numbers,), torch.bfloat16, x.device)
     weight = _at(q.packed), _at(q.absmax), _at(q.code), q.blocksize, *_nested(q)
     addresses = None if bias is None else _at(bias), _at(out), _at(tiles)
     function, threads = _functions()["matmul_bf16"], _threads(q.shape.numel())
-    function(backward, len(x), *q.shape, _at(x), *weight, *addresses, chunk, threads)
+    function(backward, len(x), *q.shape, _at(x), *weight, *addresses, *at_once, threads)
 
 
-def tile_numbers(shape: tuple[int, int], rows: int, backward: bool) -> tuple[int, int]:
-    """Return the bfloat16 numbers that `matmul` keeps beside its operands, and the features of W that it
-    dequantizes at a time.
-
-    That is up to 1024 rows of x, and a chunk of W for each thread.
+def tile_numbers(shape: tuple[int, int], rows: int, backward: bool) -> tuple[int, int, int]:
+    """Return the bfloat16 numbers that `matmul` keeps beside its operands; and the rows of x and, for each
+    thread, the features of W, that are among them at a time.
     """
     features, summed = reversed(shape) if backward else shape
     threads = _threads(math.prod(shape))
     chunk = 32 * max(1, min(_W_AT_ONCE // summed // 32, -(-features // threads // 32)))
-    return summed * (min(-(-rows // 32) * 32, _ROWS_AT_ONCE) + threads * chunk), chunk
+    rows_at_once = min(-(-rows // 32) * 32, _ROWS_AT_ONCE)
+    return summed * (rows_at_once + threads * chunk), rows_at_once, chunk
 
 
 def adamw_8bit(
@@ -148,7 +147,16 @@ def _functions() -> dict:
     quantized = [*[pointer] * 3, count, pointer, pointer, number]
     arguments = {
         "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, threads],
-        "matmul_bf16": [ctypes.c_int, *[count] * 3, pointer, *quantized, *[pointer] * 3, count, threads],
+        "matmul_bf16": [
+            ctypes.c_int,
+            *[count] * 3,
+            pointer,
+            *quantized,
+            *[pointer] * 3,
+            count,
+            count,
+            threads,
+        ],
     }
     for dtype in _NAMES.values():
         arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, threads]
