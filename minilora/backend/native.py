@@ -143,24 +143,15 @@ def _functions() -> dict:
         library = ctypes.CDLL(str(_library()))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
         return {}
-    pointer, count, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    pointer, count, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     quantized = [*[pointer] * 3, count, pointer, pointer, number]
     arguments = {
-        "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, threads],
-        "matmul_bf16": [
-            ctypes.c_int,
-            *[count] * 3,
-            pointer,
-            *quantized,
-            *[pointer] * 3,
-            count,
-            count,
-            threads,
-        ],
+        "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, integer],
+        "matmul_bf16": [integer, *[count] * 3, pointer, *quantized, *[pointer] * 3, *[count] * 2, integer],
     }
     for dtype in _NAMES.values():
-        arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, threads]
-        arguments[f"dequantize_{dtype}"] = [*quantized, count, pointer, threads]
+        arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, integer]
+        arguments[f"dequantize_{dtype}"] = [*quantized, count, pointer, integer]
     if hasattr(library, "amx_permission") and library.amx_permission() != 0:
         del arguments["matmul_bf16"]
     functions = {name: getattr(library, name) for name in arguments if hasattr(library, name)}
