@@ -42,7 +42,7 @@ from minilora.inference.assistant import Assistant, GenerationSettings, encode_q
 from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
 from minilora.lora import adapter_names
 from minilora.system.errors import ArgumentParser, UserError, run_script, suggestion, summarize
-from minilora.system.files import check_writable, to_json, write_whole
+from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 
 HELP = """\
 /settings            show how answers are generated
@@ -69,6 +69,7 @@ def main() -> None:
     setup = prepare_inference(options.model, options.adapter, keys)
     system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
     if options.input:
+        refuse_overwrite("--output", Path(options.output), [options.input, *setup.files])
         answer_file(setup, settings, system, options.input, Path(options.output))
         return
     if setup.template is None and system:

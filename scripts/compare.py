@@ -22,7 +22,8 @@ from minilora.run.plots import plot_runs, series
 from minilora.run.settings import MAY_CHANGE
 from minilora.run.tracker import METRICS_FILE, minutes, short_number
 from minilora.system.errors import ArgumentParser, UserError, run_script
-from minilora.system.files import check_writable, read_json_lines
+from minilora.system.files import check_picture, read_json_lines
+from minilora.system.redaction import without_secrets
 
 # A resumed run may change the settings in MAY_CHANGE; most of them only say where and how often it writes.
 # The table hides those, but not the ones that tell a reader what was trained and how.
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--output", default="compare.png", help="file of the picture (default: %(default)s)")
     options = parser.parse_args()
     output = Path(options.output)
-    check_writable("--output", output)
+    check_picture("--output", output)
     runs = read_runs([Path(directory) for directory in options.directories])
     print(comparison(runs))
     plot_runs({name: run.records for name, run in runs.items()}, output)
@@ -144,8 +145,8 @@ def _as_text(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, list):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return ",".join(map(_as_text, value))
+    return f"{value:g}" if isinstance(value, float) else without_secrets(str(value))
 
 
 if __name__ == "__main__":

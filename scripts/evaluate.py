@@ -31,7 +31,7 @@ from pathlib import Path
 
 from minilora.data.chat import training_clock
 from minilora.data.examples import Dataset
-from minilora.data.rows import Row
+from minilora.data.rows import Row, parse_datasets
 from minilora.inference.evaluation import (
     Metric,
     answers,
@@ -40,12 +40,14 @@ from minilora.inference.evaluation import (
     load_metric,
     perplexity_of,
 )
-from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
+from minilora.inference.load import BASE, InferenceSetup, add_model_options, names_of, prepare_inference
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
 from minilora.run.datasets import read_mixed, token_settings, tokenize_rows
+from minilora.run.output_dir import SETTINGS_FILE
 from minilora.system.errors import ArgumentParser, UserError, run_script
-from minilora.system.files import check_writable, to_json, write_whole
+from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
+from minilora.system.remote import refuse_address
 
 COLUMNS = {  # of the printed table: key in the JSON -> heading, format
     "loss": ("loss", "{:.4f}"),
@@ -88,6 +90,12 @@ def main() -> None:
     source = options.dataset or setup.config.eval_dataset
     if source is None:
         raise UserError("dataset is missing; name the examples to evaluate on with --dataset FILE")
+    names = [name for name, _ in parse_datasets(source)]
+    if not options.dataset and not {"eval_dataset", "config"} & names_of(keys):
+        for name in names:
+            refuse_address(name, f"the adapter's {SETTINGS_FILE}", "--dataset")
+    if options.output:
+        refuse_overwrite("--output", Path(options.output), [*names, *setup.files])
     dataset = load_dataset(source, setup)
     answered = dataset.rows[: max(options.exact_match_samples, options.samples)]
     if any(row.prompt is None for row in answered):

@@ -40,7 +40,7 @@ from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.device import choose_placement, requested_dtype
 from minilora.system.errors import ArgumentParser, UserError, run_script
-from minilora.system.files import check_writable, write_whole
+from minilora.system.files import check_picture, write_whole
 
 GB = 10**9
 CUDA_CONTEXT = 0.5 * GB  # a process uses this much of a GPU before its first tensor
@@ -79,7 +79,7 @@ def main() -> None:
     options, keys = parser.parse_known_args()
     if options.gpu is not None and not options.gpu > 0:
         raise UserError(f"--gpu must be a number of gigabytes above 0, not {options.gpu:g}")
-    check_writable("--picture", Path(options.picture))
+    check_picture("--picture", Path(options.picture))
     config = load_train_config(keys)
     name = config.model_name_or_path or str(EMBEDDED_MODEL)
     model_config = find_model_config(name, config.model_revision)

@@ -30,7 +30,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -42,7 +42,7 @@ from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
 from minilora.data.examples import Dataset
 from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import save_tokens, tokens_file, tokens_key
-from minilora.data.rows import Row, to_record
+from minilora.data.rows import Row, parse_datasets, to_record
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.weights import read_config
 from minilora.run.datasets import read_datasets, token_settings, tokenize_rows
@@ -50,9 +50,9 @@ from minilora.run.plots import plot_lengths
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
 from minilora.system.errors import ArgumentParser, UserError, run_script
-from minilora.system.files import to_json, write_whole
+from minilora.system.files import refuse_overwrite, to_json, write_whole
 from minilora.system.hub import resolve_model
-from minilora.system.remote import check_address, redacted, write_files
+from minilora.system.remote import check_address, write_files
 
 MAX_LISTED = 20  # wrong rows that are listed one by one
 RUN_FILE = "train.yaml"
@@ -119,6 +119,7 @@ def main() -> None:
     options, keys = parse_options()
     check_options(options)
     config = load_train_config(keys, DEFAULT_RUN)
+    check_sources(config, options.output)
     encoding = load_encoding(config)
 
     errors: list[UserError] = []
@@ -136,7 +137,7 @@ def main() -> None:
     if options.to:
         paths = {name: options.output / name for name in OUTPUT_FILES}
         write_files(options.to, {name: path for name, path in paths.items() if path.is_file()})
-        print(f"sent to {redacted(options.to)}")
+        print(f"sent to {options.to}")
 
 
 # ---- options ----
@@ -170,6 +171,14 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(
             f"--output {output} already holds {existing[0]}; choose another, or add --overwrite_output_dir"
         )
+
+
+def check_sources(config: TrainConfig, output: Path) -> None:
+    """Raise UserError if the data of this preparation would be replaced by its results."""
+    sources = [source for source in (config.dataset, config.eval_dataset) if source is not None]
+    names = [name for source in sources for name, _ in parse_datasets(source)]
+    for file in OUTPUT_FILES:
+        refuse_overwrite("--output", output / file, names)
 
 
 def load_encoding(config: TrainConfig) -> Encoding:
@@ -293,7 +302,8 @@ def save(
             save_tokens(tokens_file(rows_file), dataset, encoding.key(dataset.rows))
         write_whole(temporary / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         cutoff_len, train_set = encoding.settings["cutoff_len"], sets["train"]
-        write_whole(temporary / RUN_FILE, run_settings(config, output, cutoff_len, "validation" in sets))
+        settings = run_settings(config, output, cutoff_len, "validation" in sets)
+        write_whole(temporary / RUN_FILE, settings, private=config.names_an_address())
         supervised = [example.supervised for example in train_set.examples]
         plot_lengths(train_set.uncut_lengths, supervised, cutoff_len, temporary / "lengths.png")
 
@@ -307,11 +317,12 @@ def save(
 
 def run_settings(config: TrainConfig, output: Path, cutoff_len: int, has_validation: bool) -> str:
     """Return train.yaml: the settings that differ from the defaults, with the saved rows as the data."""
-    settings = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != field.default and field.name not in APPLIED_KEYS:
-            settings[field.name] = value
+    defaults = {field.name: field.default for field in fields(config)}
+    settings = {
+        name: value
+        for name, value in asdict(config).items()
+        if value != defaults[name] and name not in APPLIED_KEYS
+    }
     settings |= {"dataset": str(output / "train.jsonl"), "cutoff_len": cutoff_len}
     if has_validation:
         settings["eval_dataset"] = str(output / "validation.jsonl")

@@ -39,6 +39,7 @@ from minilora.run.settings import TrainConfig, load_train_config, read_yaml
 from minilora.run.tracker import METRICS_FILE
 from minilora.system.errors import ArgumentParser, UserError, run_script, summarize
 from minilora.system.files import check_writable, read_json_lines, write_whole
+from minilora.system.redaction import without_secrets
 
 TRAINER = Path(__file__).with_name("train.py")
 LAST_FILE = "README.md"  # the file that a run writes last
@@ -79,6 +80,7 @@ def main() -> None:
 def prepare_runs(config: Path) -> list[Run]:
     """All runs of the sweep, with their settings checked and written to files. Raises UserError."""
     settings = read_yaml(config)
+    refuse_secrets(settings, config)
     grid = combinations(settings.pop("sweep", None), config)
     parent = Path(settings.pop("output", None) or settings.pop("output_dir", None) or TrainConfig.output_dir)
     runs = [Run(parent / name, chosen) for name, chosen in grid.items()]
@@ -92,6 +94,16 @@ def prepare_runs(config: Path) -> list[Run]:
     for run, text in zip(runs, texts, strict=True):
         write_whole(run.file, text)
     return runs
+
+
+def refuse_secrets(settings: dict[str, object], config: Path) -> None:
+    """Raise UserError for an address with a password, which would be written to the file of every run."""
+    for key, value in settings.items():
+        if without_secrets(text := str(value)) != text:
+            raise UserError(
+                f"{config}: {key} holds a password, a signature or a token, which the sweep would write into "
+                "the file of every run; put credentials into the environment, or fetch the file first"
+            )
 
 
 def combinations(swept: object, config: Path) -> dict[str, dict[str, object]]:

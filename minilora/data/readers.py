@@ -23,7 +23,8 @@ from pathlib import Path, PurePosixPath
 
 from minilora.system.errors import UserError, raise_error
 from minilora.system.files import parse_json
-from minilora.system.remote import error_kind, is_address, read_file, redacted
+from minilora.system.redaction import Address, is_address
+from minilora.system.remote import error_kind, read_file
 
 Record = tuple[str, dict]  # its location, its columns
 # The formats of a hub dataset, the least likely to hold anything but rows first.
@@ -38,12 +39,12 @@ def read_records(dataset: str | Path, on_error: Callable[[UserError], None] = ra
     Raises UserError with the file and the line. For single wrong records, `on_error` is called, and the
     record is left out if it returns.
     """
-    dataset, errors = str(dataset), []
+    dataset, errors = dataset if isinstance(dataset, str) else str(dataset), []
     records = [record for name, path in _find_files(dataset) for record in _read_file(name, path, errors)]
     for error in errors:
         on_error(error)
     if not records and not errors:
-        raise UserError(f"dataset {redacted(dataset)} is empty")
+        raise UserError(f"dataset {dataset} is empty")
     return records
 
 
@@ -53,7 +54,7 @@ def read_records(dataset: str | Path, on_error: Callable[[UserError], None] = ra
 def _find_files(dataset: str) -> list[tuple[str, str]]:
     """Return the name of each file, for messages, and its path or address."""
     if is_address(dataset):
-        return [(redacted(dataset), dataset)]
+        return [(str(Address(dataset)), dataset)]
     if os.path.isdir(dataset):  # the methods of Path raise for a name that is too long
         raise UserError(f"dataset {dataset} is a directory; name a {', '.join(_FORMATS)} file in it")
     if os.path.exists(dataset):
@@ -135,7 +136,7 @@ def _refuse_several_folders(names: list[str], repo_id: str) -> None:
 
 def _suffix(name: str) -> tuple[str, bool]:
     """Return the suffix of the format, and whether the file is compressed: data.csv.gz is (".csv", True)."""
-    path = PurePosixPath(redacted(name))
+    path = PurePosixPath(name)
     return (PurePosixPath(path.stem).suffix, True) if path.suffix == ".gz" else (path.suffix, False)
 
 

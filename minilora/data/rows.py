@@ -38,6 +38,7 @@ from minilora.data.jinja_sandbox import render
 from minilora.data.readers import read_records
 from minilora.data.templates import TEMPLATES
 from minilora.system.errors import UserError, raise_error
+from minilora.system.redaction import hide_secrets, whole
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
@@ -259,14 +260,14 @@ def parse_datasets(datasets: str | Sequence[str]) -> list[tuple[str, Fraction | 
 
     Without weights, every weight is None.
     """
-    entries = datasets.split(",") if isinstance(datasets, str) else datasets
+    entries = whole(datasets).split(",") if isinstance(datasets, str) else datasets
     is_list = isinstance(entries, Sequence) and all(isinstance(entry, str) for entry in entries)
     if not is_list or not entries:
         raise UserError(f"dataset = {datasets!r} must be the name of a dataset, or a list of names")
-    matches = [re.fullmatch(r"(?s)(.+?)(?::(\d+\.?\d*|\.\d+))?", entry.strip()) for entry in entries]
+    matches = [re.fullmatch(r"(?s)(.+?)(?::(\d+\.?\d*|\.\d+))?", whole(entry).strip()) for entry in entries]
     if None in matches:
         raise UserError(f"dataset = {datasets!r} names nothing between two commas; remove one of them")
-    parsed = [(match[1], Fraction(match[2]) if match[2] else None) for match in matches]
+    parsed = [(hide_secrets(m[1]), Fraction(m[2]) if m[2] else None) for m in matches]
     weights = [weight for _, weight in parsed]
     if None in weights and any(weights):
         raise UserError(

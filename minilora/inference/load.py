@@ -33,6 +33,8 @@ from minilora.system.device import choose_placement
 from minilora.system.errors import ArgumentParser, UserError
 from minilora.system.files import read_json
 from minilora.system.hub import resolve_model
+from minilora.system.redaction import hide_secrets, is_address, whole
+from minilora.system.remote import refuse_address
 
 BASE = "base"  # the name of the model without an adapter
 
@@ -51,6 +53,13 @@ class InferenceSetup:
     @property
     def first_adapter(self) -> str | None:
         return next(iter(self.adapters), None)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read: of the model, and of the adapters and their runs."""
+        names = "config.json", "*.safetensors*", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
+        directories = self.base, *self.adapters.values()
+        return [file for directory in directories for name in names for file in directory.glob(name)]
 
     def load_model(self) -> CausalLM:
         """The frozen model on this machine's device, in evaluation mode, with every adapter loaded."""
@@ -97,9 +106,10 @@ def find_adapters(entries: Sequence[str]) -> dict[str, Path]:
     """
     adapters: dict[str, Path] = {}
     for entry in entries:
-        name, equals, source = entry.partition("=")
-        if not equals or Path(entry).is_dir():  # a directory may be called runs/lr=1e-4
-            name, source = "", entry
+        name, equals, source = whole(entry).partition("=")
+        if not equals or is_address(name) or Path(entry).is_dir():  # a directory may be called runs/lr=1e-4
+            name, source = "", whole(entry)
+        source = hide_secrets(source)
         directory = resolve_model(source)
         read_adapter_config(directory)  # raises UserError if there is no adapter
         name = name or (Path(source).name or directory.resolve().name).replace(".", "-")
@@ -115,7 +125,10 @@ def find_adapters(entries: Sequence[str]) -> dict[str, Path]:
 
 
 def find_base(model: str | None, adapters: Iterable[Path]) -> Path:
-    """The base model's directory: `model`, else the one that the adapters name, else minilora's own model."""
+    """The base model's directory: `model`, else the one that the adapters name, else minilora's own model.
+
+    Raises UserError if an adapter names an address: its author does not choose where this machine connects.
+    """
     if model:
         return EMBEDDED_MODEL if model == "assets/base" else resolve_model(model)
     named = {}
@@ -123,6 +136,7 @@ def find_base(model: str | None, adapters: Iterable[Path]) -> Path:
         raw = read_json(adapter / ADAPTER_CONFIG_FILE)
         if not raw.get("base_model_name_or_path"):
             raise UserError(f"{adapter} does not name the model it was trained on; give it with --model")
+        refuse_address(raw["base_model_name_or_path"], str(adapter / ADAPTER_CONFIG_FILE), "--model")
         named[raw["base_model_name_or_path"], raw.get("revision")] = adapter
     if len(named) > 1:
         models = "; ".join(f"{adapter}: {name}" for (name, _), adapter in named.items())
@@ -144,9 +158,13 @@ def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **overrid
         if (directory / SETTINGS_FILE).is_file():
             overrides["config"] = str(directory / SETTINGS_FILE)
             break
-    set_by_user = {key[2:].partition("=")[0].replace("-", "_") for key in keys}
-    words = [f"--{name}={value}" for name, value in overrides.items() if name not in set_by_user]
+    words = [f"--{name}={value}" for name, value in overrides.items() if name not in names_of(keys)]
     return load_train_config([*words, *keys])
+
+
+def names_of(keys: Sequence[str]) -> set[str]:
+    """The names of the trainer's keys on a command line."""
+    return {key[2:].partition("=")[0].replace("-", "_") for key in keys if key.startswith("--")}
 
 
 def load_adapted_tokenizer(base: Path, adapters: Mapping[str, Path]) -> Tokenizer:

@@ -7,6 +7,6 @@ output_dir.py    the directory of results: is it writable, and which files of an
 checkpoints.py   everything that a resumed run needs; no kill leaves an incomplete checkpoint
 tracker.py       progress and metrics.jsonl; plots.py: pictures
 report.py        summary, model card, uploads; describe.py: weights and optimizer in words
-reporters.py     metrics for services.py: MLflow, TensorBoard; redaction.py: texts without passwords
+reporters.py     metrics for services.py: MLflow, TensorBoard
 sharing.py       results for others: the hub, S3
 """

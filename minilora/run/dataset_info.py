@@ -12,6 +12,7 @@ from pathlib import Path
 from minilora.data.rows import parse_datasets
 from minilora.system.errors import UserError, suggestion
 from minilora.system.files import read_json
+from minilora.system.remote import refuse_address
 
 _FIELD_TYPES = {
     "file_name": str,
@@ -76,6 +77,8 @@ def _resolve(name: str, entries: dict, index_file: Path) -> tuple[str, dict[str,
         return _resolve_without_entry(name, entries, index_file), {}
     entry, location = entries[name], f"{index_file}, {name}"
     _check_entry(entry, location)
+    for field in ("hf_hub_url", "file_name"):
+        refuse_address(entry.get(field) or "", location, "--dataset")
     source = entry.get("hf_hub_url") or str(index_file.parent / (entry.get("file_name") or name))
     columns = _given_columns(entry)
     if entry.get("formatting") in _MESSAGE_FORMATS or "messages" in columns:

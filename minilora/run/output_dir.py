@@ -7,12 +7,13 @@ nothing, so a refused run leaves no trace.
 import os
 from pathlib import Path
 
+from minilora.data.rows import parse_datasets
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.run.checkpoints import delete_checkpoint, delete_leftovers, list_checkpoints
 from minilora.run.settings import TrainConfig
 from minilora.run.tracker import METRICS_FILE
 from minilora.system.errors import UserError
-from minilora.system.files import write_whole
+from minilora.system.files import refuse_overwrite, write_whole
 
 SETTINGS_FILE = "training_config.yaml"
 RUN_FILES = (
@@ -52,6 +53,16 @@ def check_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
         )
 
 
+def check_inputs(config: TrainConfig, model_dir: Path) -> None:
+    """Raise UserError if the run would overwrite what it reads: its base model, or its own examples."""
+    directory = Path(config.output_dir)
+    refuse_overwrite("output_dir", directory, [model_dir])
+    sources = [source for source in (config.dataset, config.eval_dataset) if source is not None]
+    names = [name for source in sources for name, _ in parse_datasets(source)]
+    for file in RUN_FILES:
+        refuse_overwrite("the run's", directory / file, names)
+
+
 def open_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
     """Make the directory, delete another run's files (and no others), and save this run's settings."""
     directory = Path(config.output_dir)
@@ -61,7 +72,7 @@ def open_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
         if not _contains(directory, checkpoint):
             for path in files_of_a_run(directory):
                 delete_checkpoint(path) if path.is_dir() else path.unlink()
-        write_whole(directory / SETTINGS_FILE, config.to_yaml())
+        write_whole(directory / SETTINGS_FILE, config.to_yaml(), private=config.names_an_address())
     except OSError as error:
         raise UserError(f"output_dir {directory} cannot be written: {error.strerror}") from error
 

@@ -30,8 +30,7 @@ from minilora.memory.ledger import Ledger, available_memory, choose_recompute, m
 from minilora.optim import Schedule
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.datasets import load_datasets, token_settings
-from minilora.run.output_dir import SETTINGS_FILE, check_output_dir
-from minilora.run.redaction import without_secrets
+from minilora.run.output_dir import SETTINGS_FILE, check_inputs, check_output_dir
 from minilora.run.reporters import Reporter, make_reporters
 from minilora.run.settings import TrainConfig
 from minilora.run.sharing import Destination, make_destinations
@@ -41,6 +40,7 @@ from minilora.system.distributed import Processes
 from minilora.system.errors import UserError
 from minilora.system.files import fingerprint
 from minilora.system.hub import resolve_model
+from minilora.system.redaction import without_secrets
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     }
     checkpoint, state = find_resumed(config, training, schedule.total_steps)
     check_output_dir(config, checkpoint)
+    check_inputs(config, model_dir)
     memory = plan_memory(config, model_config, placement, order, evaluates=bool(eval_set))
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(

@@ -168,7 +168,7 @@ tags:
 - minilora
 ---
 
-# LoRA adapter for {base_model}
+# LoRA adapter for {title}
 
 Trained with minilora. Rank {lora.r}, alpha {lora.lora_alpha:g} (scaling {scaling}), \
 dropout {lora.lora_dropout:g}, on: {targets}.
@@ -206,11 +206,17 @@ def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     card = MODEL_CARD.format(
         link=f"base_model: {base_model}\n" if on_hub else "",
-        base_model=base_model,
+        base_model=str(base_model),
+        title=as_markdown(base_model),
         lora=lora,
         scaling="alpha / sqrt(r)" if lora.use_rslora else "alpha / r",
-        targets=targets,
-        table="\n".join(f"| {name} | {value} |" for name, value in figures.items()),
+        targets=as_markdown(targets),
+        table="\n".join(f"| {as_markdown(name)} | {as_markdown(value)} |" for name, value in figures.items()),
         address=plan.config.push_to_hub or "path/to/this/directory",
     )
     write_whole(plan.output_dir / "README.md", card)
+
+
+def as_markdown(text: str) -> str:
+    """Text in one line that Markdown shows as it is: no markup, no HTML, no cell of a table begins in it."""
+    return re.sub(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from minilora.run.redaction import without_secrets
 from minilora.run.services import MlflowRun, Service, TensorBoardLog
 from minilora.system.errors import UserError, suggestion
+from minilora.system.redaction import whole, without_secrets
 
 PACKAGES = ("mlflow", "tensorboard")  # each is the name of a service, of its package and of minilora's extra
 RETRY_SECONDS = 300.0  # from a failure to the next attempt
@@ -61,7 +61,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 def _check_tracking_uri(tracking_uri: str | None) -> None:
     try:
-        password = tracking_uri and urlsplit(tracking_uri).password
+        password = tracking_uri and urlsplit(whole(tracking_uri)).password
     except ValueError as error:  # an unclosed bracket
         raise UserError(
             f"mlflow_tracking_uri = {without_secrets(tracking_uri)!r} is no address; write http://host:port"

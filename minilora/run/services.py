@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from minilora.run.redaction import without_secrets
+from minilora.system.redaction import whole, without_secrets
 
 MLFLOW_DEFAULTS = {  # where the environment sets no other value
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; MLflow's default is 120
@@ -62,7 +62,7 @@ class MlflowRun:
             os.environ.setdefault(name, value)
         self.directory, self.parameters = directory.resolve(), parameters
         self.run_name = run_name or self.directory.name
-        given_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        given_uri = whole(tracking_uri or "") or os.environ.get("MLFLOW_TRACKING_URI")
         self.tracking_uri = given_uri or f"{SQLITE}{self.directory.parent / 'mlflow.db'}"
         self.artifacts = None if given_uri else (self.directory.parent / "mlartifacts").as_uri()
         self.address = f"MLflow at {without_secrets(self.tracking_uri)}"

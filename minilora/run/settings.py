@@ -31,6 +31,7 @@ from minilora.optim import OPTIMIZERS, SCHEDULES
 from minilora.recompute import POLICIES
 from minilora.run import llama_factory
 from minilora.system.errors import UserError, suggestion
+from minilora.system.redaction import Address, hide_secrets
 
 TRACKERS = ("mlflow", "tensorboard", "all")
 
@@ -130,7 +131,8 @@ class TrainConfig:
     hub_strategy: str = "end"  # when to send to both: end, or every_save (with the adapter of the checkpoint)
 
     def __post_init__(self):
-        """Raise UserError for the first value that cannot be right."""
+        """Raise UserError for the first value that cannot be right. Hides the secrets of addresses."""
+        self._check_texts()
         self._check_ranges()
         self._check_choices()
         self._check_schedule()
@@ -138,6 +140,16 @@ class TrainConfig:
         self._check_exclusive_keys()
         self.quant_config()  # these two check their own fields
         self.lora_config()
+
+    def _check_texts(self) -> None:
+        for name, value in vars(self).items():
+            texts = value if isinstance(value, list) else [value]
+            if any(isinstance(text, str) and not text.strip() for text in texts):
+                raise UserError(f"{name} is empty; give it a value, or leave it out")
+            if any(isinstance(text, str) and "\0" in text for text in texts):
+                raise UserError(f"{name} = {value!r} holds a zero byte, which no name has")
+            hidden = [hide_secrets(text) for text in texts]
+            object.__setattr__(self, name, hidden if isinstance(value, list) else hidden[0])
 
     def _check_ranges(self) -> None:
         for name in _ABOVE_ZERO:
@@ -221,6 +233,11 @@ class TrainConfig:
         # Every other schedule depends on the total number of steps, and so does a warm-up ratio.
         constant_rate = self.lr_scheduler_type == "constant" and not self.warmup_ratio
         return MAY_CHANGE | ({"max_steps", "num_train_epochs"} if constant_rate else set())
+
+    def names_an_address(self) -> bool:
+        """Whether a setting holds an address, whose host and path may be nobody else's business."""
+        lists = (value if isinstance(value, list) else [value] for value in vars(self).values())
+        return any(isinstance(text, Address) for texts in lists for text in texts)
 
     def to_yaml(self) -> str:
         """All keys, as the text of a file that --config reads."""

@@ -18,10 +18,10 @@ from typing import Protocol
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.run.output_dir import RUN_FILES, SETTINGS_FILE
-from minilora.run.redaction import without_secrets
 from minilora.system.errors import UserError, summarize
 from minilora.system.hub import push_files
-from minilora.system.remote import check_address, redacted, write_files
+from minilora.system.redaction import Address, without_secrets
+from minilora.system.remote import check_address, write_files
 
 Files = Mapping[str, Path | bytes]  # {name: path or content}
 
@@ -53,7 +53,7 @@ class RemoteFolder:
     def send(self, files: Files, message: str) -> str:
         """Write the files; `message` is not kept. Returns the address without credentials."""
         write_files(self.address, files)
-        return redacted(self.address)
+        return str(Address(self.address))
 
 
 def make_destinations(push_to_hub: str | None, private: bool, upload: str | None) -> list[Destination]:

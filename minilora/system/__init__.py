@@ -4,6 +4,7 @@ errors.py        a user's mistake in one line; exit codes of scripts
 files.py         JSON read with care, files written whole or not at all
 device.py        which device and dtype to compute in, and why; peak memory
 distributed.py   several processes that train one adapter
+redaction.py     passwords stay out of everything that is printed, saved or sent
 remote.py        files at any address: s3://, hf://, https://
 hub.py           the Hugging Face hub: models in, adapters out
 assets.py        where the small model lies that comes with minilora

@@ -10,10 +10,13 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
+
+from minilora.system.redaction import hide_secrets, without_secrets
 
 _DISK_ERRORS = (
     errno.ENOSPC,
@@ -30,8 +33,23 @@ class UserError(ValueError):
     """A mistake that the user can fix. The message says in one line what is wrong, where, and what helps."""
 
     def __str__(self) -> str:
-        # Values and file names in the message may contain line ends of any kind.
-        return " ".join(super().__str__().splitlines())
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """A message in one line of at most 500 characters, whatever the values in it hold.
+
+    Secrets are cut out, quoted values after 80 characters, and the middle of other words beyond 200. Control
+    characters, which could move the cursor or hide text in a terminal, are written as escapes.
+    """
+    if len(text) > 20_000:
+        text = text[:10_000] + text[-10_000:]
+    text = without_secrets(" ".join(text.splitlines()))
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    # A quote behind a letter is an apostrophe. Inside of a quoted value, repr escapes the quote.
+    text = re.sub(r"(?<!\w)(['\"])((?:(?!\1)[^\\]|\\.){80})(?:(?!\1)[^\\]|\\.)+\1", r"\1\2...\1", text)
+    text = re.sub(r"(\S{120})\S{4,}(\S{76})", r"\1...\2", text)
+    return text if len(text) <= 500 else f"{text[:297]} ... {text[-198:]}"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -46,6 +64,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return super().format_help() if self.help_text is None else self.help_text
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        """Read options as argparse does, but refuse empty ones, and hide the secrets of addresses."""
+        words = list(sys.argv[1:] if args is None else args)
+        for option, word in zip(["the first word", *words], words, strict=False):
+            if word == "" or re.fullmatch(r"--[\w-]+=", word):
+                raise UserError(f"{word[:-1] or option} is empty; give it a value, or leave it out")
+        options, rest = super().parse_known_args(words, namespace)
+        for name, value in vars(options).items():
+            if isinstance(value, list):
+                setattr(options, name, [hide_secrets(entry) for entry in value])
+            else:
+                setattr(options, name, hide_secrets(value))
+        return options, rest
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

@@ -57,14 +57,17 @@ def to_json(value: Any, **options: Any) -> str:
     return json.dumps(value, **options) if re.search("[\ud800-\udfff]", text) else text
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
+def write_whole(path: Path, data: bytes | str, private: bool = False) -> None:
     """Write a file under a temporary name and rename it, so that a kill or a full disk keeps the old file.
 
-    Raises OSError as `open` and `write` do, with the file's name, and removes the incomplete file.
+    A `private` file is for its owner's eyes only. Raises OSError as `open` and `write` do, with the file's
+    name, and removes the incomplete file.
     """
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
+            if private:
+                part.chmod(0o600)
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -92,6 +95,20 @@ def check_writable(name: str, path: Path, parents: bool = False) -> None:
             pass
     except OSError as error:
         raise UserError(f"{name} {path}: cannot write to {parent} ({error.strerror})") from error
+
+
+def check_picture(name: str, path: Path) -> None:
+    """Raise UserError if a picture could not be written later, or would replace what is no picture."""
+    check_writable(name, path)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{name} {path}: pictures are PNG files; choose a name that ends in .png")
+
+
+def refuse_overwrite(name: str, path: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise UserError if a file or directory to be written is one that is read, under whatever name."""
+    for read in inputs:
+        if os.path.exists(path) and os.path.exists(read) and os.path.samefile(path, read):
+            raise UserError(f"{name} {path} would overwrite {read}, which is read; choose another name")
 
 
 def fingerprint(chunks: Iterable[bytes]) -> str:

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from minilora.system.errors import UserError
-from minilora.system.remote import fetch_folder, is_address
+from minilora.system.redaction import is_address
+from minilora.system.remote import fetch_folder
 
 _WEIGHTS = "*.safetensors"
 _WANTED = ["*.json", "tokenizer.model*", _WEIGHTS, "*.jinja", "merges.txt"]

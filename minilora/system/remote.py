@@ -1,12 +1,17 @@
-"""Read and write files at an address, and report every failure in one line.
+"""Read and write files at an address that the user gave, and report every failure in one line.
 
     https://host/data.jsonl                      read by Python's own client
     s3://bucket/folder, hf://datasets/owner/x    read and written by the package that fsspec uses for it
 
+Only the schemes in SCHEMES are opened, and no chains of them (`zip::https://...`): fsspec knows dozens, and
+some of them read local files or run programs that the address names. Plain http, which anyone on the way can
+read and change, is for this machine, or where MINILORA_ALLOW_HTTP=1 requests it. No file of somebody else
+chooses an address: see `refuse_address`.
+
 These packages find credentials themselves. S3 uses AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws, and
 AWS_ENDPOINT_URL for a store that is not Amazon's. The hub uses HF_TOKEN or `hf auth login`. A web server uses
 the address itself, https://user:password@host/. An address may contain a password or a signature, and the
-text of an error may contain a header, so neither is ever printed in full.
+text of an error may contain a header, so neither is ever printed in full (`minilora.system.redaction`).
 """
 
 import base64
@@ -25,9 +30,11 @@ from urllib.parse import quote, unquote, urlsplit
 
 from minilora.system.errors import UserError
 from minilora.system.files import fingerprint
+from minilora.system.redaction import Address, is_address, whole
 
 _UNQUOTED = "/%?=&:;,@!$'()*+~"  # characters that stay as they are; a % begins one that is already quoted
 _SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_SET_CREDENTIALS = "put credentials into the environment, as in AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
 _EXPLANATIONS = {  # name of an exception's type -> message
     "NoCredentialsError": f"there are no credentials; {_SET_KEYS}, or run `aws configure`",
     "PartialCredentialsError": f"the credentials are incomplete; {_SET_KEYS}",
@@ -37,51 +44,87 @@ _EXPLANATIONS = {  # name of an exception's type -> message
 }
 
 
-def is_address(text: str) -> bool:
-    """Whether this is an address, and not a path or a hub id."""
-    return "://" in text
+SCHEMES = ("https", "http", "s3", "gs", "abfs", "abfss", "az", "hf")
+_EXTRAS = {"s3": "s3", "gs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}  # scheme -> minilora's
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1", None)  # None: no valid address; opening it tells
 
 
-def redacted(address: str) -> str:
-    """An address without user, password and query, which may be secret. Other text is returned unchanged.
+def check_scheme(address: str) -> None:
+    """Raise UserError for an address that is not opened: another scheme, a chain, or http over a network."""
+    scheme = whole(address).partition("://")[0].lower()
+    name = Address(address)
+    if "::" in re.sub(r"\[[^]/]*", "", whole(address)):  # in brackets: an IPv6 address
+        raise UserError(f"{name} is a chain of addresses (::), which is never opened; name the file itself")
+    if scheme not in SCHEMES:
+        raise UserError(f"{name}: {scheme}:// is not supported; supported: {', '.join(SCHEMES)}")
+    if scheme == "http" and _host(address) not in _THIS_MACHINE and not os.environ.get("MINILORA_ALLOW_HTTP"):
+        raise UserError(
+            f"{name}: http can be read and changed on its way; use https, or set MINILORA_ALLOW_HTTP=1"
+        )
+    if scheme in ("s3", "gs", "hf") and "@" in whole(address).partition("://")[2].partition("/")[0]:
+        raise UserError(
+            f"{name} holds credentials, which {scheme}:// does not take from an address; {_SET_CREDENTIALS}"
+        )
 
-    This works for malformed addresses too, because error messages quote them.
-    """
-    if not is_address(address):
-        return address
-    scheme, _, rest = address.partition("://")
-    host, slash, path = re.split("[?#]", rest)[0].partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+def refuse_address(text: str, place: str, option: str) -> None:
+    """Raise UserError if a file names an address: only the user decides where this machine connects."""
+    if is_address(text) or text.startswith(("//", "\\\\")):  # the latter: a server, on Windows
+        raise UserError(
+            f"{place} names an address, {text}, and only you may; to use it, give {option} {text}"
+        )
 
 
 def check_address(key: str, address: str) -> None:
-    """Raise UserError if the value of `key` is not an address, or contains a password.
+    """Raise UserError if the value of `key` cannot be written to, or contains a password.
 
-    Settings are saved and logged, so a password in them would leak.
+    Settings are saved and logged, so a resumed run would lack the password.
     """
     try:
-        parts = urlsplit(address) if is_address(address) else None
+        parts = urlsplit(whole(address)) if is_address(address) else None
     except ValueError:  # an unclosed bracket
         parts = None
     if parts is None:
-        raise UserError(f"{key} = {redacted(address)!r} is no address; write it as s3://bucket/folder")
-    if parts.password or parts.query:
+        raise UserError(f"{key} = {str(address)!r} is no address; write it as s3://bucket/folder")
+    if "@" in parts.netloc or parts.query:
         raise UserError(
-            f"{key} = {redacted(address)} holds a password or a signature, which would be saved with the "
-            "settings; put credentials into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+            f"{key} = {address} holds a password or a signature, which is not saved with the settings; "
+            f"{_SET_CREDENTIALS}"
         )
+    check_scheme(address)
 
 
 def read_file(address: str) -> bytes:
     """The contents of the file at an address. Raises UserError."""
     with _failures_as_user_errors(address, "read"):
         if address.lower().startswith(("http://", "https://")):
-            with urllib.request.urlopen(_request(address), timeout=60) as response:
+            with _opener().open(_request(whole(address)), timeout=60) as response:
                 return response.read()
-        import fsspec
+        system, path = _open(address)
+        return system.cat_file(path)
 
-        with fsspec.open(address, "rb") as file:
-            return file.read()
+
+def _host(address: str) -> str | None:
+    try:
+        return urlsplit(whole(address)).hostname
+    except ValueError:  # an unclosed bracket
+        return None
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only to an address that the user could have given."""
+
+    def redirect_request(self, request, file, code, message, headers, address):
+        try:
+            check_scheme(address)
+        except UserError:
+            file.close()
+            raise
+        return super().redirect_request(request, file, code, message, headers, address)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_Redirects)
 
 
 def _request(address: str) -> urllib.request.Request:
@@ -123,7 +166,7 @@ def fetch_folder(address: str, wanted: list[str], unwanted: list[str]) -> Path:
         listing = {entry["name"].rpartition("/")[2]: entry for entry in files}
         names = sorted(name for name in listing if _matches(name, wanted) and not _matches(name, unwanted))
         entries = [str(sorted(listing[name].items())).encode() for name in names]
-        copy = cache / fingerprint([address.encode(), *entries])
+        copy = cache / fingerprint([str(address).encode(), *entries])
         if not copy.is_dir():
             cache.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(dir=cache))
@@ -145,16 +188,19 @@ def _open(address: str):
     """The file system of an address, and the path of the folder on it."""
     import fsspec
 
-    system, path = fsspec.url_to_fs(address)
+    system, path = fsspec.url_to_fs(whole(address))
     return system, path.rstrip("/")
 
 
 @contextlib.contextmanager
 def _failures_as_user_errors(address: str, action: str) -> Iterator[None]:
     """Turn every exception into a UserError: ADDRESS cannot be `action` ("read" or "written"), and why."""
-    name, scheme = redacted(address), address.partition("://")[0]
+    check_scheme(address)
+    name, scheme = Address(address), address.partition("://")[0].lower()
     try:
         yield
+    except UserError:
+        raise
     except urllib.error.HTTPError as error:
         error.close()
         raise UserError(
@@ -164,12 +210,10 @@ def _failures_as_user_errors(address: str, action: str) -> Iterator[None]:
         reason = error_kind(getattr(error, "reason", error))
         raise UserError(f"{name} cannot be {action}: {reason}; is the address right?") from error
     except ImportError as error:
-        help_text = "pip install 'minilora[s3]'" if scheme == "s3" else " ".join(str(error).split())
+        help_text = f"pip install 'minilora[{_EXTRAS.get(scheme, scheme)}]'"
         raise UserError(f"{name}: a package for {scheme}:// is missing: {help_text}") from error
     except Exception as error:  # every file system raises its own types
         reason = _EXPLANATIONS.get(type(error).__name__) or error_kind(error)
-        if "Protocol not known" in str(error):
-            reason += f"; {error}"
         raise UserError(f"{name} cannot be {action}: {reason}") from error
 
 

@@ -20,7 +20,7 @@ from minilora.data.readers import read_records
 from minilora.run.sharing import RemoteFolder, files_to_share, make_destinations
 from minilora.system import remote
 from minilora.system.hub import push_files, resolve_model
-from minilora.system.remote import fetch_folder, read_file, redacted, write_files
+from minilora.system.remote import fetch_folder, read_file, write_files
 
 SHARED = {
     *(
@@ -122,7 +122,7 @@ def test_a_failed_upload_costs_only_a_warning_and_exit_code_2_at_the_end(train, 
     def fail_later(address, files):
         calls.append(address)
         if len(calls) > 1:
-            raise UserError(f"{redacted(address)} cannot be written: the server cannot be reached")
+            raise UserError(f"{address} cannot be written: the server cannot be reached")
         write(address, files)
 
     monkeypatch.setattr("minilora.run.sharing.write_files", fail_later)
@@ -163,7 +163,7 @@ def test_share_sends_the_results_of_a_finished_run(train, s3, call):
         ),
         (
             ["--adapter", "{run}", "--upload", "mars://bucket/x"],
-            "mars://bucket/x cannot be written: ValueError; Protocol",
+            "mars://bucket/x: mars:// is not supported; supported: https, http, s3",
         ),
     ],
 )
