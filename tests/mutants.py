@@ -1,0 +1,133 @@
+"""Would the tests notice? Faults put by hand into the modules that guard, one at a time: `make mutants`.
+
+Each mutant replaces one piece of text in one file of a copy of the project, and the tests named with it are run
+there. A mutant that they do not notice survives: then a test is missing. `tests/test_mutants.py` sees to it that
+every text is still there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = (
+    "minilora",
+    "kernels",
+    "scripts",
+    "tests",
+    "assets",
+    "docs",
+    "README.md",
+    "pyproject.toml",
+    "constraints.txt",
+)
+
+
+class Mutant(NamedTuple):
+    """A fault: `old`, which stands once in the file, becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+    tests: str  # files of tests, and perhaps -k EXPRESSION
+
+
+REDACTION, REMOTE, ERRORS = (f"minilora/system/{name}.py" for name in ("redaction", "remote", "errors"))
+FILES, LOAD = "minilora/system/files.py", "minilora/inference/load.py"
+TRUST = "tests/scripts/test_trust.py"
+
+MUTANTS = [
+    # ---- secrets ----
+    Mutant(REDACTION, 'user, at, host = authority.rpartition("@")', 'user, at, host = authority.partition("@")', "tests/system/test_redaction.py"),
+    Mutant(REDACTION, 'if ":" in (user or host) and "@" in path:', "if False:", "tests/system/test_redaction.py"),
+    Mutant(REDACTION, "elif at and not (", "elif at and user.count(':') and not (", "tests/system/test_redaction.py"),
+    Mutant(REDACTION, 'return _QUERY.sub("", rest)', "return rest", "tests/system/test_redaction.py"),
+    Mutant(REDACTION, 'r"[?#;]', 'r"[?#]', "tests/system/test_redaction.py"),
+    Mutant(REDACTION, "without_secrets(spaceless)", "spaceless", "tests/system/test_redaction.py"),
+    Mutant(REDACTION, 'r"\\s", "%20"', 'r"\\s", " "', "tests/system/test_redaction.py"),
+    Mutant(REDACTION, "return str, (str(self),)", "return Address, (self._whole,)", "tests/system/test_redaction.py"),
+    Mutant(REDACTION, "(?:(?!,\\w[\\w+.-]*://)\\S)*", "\\S*", "tests/system/test_redaction.py"),
+    Mutant(ERRORS, 'text = without_secrets(" ".join(text.splitlines()))', 'text = " ".join(text.splitlines())', TRUST),
+    Mutant(ERRORS, 'c if c.isprintable() else c.encode("unicode_escape").decode()', "c", "tests/system/test_errors.py"),
+    Mutant(ERRORS, "{text[:297]} ... {text[-198:]}", "{text[:500]}", "tests/system/test_errors.py"),
+    Mutant(ERRORS, "[hide_secrets(entry) for entry in value]", "value", "tests/system/test_errors.py"),
+    Mutant("minilora/run/settings.py", "hidden = [hide_secrets(text) for text in texts]", "hidden = texts", TRUST),
+    Mutant("scripts/compare.py", "without_secrets(str(value))", "str(value)", "tests/scripts/test_compare.py"),
+    Mutant("minilora/run/output_dir.py", "private=config.names_an_address()", "private=False", TRUST),
+    Mutant("scripts/sweep.py", "    refuse_secrets(settings, config)\n", "", TRUST),
+    # ---- connections ----
+    Mutant(REMOTE, '"s3", "gs", "abfs"', '"s3", "gs", "file", "abfs"', "tests/system/test_remote.py"),
+    Mutant(REMOTE, 'if "::" in', 'if ":::" in', "tests/system/test_remote.py"),
+    Mutant(REMOTE, 'if scheme == "http" and _host', 'if scheme == "HTTP" and _host', "tests/system/test_remote.py"),
+    Mutant(REMOTE, "_host(address) not in _THIS_MACHINE", 'not (_host(address) or "").startswith("127.")', "tests/system/test_remote.py"),
+    Mutant(REMOTE, "build_opener(_Redirects)", "build_opener()", "tests/system/test_remote.py"),
+    Mutant(REMOTE, "request.add_unredirected_header", "request.add_header", "tests/data/test_readers.py"),
+    Mutant(REMOTE, 'if "@" in parts.netloc or parts.query:', 'if ":" in parts.netloc or parts.query:', "tests/system/test_remote.py"),
+    Mutant(REMOTE, 'text.startswith(("//", ', 'text.startswith(("///", ', "tests/system/test_remote.py"),
+    Mutant(LOAD, 'refuse_address(raw["base_model_name_or_path"], str(adapter / ADAPTER_CONFIG_FILE), "--model")', "pass", TRUST),
+    Mutant("scripts/evaluate.py", 'refuse_address(name, f"the adapter\'s {SETTINGS_FILE}", "--dataset")', "pass", TRUST),
+    Mutant("minilora/run/dataset_info.py", 'refuse_address(entry.get(field) or "", location, "--dataset")', "pass", TRUST),
+    # ---- outputs over inputs, empty values, the card ----
+    Mutant(FILES, "os.path.samefile(path, read)", "path == read", TRUST),
+    Mutant(FILES, 'if path.suffix.lower() != ".png":', "if False:", TRUST),
+    Mutant("minilora/run/output_dir.py", 'refuse_overwrite("output_dir", directory, [model_dir])', "pass", TRUST),
+    Mutant("minilora/run/output_dir.py", 'refuse_overwrite("the run\'s", directory / file, names)', "pass", TRUST),
+    Mutant("scripts/chat.py", "[options.input, *setup.files]", "[options.input]", TRUST),
+    Mutant("minilora/run/settings.py", "if any(isinstance(text, str) and not text.strip() for text in texts):", "if False:", TRUST),
+    Mutant(ERRORS, 'if word == "" or re.fullmatch(r"--[\\w-]+=", word):', 'if word == "":', "tests/system/test_errors.py"),
+    Mutant("minilora/run/report.py", 'r"[\\\\`*\\[\\]<>|&~]', 'r"[\\\\`*\\[\\]|&~]', TRUST),
+]  # fmt: skip
+
+
+def survives(mutant: Mutant, copy: Path) -> bool:
+    """Whether the tests pass with the fault in."""
+    file = copy / mutant.file
+    right = file.read_text(encoding="utf-8")
+    file.write_text(right.replace(mutant.old, mutant.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split()]
+    try:
+        environment = os.environ | {
+            "PYTHONPATH": str(copy),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=900)
+        if done.returncode not in (0, 1):  # neither passed nor failed
+            raise RuntimeError(f"{mutant}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 0
+    finally:
+        file.write_text(right, encoding="utf-8")
+
+
+def main() -> None:
+    workers = min(2, os.cpu_count() or 1)
+    chosen = [mutant for mutant in MUTANTS if all(word in repr(mutant) for word in sys.argv[1:])]
+    with tempfile.TemporaryDirectory() as directory:
+        copies = [Path(directory) / str(i) for i in range(workers)]
+        for copy in copies:
+            copy.mkdir()
+            for name in COPIED:
+                source = ROOT / name
+                shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
+
+        def run(i: int) -> list[Mutant]:
+            found = []
+            for mutant in chosen[i::workers]:
+                alive = survives(mutant, copies[i])
+                print("SURVIVED" if alive else "noticed ", mutant.file, repr(mutant.new)[:80], flush=True)
+                found += [mutant] if alive else []
+            return found
+
+        with ThreadPoolExecutor(workers) as pool:
+            alive = [mutant for part in pool.map(run, range(workers)) for mutant in part]
+    print(f"\n{len(chosen)} mutants, {len(alive)} survived")
+    sys.exit(1 if alive else 0)
+
+
+if __name__ == "__main__":
+    main()
