@@ -29,6 +29,7 @@ WAYS = {
     "query without a path": "{scheme}{host}?{secret}",
     "fragment": "{scheme}{host}/{path}#access_token={secret}",
     "parameter": "{scheme}{host}/{path};token={secret}",
+    "session": "{scheme}{host}/{path};jsessionid={secret}",
     "port": "{scheme}{name}:{secret}@{host}:8080/{path}",
     "everything": "{scheme}{secret}:{secret}@{host}/{path};token={secret}?sig={secret}#{secret}",
 }
