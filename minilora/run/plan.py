@@ -113,6 +113,7 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     model_dir = resolve_model(
         config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision
     )
+    check_inputs(config, model_dir)
     model_config = read_config(model_dir)
     tokenizer = load_tokenizer(model_dir)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
@@ -128,7 +129,6 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     }
     checkpoint, state = find_resumed(config, training, schedule.total_steps)
     check_output_dir(config, checkpoint)
-    check_inputs(config, model_dir)
     memory = plan_memory(config, model_config, placement, order, evaluates=bool(eval_set))
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(

@@ -165,3 +165,15 @@ def test_a_setting_is_shown_exactly_if_two_runs_disagree_on_it(settings):
     for name in "abcd":
         disagree = any(one.get(name) != other.get(name) for one in settings for other in settings)
         assert all((name in row) == disagree for row in compare.differing_settings(runs))
+
+
+def test_a_secret_in_the_settings_of_a_run_is_not_shown(run, make_run):
+    for name in "ab":
+        make_run(
+            name,
+            [record(1, 1.0)],
+            dataset=f"https://me:QQSECRETQQ@host/{name}.jsonl",
+            eval_dataset=[f"s3://QQSECRETQQ@{name}"],
+        )
+    code, out, err = run("a", "b")
+    assert code == 0 and "https://host/a.jsonl" in out and "s3://b" in out and "QQSECRETQQ" not in out + err
