@@ -1,7 +1,8 @@
 """How an operation is run. What it computes is defined in the core; nothing here changes a number.
 
 choice.py    which form of an operation runs: PyTorch, C or Triton
-native.py    the C library: compiled on first use, trusted after a trial, called through ctypes
+native.py    the C functions, trusted after a trial, called through ctypes
+library.py   the C library as a file: compiled on first use, kept in a private cache
 native.c     its source: quantize, dequantize, AdamW in 8 bits
 amx.c        and on a CPU with AMX: the products with a 4-bit weight
 scratch.py   a buffer that all layers share

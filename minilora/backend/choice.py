@@ -5,36 +5,25 @@ All three compute the same numbers. The definition says what they are, and the o
 it. MINILORA_BACKEND=torch or =triton overrides the choice.
 """
 
-import importlib.util
-import os
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from minilora.backend import native
-from minilora.system.device import cpu_bfloat16_feature
-from minilora.system.errors import UserError
+from minilora.system.device import cpu_bfloat16_feature, requested_backend, triton_is_installed
 
 
 def form_for(x: Tensor, operation: str) -> str:
     """Return 'triton', 'c' or 'torch'. operation: quantize, dequantize, adamw_8bit; others have no C form.
 
-    Raises UserError for an unknown MINILORA_BACKEND.
+    Raises UserError for a MINILORA_BACKEND that is unknown or cannot run there.
     """
-    backend = os.environ.get("MINILORA_BACKEND", "")
-    if backend not in ("", "torch", "triton"):
-        raise UserError(f"MINILORA_BACKEND = {backend!r} is not known; choose torch or triton, or unset it")
-    if backend:
+    if backend := requested_backend(x.device):
         return backend
     if x.is_cuda:
-        return "triton" if _triton_is_installed() else "torch"
+        return "triton" if triton_is_installed() else "torch"
     return "c" if x.device.type == "cpu" and native.is_trusted(operation, x.dtype) else "torch"
-
-
-@lru_cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -5,9 +5,10 @@ A CPU is limited by memory here, and every PyTorch operation reads and writes th
 reads a block of weights, scales, compares, packs and forgets it while it is in a register: one pass where
 PyTorch needs a dozen.
 
-The machine's own C compiler builds `native.c` on first use, in a second or two, never on import. The library
-is kept in a cache of this user. Nothing depends on it: without a compiler, or if the library does not give
-known bits on trial tensors, the PyTorch definitions in `quantization.py` and `optim.py` run.
+The machine's own C compiler builds `native.c` on first use, in a second or two, never on import: library.py.
+Nothing depends on it. The PyTorch definitions in `quantization.py` and `optim.py` run without a compiler, and
+where the library cannot be had or does not give known bits on trial tensors. One line says so in the last two
+cases.
 
 Why not torch.compile or torch.utils.cpp_extension: one brings a whole compiler for a hundred lines, the other
 a C++ build with PyTorch's headers. This is plain C with standard headers. It runs on the threads of PyTorch's
@@ -23,13 +24,6 @@ import ctypes
 import hashlib
 import math
 import os
-import platform
-import re
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -38,14 +32,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from minilora.backend.library import load_library, warn
 from minilora.backend.scratch import scratch
+from minilora.system.errors import UserError
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _INCLUDED = _SOURCE.with_name("amx.c")
 
-_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
-_WIDE = ("-march=native", "-mprefer-vector-width=512")
-_NATIVE = (_WIDE, ("-march=native",), ("-mcpu=native",), ())  # the first that compiles
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
 _ROWS_AT_ONCE, _W_AT_ONCE = 1024, 384 * 1024  # rows of x; weights of a chunk, 768 kB of a core's cache
@@ -131,7 +124,7 @@ def _threads(n: int) -> int:
     return max(1, min(torch.get_num_threads(), n // _VALUES_A_THREAD))
 
 
-# ---- built on first use ------------------------------------------------------------------------------------
+# ---- loaded on first use -----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -139,10 +132,28 @@ def _functions() -> dict:
     """Return C functions by name, {} where there are none. The first call builds and loads the library."""
     if os.name != "posix":
         return {}
+    arguments = _arguments()
     try:
-        library = ctypes.CDLL(str(_library()))
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
+        library = load_library([_SOURCE, _INCLUDED], ["use_openmp", *arguments.keys() - {"matmul_bf16"}])
+    except (UserError, OSError) as error:
+        _warn_once(str(error))
         return {}
+    if library is None:
+        return {}
+    has_amx = hasattr(library, "matmul_bf16") and hasattr(library, "amx_permission")
+    if not has_amx or library.amx_permission() != 0:
+        del arguments["matmul_bf16"]
+    functions = {name: getattr(library, name) for name in arguments}
+    for name, function in functions.items():
+        function.argtypes, function.restype = arguments[name], None
+    library.use_openmp.argtypes, library.use_openmp.restype = [ctypes.c_void_p], None
+    library.use_openmp(_gomp_parallel())
+    os.register_at_fork(after_in_child=lambda: library.use_openmp(None))
+    return functions
+
+
+def _arguments() -> dict[str, list]:
+    """Return the types of the arguments of each C function, by name."""
     pointer, count, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     quantized = [*[pointer] * 3, count, pointer, pointer, number]
     arguments = {
@@ -152,15 +163,13 @@ def _functions() -> dict:
     for dtype in _NAMES.values():
         arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, integer]
         arguments[f"dequantize_{dtype}"] = [*quantized, count, pointer, integer]
-    if hasattr(library, "amx_permission") and library.amx_permission() != 0:
-        del arguments["matmul_bf16"]
-    functions = {name: getattr(library, name) for name in arguments if hasattr(library, name)}
-    for name, function in functions.items():
-        function.argtypes, function.restype = arguments[name], None
-    library.use_openmp.argtypes, library.use_openmp.restype = [pointer], None
-    library.use_openmp(_gomp_parallel())
-    os.register_at_fork(after_in_child=lambda: library.use_openmp(None))
-    return functions
+    return arguments
+
+
+@lru_cache
+def _warn_once(reason: str) -> None:
+    """Say once that PyTorch's definitions run instead of the C library, and why."""
+    warn(f"4-bit weights and 8-bit AdamW are slower on this CPU, without the C library: {reason}")
 
 
 def _gomp_parallel() -> int | None:
@@ -172,53 +181,6 @@ def _gomp_parallel() -> int | None:
         except (OSError, AttributeError):
             continue
     return None
-
-
-def _library() -> Path:
-    """Return the compiled library, from the cache or built now.
-
-    Raises OSError, RuntimeError, ValueError or SubprocessError where it cannot be had.
-    """
-    compilers = [path for path in map(shutil.which, ("cc", "gcc", "clang")) if path]
-    compiler = shlex.split(os.environ.get("CC", "")) or compilers[:1]
-    if not compiler:
-        raise RuntimeError("no C compiler")
-    texts = [path.read_text(encoding="utf-8") for path in (_SOURCE, _INCLUDED)]
-    sources = repr((texts, _FLAGS, _NATIVE, compiler, _cpu()))
-    directory = _cache()
-    path = directory / f"native-{hashlib.sha256(sources.encode()).hexdigest()[:16]}.so"
-    if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=directory) as build:
-            for native in _NATIVE:
-                command = [*compiler, *_FLAGS, *native, str(_SOURCE), "-lm", "-o", "native.so"]
-                if subprocess.run(command, cwd=build, capture_output=True, timeout=60).returncode == 0:
-                    break
-            os.replace(
-                Path(build) / "native.so", path
-            )  # atomic: another process may build it at the same time
-    return path
-
-
-def _cache() -> Path:
-    """Return a directory that only this user can write: code is loaded from it."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = base / "minilora"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise RuntimeError(f"{directory} can be written by others")
-    return directory
-
-
-def _cpu() -> tuple[str, ...]:
-    """Return what -march=native depends on: unlike machines may share a home directory."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
-    return (
-        sys.platform,
-        platform.machine(),
-        *re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.MULTILINE)[:2],
-    )
 
 
 # ---- a compiler is not trusted blindly: known bits on trial tensors ----------------------------------------
@@ -233,7 +195,10 @@ def is_trusted(operation: str, dtype: torch.dtype = torch.float32) -> bool:
     if name not in _functions():
         return False
     trial, function = TRIALS[operation]
-    return digest(trial(function, dtype)) == KNOWN_BITS[name]
+    if digest(trial(function, dtype)) != KNOWN_BITS[name]:
+        _warn_once("it gives other bits than PyTorch; set CC to another C compiler")
+        return False
+    return True
 
 
 # Digests of what the definitions in quantization.py and optim.py compute; tests/core/test_native.py compares

@@ -6,15 +6,18 @@
     any other CPU                                        float32    CPUs have no fast products in float16
 
 The keys `bf16` and `fp16` override this table. On a CPU, the environment variable MINILORA_CPU_DTYPE sets the
-dtype of every run that requests none.
+dtype of every run that requests none. MINILORA_BACKEND=torch or =triton chooses the form of the operations
+(backend/choice.py). An empty variable counts as none.
 
 This module does not call `torch.cuda.is_bf16_supported()`: it counts emulation and says yes on a T4.
 """
 
+import importlib.util
 import os
 import platform
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -43,10 +46,12 @@ def choose_placement(bf16: bool | None = None, fp16: bool = False) -> Placement:
     bf16=False without fp16 requests float32. With bf16=None and no fp16 the hardware decides; on a CPU
     MINILORA_CPU_DTYPE (float32 or bfloat16) overrides it.
 
-    Raises UserError for bf16 and fp16 together, for float16 on a CPU, and for an unknown MINILORA_CPU_DTYPE.
+    Raises UserError for bf16 and fp16 together, for float16 on a CPU, for an unknown MINILORA_CPU_DTYPE, and
+    for a MINILORA_BACKEND that cannot run on this device: here, because a run comes here first.
     """
     dtype = requested_dtype(bf16, fp16)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    requested_backend(device)
     if device.type == "cpu" and dtype == torch.float16:
         raise UserError(
             "fp16 needs a GPU: a CPU computes float16 ten times slower than float32; leave it out"
@@ -64,6 +69,29 @@ def requested_dtype(bf16: bool | None, fp16: bool) -> torch.dtype | None:
     if fp16:
         return torch.float16
     return {True: torch.bfloat16, False: torch.float32, None: None}[bf16]
+
+
+def requested_backend(device: torch.device) -> str:
+    """Return 'torch' or 'triton' if MINILORA_BACKEND says so, else ''. Raises UserError if it cannot be."""
+    backend = os.environ.get("MINILORA_BACKEND", "")
+    if backend not in ("", "torch", "triton"):
+        raise UserError(f"MINILORA_BACKEND = {backend!r} is not known; choose torch or triton, or unset it")
+    if backend == "triton" and not triton_is_installed():
+        raise UserError(
+            "MINILORA_BACKEND = 'triton', but Triton is not installed; unset it, or install triton"
+        )
+    interprets = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+    if backend == "triton" and device.type == "cpu" and not interprets:
+        raise UserError(
+            "MINILORA_BACKEND = 'triton' needs a GPU, and this is computed on the CPU; unset it, or set "
+            "TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+        )
+    return backend
+
+
+@lru_cache
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _fastest_on_gpu(device: torch.device) -> Placement:

@@ -21,10 +21,14 @@ Without torchrun there is one process, nothing is set up, and every method retur
 """
 
 import os
+import re
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -34,6 +38,10 @@ from torch import Tensor, nn
 from minilora.system.errors import UserError
 
 Item = TypeVar("Item")
+
+START_SECONDS = 300  # how long a process waits for the others to start
+_MOST_PROCESSES = 100_000
+_MEND = "start the processes with torchrun, or unset WORLD_SIZE to train in one"
 
 
 @dataclass(frozen=True)
@@ -123,23 +131,78 @@ class Processes:
                 raise UserError(f"rank {self.rank}: {error}") from error
 
 
+# ---- the start ---------------------------------------------------------------------------------------------
+
+
 def join_processes() -> Processes:
-    """Connect the processes that torchrun started, each on its own GPU. Without torchrun there is one."""
-    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    count, rank, local_rank = (int(os.environ.get(name, "0")) for name in names)
-    if count <= 1:
+    """Connect the processes that torchrun started, each on its own GPU. Without torchrun there is one.
+
+    Raises UserError for a variable that torchrun would not set so, and if the other processes do not come.
+    """
+    count = _number("WORLD_SIZE", 1, _MOST_PROCESSES) if os.environ.get("WORLD_SIZE") else 1
+    if count == 1:
         return Processes()
+    rank, local_rank = (_number(name, 0, count - 1) for name in ("RANK", "LOCAL_RANK"))
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
         local_count = os.environ.get("LOCAL_WORLD_SIZE", "more")
         raise UserError(
             f"torchrun started {local_count} processes on {gpus} GPUs; use --nproc-per-node {gpus}"
         )
-    if gpus:
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    place = dict(store=dist.PrefixStore("minilora", _meet(rank, count)), rank=rank, world_size=count)
+    try:
+        if gpus:
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device, **place)
+        else:
+            dist.init_process_group("gloo", **place)
+    except RuntimeError as error:  # GLOO_SOCKET_IFNAME names no interface, for example
+        reason = str(error).splitlines()[0]
+        raise UserError(f"rank {rank} cannot talk to the others: {reason}; check the network") from error
     return Processes(rank, count, device)
+
+
+def _number(name: str, least: int, most: int) -> int:
+    """The whole number in an environment variable. Raises UserError for any other value, and for none."""
+    text = _text(name)
+    if re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most:
+        return int(text)
+    raise UserError(f"{name} is {text!r}, which is no whole number from {least} to {most}; {_MEND}")
+
+
+def _text(name: str) -> str:
+    """The value of an environment variable. Raises UserError if it is missing or empty."""
+    if text := os.environ.get(name):
+        return text
+    raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set; {_MEND}")
+
+
+def _meet(rank: int, count: int) -> dist.Store:
+    """Wait until all processes have come to MASTER_ADDR:MASTER_PORT. Return the store that they share.
+
+    PyTorch would wait for 30 minutes, or for ever if another program answers there, and then print frames of
+    C++. So it waits in a thread of its own, and this one gives up earlier. Only the start is limited so:
+    later on, a process may wait long for another that evaluates or uploads.
+    """
+    port, address = _number("MASTER_PORT", 1, 65535), _text("MASTER_ADDR")
+    try:
+        socket.getaddrinfo(address, port)
+    except (OSError, UnicodeError) as error:  # UnicodeError: longer than a name can be
+        raise UserError(f"MASTER_ADDR = {address!r} is the name of no computer; {_MEND}") from error
+    store: Future[dist.Store] = Future()
+
+    def meet() -> None:
+        try:
+            store.set_result(next(dist.rendezvous("env://"))[0])
+        except Exception as error:
+            store.set_exception(error)
+
+    Thread(target=meet, daemon=True).start()
+    try:
+        return store.result(START_SECONDS)
+    except TimeoutError:
+        problem = f"the {count} processes have not all come within {START_SECONDS} seconds"
+    except (RuntimeError, ValueError) as error:  # the port is taken, for example
+        problem = str(error).splitlines()[0]
+    raise UserError(f"rank {rank} waits at {address}, port {port}: {problem}; {_MEND}")

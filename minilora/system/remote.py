@@ -17,7 +17,6 @@ text of an error may contain a header, so neither is ever printed in full (`mini
 import base64
 import contextlib
 import http.client
-import os
 import re
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from minilora.system.cache import private_cache
 from minilora.system.errors import UserError
 from minilora.system.files import fingerprint
 from minilora.system.redaction import Address, is_address, whole
@@ -159,7 +159,7 @@ def fetch_folder(address: str, wanted: list[str], unwanted: list[str]) -> Path:
     Copies are cached in ~/.cache/minilora (or XDG_CACHE_HOME) under a fingerprint of the store's listing,
     which includes sizes and times. So an unchanged folder is downloaded only once. Raises UserError.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minilora"
+    cache = private_cache()
     with _failures_as_user_errors(address, "read"):
         system, folder = _open(address)
         files = [entry for entry in system.ls(folder, detail=True) if entry["type"] == "file"]
@@ -168,7 +168,6 @@ def fetch_folder(address: str, wanted: list[str], unwanted: list[str]) -> Path:
         entries = [str(sorted(listing[name].items())).encode() for name in names]
         copy = cache / fingerprint([str(address).encode(), *entries])
         if not copy.is_dir():
-            cache.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(dir=cache))
             try:
                 for name in names:

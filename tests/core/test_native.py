@@ -45,3 +45,20 @@ def test_a_digest_changes_with_one_bit():
 def test_the_library_shares_the_threads_of_pytorch_where_it_brings_gnu_openmp():
     folder = str(Path(torch.__file__).parent / "lib" / "libgomp")
     assert (native._gomp_parallel() is not None) == (folder in Path("/proc/self/maps").read_text())
+
+
+def test_a_library_with_other_bits_is_one_line_whatever_operations_ask(monkeypatch, capsys):
+    if not native.is_trusted("quantize"):
+        pytest.skip("no C compiler: the definition is all there is")
+    caches = native.is_trusted, native._warn_once
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "KNOWN_BITS", dict.fromkeys(native.KNOWN_BITS, "other bits"))
+            for cache in caches:
+                cache.cache_clear()
+            assert not any(native.is_trusted(name) for name in ("quantize", "dequantize", "adamw_8bit"))
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "other bits than PyTorch; set CC" in said
+    finally:
+        for cache in caches:
+            cache.cache_clear()

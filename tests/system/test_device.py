@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from minilora import UserError
+from minilora.backend.choice import form_for
 from minilora.system import device
 
 
 @pytest.fixture(autouse=True)
-def without_the_variable(monkeypatch):
-    monkeypatch.delenv("MINILORA_CPU_DTYPE", raising=False)
+def without_the_variables(monkeypatch):
+    for name in ("MINILORA_CPU_DTYPE", "MINILORA_BACKEND", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -124,3 +126,62 @@ def test_instructions_that_onednn_may_not_use_do_not_count(cap, feature, monkeyp
     if cap is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
     assert device.cpu_bfloat16_feature() == feature
+
+
+# ---- MINILORA_BACKEND ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    monkeypatch.setattr(device, "triton_is_installed", lambda: True)
+    monkeypatch.setenv("MINILORA_BACKEND", "triton")
+
+
+@pytest.mark.parametrize(
+    "name, message", [("c", "'c' is not known; choose torch or triton"), (" ", "' ' is not known")]
+)
+def test_an_unknown_backend_is_refused_before_anything_runs_and_by_every_operation(
+    monkeypatch, name, message
+):
+    monkeypatch.setenv("MINILORA_BACKEND", name)
+    for refusing in (device.choose_placement, lambda: form_for(torch.ones(1), "quantize")):
+        with pytest.raises(UserError, match=f"MINILORA_BACKEND = {message}"):
+            refusing()
+
+
+def test_an_empty_backend_is_none(monkeypatch):
+    expected = form_for(torch.ones(1), "quantize")
+    monkeypatch.setenv("MINILORA_BACKEND", "")
+    assert (
+        device.requested_backend(torch.device("cpu")) == ""
+        and form_for(torch.ones(1), "quantize") == expected
+    )
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("interpret", [None, "", "0"])
+def test_triton_without_a_gpu_is_refused_unless_it_interprets(monkeypatch, interpret):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if interpret is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    for refusing in (device.choose_placement, lambda: form_for(torch.ones(1), "rms_norm")):
+        with pytest.raises(UserError, match="'triton' needs a GPU, .*; unset it, or set TRITON_INTERPRET=1"):
+            refusing()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert device.choose_placement().device.type == "cpu" and form_for(torch.ones(1), "rms_norm") == "triton"
+
+
+def test_triton_runs_on_a_gpu_and_only_where_it_is_installed(gpu, triton, monkeypatch):
+    gpu("A100", (8, 0))
+    assert device.choose_placement().device.type == "cuda"
+    assert device.requested_backend(torch.device("cuda")) == "triton"
+    monkeypatch.setattr(device, "triton_is_installed", lambda: False)
+    with pytest.raises(UserError, match="Triton is not installed; unset it, or install triton"):
+        device.choose_placement()
+
+
+@pytest.mark.usefixtures("triton")
+def test_the_trainer_refuses_triton_without_a_gpu_before_it_writes(train, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    directory, err = train(code=2)
+    assert err.count("\n") == 1 and "MINILORA_BACKEND" in err and not directory.exists()

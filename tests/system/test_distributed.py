@@ -1,6 +1,7 @@
 """Several processes with gloo take the same steps as one process with more gradient accumulation."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -131,6 +132,92 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="torchrun started 4 processes on 2 GPUs; use --nproc-per-node 2"):
         join_processes()
+
+
+PLACE = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+@pytest.fixture
+def placed(monkeypatch):
+    """A function that sets the variables of torchrun, with changes; None unsets one."""
+
+    def place(**changes):
+        for name, value in (PLACE | changes).items():
+            monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    return place
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(
+            ("WORLD_SIZE", value)
+            for value in ("two", "-1", "0", "1.5", "1e9", "2\n", "٢", "1000000", "9" * 5000)
+        ),
+        *(("RANK", value) for value in ("2", "-1", "one", "9" * 5000)),
+        *(("LOCAL_RANK", value) for value in ("2", "-1", "one")),
+        *(("MASTER_PORT", value) for value in ("0", "65536", "99999", "http", "-1")),
+        *(
+            ("MASTER_ADDR", value)
+            for value in ("no.such.computer.invalid", "two words", "a" * 300, ".", "127.0.0.1:1")
+        ),
+    ],
+)
+def test_a_variable_that_torchrun_would_not_set_is_one_line_with_its_value(placed, name, value):
+    placed(**{name: value})
+    with pytest.raises(UserError) as raised:
+        join_processes()
+    said = str(raised.value)
+    assert f"{name} is {value!r}, which" in said or f"{name} = {value!r} is the name of no computer" in said
+    assert "start the processes with torchrun, or unset WORLD_SIZE" in said and "\n" not in said
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_variable_that_is_missing_beside_world_size_is_one_line(placed, name, value):
+    placed(**{name: value})
+    with pytest.raises(UserError, match=f"WORLD_SIZE is 2, but {name} is not set; start .* with torchrun"):
+        join_processes()
+
+
+@pytest.mark.parametrize("count", ["1", "", None])
+def test_one_process_needs_no_other_variable(placed, count):
+    placed(WORLD_SIZE=count, RANK=None, LOCAL_RANK=None, MASTER_ADDR=None, MASTER_PORT=None)
+    assert join_processes() == Processes()
+
+
+def test_a_port_that_is_taken_is_one_line(placed):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        placed(RANK="0", MASTER_PORT=str(other.getsockname()[1]))
+        with pytest.raises(UserError, match="rank 0 waits at 127.0.0.1, port .*address already in use"):
+            join_processes()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_nobody_joins_ends_in_time_with_one_line(rank):
+    """Rank 1 finds a program on the port that never answers. In processes of their own: PyTorch goes on waiting."""
+    program = "from minilora.system import distributed, errors; distributed.START_SECONDS = 2; "
+    program += "errors.run_script(distributed.join_processes)"
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        port = mute.getsockname()[1]
+        if rank == "1":
+            mute.listen()
+        else:
+            mute.close()
+        environment = (
+            ENVIRONMENT | PLACE | {"RANK": rank, "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+        )
+        command = [sys.executable, "-c", program]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith(f"error: rank {rank} waits at 127.0.0.1, port {port}: the 2 processes have")
+    assert "not all come within 2 seconds" in run.stderr and run.stderr.count("\n") == 1
 
 
 @given(count=st.integers(1, 9), items=st.lists(st.integers(), max_size=40))
