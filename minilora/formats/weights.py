@@ -57,7 +57,7 @@ def load_model(
     """
     directory = resolve_model(str(path_or_hub_id), revision=revision, token=token)
     config = read_config(directory)
-    dtype = dtype or _config_dtype(config, directory)
+    dtype = dtype or FLOATS[config.dtype]
     stored = StoredTensors(directory)
     with torch.device("meta"):
         model = CausalLM(config)
@@ -90,15 +90,6 @@ def read_config(directory: Path) -> ModelConfig:
     if not (directory / MODEL_CONFIG_FILE).is_file():
         raise UserError(f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}")
     return read_config_file(directory / MODEL_CONFIG_FILE)
-
-
-def _config_dtype(config: ModelConfig, directory: Path) -> torch.dtype:
-    if config.dtype not in FLOATS:
-        raise UserError(
-            f"{directory / MODEL_CONFIG_FILE}: torch_dtype {config.dtype!r} is not supported; "
-            f"supported: {', '.join(FLOATS)}"
-        )
-    return FLOATS[config.dtype]
 
 
 def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
