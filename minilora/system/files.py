@@ -53,7 +53,7 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_depth(value: Any) -> None:
     """Raise UserError for a value so deep that a function which walks it would run out of stack."""
     level = [[value]]
-    for _ in range(_MAX_DEPTH):
+    for _ in range(_MAX_DEPTH + 1):
         inner = (node.values() if isinstance(node, dict) else node for node in level)
         level = [child for nodes in inner for child in nodes if isinstance(child, dict | list)]
     if level:

@@ -52,6 +52,7 @@ class Field:
     def allowed(self) -> str:
         """Everything that the field may hold, in words."""
         kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
+        kinds = [kind for kind in kinds if kind is not int or float not in kinds]
         words = [_LISTS[self.items] if kind is list else _KINDS[kind] for kind in kinds]
         words = [repr(choice) for choice in self.choices] or [" or ".join(words) + self._range()]
         return " or ".join(words + ["null"] * self.nullable)

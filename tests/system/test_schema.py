@@ -86,7 +86,7 @@ def test_what_is_allowed_is_said_in_words():
     assert {name: field.allowed() for name, field in TABLE.items()} == dict(
         size="a whole number from 1 to 100",
         rate="a number of at least 0 and below 1",
-        scale="a whole number or a number above 0",
+        scale="a number above 0",
         flag="true or false",
         name="text in one line of at most 10 characters or null",
         kind="'a' or 'b'",
