@@ -27,7 +27,7 @@ from minilora.system.errors import UserError
 from minilora.system.files import read_json
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "an object"}
-_LISTS = {int: "a list of whole numbers", str: "a list of texts"}
+_LISTS = {int: "whole numbers", str: "texts", dict: "objects", list: "lists"}
 _LARGEST = sys.float_info.max
 
 
@@ -53,7 +53,7 @@ class Field:
         """Everything that the field may hold, in words."""
         kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
         kinds = [kind for kind in kinds if kind is not int or float not in kinds]
-        words = [_LISTS[self.items] if kind is list else _KINDS[kind] for kind in kinds]
+        words = [f"a list of {_LISTS[self.items]}" if kind is list else _KINDS[kind] for kind in kinds]
         words = [repr(choice) for choice in self.choices] or [" or ".join(words) + self._range()]
         return " or ".join(words + ["null"] * self.nullable)
 
@@ -93,8 +93,8 @@ class Field:
         if isinstance(value, str):
             return len(value) <= self.longest and (value.isprintable() or not self.one_line)
         if isinstance(value, list):
-            right = all(type(item) is self.items and self._holds(item) for item in value)
-            return right and len(value) <= self.longest
+            right = all(type(item) is self.items for item in value) and len(value) <= self.longest
+            return right and (self.items not in (int, str) or all(map(self._holds, value)))
         if isinstance(value, bool | dict):
             return True
         bounds = (
