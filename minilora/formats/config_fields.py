@@ -20,7 +20,7 @@ def _token(meaning: str) -> Field:
     return Field(int, meaning, nullable=True, low=-1, high=_MAX_IDS)
 
 
-def _only(kind: type, *choices: object, meaning: str = "", **settings) -> Field:
+def _only(kind: type, *choices: object, meaning: str, **settings) -> Field:
     return Field(kind, meaning, default=choices[0], choices=choices, **settings)
 
 
@@ -77,12 +77,12 @@ CONFIG_FIELDS = {
     "auto_map": Field(dict, "the model's own code, which is never run: no entry for a model", nullable=True),
     "quantization_config": Field(dict, "none, or bitsandbytes in 4 bits", nullable=True),
     "hidden_act": _only(str, "silu", "swish", meaning="the activation of the feed-forward layer"),
-    "attention_dropout": _only(float, 0.0, nullable=True),
+    "attention_dropout": _only(float, 0.0, nullable=True, meaning="dropout on attention's weights"),
     "partial_rotary_factor": _only(float, 1.0, nullable=True, meaning="the share of a head that is rotated"),
-    "rope_interleaved": _only(bool, False, nullable=True),
-    "is_encoder_decoder": _only(bool, False, nullable=True),
-    "add_cross_attention": _only(bool, False, nullable=True),
-    "use_mrope": _only(bool, False, nullable=True),
+    "rope_interleaved": _only(bool, False, nullable=True, meaning="another order of the rotated pairs"),
+    "is_encoder_decoder": _only(bool, False, nullable=True, meaning="an encoder beside the decoder"),
+    "add_cross_attention": _only(bool, False, nullable=True, meaning="attention to an encoder"),
+    "use_mrope": _only(bool, False, nullable=True, meaning="positions in several dimensions"),
 }  # fmt: skip
 
 ROPE_FIELDS = {  # within rope_scaling or rope_parameters

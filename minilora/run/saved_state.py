@@ -68,9 +68,8 @@ def check_state(state: object) -> None:
     for entry in tracker["window"]:
         if len(entry) != 3 or any(type(value) not in (int, float) for value in entry):
             raise UserError(f"tracker.window must hold loss, tokens and seconds, not {shown(entry)}")
-        read_fields(
-            dict(tokens=entry[1], seconds=entry[2]), dict(tokens=_SECONDS, seconds=_SECONDS), "window."
-        )
+        for value in entry[1:]:
+            _SECONDS.read("tracker.window", value)
     scale = read_fields(fields["loss_scale"], _LOSS_SCALE, "loss_scale.")
     if scale["scaler"]:  # empty where nothing is scaled
         read_fields(scale["scaler"], _SCALER, "loss_scale.scaler.")
@@ -108,7 +107,8 @@ _ADAMW_8BIT: _Layout = {
 }  # fmt: skip
 _BITSANDBYTES: _Layout = {"state1": _WHOLE, "state2": _WHOLE}
 _BITSANDBYTES_8BIT: _Layout = {
-    "state1": _BYTES, "qmap1": _CODE, "absmax1": _SCALES, "state2": _BYTES, "qmap2": _CODE, "absmax2": _SCALES,
+    "state1": _BYTES, "qmap1": _CODE, "absmax1": _SCALES,
+    "state2": _BYTES, "qmap2": _CODE, "absmax2": _SCALES,
 }  # fmt: skip
 _INNER = "__bnb_optimizer_quant_state__"  # bitsandbytes saves all but `step` within this
 
