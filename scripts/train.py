@@ -136,11 +136,11 @@ def start(plan: Plan, model: CausalLM, started: float) -> Run:
     """Make the optimizer and the loss scale, open the output, and restore the state of a checkpoint."""
     config, device, processes = plan.config, plan.placement.device, plan.processes
     trainable = trainable_parameters(model)
-    is_float32 = all(parameter.dtype == torch.float32 for parameter in trainable.values())
-    assert is_float32, "adapters are float32, whatever the compute dtype"
+    assert {p.dtype for p in trainable.values()} == {torch.float32}, "adapters are float32 in any dtype"
     rates = config.learning_rate, config.weight_decay, config.loraplus_lr_ratio
     optimizer = make_optimizer(config.optim, trainable, *rates)
     loss_scale = LossScale(device, enabled=plan.placement.dtype == torch.float16)
+    checkpoints.check_fits(plan.state, config, model, optimizer, loss_scale)
     run = Run(model, trainable, optimizer, loss_scale, report.open_output(plan), started)
     if processes.rank:
         torch.manual_seed(config.seed + processes.rank)  # each process draws dropout masks of its own

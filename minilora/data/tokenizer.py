@@ -27,15 +27,17 @@ Surrogates. A Python string may hold halves of a surrogate pair, which have no U
 and replaces a single half by U+FFFD, as every UTF-8 decoder does.
 """
 
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from minilora.data.tokenizer_backends import SentencePiece, TokenizerJson
 from minilora.system.errors import UserError
-from minilora.system.files import fingerprint, read_json
+from minilora.system.files import fingerprint
+from minilora.system.schema import Field, read_fields, read_object, shown
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,11 +65,10 @@ def load_tokenizer(directory: str | Path) -> "Tokenizer":
             f"{directory} holds no tokenizer: it needs a tokenizer.json or a tokenizer.model; copy one there"
         )
     added = {_text_of(token): int(i) for i, token in (config.get("added_tokens_decoder") or {}).items()}
-    added |= _read_object(directory / "added_tokens.json")
-    for token, i in added.items():
+    for token, i in (added | _read_added_tokens(directory)).items():
         if backend.token_id(token) != i:
             raise UserError(
-                f"{directory} adds {token!r} as id {i}, which its {path.name} lacks; "
+                f"{directory} adds {shown(token)} as id {i}, which its {path.name} lacks; "
                 "copy a tokenizer.json there that holds this token"
             )
     return Tokenizer(directory, backend, config)
@@ -91,7 +92,7 @@ class Tokenizer:
         for role in ("bos_token", "eos_token"):
             if role in named and role not in known:
                 raise UserError(
-                    f"{directory} names {role} {named[role]!r}, which its vocabulary lacks; "
+                    f"{directory} names {role} {shown(named[role])}, which its vocabulary lacks; "
                     "correct tokenizer_config.json"
                 )
         backend.mark_special(known.values())
@@ -195,10 +196,18 @@ class Tokenizer:
 # ---- reading the configuration ----
 
 
+_TOKEN = Field((str, dict), "a token, or an object that holds it as content", nullable=True, longest=1000)
+_FIELDS = dict.fromkeys(_ROLES, _TOKEN) | {  # of tokenizer_config.json and special_tokens_map.json
+    "add_bos_token": Field(bool, "whether sentencepiece puts BOS in front", nullable=True),
+    "added_tokens_decoder": Field(dict, "id -> token", nullable=True),
+}
+_ID = re.compile("[0-9]{1,9}")
+
+
 def _read_config(directory: Path) -> dict:
     """Return tokenizer_config.json, with the special tokens and the chat template of the files beside it."""
-    config = _read_object(directory / "tokenizer_config.json")
-    special_tokens = _read_object(directory / "special_tokens_map.json")
+    config = _read_checked(directory / "tokenizer_config.json", _check_config)
+    special_tokens = _read_checked(directory / "special_tokens_map.json", _check_config)
     # As in transformers, special_tokens_map.json counts only if the newer added_tokens_decoder is absent.
     config = special_tokens | config if "added_tokens_decoder" in config else config | special_tokens
     if (path := directory / "chat_template.jinja").is_file():
@@ -206,14 +215,44 @@ def _read_config(directory: Path) -> dict:
     return config
 
 
-def _read_object(path: Path) -> dict:
+def _read_added_tokens(directory: Path) -> dict[str, int]:
+    """Return added_tokens.json: token -> id."""
+    return _read_checked(directory / "added_tokens.json", _check_added_tokens)
+
+
+def _read_checked(path: Path, check: Callable[[dict], None]) -> dict:
     """Return the object in a JSON file, or an empty one if the file does not exist."""
-    if not path.is_file():
+    if not path.exists():
         return {}
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+    raw = read_object(path)
+    try:
+        check(raw)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return raw
+
+
+def _check_config(raw: dict) -> None:
+    fields = read_fields(raw, _FIELDS)
+    for role in _ROLES:
+        _check_token(role, fields[role])
+    for i, token in (fields["added_tokens_decoder"] or {}).items():
+        if not _ID.fullmatch(i):
+            raise UserError(f"added_tokens_decoder names tokens by whole numbers, not by {shown(i)}")
+        _check_token(f"added_tokens_decoder.{i}", _TOKEN.read(f"added_tokens_decoder.{i}", token or {}))
+
+
+def _check_added_tokens(raw: dict) -> None:
+    for token, i in raw.items():
+        _check_token("a token", token)
+        Field(int, "id", low=0, high=10**9).read(shown(token), i)
+
+
+def _check_token(name: str, token: str | dict | None) -> None:
+    """Raise UserError for an object without a text, and for half of a surrogate pair, which no file holds."""
+    text = _text_of(token)
+    if token is not None and (not isinstance(text, str) or re.search("[\ud800-\udfff]", text)):
+        raise UserError(f"{name} must be a token, or an object that holds it as content, not {shown(token)}")
 
 
 def _read_text(path: Path) -> str:
@@ -236,7 +275,7 @@ def _default_template(template: object, directory: Path) -> str | None:
         template = {entry["name"]: entry.get("template") for entry in template}.get("default")
     if not isinstance(template, str | None):
         raise UserError(
-            f"{directory}: chat_template is {repr(template)[:80]}, not text or a list of texts by name; "
+            f"{directory}: chat_template is {shown(template)}, not text or a list of texts by name; "
             "correct tokenizer_config.json"
         )
     return template

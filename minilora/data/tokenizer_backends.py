@@ -9,10 +9,15 @@ Both have the same methods and attributes:
     special_ids      ids that decode to nothing
     default_ids      {"bos_token": 1, ...}: the special tokens that the file itself names
     unsettled_ids    ids whose text depends on the ids behind them
+
+Both packages are compiled libraries, and a damaged or hostile file makes them raise whatever they like: the
+tokenizers package even a panic of Rust. All of it comes out as one UserError that names the file.
 """
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -22,31 +27,38 @@ from sentencepiece import SentencePieceProcessor
 
 from minilora.system.errors import UserError
 
+_MAX_TOKENS = 10_000_000  # far above every vocabulary; lists as long as the largest id are made of it
+
 
 class TokenizerJson:
     """A `tokenizer.json`, read by the tokenizers package."""
 
     def __init__(self, path: Path):
-        try:
+        self._path = path
+        with _without_panic_messages(), _blaming(path):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises no narrower class
-            raise UserError(f"{path} is not a tokenizer ({_one_line(error)}); fetch it again") from error
-        # A training run may have saved both settings in the file.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocab_size = self._tokenizer.get_vocab_size()
+            # A training run may have saved both settings in the file.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            example = self._tokenizer.encode("a")
+        largest = max(self._tokenizer.get_vocab().values(), default=0)
+        if largest >= _MAX_TOKENS:
+            raise UserError(f"{path} has a token {largest}; at most {_MAX_TOKENS:,} tokens are supported")
+        self.vocab_size = max(self._tokenizer.get_vocab_size(), largest + 1)  # ids may have gaps
         # A run of byte tokens that is not UTF-8 as a whole decodes to U+FFFD as a whole. So the next byte
         # token can still change the text of those before it.
         self.unsettled_ids = {self.token_id(f"<0x{byte:02X}>") for byte in range(256)} - {None}
         # The post-processor's prefix: the special tokens that it puts in front of a text.
-        example = self._tokenizer.encode("a")
         self._prefix = example.ids[: [*example.special_tokens_mask, 0].index(0)]
+        if absent := [i for i in self._prefix if self.token(i) is None]:
+            raise UserError(f"{path} puts token {absent[0]} in front of a text, which its vocabulary lacks")
         self.default_ids = {"bos_token": self._prefix[0]} if self._prefix else {}
         self.mark_special(())
 
     def mark_special(self, tokens: Iterable[str]) -> None:
         """Make these tokens of the vocabulary special: found whole in a text, decoded to nothing."""
-        self._tokenizer.add_special_tokens(list(tokens))
+        with _blaming(self._path):
+            self._tokenizer.add_special_tokens(list(tokens))
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = {i for i, token in added.items() if token.special}
 
@@ -55,17 +67,20 @@ class TokenizerJson:
         return self._prefix
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _blaming(self._path):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_with_offsets(self, text: str, mark: str) -> tuple[list[int], np.ndarray]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with _blaming(self._path):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
     def escape(self, text: str, mark: str) -> str:
         return text  # a special token in a text is a special token, as in transformers
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        with _blaming(self._path):
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -82,7 +97,11 @@ class SentencePiece:
     def __init__(self, path: Path, config: dict):
         try:
             self._model = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            UnicodeDecodeError,
+        ) as error:  # the last if the message quotes the file
             message = f"{path} is not a sentencepiece model ({_one_line(error)}); fetch it again"
             raise UserError(message) from error
         model = self._model
@@ -95,7 +114,7 @@ class SentencePiece:
             "unk_token": model.unk_id(),
         }
         self.default_ids = {role: i for role, i in ids.items() if i >= 0}  # -1: the model has no such token
-        self._add_bos = config.get("add_bos_token", True)
+        self._add_bos = config.get("add_bos_token", True)  # null means false, as in transformers 4
 
     def mark_special(self, tokens: Iterable[str]) -> None:
         """Make these tokens of the vocabulary special: decoded to nothing."""
@@ -178,5 +197,29 @@ class SentencePiece:
         return self._model.id_to_piece(token_id)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn whatever the tokenizers package raises into a UserError that names its file."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # it raises no narrower class, and its panics are not even an Exception
+        raise UserError(f"{path} is not a tokenizer ({_one_line(error)}); fetch it again") from error
+
+
+@contextmanager
+def _without_panic_messages() -> Iterator[None]:
+    """Close the standard error stream to Rust, which prints a panic there before Python hears of it."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

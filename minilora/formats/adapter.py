@@ -20,7 +20,10 @@ from minilora.formats.peft_format import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     MAGNITUDE,
+    PEFT_CHANGES_NOTHING,
     PEFT_DEFAULTS,
+    PEFT_HONOURED,
+    PEFT_INIT,
     PICKLED_WEIGHTS_FILE,
     A,
     B,
@@ -30,18 +33,12 @@ from minilora.formats.peft_format import (
 )
 from minilora.lora import add_lora, lora_layers, match_targets, remove_lora
 from minilora.system.errors import UserError, summarize
-from minilora.system.files import read_json, write_whole
+from minilora.system.files import write_whole
+from minilora.system.schema import read_fields, read_object, shown, shown_name
 
 _PARTS = {"lora_A": A, "lora_B": B, "lora_magnitude_vector": MAGNITUDE}  # LoraLinear's name -> the file's
 
-# Every key is honoured, or known to change nothing, or refused unless it has its default.
-_HONOURED = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"}
-_CHANGES_NOTHING = set(
-    """
-    auto_mapping base_model_name_or_path revision peft_version task_type inference_mode megatron_core
-    ensure_weight_tying layers_pattern eva_config qalora_group_size runtime_config
-    """.split()
-)
+_LORA_CONFIG = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 
 
 def save_adapter(
@@ -89,40 +86,30 @@ def _plain_targets(model: nn.Module, wrapped: list[str]) -> list[str]:
 def read_adapter_config(directory: str | Path) -> LoraConfig:
     """Read `adapter_config.json`. Raises UserError naming the file and the key that cannot be honoured."""
     path = Path(directory) / ADAPTER_CONFIG_FILE
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG_FILE}")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no JSON object")
+    raw = read_object(path)
     try:
-        _check_required(raw)
+        fields = read_fields(raw, PEFT_HONOURED)
+        read_fields(raw, PEFT_CHANGES_NOTHING)
         for key, value in raw.items():
             _check_honoured(key, value)
-        return LoraConfig(**{key: raw[key] for key in _HONOURED & raw.keys()})
+        return LoraConfig(**{key: fields[key] for key in _LORA_CONFIG})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _check_required(raw: dict) -> None:
-    if raw.get("peft_type") != "LORA":
-        raise UserError(f"peft_type {raw.get('peft_type')!r} is not supported; it must be 'LORA'")
-    for key in ("r", "lora_alpha", "target_modules"):
-        if raw.get(key) is None:
-            raise UserError(f"the key {key} is missing")
-    for key in ("base_model_name_or_path", "revision"):
-        if raw.get(key) is not None and not isinstance(raw[key], str):
-            raise UserError(f"{key} must be text, not {raw[key]!r}")
-
-
 def _check_honoured(key: str, value: object) -> None:
-    """Raise UserError for a key whose value this implementation does not honour."""
-    if key in _HONOURED | _CHANGES_NOTHING:
+    """Raise UserError for a key outside the tables whose value this implementation does not honour."""
+    if key in PEFT_HONOURED or key in PEFT_CHANGES_NOTHING:
         return
-    if key == "init_lora_weights":
+    if key == PEFT_INIT:
         if not isinstance(value, bool) and changes_base(str(value)):
-            raise UserError(f"{key} = {value!r} changed the base weights; convert it to plain LoRA first")
+            raise UserError(
+                f"{key} = {shown(value)} changed the base weights; convert it to plain LoRA first"
+            )
     elif value and value != PEFT_DEFAULTS.get(key):
-        raise UserError(f"{key} = {value!r} is not supported")
+        raise UserError(f"{shown_name(key)} = {shown(value)} is not supported")
 
 
 def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, tuple[Tensor, ...]]]:

@@ -26,6 +26,7 @@ from minilora.quantization import (
     four_bit_code,
 )
 from minilora.system.errors import UserError, summarize
+from minilora.system.schema import shown
 
 _STATE_KEY = ".quant_state.bitsandbytes__"  # between the weight's name and the quant_type
 _NESTED = (".nested_absmax", ".nested_quant_map")
@@ -131,7 +132,7 @@ def _parse_state(packed: Tensor, key: str) -> _State:
         "quant_type": quant_type == key.rpartition("__")[2] and quant_type in QUANT_TYPES,
         "blocksize": _is_size(blocksize) and blocksize in BLOCK_SIZES,
         "dtype": dtype in list(FLOATS),
-        "shape": isinstance(shape, list) and all(map(_is_size, shape)),
+        "shape": isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, shape)),
     }
     offset = raw.get("nested_offset")
     nested = any(field.startswith("nested_") for field in raw)
@@ -139,14 +140,14 @@ def _parse_state(packed: Tensor, key: str) -> _State:
         largest = torch.finfo(torch.float32).max
         checks["nested_blocksize"] = raw.get("nested_blocksize") == NESTED_BLOCK_SIZE
         checks["nested_dtype"] = raw.get("nested_dtype") == "float32"
-        checks["nested_offset"] = isinstance(offset, (int, float)) and abs(offset) <= largest
-    if problems := [f"{field} = {raw.get(field)!r}" for field, fits in checks.items() if not fits]:
+        checks["nested_offset"] = type(offset) in (int, float) and abs(offset) <= largest
+    if problems := [f"{field} = {shown(raw.get(field))}" for field, fits in checks.items() if not fits]:
         raise UserError(f"{key} cannot be honoured: {summarize(problems)}")
     return _State(key, quant_type, blocksize, FLOATS[dtype], torch.Size(shape), offset if nested else None)
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and 0 < value < 2**31  # a product of two is below PyTorch's limit
 
 
 def _packed_problems(packed: Tensor, name: str, state: _State) -> list[str]:

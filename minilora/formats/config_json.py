@@ -7,17 +7,26 @@ family sets which flag. Two spellings of `config.json` are in use, and both are 
     transformers 5's      rope_parameters, dtype
 
 Every field is honoured, or known to change nothing, or refused by name. A field that is silently ignored
-would give a model that runs and is wrong, which is the most expensive kind of bug.
+would give a model that runs and is wrong, which is the most expensive kind of bug. `config_fields.py` is the
+table of the fields: types, limits, defaults. What one field means for another is decided here.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minilora.config import ModelConfig, RopeConfig
+from minilora.formats.config_fields import (
+    CHANGES_NOTHING,
+    CONFIG_FIELDS,
+    MAX_PARAMETERS,
+    QUANTIZATION_FIELDS,
+    ROPE_FIELDS,
+)
 from minilora.system.errors import UserError
 from minilora.system.files import read_json
+from minilora.system.schema import read_fields, shown, shown_name
 
-# ---- the fields ----
+# ---- the families ----
 
 
 @dataclass(frozen=True)
@@ -37,15 +46,7 @@ _FAMILIES = {
     "qwen2": _Family("Qwen2ForCausalLM", kv_heads=32, qkv_bias=True),
     "qwen3": _Family("Qwen3ForCausalLM", kv_heads=32, head_dim=128, qk_norm=True),
 }
-
-_HONOURED = set(
-    """
-    architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings torch_dtype dtype
-    bos_token_id eos_token_id pad_token_id sliding_window layer_types use_sliding_window max_window_layers
-    attention_bias mlp_bias auto_map quantization_config rope_theta rope_scaling rope_parameters
-    """.split()
-)
+_WINDOW = 4096  # sliding_window of Mistral and Qwen when the field is absent
 
 # Fields that ModelConfig holds under the same name, in the order in which they are written.
 _WRITTEN = """
@@ -53,35 +54,6 @@ _WRITTEN = """
     num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id
     pad_token_id
     """.split()
-
-# Fields that are honoured with these values, which ask for nothing unusual, and refused with all others.
-_REFUSED_UNLESS = {
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0, 0.0, None),
-    "partial_rotary_factor": (1, 1.0, None),
-    "rope_interleaved": (False, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "use_mrope": (False, None),
-}
-
-# Bookkeeping: who wrote the file, how to initialise, generate or return. None of it changes the logits.
-_CHANGES_NOTHING = set(
-    """
-    transformers_version name_or_path initializer_range use_cache pretraining_tp return_dict torchscript
-    output_attentions output_hidden_states id2label label2id num_labels problem_type finetuning_task
-    task_specific_params chunk_size_feed_forward use_bfloat16 is_decoder is_llama_config tokenizer_class
-    sep_token_id prefix decoder_start_token_id unsloth_fixed unsloth_version transformers.js_config
-    model_max_length max_length min_length do_sample num_beams temperature top_k top_p repetition_penalty
-    length_penalty no_repeat_ngram_size bad_words_ids early_stopping typical_p num_return_sequences
-    diversity_penalty num_beam_groups encoder_no_repeat_ngram_size forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    output_scores return_dict_in_generate tf_legacy_loss pruned_heads tie_encoder_decoder
-    cross_attention_hidden_size
-    """.split()
-)
-
-_OFF = (None, False, {}, [], "")  # An unknown field with one of these values asks for nothing.
 
 _LLAMA3_FIELDS = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _ROPE_FIELDS = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3_FIELDS}  # rope_type -> its fields
@@ -104,68 +76,45 @@ def parse_config(raw: dict) -> ModelConfig:
     Raises UserError for an architecture or a field that changes the result and is not honoured here, and
     for a missing or impossible one.
     """
-    family, rope = _family(raw), _read_rope(raw)
-    _check_quantization(raw.get("quantization_config"))
-    for name, value in raw.items():
-        _check_field(name, value)
-    layers = _size(raw, "num_hidden_layers")
-    bias, eos = bool(raw.get("attention_bias", False)), raw.get("eos_token_id")
-    return ModelConfig(
-        model_type=raw["model_type"],
-        vocab_size=_size(raw, "vocab_size"),
-        hidden_size=_size(raw, "hidden_size"),
-        intermediate_size=_size(raw, "intermediate_size"),
-        num_hidden_layers=layers,
-        **_read_heads(raw, family),
-        layer_windows=_read_windows(raw, layers),
-        rope=rope,
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        max_position_embeddings=_size(raw, "max_position_embeddings", 2048),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    fields = read_fields(raw, CONFIG_FIELDS)
+    family = _FAMILIES[fields["model_type"]]
+    _check_architectures(fields, family)
+    _check_code(fields["auto_map"])
+    _check_quantization(fields["quantization_config"])
+    _check_unknown(raw)
+    bias, eos = fields["attention_bias"], fields["eos_token_id"]
+    same = "model_type vocab_size hidden_size intermediate_size num_hidden_layers rms_norm_eps".split()
+    same += "max_position_embeddings tie_word_embeddings mlp_bias".split()
+    config = ModelConfig(
+        **{name: fields[name] for name in same},
+        **_read_heads(raw, fields, family),
+        layer_windows=_read_windows(raw, fields),
+        rope=_read_rope(fields),
         qkv_bias=bias or family.qkv_bias,
         o_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=family.qk_norm,
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        pad_token_id=raw.get("pad_token_id"),
+        dtype=fields["dtype"] or fields["torch_dtype"] or "float32",
+        bos_token_id=_token(fields["bos_token_id"]),
+        eos_token_ids=tuple(i for i in (eos if isinstance(eos, list) else [eos]) if _token(i) is not None),
+        pad_token_id=_token(fields["pad_token_id"]),
     )
+    _check_size(config)
+    return config
 
 
-def _family(raw: dict) -> _Family:
-    model_type = raw.get("model_type")
-    if model_type not in _FAMILIES:
-        raise UserError(f"model_type {model_type!r} is not supported; supported: {', '.join(_FAMILIES)}")
-    family = _FAMILIES[model_type]
-    for name in raw.get("architectures") or []:
+def _check_architectures(fields: dict, family: _Family) -> None:
+    for name in fields["architectures"] or []:
         if name != family.architecture:
             raise UserError(
-                f"architecture {name!r} is not supported; "
-                f"for model_type {model_type!r} it must be {family.architecture!r}"
+                f"architecture {shown(name)} is not supported; "
+                f"for model_type {fields['model_type']!r} it must be {family.architecture!r}"
             )
-    return family
 
 
-def _read_rope(raw: dict) -> RopeConfig:
-    """The rotary embedding in either spelling."""
-    source = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    fields = dict(raw.get(source) or {})
-    old_type = fields.pop("type", None)
-    rope_type = fields.pop("rope_type", None) or old_type or "default"
-    theta = fields.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    if rope_type not in list(_ROPE_FIELDS):
-        raise UserError(
-            f"{source} of type {rope_type!r} is not supported; supported: {', '.join(_ROPE_FIELDS)}"
-        )
-    allowed = _ROPE_FIELDS[rope_type]
-    if missing := sorted(allowed - set(fields)):
-        raise UserError(f"{source} of type {rope_type!r} lacks {', '.join(missing)}")
-    for name, value in fields.items():
-        whole = name == "partial_rotary_factor" and value in _REFUSED_UNLESS[name]
-        if name not in allowed and value not in _OFF and not whole:
-            raise UserError(f"{source}.{name} = {value!r} is not supported with type {rope_type!r}")
-    return RopeConfig(theta=float(theta), rope_type=rope_type, **{name: fields[name] for name in allowed})
+def _check_code(auto_map: dict | None) -> None:
+    if "AutoModelForCausalLM" in (auto_map or {}):
+        code = shown(auto_map["AutoModelForCausalLM"])
+        raise UserError(f"auto_map asks for the model's own code ({code}), which is never run")
 
 
 def _check_quantization(raw: dict | None) -> None:
@@ -175,8 +124,9 @@ def _check_quantization(raw: dict | None) -> None:
     """
     if raw is None:
         return
-    method = raw.get("quant_method")
-    bits = 4 if raw.get("load_in_4bit") else 8 if raw.get("load_in_8bit") else None
+    fields = read_fields(raw, QUANTIZATION_FIELDS, "quantization_config.")
+    method = fields["quant_method"]
+    bits = 4 if fields["load_in_4bit"] else 8 if fields["load_in_8bit"] else None
     if (method, bits) != ("bitsandbytes", 4):
         given = f"{method} in {bits} bits" if bits else str(method)
         raise UserError(
@@ -185,64 +135,100 @@ def _check_quantization(raw: dict | None) -> None:
         )
 
 
-def _check_field(name: str, value: object) -> None:
-    """Raise UserError for a field that may change the result and is not honoured."""
-    if name in _REFUSED_UNLESS:
-        if value not in _REFUSED_UNLESS[name]:
-            allowed = " or ".join(repr(v) for v in _REFUSED_UNLESS[name])
-            raise UserError(f"{name} = {value!r} is not supported; it must be {allowed}")
-    elif name == "auto_map" and "AutoModelForCausalLM" in (value or {}):
-        code = value["AutoModelForCausalLM"]
-        raise UserError(f"auto_map asks for the model's own code ({code}), which is never run")
-    elif name not in _HONOURED | _CHANGES_NOTHING and not name.startswith("_") and value not in _OFF:
+def _check_unknown(raw: dict) -> None:
+    """Raise UserError for a field that may change the result and is not known here."""
+    for name, value in raw.items():
+        known = name in CONFIG_FIELDS or name in CHANGES_NOTHING or name.startswith("_")
+        if not known and not _is_off(value):
+            raise UserError(
+                f"unknown field {shown_name(name)} = {shown(value)}: it may change the result, "
+                "and it is not supported here"
+            )
+
+
+def _is_off(value: object) -> bool:
+    """Whether an unknown field with this value asks for nothing."""
+    return value in (None, False, {}, [], "")
+
+
+def _token(token_id: int | None) -> int | None:
+    """A token's id; None for -1, as the first Llama's files write "none"."""
+    return None if token_id == -1 else token_id
+
+
+def _check_size(config: ModelConfig) -> None:
+    """Raise UserError for a model that no computer holds, before anything tries to build it."""
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+    count = 2 * config.vocab_size * config.hidden_size + config.num_hidden_layers * layer
+    if count > MAX_PARAMETERS:
         raise UserError(
-            f"unknown field {name} = {value!r}: it may change the result, and it is not supported here"
+            f"its sizes ask for {count:.1e} parameters; at most {MAX_PARAMETERS:.0e} are supported"
         )
 
 
-def _size(raw: dict, name: str, default: int | None = None) -> int:
-    """A positive whole number. An absent field and a null both mean the default."""
-    value = raw.get(name) if raw.get(name) is not None else default
-    if value is None:
-        raise UserError(f"the field {name} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} must be a positive whole number, not {value!r}")
-    return value
+def _read_rope(fields: dict) -> RopeConfig:
+    """The rotary embedding in either spelling."""
+    source = "rope_parameters" if fields["rope_parameters"] else "rope_scaling"
+    raw = fields[source] or {}
+    rope = read_fields(raw, ROPE_FIELDS, f"{source}.")
+    rope_type = rope["rope_type"] or rope["type"] or "default"
+    theta = rope["rope_theta"] or fields["rope_theta"] or 10000.0
+    allowed = _ROPE_FIELDS[rope_type]
+    if missing := sorted(name for name in allowed if rope[name] is None):
+        raise UserError(f"{source} of type {rope_type!r} lacks {', '.join(missing)}")
+    known = allowed | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    for name, value in raw.items():
+        if name not in known and not _is_off(value):
+            raise UserError(
+                f"{source}.{shown_name(name)} = {shown(value)} is not supported with type {rope_type!r}"
+            )
+    if rope_type == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(
+            f"{source}.high_freq_factor must be above low_freq_factor = {rope['low_freq_factor']}, "
+            f"not {rope['high_freq_factor']}"
+        )
+    return RopeConfig(theta=theta, rope_type=rope_type, **{name: rope[name] for name in allowed})
 
 
-def _read_heads(raw: dict, family: _Family) -> dict[str, int]:
+def _read_heads(raw: dict, fields: dict, family: _Family) -> dict[str, int]:
     """ModelConfig's fields about attention heads."""
-    heads = _size(raw, "num_attention_heads")
+    heads = fields["num_attention_heads"]
     # A null means as many key/value heads as query heads; an absent field means the family's default.
-    default = heads if "num_key_value_heads" in raw else family.kv_heads or heads
-    kv_heads = _size(raw, "num_key_value_heads", default)
-    head_dim = _size(raw, "head_dim", family.head_dim or _size(raw, "hidden_size") // heads)
+    given = fields["num_key_value_heads"] if "num_key_value_heads" in raw else family.kv_heads
+    kv_heads = given or heads
+    head_dim = fields["head_dim"] or family.head_dim or fields["hidden_size"] // heads
     if heads % kv_heads:
         raise UserError(
             f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
         )
+    if head_dim < 1:
+        raise UserError(f"num_attention_heads = {heads} is more than hidden_size = {fields['hidden_size']}")
     if head_dim % 2:
         raise UserError(f"head_dim = {head_dim} is odd; RoPE rotates pairs")
     return dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
 
 
-def _read_windows(raw: dict, layers: int) -> tuple[int | None, ...]:
+def _read_windows(raw: dict, fields: dict) -> tuple[int | None, ...]:
     """The sliding window of every layer, or None for a layer that sees all tokens before it."""
-    if raw["model_type"] == "llama":
-        _refuse_windows(raw)
+    layers = fields["num_hidden_layers"]
+    if fields["model_type"] == "llama":
+        _refuse_windows(fields)
         return (None,) * layers
-    if raw["model_type"] == "mistral":
-        if raw.get("layer_types"):
+    window = fields["sliding_window"] if "sliding_window" in raw else _WINDOW
+    if fields["model_type"] == "mistral":
+        if fields["layer_types"]:
             raise UserError("layer_types is not a field of a Mistral model; its window holds for every layer")
-        return (raw.get("sliding_window", 4096),) * layers
-    return _read_qwen_windows(raw, layers)
+        return (window,) * layers
+    return _read_qwen_windows(fields, window if fields["use_sliding_window"] else None)
 
 
-def _refuse_windows(raw: dict) -> None:
-    types, window = set(raw.get("layer_types") or []), raw.get("sliding_window")
+def _refuse_windows(fields: dict) -> None:
+    types, window = set(fields["layer_types"] or []), fields["sliding_window"]
     if types - {"full_attention"}:
         raise UserError(
-            f"layer_types = {sorted(types)} is not a field of a Llama model, which has no sliding window"
+            f"layer_types = {shown(sorted(types))} is not a field of a Llama model, "
+            "which has no sliding window"
         )
     if window is not None:
         raise UserError(
@@ -250,17 +236,17 @@ def _refuse_windows(raw: dict) -> None:
         )
 
 
-def _read_qwen_windows(raw: dict, layers: int) -> tuple[int | None, ...]:
+def _read_qwen_windows(fields: dict, window: int | None) -> tuple[int | None, ...]:
     """The layers with a window are those of `layer_types`, else all from `max_window_layers` on."""
-    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
-    types = raw.get("layer_types")
+    layers, types = fields["num_hidden_layers"], fields["layer_types"]
     if types is None:
-        first = raw.get("max_window_layers", 28)
-        return tuple(window if i >= first else None for i in range(layers))
+        return tuple(window if i >= fields["max_window_layers"] else None for i in range(layers))
     if len(types) != layers:
         raise UserError(f"layer_types has {len(types)} entries for num_hidden_layers = {layers}")
     if unknown := set(types) - {"full_attention", "sliding_attention"}:
-        raise UserError(f"layer_types holds {sorted(unknown)}; supported: full_attention, sliding_attention")
+        raise UserError(
+            f"layer_types holds {shown(sorted(unknown))}; supported: full_attention, sliding_attention"
+        )
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in types)
 
 

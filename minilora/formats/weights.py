@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -31,10 +32,17 @@ from minilora.quantization import FLOATS, QuantizedTensor, quantize_4bit
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import write_whole
 from minilora.system.hub import resolve_model
+from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
 
 MODEL_CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_INDEX_FIELDS = {
+    "weight_map": Field(dict, "tensor name -> file name", required=True),
+    "metadata": Field(dict, "such as the size of all tensors", nullable=True),
+}
+_SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a plain name: no folder, no hidden file
 
 _FLOATS_IN_FILES = ("F32", "BF16", "F16")  # safetensors' names of FLOATS
 _ROTARY_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files
@@ -57,7 +65,7 @@ def load_model(
     """
     directory = resolve_model(str(path_or_hub_id), revision=revision, token=token)
     config = read_config(directory)
-    dtype = dtype or _config_dtype(config, directory)
+    dtype = dtype or FLOATS[config.dtype]
     stored = StoredTensors(directory)
     with torch.device("meta"):
         model = CausalLM(config)
@@ -92,15 +100,6 @@ def read_config(directory: Path) -> ModelConfig:
     return read_config_file(directory / MODEL_CONFIG_FILE)
 
 
-def _config_dtype(config: ModelConfig, directory: Path) -> torch.dtype:
-    if config.dtype not in FLOATS:
-        raise UserError(
-            f"{directory / MODEL_CONFIG_FILE}: torch_dtype {config.dtype!r} is not supported; "
-            f"supported: {', '.join(FLOATS)}"
-        )
-    return FLOATS[config.dtype]
-
-
 def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
     """A test of tensor names: whether files may hold the tensor although the model does not need it."""
     tied_head = "lm_head.weight" if config.tie_word_embeddings else None
@@ -132,9 +131,17 @@ class StoredTensors:
         self.files: dict[str, Path] = {}  # tensor name -> the file that holds it
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}  # in safetensors' spelling: BF16, F32, ...
-        for path in _weight_files(directory):
+        for path, promised in _weight_files(directory).items():
             with _open(path) as file:
+                if lacking := sorted(promised - set(file.keys())):
+                    problem = summarize([shown_name(name) for name in lacking], 3)
+                    raise UserError(f"{path} lacks {problem}, which {INDEX_FILE} puts there; download again")
                 for name in file.keys():
+                    if name in self.files:
+                        raise UserError(
+                            f"{directory} holds {shown_name(name)} twice, in {self.files[name].name} and "
+                            f"{path.name}; download again"
+                        )
                     entry = file.get_slice(name)
                     self.files[name] = path
                     self.shapes[name] = tuple(entry.get_shape())
@@ -184,25 +191,40 @@ class StoredTensors:
         return weight.to(device)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory: those that its index names, or the single one."""
+def _weight_files(directory: Path) -> dict[Path, set[str]]:
+    """The safetensors files of a model directory, each with the tensors that its index puts there."""
     index = directory / INDEX_FILE
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is not a safetensors index: {error!r}") from error
-        shards = [directory / name for name in names]
+    if index.exists():
+        shards: dict[Path, set[str]] = {}
+        for name, file in sorted(_read_index(index).items(), key=itemgetter(1)):
+            shards.setdefault(directory / file, set()).add(name)
         if absent := [path.name for path in shards if not path.is_file()]:
             raise UserError(
-                f"{directory} lacks {', '.join(absent)}, which {INDEX_FILE} names; download again"
+                f"{directory} lacks {summarize(absent)}, which {INDEX_FILE} names; download again"
             )
         return shards
     if (directory / SINGLE_FILE).is_file():
-        return [directory / SINGLE_FILE]
+        return {directory / SINGLE_FILE: set()}
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     hint = f" ({pickled[0]} is pickled and never read; convert it to safetensors)" if pickled else ""
     raise UserError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a sharded model. No file outside its directory is named."""
+    try:
+        shards = read_fields(read_object(path), _INDEX_FIELDS)["weight_map"]
+        for name, file in shards.items():
+            if not isinstance(file, str) or not _SHARD.fullmatch(file):
+                raise UserError(
+                    f"{shown_name(name)} must lie in a file such as model-00001-of-00002.safetensors in the "
+                    f"same directory, not in {shown(file)}"
+                )
+    except UserError as error:
+        raise UserError(f"{path} is not a safetensors index: {error}") from error
+    if not shards:
+        raise UserError(f"{path} is not a safetensors index: weight_map is empty")
+    return shards
 
 
 def _open(path: Path):

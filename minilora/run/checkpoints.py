@@ -28,6 +28,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -35,19 +36,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from minilora.config import LoraConfig
+from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
 from minilora.formats.weights import save_tensors
+from minilora.lora import lora_layers, match_targets
+from minilora.loss_scale import LossScale
+from minilora.run.saved_state import check_optimizer, check_state, same_tensors
 from minilora.run.settings import TrainConfig
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, write_whole
+from minilora.system.schema import shown, shown_name
 
 STATE_FILE = "training_state/state.json"
 TENSORS_FILE = "training_state/tensors.safetensors"
 DIGESTS_FILE = "training_state/digests.json"
 _FILES = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, STATE_FILE, TENSORS_FILE)
+_MAX_STATE_BYTES = 4 << 30  # it holds a record for every line of metrics.jsonl
+_NUMBER = re.compile("#(0|[1-9][0-9]{0,17})")
 _PART, _OLD = ".part", ".old"  # suffixes of a checkpoint that is being written, and of one being deleted
 
 
@@ -83,7 +92,7 @@ def read_checkpoint(directory: Path) -> dict:
     """Return the saved state, on the CPU. Raises UserError naming a missing or corrupt file."""
     if not _has_state(directory):
         raise UserError(f"{directory} holds no training_state to resume from")
-    digests = _read_existing_json(directory / DIGESTS_FILE)
+    digests = read_json(directory / DIGESTS_FILE)
     if not isinstance(digests, dict) or not digests.keys() >= set(_FILES):
         raise UserError(f"{directory / DIGESTS_FILE} is corrupt: it does not list the files of a checkpoint")
     for name in _FILES:
@@ -93,17 +102,18 @@ def read_checkpoint(directory: Path) -> dict:
             raise UserError(
                 f"{directory / name} is truncated or corrupt: its SHA-256 is not the one in digests.json"
             )
-    return unflatten(_read_existing_json(directory / STATE_FILE), load_file(directory / TENSORS_FILE))
+    try:
+        tensors = load_file(directory / TENSORS_FILE)
+    except SafetensorError as error:
+        raise UserError(f"{directory / TENSORS_FILE} is truncated or corrupt: {error}") from error
+    try:
+        return unflatten(read_json(directory / STATE_FILE, _MAX_STATE_BYTES), tensors)
+    except UserError as error:
+        raise UserError(f"{directory / STATE_FILE} is corrupt: {error}") from error
 
 
 def _has_state(directory: Path) -> bool:
     return (directory / STATE_FILE).parent.is_dir()
-
-
-def _read_existing_json(path: Path) -> object:
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    return read_json(path)
 
 
 def _digest(path: Path) -> str:
@@ -163,15 +173,26 @@ def flatten(tree: object, key: str = "") -> tuple[object, dict[str, Tensor]]:
 
 
 def unflatten(tree: object, tensors: dict[str, Tensor]) -> object:
-    """Rebuild the tree that `flatten` took apart."""
+    """Rebuild the tree that `flatten` took apart. Raises UserError for a tree that it did not make."""
     if isinstance(tree, list):
         return [unflatten(value, tensors) for value in tree]
     if not isinstance(tree, dict):
         return tree
     if "$tensor" in tree:
-        return tensors[tree["$tensor"]]
-    keys = {key: int(key[1:]) if key.startswith("#") else key for key in tree}
-    return {keys[key]: unflatten(value, tensors) for key, value in tree.items()}
+        name = tree["$tensor"]
+        if not isinstance(name, str) or name not in tensors or len(tree) > 1:
+            raise UserError(f"it names the tensor {shown(name)}, which is not there")
+        return tensors[name]
+    return {_key(key): unflatten(value, tensors) for key, value in tree.items()}
+
+
+def _key(key: str) -> str | int:
+    """The key that `flatten` wrote as this text."""
+    if not key.startswith("#"):
+        return key
+    if not _NUMBER.fullmatch(key):
+        raise UserError(f"it holds the key {shown(key)}, which is no number")
+    return int(key[1:])
 
 
 # ---- the checkpoints of a run ------------------------------------------------------------------------------
@@ -202,11 +223,13 @@ def find_checkpoint(directory: Path) -> tuple[Path | None, dict, list[str]]:
     return None, {}, []
 
 
-def find_resumed(config: TrainConfig, training: dict, total_steps: int) -> tuple[Path | None, dict]:
+def find_resumed(
+    config: TrainConfig, training: dict, total_steps: int, device: torch.device
+) -> tuple[Path | None, dict]:
     """Return the checkpoint to resume from and its state, or (None, {}) for a run that starts at step 0.
 
     `training` must equal the checkpoint's own; see `check_same_training`. Raises UserError for a checkpoint
-    that does not exist, belongs to another training or lies beyond `total_steps`.
+    that does not exist, is damaged, belongs to another training or lies beyond `total_steps`.
     """
     requested = config.resume_from_checkpoint
     if requested is None:
@@ -222,7 +245,13 @@ def find_resumed(config: TrainConfig, training: dict, total_steps: int) -> tuple
         return None, {}
     for fault in faults:
         print(f"skipped: {fault}")
+    try:
+        check_state(state)
+    except UserError as error:
+        raise UserError(f"{checkpoint / STATE_FILE} is corrupt: {error}") from error
     check_same_training(state["training"], training, config.may_change(), checkpoint)
+    _check_adapter(checkpoint, config.lora_config())
+    _check_generators(state["random"], training["the number of processes"], device, checkpoint)
     if state["step"] > total_steps:
         raise UserError(
             f"{checkpoint} is beyond the {total_steps} steps of this training; "
@@ -245,13 +274,59 @@ def check_same_training(saved: dict, now: dict, may_change: set[str], checkpoint
     """Raise UserError if settings differ that may not, naming each one with both values."""
     now = json.loads(json.dumps(now))  # as `saved` went through JSON: tuples are lists
     changed = [
-        f"{name} is {now.get(name)!r} here, {saved.get(name)!r} there"
+        f"{shown_name(name)} is {shown(now.get(name))} here, {shown(saved.get(name))} there"
         for name in sorted((saved.keys() | now.keys()) - may_change)
         if now.get(name) != saved.get(name)
     ]
     if changed:
         fix = "set it back, or start anew in another output_dir without resume_from_checkpoint"
         raise UserError(f"{checkpoint} belongs to another training: {summarize(changed)}; {fix}")
+
+
+def _check_adapter(checkpoint: Path, lora: LoraConfig) -> None:
+    """Raise UserError if the saved adapter is not the one that the settings describe."""
+    saved = read_adapter_config(checkpoint)
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
+        if getattr(saved, name) != getattr(lora, name):
+            raise UserError(
+                f"{checkpoint / ADAPTER_CONFIG_FILE} says {name} = {getattr(saved, name)}, and the settings "
+                f"of this training {getattr(lora, name)}; take another checkpoint"
+            )
+
+
+def _check_generators(saved: list[dict], processes: int, device: torch.device, checkpoint: Path) -> None:
+    """Raise UserError for states that the random generators do not accept, by trying them."""
+    before = random_state(device)
+    try:
+        if len(saved) != processes or not all(same_tensors(state, before) for state in saved):
+            raise ValueError(f"they are not {processes} states of this version's generators")
+        for state in saved:
+            set_random_state(state, device)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{checkpoint} holds no usable state of the random generators: {error}") from error
+    finally:
+        set_random_state(before, device)
+
+
+def check_fits(
+    state: dict,
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_scale: LossScale,
+) -> None:
+    """Raise UserError if a state is not of this model and its optimizer. {}: there is no checkpoint."""
+    if not state:
+        return
+    problem = f"{config.resume_from_checkpoint}: the checkpoint does not fit"
+    if list(lora_layers(model)) != match_targets(model, config.lora_config().target_modules):
+        raise UserError(f"{problem}: its adapter is on other layers than lora_target names")
+    if state["loss_scale"]["scaler"].keys() != loss_scale.state_dict()["scaler"].keys():
+        raise UserError(f"{problem}: its loss scale is of another dtype")
+    try:
+        check_optimizer(state["optimizer"], optimizer)
+    except UserError as error:
+        raise UserError(f"{problem}: {error}") from error
 
 
 def delete_checkpoint(directory: Path) -> None:

@@ -127,7 +127,7 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
         "the fingerprint of the training examples": train_set.fingerprint(),
         "the fingerprint of the held-out examples": eval_set.fingerprint() if eval_set else None,
     }
-    checkpoint, state = find_resumed(config, training, schedule.total_steps)
+    checkpoint, state = find_resumed(config, training, schedule.total_steps, placement.device)
     check_output_dir(config, checkpoint)
     memory = plan_memory(config, model_config, placement, order, evaluates=bool(eval_set))
     destinations, reporters = open_services(config) if processes.main else ([], [])

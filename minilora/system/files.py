@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -11,21 +12,63 @@ from typing import Any
 
 from minilora.system.errors import UserError
 
+MAX_JSON_BYTES = 64 << 20  # of a file that is read whole; the largest index of a model's shards has 10 MB
+_MAX_DEPTH = 100  # of lists and objects within each other
 
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file. Raises UserError that names the file and the error in it."""
+
+def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file. Raises UserError that names the file and the error in it.
+
+    A file that names a field twice is refused: one program would read the first value, and another the last.
+    """
     try:
-        return parse_json(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(_read_limited(Path(path), max_bytes), object_pairs_hook=_unique_fields)
+        _check_depth(value)
+        return value
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     except UserError as error:
         raise UserError(f"{path} is {error}") from error
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. The text of its UserError completes "FILE is ...": "not valid JSON: ..."."""
+def _read_limited(path: Path, max_bytes: int) -> str:
+    """The text of a regular file. A pipe would wait for its writer, and a device might never end."""
+    if not path.is_file():
+        raise UserError("not a regular file" if path.exists() else "missing")
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise UserError(f"larger than {max_bytes >> 20} MiB, the most that is read of such a file")
+    return data.decode("utf-8")
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise UserError(f"ambiguous: it holds the field {name[:80]!r} twice")
+    return fields
+
+
+def _check_depth(value: Any) -> None:
+    """Raise UserError for a value so deep that a function which walks it would run out of stack."""
+    level = [[value]]
+    for _ in range(_MAX_DEPTH + 1):
+        inner = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for nodes in inner for child in nodes if isinstance(child, dict | list)]
+    if level:
+        raise UserError("nested too deeply")
+
+
+def parse_json(text: str, **options: Any) -> Any:
+    """The value of a JSON text. The text of its UserError completes "FILE is ...": "not valid JSON: ...".
+
+    `options` are those of json.loads.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
+    except UserError:
+        raise
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if "\n" in text else ""
         raise UserError(f"not valid JSON: {error.msg}, {line}column {error.colno}") from error

@@ -1,25 +1,39 @@
-"""Write docs/keys.md: every key of the trainer and every key of LLaMA-Factory, with its meaning.
+"""Write docs/keys.md, every key of a training, and docs/config_fields.md, every field of a model's files.
 
     python scripts/dev/keys.py
 
-The page is built from the comments in `minilora/run/settings.py` and the tables in
-`minilora/run/llama_factory.py`. A test checks that docs/keys.md is up to date.
+The page of keys is built from the comments in `minilora/run/settings.py` and the tables in
+`minilora/run/llama_factory.py`, the page of fields from the tables by which the files are read. A test checks
+that both are up to date.
 """
 
+import json
 import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from minilora.formats.config_fields import (
+    CHANGES_NOTHING,
+    CONFIG_FIELDS,
+    MAX_PARAMETERS,
+    QUANTIZATION_FIELDS,
+    ROPE_FIELDS,
+)
+from minilora.formats.peft_format import PEFT_CHANGES_NOTHING, PEFT_HONOURED, PEFT_INIT, PEFT_MUST_BE_OFF
 from minilora.run.llama_factory import DEFAULTS, INSTEAD, NEEDED, NO_EFFECT, TRANSLATED, VALUES
 from minilora.run.settings import ALIASES, SWITCHES, documented_keys
 from minilora.system.errors import run_script
 from minilora.system.files import write_whole
+from minilora.system.schema import Field
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "keys.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE, FIELDS_PAGE = DOCS / "keys.md", DOCS / "config_fields.md"
 
 
 def main() -> None:
-    write_whole(PAGE, page())
-    print(f"written: {PAGE}")
+    for path, text in ((PAGE, page()), (FIELDS_PAGE, fields_page())):
+        write_whole(path, text)
+        print(f"written: {path}")
 
 
 def page() -> str:
@@ -95,6 +109,71 @@ def refused_keys() -> str:
     off = [name for name, must in needed.items() if must == "off" and name not in INSTEAD]
     rows = [(f"`{name}`", must, INSTEAD.get(name, "")) for name, must in needed.items() if name not in off]
     return table("key | must be | instead", [*rows, (", ".join(f"`{name}`" for name in off), "off", "")])
+
+
+# ---- the page of fields ----
+
+
+def fields_page() -> str:
+    """Return the page of the fields as Markdown."""
+    return f"""# Every field of config.json and adapter_config.json
+
+`python scripts/dev/keys.py` writes this page from the tables by which the files are read, in
+`minilora/formats/config_fields.py` and `minilora/formats/peft_format.py`. A value that a table does not allow
+is refused in one line, before anything is written. Nothing is coerced: `"false"` is not false, `true` is not
+1, `32.0` is no whole number. Only where a fraction is meant, the whole number `1000000` is read as
+`1000000.0`.
+
+## config.json
+
+{field_table(CONFIG_FIELDS)}
+
+The sizes together may ask for {MAX_PARAMETERS:.0e} parameters at most.
+
+Within `rope_scaling` and `rope_parameters`:
+
+{field_table(ROPE_FIELDS)}
+
+Within `quantization_config`:
+
+{field_table(QUANTIZATION_FIELDS)}
+
+These fields change nothing here, and any value is accepted:
+
+{names(sorted(CHANGES_NOTHING))}
+
+So are names that begin with `_`. Every other field is refused, unless it is off: null, false, 0 or empty.
+
+## adapter_config.json
+
+{field_table(PEFT_HONOURED)}
+
+`{PEFT_INIT}` may be true, false, or the name of an initialisation that kept the base weights.
+
+These keys change nothing:
+
+{field_table(PEFT_CHANGES_NOTHING)}
+
+These ask for something that is not implemented, and must be off:
+
+{names(PEFT_MUST_BE_OFF)}
+
+Every other key is refused, unless it is off.
+"""
+
+
+def field_table(fields: Mapping[str, Field]) -> str:
+    """Return a table with a row per field."""
+    rows = []
+    for name, field in fields.items():
+        default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+        default = "required" if field.required else default
+        rows.append((f"`{name}`", field.allowed(), default, field.meaning))
+    return table("field | allowed | absent | meaning", rows)
+
+
+def names(fields: Iterable[str]) -> str:
+    return textwrap.fill(", ".join(f"`{name}`" for name in fields) + ".", 130, break_on_hyphens=False)
 
 
 def table(head: str, rows: list[tuple[str, ...]]) -> str:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Backend
@@ -506,3 +506,109 @@ def test_an_eos_that_is_not_there_is_refused(directories, tmp_path):
     assert nameless.eos_id is None and nameless.encode("Hello")
     with pytest.raises(UserError, match="name eos_token in its tokenizer_config.json"):
         nameless.encode("Hello", eos=True)
+
+
+# Files of other people
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"tokenizer_config": {"bos_token": 5}}, "tokenizer_config.json: bos_token must be text or an object or null"),
+        ({"tokenizer_config": {"eos_token": {"content": None}}}, "tokenizer_config.json: eos_token must be a token"),
+        ({"tokenizer_config": {"pad_token": "\ud800"}}, "tokenizer_config.json: pad_token must be a token"),
+        ({"tokenizer_config": {"unk_token": ["a"]}}, "tokenizer_config.json: unk_token must be text or an object"),
+        ({"tokenizer_config": {"eos_token": "x" * 10**6}}, "tokenizer_config.json: eos_token must be text"),
+        ({"tokenizer_config": {"add_bos_token": "false"}}, "add_bos_token must be true or false or null, not 'false'"),
+        ({"tokenizer_config": {"add_bos_token": 0}}, "add_bos_token must be true or false or null, not 0"),
+        ({"tokenizer_config": {"added_tokens_decoder": ["a"]}}, "added_tokens_decoder must be an object or null"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": "a"}}}, "whole numbers, not by 'x'"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"-1": "a"}}}, "whole numbers, not by '-1'"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: "a"}}}, "whole numbers, not by '999"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"\u0663": "a"}}}, "whole numbers, not by"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"1": 7}}}, "added_tokens_decoder.1 must be text"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"1": None}}}, "added_tokens_decoder.1 must be a token"),
+        ({"special_tokens_map": {"bos_token": True}}, "special_tokens_map.json: bos_token must be text"),
+        ({"added_tokens": {"a": "1"}}, "added_tokens.json: 'a' must be a whole number from 0"),
+        ({"added_tokens": {"a": 1.0}}, "added_tokens.json: 'a' must be a whole number from 0"),
+        ({"added_tokens": {"a": 10**18}}, "added_tokens.json: 'a' must be a whole number from 0"),
+        ({"added_tokens": ["a"]}, "added_tokens.json must hold a JSON object"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_is_one_line_that_names_file_and_field(directories, tmp_path, files, said):
+    path = write(shutil.copytree(directories["llama3"], tmp_path / "wrong"), **files)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(path)
+    assert said in str(error.value) and len(str(error.value)) < 400 + len(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_null_is_as_good_as_an_absent_token(directories, tmp_path):
+    path = shutil.copytree(directories["llama3"], tmp_path / "nulls")
+    nulls = dict.fromkeys(("unk_token", "pad_token", "add_bos_token", "added_tokens_decoder"))
+    ours = load_tokenizer(write(path, tokenizer_config={"bos_token": BOS, "eos_token": EOS} | nulls))
+    assert ours.encode("Hello") == load_tokenizer(directories["llama3"]).encode("Hello")
+
+
+def changed(raw, path: list, value):
+    """A copy of a JSON value with another value at a place within it."""
+    raw = json.loads(json.dumps(raw))
+    inner = raw
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "value"),
+    [
+        ("llama2-json", ["post_processor", "special_tokens"], {}),  # a template names a token that has no id
+        (
+            "llama2-json",
+            ["model", "continuing_subword_prefix"],
+            "x" * 9,
+        ),  # a slice before the start of a token
+        ("llama2-json", ["model", "vocab"], []),
+        ("llama3", ["model", "merges"], [["a"]]),
+        ("llama3", ["added_tokens"], 7),
+        ("qwen", ["pre_tokenizer"], {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}),
+    ],
+)
+def test_a_tokenizer_on_which_the_package_panics_is_one_line_and_nothing_else(
+    directories, tmp_path, capfd, base, path, value
+):
+    raw = changed(json.loads((directories[base] / "tokenizer.json").read_text()), path, value)
+    with pytest.raises(UserError, match="tokenizer.json is not a tokenizer") as error:
+        load_tokenizer(write(tmp_path, tokenizer=raw))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ids_with_gaps_are_below_the_vocabularys_size_and_absurd_ones_are_refused(directories, tmp_path):
+    raw = json.loads((directories["llama2-json"] / "tokenizer.json").read_text())
+    used = len(raw["model"]["vocab"])
+    ours = load_tokenizer(write(tmp_path / "gap", tokenizer=changed(raw, ["model", "vocab", "w"], used + 5)))
+    assert ours.vocab_size == used + 6 and ours.decode([used + 5]) == "w"
+    with pytest.raises(UserError, match="has a token 4294967295; at most 10,000,000 tokens"):
+        load_tokenizer(write(tmp_path / "far", tokenizer=changed(raw, ["model", "vocab", "w"], 2**32 - 1)))
+    template = changed(raw, ["post_processor", "special_tokens", "<s>", "ids"], [used + 9])
+    with pytest.raises(
+        UserError, match=f"puts token {used + 9} in front of a text, which its vocabulary lacks"
+    ):
+        load_tokenizer(write(tmp_path / "template", tokenizer=template))
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_sentencepiece_model_that_is_cut_or_changed_anywhere_is_read_or_refused(model_dir, tmp_path, data):
+    whole = (model_dir / "tokenizer.model").read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    damaged = bytearray(whole)
+    damaged[place] ^= data.draw(st.integers(1, 255))
+    (tmp_path / "tokenizer.model").write_bytes(data.draw(st.sampled_from([whole[:place], bytes(damaged)])))
+    try:
+        ours = load_tokenizer(tmp_path)
+        assert all(0 <= i < ours.vocab_size for i in ours.encode("Hello <s> 🙂", bos=False))
+    except UserError as error:
+        assert "tokenizer.model is not a sentencepiece model" in str(error) and "\n" not in str(error)

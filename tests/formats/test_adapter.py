@@ -4,13 +4,22 @@ import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.families import relative_error, same_model_here, transformers_model
 from support.tiny import ALL_SEVEN, CASES, TOLERANCE, ids, randomize, tiny_model
 
 from minilora import LoraConfig, UserError, add_lora, load_adapter, save_adapter, set_adapter
-from minilora.formats.adapter import read_adapter
+from minilora.formats.adapter import read_adapter, read_adapter_config
+from minilora.formats.peft_format import PEFT_DEFAULTS
 from minilora.lora import adapter_names, lora_layers
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=200),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 def peft_adapter(family: str, directory, **lora):
@@ -117,19 +126,45 @@ def saved(tmp_path, **config):
             "missing base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
         ),
         (dict(use_dora="yes"), "adapter_config.json: use_dora must be true or false, not 'yes'"),
-        (dict(r="4"), "adapter_config.json: lora_rank must be a whole number of at least 1, not '4'"),
-        (dict(lora_alpha="16"), "adapter_config.json: lora_alpha must be a finite number, not '16'"),
-        (dict(lora_alpha=float("nan")), "adapter_config.json: lora_alpha must be a finite number, not nan"),
-        (dict(lora_alpha=float("inf")), "adapter_config.json: lora_alpha must be a finite number, not inf"),
-        (dict(lora_dropout="x"), "adapter_config.json: lora_dropout must be a finite number, not 'x'"),
-        (dict(target_modules=3), "adapter_config.json: lora_target must be text or a list of texts, not 3"),
+        (dict(r="4"), "adapter_config.json: r must be a whole number from 1 to 65,536, not '4'"),
+        (dict(lora_alpha="16"), "adapter_config.json: lora_alpha must be a number above 0, not '16'"),
+        (dict(lora_alpha=float("nan")), "adapter_config.json: lora_alpha must be a number above 0, not nan"),
+        (dict(lora_alpha=float("inf")), "adapter_config.json: lora_alpha must be a number above 0, not inf"),
+        (
+            dict(lora_dropout="x"),
+            "adapter_config.json: lora_dropout must be a number of at least 0 and below 1, not 'x'",
+        ),
+        (
+            dict(target_modules=3),
+            "adapter_config.json: target_modules must be text or a list of texts, not 3",
+        ),
         (
             dict(target_modules=["q_proj", 3]),
-            "adapter_config.json: lora_target must be text or a list of texts, not ['q_proj', 3]",
+            "adapter_config.json: target_modules must be text or a list of texts, not ['q_proj', 3]",
         ),
-        (dict(base_model_name_or_path=3), "adapter_config.json: base_model_name_or_path must be text, not 3"),
+        (
+            dict(base_model_name_or_path=3),
+            "adapter_config.json: base_model_name_or_path must be text in one line of at most",
+        ),
+        (
+            dict(base_model_name_or_path="a\x1b[2Jb"),
+            "adapter_config.json: base_model_name_or_path must be text",
+        ),
+        (
+            dict(base_model_name_or_path="m" * 1001),
+            "adapter_config.json: base_model_name_or_path must be text",
+        ),
+        (dict(r=10**18), "adapter_config.json: r must be a whole number from 1 to 65,536, not 1000000000"),
+        (dict(r=True), "adapter_config.json: r must be a whole number from 1 to 65,536, not True"),
+        (dict(r=2.0), "adapter_config.json: r must be a whole number from 1 to 65,536, not 2.0"),
+        (dict(lora_alpha=True), "adapter_config.json: lora_alpha must be a number above 0, not True"),
+        (dict(lora_alpha=10**400), "adapter_config.json: lora_alpha must be a number above 0, not 10000"),
+        (dict(use_rslora=0), "adapter_config.json: use_rslora must be true or false, not 0"),
+        (dict(inference_mode="yes"), "adapter_config.json: inference_mode must be true or false or null"),
+        (dict(eva_config=[1]), "adapter_config.json: eva_config must be an object or null, not [1]"),
+        (dict(rank_pattern=7), "adapter_config.json: rank_pattern = 7"),
         (dict(bias="all"), "bias = 'all'"),
-        (dict(peft_type="IA3"), "peft_type 'IA3'"),
+        (dict(peft_type="IA3"), "peft_type = 'IA3'"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
         (dict(rank_pattern={"q_proj": 4}), "rank_pattern"),
         (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
@@ -155,6 +190,25 @@ def test_a_key_that_cannot_be_honoured_is_refused_and_leaves_the_model_as_it_was
         load_adapter(model, directory)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not lora_layers(model)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
+@given(data=st.data())
+def test_any_json_at_any_key_is_read_strictly_or_refused_in_one_line(tmp_path, data):
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    key = data.draw(st.sampled_from([*PEFT_DEFAULTS, "runtime_config"]) | st.text(max_size=300))
+    value = data.draw(JSON)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(plain | {key: value}))
+    try:
+        config = read_adapter_config(tmp_path)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) <= 500 + len(str(tmp_path))
+        return
+    expected = plain | {"lora_dropout": 0.0, "use_rslora": False, "use_dora": False} | {key: value}
+    expected["target_modules"] = tuple(expected["target_modules"])
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"):
+        assert getattr(config, name) == (value if isinstance(value, str) and name == key else expected[name])
+    assert type(config.r) is int and type(config.lora_alpha) in (int, float)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "Gaussian", "orthogonal", "eva", "mica"])
@@ -224,7 +278,7 @@ def test_integers_infinities_and_nan_are_refused(spoil, message, tmp_path):
 
 def test_a_configuration_that_is_no_object_is_refused(tmp_path):
     (saved(tmp_path) / "adapter_config.json").write_text("[]")
-    with pytest.raises(UserError, match="adapter_config.json holds no JSON object"):
+    with pytest.raises(UserError, match="adapter_config.json must hold a JSON object, not \\[\\]"):
         read_adapter(tmp_path)
 
 

@@ -1,11 +1,17 @@
 """config.json in both spellings: honoured, known to change nothing, or refused by name."""
 
 import json
+import math
+from dataclasses import asdict
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.families import FAMILIES, config_dict, transformers_model
 
 from minilora import LoraConfig, UserError
+from minilora.config import RopeConfig
+from minilora.formats.config_fields import CONFIG_FIELDS, ROPE_FIELDS
 from minilora.formats.config_json import parse_config, read_config_file, to_config_json
 
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=32, hidden_size=16, intermediate_size=32,
@@ -60,7 +66,7 @@ def test_windows_follow_use_sliding_window_max_window_layers_and_layer_types():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model_type="gemma2"), "model_type 'gemma2'"),
+        (dict(model_type="gemma2"), "model_type = 'gemma2'"),
         (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "'yarn'"),
@@ -133,3 +139,193 @@ def test_scaling_is_alpha_over_r_and_rslora_over_its_root():
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="nearest: 'standard_r8_qkvo'"):
         LoraConfig.preset("standard_r8_qkv")
+
+
+# ---- files as they are on the hub, shortened by what changes nothing -----------------------------------------
+
+_LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", attention_bias=False, attention_dropout=0.0,
+              hidden_act="silu", pretraining_tp=1, rope_scaling=None, use_cache=True)  # fmt: skip
+_MISTRAL = dict(architectures=["MistralForCausalLM"], model_type="mistral", attention_dropout=0.0, hidden_act="silu",
+                hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8, max_position_embeddings=32768, rms_norm_eps=1e-05, bos_token_id=1,
+                eos_token_id=2, tie_word_embeddings=False, torch_dtype="bfloat16")  # fmt: skip
+_QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", attention_dropout=0.0, hidden_act="silu",
+              hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+              num_key_value_heads=4, max_window_layers=28, rms_norm_eps=1e-06, use_sliding_window=False,
+              tie_word_embeddings=False, torch_dtype="bfloat16")  # fmt: skip
+_LLAMA31_ROPE = dict(factor=8.0, high_freq_factor=4.0, low_freq_factor=1.0,
+                     original_max_position_embeddings=8192, rope_type="llama3")  # fmt: skip
+HUB = {
+    "SmolLM2-135M": (
+        _LLAMA | dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                      num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-05, rope_theta=100000,
+                      rope_interleaved=False, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+                      max_position_embeddings=8192, is_llama_config=True, torch_dtype="bfloat16"),
+        dict(head_dim=64, num_key_value_heads=3, eos_token_ids=(0,), dtype="bfloat16"),
+    ),
+    "TinyLlama-1.1B": (
+        _LLAMA | dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+                      num_attention_heads=32, num_key_value_heads=4, rms_norm_eps=1e-05, rope_theta=10000.0,
+                      tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+                      max_position_embeddings=2048, torch_dtype="bfloat16"),
+        dict(head_dim=64, tie_word_embeddings=False),
+    ),
+    "Llama-2-7b": (
+        _LLAMA | dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                      num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-05,
+                      tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+                      max_position_embeddings=4096, torch_dtype="float16"),
+        dict(dtype="float16", max_position_embeddings=4096),
+    ),
+    "the first Llama, as converted in 2023": (
+        dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=32000, hidden_size=4096,
+             intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-06,
+             bos_token_id=0, eos_token_id=1, pad_token_id=-1, max_sequence_length=2048, hidden_act="silu",
+             max_position_embeddings=2048, torch_dtype="float16", transformers_version="4.28.1"),
+        dict(num_key_value_heads=32, pad_token_id=None),
+    ),
+    "Llama-3.1-8B-Instruct": (
+        _LLAMA | dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                      num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=500000.0,
+                      rope_scaling=_LLAMA31_ROPE, mlp_bias=False, bos_token_id=128000,
+                      eos_token_id=[128001, 128008, 128009], max_position_embeddings=131072,
+                      tie_word_embeddings=False, torch_dtype="bfloat16"),
+        dict(eos_token_ids=(128001, 128008, 128009)),
+    ),
+    "Mistral-7B-v0.1": (
+        _MISTRAL | dict(vocab_size=32000, rope_theta=10000.0, sliding_window=4096),
+        dict(layer_windows=(4096,) * 32),
+    ),
+    "Mistral-7B-Instruct-v0.2": (
+        _MISTRAL | dict(vocab_size=32000, rope_theta=1000000.0, sliding_window=None),
+        dict(layer_windows=(None,) * 32),
+    ),
+    "Mistral-7B-v0.3": (
+        _MISTRAL | dict(vocab_size=32768, rope_theta=1000000.0, sliding_window=None, head_dim=128),
+        dict(vocab_size=32768),
+    ),
+    "Qwen2-7B-Instruct": (
+        _QWEN2 | dict(vocab_size=152064, bos_token_id=151643, eos_token_id=151645, rope_theta=1000000.0,
+                      sliding_window=131072, max_position_embeddings=32768),
+        dict(layer_windows=(None,) * 28, qkv_bias=True),
+    ),
+    "DeepSeek-R1-Distill-Qwen-7B": (
+        _QWEN2 | dict(vocab_size=152064, bos_token_id=151643, eos_token_id=151643, rope_theta=10000,
+                      sliding_window=4096, max_position_embeddings=131072, use_mrope=False),
+        dict(layer_windows=(None,) * 28, max_position_embeddings=131072),
+    ),
+    "Qwen3-0.6B": (
+        dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", vocab_size=151936, hidden_size=1024,
+             intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+             head_dim=128, attention_bias=False, attention_dropout=0.0, bos_token_id=151643,
+             eos_token_id=151645, hidden_act="silu", max_position_embeddings=40960, max_window_layers=28,
+             rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000, sliding_window=None,
+             use_sliding_window=False, tie_word_embeddings=True, torch_dtype="bfloat16"),
+        dict(head_dim=128, qk_norm=True, tie_word_embeddings=True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_file_of_the_hub_is_read_as_it_is_meant(name):
+    raw, expected = HUB[name]
+    config = parse_config(json.loads(json.dumps(raw)))
+    assert {field: getattr(config, field) for field in expected} == expected
+    for field in "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split():
+        assert getattr(config, field) == raw[field]
+    theta = raw.get("rope_theta", 10000)
+    assert config.rope.theta == theta and type(config.rope.theta) is float
+    if raw.get("rope_scaling"):
+        assert asdict(config.rope) == _LLAMA31_ROPE | {"theta": 500000.0}
+
+
+# ---- files that nobody would write by hand -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("num_hidden_layers", 10**7, "num_hidden_layers must be a whole number from 1 to 10,000, not 10000000"),
+        ("hidden_size", 10**18, "hidden_size must be a whole number from 1 to 1,000,000, not 10000000000"),
+        ("vocab_size", -5, "vocab_size must be a whole number from 1 to 10,000,000, not -5"),
+        ("hidden_size", 16.0, "hidden_size must be a whole number from 1 to 1,000,000, not 16.0"),
+        ("num_hidden_layers", True, "num_hidden_layers must be a whole number from 1 to 10,000, not True"),
+        ("rope_theta", 0, "rope_theta must be a number from 1 to 1,000,000,000,000 or null, not 0"),
+        ("rope_theta", True, "rope_theta must be a number from 1"),
+        ("rope_theta", float("nan"), "rope_theta must be a number from 1"),
+        ("rope_theta", float("inf"), "rope_theta must be a number from 1"),
+        ("rope_theta", 10**400, "rope_theta must be a number from 1"),
+        ("rms_norm_eps", "1e-6", "rms_norm_eps must be a number from 0 to 1, not '1e-6'"),
+        ("rms_norm_eps", -1e-6, "rms_norm_eps must be a number from 0 to 1, not -1e-06"),
+        ("rms_norm_eps", None, "rms_norm_eps must be a number from 0 to 1, not None"),
+        ("tie_word_embeddings", "false", "tie_word_embeddings must be true or false, not 'false'"),
+        ("attention_bias", 0, "attention_bias must be true or false, not 0"),
+        ("attention_dropout", False, "attention_dropout must be 0.0 or null, not False"),
+        ("eos_token_id", [1, "2"], "eos_token_id must be a whole number or a list of whole numbers"),
+        ("eos_token_id", 1.0, "eos_token_id must be a whole number or a list of whole numbers"),
+        ("sliding_window", 0, "sliding_window must be a whole number from 1 to 2,147,483,648 or null, not 0"),
+        ("dtype", "float8", "dtype = 'float8' is not supported; it must be 'float32' or 'bfloat16'"),
+        ("architectures", "LlamaForCausalLM", "architectures must be a list of texts or null"),
+        ("layer_types", [1, 2], "layer_types must be a list of texts or null, not [1, 2]"),
+        ("auto_map", "x", "auto_map must be an object or null, not 'x'"),
+        ("quantization_config", [], "quantization_config must be an object or null, not []"),
+        ("quantization_config", {"load_in_4bit": 1}, "quantization_config.load_in_4bit must be true or false"),
+        ("rope_scaling", {"rope_type": "linear", "factor": -2.0}, "rope_scaling.factor must be a number"),
+        ("rope_scaling", {"rope_type": ["linear"]}, "rope_scaling.rope_type must be 'default' or 'linear'"),
+        ("rope_scaling", _LLAMA31_ROPE | {"low_freq_factor": 4}, "high_freq_factor must be above low_freq"),
+        ("num_attention_heads", 32, "num_attention_heads = 32 is more than hidden_size = 16"),
+        ("num_experts", "\x1b[2J" * 100, "unknown field num_experts = '\\x1b[2J"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_no_value_of_its_field_is_one_line_that_names_both(field, value, said):
+    with pytest.raises(UserError) as error:
+        parse_config(LLAMA | {field: value})
+    assert said in str(error.value) and len(str(error.value)) <= 500 and str(error.value).isprintable()
+
+
+def test_sizes_that_are_possible_alone_and_absurd_together_are_refused_before_the_model_is_built():
+    # A layer has 2 (H + G) K D + 3 F D weights: here 16 * 250,000 * 10^6 + 3 * 10^7 * 10^6 = 3.4e13.
+    big = dict(hidden_size=1_000_000, intermediate_size=10_000_000, num_hidden_layers=10_000)
+    with pytest.raises(UserError, match=r"ask for 3\.4e\+17 parameters; at most 1e\+13"):
+        parse_config(LLAMA | big)
+
+
+@pytest.mark.parametrize("raw", [[], None, "llama", 3, {}, {"model_type": None}])
+def test_a_file_that_is_no_object_or_names_no_family_is_one_line(raw):
+    with pytest.raises(UserError, match="it must hold a JSON object|the key model_type is missing"):
+        parse_config(raw)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=200),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+ROPES = [None, {}, {"rope_type": "linear", "factor": 2.0}, LLAMA3_SCALING]
+# What ModelConfig may hold, written down apart from the table.
+STRICT = dict(
+    model_type=str, vocab_size=int, hidden_size=int, intermediate_size=int, num_hidden_layers=int,
+    num_attention_heads=int, num_key_value_heads=int, head_dim=int, layer_windows=tuple, rope=RopeConfig,
+    rms_norm_eps=float, max_position_embeddings=int, tie_word_embeddings=bool, qkv_bias=bool, o_bias=bool,
+    mlp_bias=bool, qk_norm=bool, dtype=str, eos_token_ids=tuple,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=400)
+@given(base=st.sampled_from([LLAMA, QWEN]), data=st.data())
+def test_any_json_at_any_field_is_read_strictly_or_refused_in_one_line(base, data):
+    field = data.draw(st.sampled_from([*CONFIG_FIELDS]) | st.text(max_size=300))
+    value = data.draw(JSON)
+    if field in ("rope_scaling", "rope_parameters") and data.draw(st.booleans()):
+        inner = data.draw(st.sampled_from([*ROPE_FIELDS]))
+        value = dict(data.draw(st.sampled_from(ROPES)) or {}) | {inner: value}
+    try:
+        config = parse_config(base | {field: value})
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) <= 500 and str(error).isprintable()
+        return
+    assert all(type(getattr(config, name)) is kind for name, kind in STRICT.items())
+    written = getattr(config, field, None)
+    if value is not None and field in STRICT and STRICT[field] in (int, str, bool):
+        assert type(value) is type(written) and value == written
+    assert math.isfinite(config.rms_norm_eps) and math.isfinite(config.rope.theta) and config.rope.theta >= 1

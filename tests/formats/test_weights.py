@@ -1,6 +1,7 @@
 """Model directories: what transformers writes loads here, what we write loads there, and damage is named."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -141,3 +142,87 @@ def test_a_directory_without_a_config_and_a_missing_one_raise_different_errors(t
         load_model(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
         load_model(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def shards(directory):
+    """The model in two shards; a function that writes an index and returns the directory."""
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    (directory / "model.safetensors").unlink()
+    files = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, held in files.items():
+        save_file({name: tensors[name] for name in held}, directory / file)
+    weight_map = {name: file for file, held in files.items() for name in held}
+
+    def write(index=None, **changes):
+        index = {"weight_map": weight_map | changes} if index is None else index
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        return directory
+
+    return write
+
+
+def test_an_index_of_plain_names_is_read_with_and_without_metadata(shards):
+    assert load_model(shards()).config.vocab_size == 61
+    whole = json.loads((shards() / "model.safetensors.index.json").read_text())
+    assert load_model(shards(whole | {"metadata": {"total_size": 1}})).config.vocab_size == 61
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../b.safetensors", "/etc/b.safetensors", "..", "", "sub/b.safetensors", "sub\\b.safetensors",
+     "b.bin", "b.safetensors\0", ".safetensors", "b.safetensors\n", 3, None, ["b.safetensors"], "b" * 10**6],
+)  # fmt: skip
+def test_an_index_names_no_file_outside_its_directory_and_none_of_another_kind(shards, file):
+    with pytest.raises(
+        UserError, match=r"index.json is not a safetensors index: x must lie in a file"
+    ) as error:
+        load_model(shards(x=file))
+    assert len(str(error.value)) <= 500 + len(str(shards()))
+
+
+@pytest.mark.parametrize(
+    "index, said",
+    [
+        ([], "must hold a JSON object, not"),
+        ({"weight_map": None}, "the key weight_map is missing"),
+        ({"weight_map": []}, "weight_map must be an object"),
+        ({"weight_map": {}}, "weight_map is empty"),
+        ({"weight_map": {"x": "a.safetensors"}, "metadata": 3}, "metadata must be an object or null, not 3"),
+    ],
+)
+def test_an_index_of_another_form_is_one_line(shards, index, said):
+    with pytest.raises(UserError, match=f"model.safetensors.index.json.* {said}") as error:
+        load_model(shards(index))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_that_its_shard_lacks_and_a_tensor_in_two_shards_are_named(shards):
+    name = "model.norm.weight"
+    with pytest.raises(
+        UserError, match=f"a.safetensors lacks {name}, which model.safetensors.index.json puts"
+    ):
+        load_model(shards(**{name: "a.safetensors"}))
+    directory = shards()
+    extra = load_file(directory / "a.safetensors") | {name: torch.ones(24)}
+    save_file(extra, directory / "a.safetensors")
+    with pytest.raises(UserError, match=f"holds {name} twice, in a.safetensors and b.safetensors"):
+        load_model(directory)
+
+
+def test_a_shard_that_is_no_regular_file_is_missing(shards):
+    directory = shards()
+    (directory / "b.safetensors").unlink()
+    os.mkfifo(directory / "b.safetensors")
+    with pytest.raises(UserError, match="lacks b.safetensors, which model.safetensors.index.json names"):
+        load_model(directory)
+
+
+def test_ten_million_layers_are_refused_before_one_is_built(directory):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10_000_000}))
+    with pytest.raises(
+        UserError, match="config.json: num_hidden_layers must be a whole number from 1 to 10,000"
+    ):
+        load_model(directory)

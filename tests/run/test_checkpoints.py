@@ -1,6 +1,7 @@
 """A resumed run equals one that was never stopped, bit for bit; any other resume is refused by name."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from support.project import PROGRAM_ENVIRONMENT, SUPPORT, adapter, metrics
 
 from minilora import UserError
@@ -36,6 +38,7 @@ from minilora.run.checkpoints import (
     unflatten,
     write_checkpoint,
 )
+from minilora.run.saved_state import check_state
 from minilora.system.files import fingerprint
 
 CPU = torch.device("cpu")
@@ -363,6 +366,152 @@ def test_a_corrupt_checkpoint_is_refused_by_the_files_name_and_latest_skips_it(s
     other.write_text(whole)
     _, out = train(max_steps=6, save_steps=3, bf16="false", resume_from_checkpoint="latest")
     assert f"skipped: {path} is truncated or corrupt" in out and "after step 3 of 6" in out
+
+
+# ---- a checkpoint with right digests and wrong contents ------------------------------------------------------
+
+
+def rewrite(checkpoint, change=lambda tree, tensors: None, adapter=None):
+    """Change the files of a checkpoint and write the digests of the changed ones."""
+    tree = json.loads((checkpoint / STATE_FILE).read_text())
+    tensors = load_file(checkpoint / TENSORS_FILE)
+    changed = change(tree, tensors)
+    (checkpoint / STATE_FILE).write_text(json.dumps(tree if changed is None else changed))
+    save_file(tensors, checkpoint / TENSORS_FILE)
+    path = checkpoint / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (adapter or {})))
+    digests = {
+        name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in checkpoints._FILES
+    }
+    (checkpoint / DIGESTS_FILE).write_text(json.dumps(digests))
+
+
+def put(path, value):
+    """A change: another value at a place in state.json, or none at all."""
+
+    def change(tree, tensors):
+        inner = tree
+        for key in path[:-1]:
+            inner = inner[key]
+        if value is DELETED:
+            del inner[path[-1]]
+        else:
+            inner[path[-1]] = value
+
+    return change
+
+
+def resize(name, tensor):
+    """A change: another tensor."""
+    return lambda tree, tensors: tensors.update({name: tensor})
+
+
+DELETED = object()
+WRONG = [
+    (lambda tree, tensors: [], "it must hold a JSON object"),
+    (put(["step"], DELETED), "the key step is missing"),
+    (put(["step"], -1), "step must be a whole number from 0"),
+    (put(["step"], 10**18), "step must be a whole number from 0"),
+    (put(["step"], True), "step must be a whole number from 0"),
+    (put(["best"], {"loss": 1.0}), "the key best.step is missing"),
+    (put(["best", "loss"], math.nan), "best.loss must be a number"),
+    (put(["best", "step"], "../../x"), "best.step must be a whole number"),
+    (put(["seconds"], "1"), "seconds must be a number"),
+    (put(["tracker", "records"], [1]), "tracker.records must be a list of objects"),
+    (put(["tracker", "records"], [{"loss": 1.0}]), "the key tracker.records.step is missing"),
+    (put(["tracker", "records"], [{"step": 1, "loss": "x"}]), "tracker.records.loss must be a number, not 'x'"),
+    (put(["tracker", "window"], [[1.0, 2.0]]), "tracker.window must hold loss, tokens and seconds"),
+    (put(["tracker", "window"], [[1.0, -2.0, 3.0]]), "tracker.window must be a number from 0"),
+    (put(["tracker", "mlflow"], {"run_id": 3}), "tracker.mlflow.run_id must be text"),
+    (put(["loss_scale", "scaler"], {"scale": -1.0}), "loss_scale.scaler.scale must be a number above 0"),
+    (put(["loss_scale", "skipped"], DELETED), "the key loss_scale.skipped is missing"),
+    (put(["training"], []), "training must be an object"),
+    (put(["training", "seed"], "x" * 10**6), "seed is 42 here, 'xxxx"),
+    (put(["random"], []), "no usable state of the random generators: they are not 1 states"),
+    (put(["random"], [{"torch": 1}]), "no usable state of the random generators"),
+    (resize("random.0.torch", torch.zeros(5, dtype=torch.uint8)), "no usable state of the random generators"),
+    (resize("random.0.torch", torch.zeros(5056, dtype=torch.uint8)), "no usable state of the random generators"),
+    (resize("random.0.numpy", torch.full((627,), -1)), "no usable state of the random generators"),
+    (resize("random.0.python", torch.full((627,), -1)), "no usable state of the random generators"),
+    (put(["optimizer", "state", "#0", "exp_avg"], {"$tensor": "nothing"}), "names the tensor 'nothing'"),
+    (put(["optimizer", "state", "#0", "exp_avg"], {"$tensor": []}), "names the tensor []"),
+    (put(["optimizer", "state", "#x"], {}), "it holds the key '#x', which is no number"),
+    (put(["optimizer", "state", "#-1"], {}), "it holds the key '#-1', which is no number"),
+    (put(["optimizer", "state", "#99"], {}), "optimizer.state holds 99; there are 16 parameters"),
+    (put(["optimizer", "state", "exp"], {}), "optimizer.state holds 'exp'"),
+    (put(["optimizer", "state", "#0"], {}), "optimizer.state.0.step must be a number in float32, not None"),
+    (put(["optimizer", "state", "#0", "exp_avg"], DELETED), "optimizer.state.0 does not hold the moments"),
+    (put(["optimizer", "state", "#0", "more"], 1), "optimizer.state.0 does not hold the moments"),
+    (put(["optimizer", "state"], DELETED), "the key optimizer.state is missing"),
+    (put(["optimizer", "param_groups"], DELETED), "optimizer.param_groups are not those of this optimizer"),
+    (put(["optimizer", "param_groups", 0, "betas"], [2, 3]), "optimizer.param_groups are not those"),
+    (put(["optimizer", "param_groups", 0, "params"], [0]), "optimizer.param_groups are not those"),
+    (resize("optimizer.state.#0.exp_avg", torch.zeros(3)), "of a parameter of shape (8, 64)"),
+    (resize("optimizer.state.#0.exp_avg", torch.zeros(8, 64).int()), "of a parameter of shape (8, 64)"),
+    (resize("optimizer.state.#0.step", torch.tensor(-3.0)), "optimizer.state.0.step must be a number from 0"),
+    (resize("optimizer.state.#0.step", torch.tensor(math.nan)), "optimizer.state.0.step must be a number from 0"),
+]  # fmt: skip
+
+
+def test_wrong_contents_with_right_digests_are_one_line_before_anything_is_written(stopped):
+    directory, refused = stopped
+    checkpoint = directory / "checkpoint-6"
+    shutil.copytree(checkpoint, directory.with_name("whole"))
+    for change, said in WRONG:
+        shutil.rmtree(checkpoint)
+        shutil.copytree(directory.with_name("whole"), checkpoint)
+        rewrite(checkpoint, change)
+        message = refused(checkpoint)
+        assert said in message and len(message) <= 700
+    for changes, said in (
+        (dict(r=4), "adapter_config.json says r = 4, and the settings of this training 8"),
+        (dict(use_rslora=True), "adapter_config.json says use_rslora = True"),
+        (dict(r=-1), "adapter_config.json: r must be a whole number"),
+        (dict(target_modules=["q_proj"]), "does not fit the model: unexpected"),
+    ):
+        shutil.rmtree(checkpoint)
+        shutil.copytree(directory.with_name("whole"), checkpoint)
+        rewrite(checkpoint, adapter=changes)
+        assert said in refused(checkpoint)
+    shutil.rmtree(checkpoint)
+    shutil.copytree(directory.with_name("whole"), checkpoint)
+    (checkpoint / TENSORS_FILE).write_bytes(b"no tensors")
+    digests = json.loads((checkpoint / DIGESTS_FILE).read_text())
+    digests[TENSORS_FILE] = hashlib.sha256(b"no tensors").hexdigest()
+    (checkpoint / DIGESTS_FILE).write_text(json.dumps(digests))
+    assert f"{checkpoint / TENSORS_FILE} is truncated or corrupt" in refused(checkpoint)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=50),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_any_json_at_any_place_of_a_state_is_accepted_or_one_line(data):
+    state = {
+        "step": 3, "seconds": 1.5, "best": {"loss": math.inf, "step": 0, "waited": 0},
+        "optimizer": {}, "training": {}, "random": [{}],
+        "loss_scale": {"scaler": {}, "skipped": 0, "skipped_in_a_row": 0},
+        "tracker": {"records": [{"step": 1, "loss": 2.0}], "window": [[math.nan, 3, 0.1]], "seconds": 1.0},
+    }  # fmt: skip
+    check_state(state)
+    inner, path = state, []
+    while isinstance(inner, dict | list) and inner and (not path or data.draw(st.booleans())):
+        key = data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
+        outer, inner = inner, inner[key]
+        path.append(key)
+    outer[path[-1]] = data.draw(JSON)
+    try:
+        check_state(state)
+    except UserError as error:
+        assert len(str(error)) <= 500 and str(error).isprintable()
+    else:
+        assert type(state["step"]) is int and 0 <= state["step"] <= 10**12
+        assert type(state["seconds"]) in (int, float) and state["seconds"] >= 0
 
 
 # ---- the files ---------------------------------------------------------------------------------------------

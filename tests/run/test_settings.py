@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import UserError
+from minilora.formats.config_fields import CHANGES_NOTHING, CONFIG_FIELDS, ROPE_FIELDS
+from minilora.formats.peft_format import PEFT_DEFAULTS
 from minilora.run.llama_factory import KEYS
 from minilora.run.settings import ALIASES, TrainConfig, documented_keys, load_train_config, manual
 
@@ -251,6 +253,15 @@ def test_trackers_are_named_with_commas_or_as_a_list(tmp_path):
     assert load_train_config(["--report_to", "mlflow, tensorboard"]).trackers() == ["mlflow", "tensorboard"]
     (tmp_path / "run.yaml").write_text("report_to: [tensorboard]\nrun_name: first\n")
     assert load_train_config(["--config", str(tmp_path / "run.yaml")]).trackers() == ["tensorboard"]
+
+
+def test_the_page_of_fields_is_up_to_date_and_has_them_all():
+    import keys
+
+    page = keys.FIELDS_PAGE.read_text(encoding="utf-8")
+    assert page == keys.fields_page(), "run python scripts/dev/keys.py"
+    for name in {*CONFIG_FIELDS, *CHANGES_NOTHING, *ROPE_FIELDS, *PEFT_DEFAULTS}:
+        assert f"`{name}`" in page
 
 
 def test_the_page_of_keys_is_up_to_date_and_has_them_all():

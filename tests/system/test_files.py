@@ -73,13 +73,32 @@ def test_a_path_that_cannot_be_written_is_refused_early(tmp_path):
         (b"\xff", "a.json is not valid JSON: 'utf-8' codec can't decode"),
         (b"[" * 100_000, "a.json is nested too deeply"),
         (b"9" * 5000, "a.json is more than can be read: a whole number in it has over 4300 digits"),
+        (b"[" * 101 + b"]" * 101, "a.json is nested too deeply"),
+        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "a.json is ambiguous: it holds the field 'b' twice"),
+        (b" " * (1 << 20) + b"[]", "a.json is larger than 1 MiB, the most that is read of such a file"),
     ],
 )
 def test_json_that_cannot_be_read_is_one_line_that_names_the_file(tmp_path, content, said):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_json(tmp_path / "a.json")
+        read_json(tmp_path / "a.json", max_bytes=1 << 20)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_only_a_regular_file_is_read_and_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "directory.json").mkdir()
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    for name in ("pipe", "directory", "device"):
+        with pytest.raises(UserError, match=f"{name}.json is not a regular file"):
+            read_json(tmp_path / f"{name}.json")
+    with pytest.raises(UserError, match="absent.json is missing"):
+        read_json(tmp_path / "absent.json")
+
+
+def test_a_file_as_deep_and_as_large_as_allowed_is_read(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 100 + "]" * 100 + " " * ((1 << 20) - 200))
+    assert str(read_json(tmp_path / "a.json", max_bytes=1 << 20)) == "[" * 100 + "]" * 100
 
 
 @pytest.mark.parametrize(
