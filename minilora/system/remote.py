@@ -17,6 +17,7 @@ text of an error may contain a header, so neither is ever printed in full (`mini
 import base64
 import contextlib
 import http.client
+import os
 import re
 import shutil
 import tempfile

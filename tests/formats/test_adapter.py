@@ -180,7 +180,7 @@ def saved(tmp_path, **config):
         ),
         (
             dict(target_modules=["v_proj"]),
-            "unexpected base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "unexpected base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight",
         ),
     ],
 )
