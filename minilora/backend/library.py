@@ -17,6 +17,7 @@ A machine without a C compiler is nothing unusual, so nothing is said there.
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -135,21 +136,35 @@ def _new(cache: Path, recipe: _Recipe) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], source: Path, built: Path) -> None:
-    """Compile a source file with the first flags that the compiler knows. Raises UserError."""
+    """Compile a source file with the first flags that the compiler knows. Raises UserError or OSError."""
     for native in _NATIVE:
         command = [*compiler, *_FLAGS, *native, str(source), "-lm", "-o", built.name]
-        try:
-            run = subprocess.run(
-                command, cwd=built.parent, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            reason = getattr(error, "strerror", None) or f"not finished after {_SECONDS} seconds"
-            break
-        if run.returncode == 0 and built.is_file():
+        problem = _run(command, built.parent)
+        if not problem and built.is_file():
             return
-        said = run.stderr.decode(errors="replace").strip() or f"exit code {run.returncode}"
-        reason = said.splitlines()[0][:200]
-    raise UserError(f"the C compiler {compiler[0]!r} fails: {reason}; set CC to one that works, or unset it")
+    raise _failure(compiler, problem or "it makes no library")
+
+
+def _run(command: list[str], directory: Path) -> str:
+    """Run a compiler in a directory. Return "" if it succeeds, else its first line or its exit code."""
+    try:
+        run = subprocess.run(
+            command, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _failure(command, f"not finished after {_SECONDS} seconds") from error
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+            raise  # no other compiler would start either
+        raise _failure(command, error.strerror) from error
+    if run.returncode == 0:
+        return ""
+    said = run.stderr.decode(errors="replace").strip() or f"exit code {run.returncode}"
+    return said.splitlines()[0][:200]
+
+
+def _failure(command: list[str], reason: str) -> UserError:
+    return UserError(f"the C compiler {command[0]!r} fails: {reason}; set CC to one that works, or unset it")
 
 
 def _load(path: Path, functions: Sequence[str]) -> ctypes.CDLL:

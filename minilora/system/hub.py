@@ -67,6 +67,11 @@ def _download(repo_id: str, revision: str | None, token: str | None, patterns: l
 
     page = f"{constants.ENDPOINT}/{repo_id}"
     try:
+        Path(constants.HF_HUB_CACHE).expanduser()
+    except RuntimeError as error:
+        problem = f"{repo_id} cannot be downloaded: this user has no home directory"
+        raise UserError(f"{problem}; set HF_HOME to a directory that you can write") from error
+    try:
         snapshot = huggingface_hub.snapshot_download(
             repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=_UNWANTED
         )

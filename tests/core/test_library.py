@@ -289,7 +289,7 @@ def test_a_machine_without_a_compiler_hears_nothing(cache, monkeypatch, new_proc
         ("/", "'/' fails: Permission denied"),
         ("sh -c", "'sh' fails: "),
         ("false", "'false' fails: exit code 1"),
-        ("true", "'true' fails: exit code 0"),
+        ("true", "'true' fails: it makes no library"),
         ("sh -c 'cat; exit 3'", "'sh' fails: exit code 3"),  # it reads what the user types, if it can
         ("sh -c 'echo text > native.so'", "a compiled library does not load"),
         (f"{C_COMPILER} -fno-such-option", "no-such-option"),
@@ -308,11 +308,31 @@ def test_a_compiler_that_fails_is_one_line_a_process_and_the_definitions_run(
     assert not list(temporary.iterdir()) and not list(cache.glob("*"))
 
 
+def test_the_library_of_a_compiler_that_failed_is_not_loaded(cache, compiled, monkeypatch):
+    """It was killed while it wrote, say."""
+    monkeypatch.setenv("CC", f"sh -c 'cp {compiled} native.so; exit 1'")
+    with pytest.raises(UserError, match="'sh' fails: exit code 1"):
+        library.load_library(SOURCES, FUNCTIONS)
+
+
 def test_a_compiler_that_does_not_end_is_stopped(cache, monkeypatch):
     monkeypatch.setenv("CC", "sh -c 'exec sleep 300'")
     monkeypatch.setattr(library, "_SECONDS", 0.2)
     with pytest.raises(UserError, match="'sh' fails: not finished after 0.2 seconds"):
         library.load_library(SOURCES, FUNCTIONS)
+
+
+def test_a_process_that_may_open_no_more_files_is_not_told_to_change_its_compiler(
+    cache, monkeypatch, new_process, capsys
+):
+    def run(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setenv("CC", C_COMPILER)
+    monkeypatch.setattr(library.subprocess, "run", run)
+    assert not native.is_trusted("quantize")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Too many open files" in said and "CC" not in said
 
 
 def test_a_new_library_without_the_functions_is_not_used_nor_kept(cache, tmp_path):

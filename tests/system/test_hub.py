@@ -284,3 +284,13 @@ def test_a_broken_hub_is_reported(hub):
 def test_an_impossible_token_is_refused_before_it_is_sent(hub, token):
     assert "the token is empty or contains" in refusal("owner/model", token=token)
     assert hub.requests == []
+
+
+def test_without_a_home_directory_one_line_says_what_to_set(monkeypatch):
+    import pwd
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a container whose user is in no file
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    with pytest.raises(UserError, match="owner/model cannot be downloaded: .* set HF_HOME to a directory"):
+        resolve_model("owner/model")
