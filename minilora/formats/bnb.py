@@ -10,6 +10,7 @@ A state dict holds several entries for one weight:
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -132,7 +133,7 @@ def _parse_state(packed: Tensor, key: str) -> _State:
         "quant_type": quant_type == key.rpartition("__")[2] and quant_type in QUANT_TYPES,
         "blocksize": _is_size(blocksize) and blocksize in BLOCK_SIZES,
         "dtype": dtype in list(FLOATS),
-        "shape": isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, shape)),
+        "shape": isinstance(shape, list) and all(map(_is_size, shape)) and math.prod(shape) < 2**62,
     }
     offset = raw.get("nested_offset")
     nested = any(field.startswith("nested_") for field in raw)
@@ -147,7 +148,7 @@ def _parse_state(packed: Tensor, key: str) -> _State:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**31  # a product of two is below PyTorch's limit
+    return type(value) is int and value > 0
 
 
 def _packed_problems(packed: Tensor, name: str, state: _State) -> list[str]:

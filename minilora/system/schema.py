@@ -54,7 +54,9 @@ class Field:
         kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
         kinds = [kind for kind in kinds if kind is not int or float not in kinds]
         words = [f"a list of {_LISTS[self.items]}" if kind is list else _KINDS[kind] for kind in kinds]
-        choices = [repr(choice).lower() if choice is False else repr(choice) for choice in self.choices]
+        choices = [
+            str(choice).lower() if isinstance(choice, bool) else repr(choice) for choice in self.choices
+        ]
         words = choices or [" or ".join(words) + self._range()]
         return " or ".join(words + ["null"] * self.nullable)
 
