@@ -2,6 +2,7 @@
 
 errors.py        a user's mistake in one line; exit codes of scripts
 files.py         JSON read with care, files written whole or not at all
+patterns.py      regular expressions from files, matched in bounded time
 device.py        which device and dtype to compute in, and why; peak memory
 distributed.py   several processes that train one adapter
 remote.py        files at any address: s3://, hf://, https://
