@@ -4,15 +4,16 @@
     python scripts/share.py --adapter outputs --push_to_hub owner/name --hub_private_repo
     python scripts/share.py --adapter outputs --upload s3://bucket/folder
 
-This sends adapter, tokenizer, settings, metrics, pictures and model card, but no checkpoints. The trainer
-does the same after training if it is given --push_to_hub or --upload. Other programs can then load the
+This sends adapter, tokenizer, settings, metrics, pictures and model card, but no checkpoints. The adapter is
+read first, and nothing is sent if its weights are missing, damaged or NaN. The trainer does the same after
+training if it is given --push_to_hub or --upload. Other programs can then load the
 adapter from there: scripts/chat.py with --adapter s3://bucket/folder, vLLM with --lora-modules
 name=owner/name.
 """
 
 from pathlib import Path
 
-from minilora.formats.adapter import read_adapter_config
+from minilora.formats.adapter import read_adapter
 from minilora.run.sharing import files_to_share, make_destinations, send_to_all
 from minilora.system.errors import ArgumentParser, UserError, run_script
 
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--hub_private_repo", action="store_true")
     parser.add_argument("--upload")
     options = parser.parse_args()
-    read_adapter_config(options.adapter)  # raises UserError if the directory holds no adapter
+    read_adapter(options.adapter)  # raises UserError if a file is missing or damaged, or a number is NaN
     destinations = make_destinations(options.push_to_hub, options.hub_private_repo, options.upload)
     if not destinations:
         raise UserError("nowhere to send it to; add --push_to_hub owner/name or --upload s3://bucket/folder")

@@ -7,6 +7,7 @@ weights.py           safetensors <-> model, tensor by tensor
 peft_format.py       PEFT's names: files, configuration keys, tensor keys, initialisations
 adapter.py           PEFT's adapter files <-> the adapter on a model
 adapter_header.py    an adapter's configuration, names and shapes, without its numbers
+peft_rules.py        which configurations PEFT refuses, and which layers they choose
 lint.py              does an adapter load in PEFT, vLLM, SGLang?
 gguf_vocabulary.py   a tokenizer in llama.cpp's terms
 gguf.py              a model as one file for llama.cpp

@@ -34,6 +34,7 @@ from minilora.formats.peft_format import (
 from minilora.lora import add_lora, lora_layers, match_targets, remove_lora
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import write_whole
+from minilora.system.patterns import match_names
 from minilora.system.schema import read_fields, read_object, shown, shown_name
 
 _PARTS = {"lora_A": A, "lora_B": B, "lora_magnitude_vector": MAGNITUDE}  # LoraLinear's name -> the file's
@@ -151,6 +152,7 @@ def load_adapter(
     """
     config = replace(read_adapter_config(directory), lora_fa=lora_fa)
     tensors = _read_tensors(Path(directory) / ADAPTER_WEIGHTS_FILE)
+    _check_pattern(model, config, Path(directory) / ADAPTER_CONFIG_FILE)
     add_lora(model, config, name)
     parameters = _parameters(model, name)
     problems = [f"missing {key}" for key in sorted(parameters.keys() - tensors.keys())]
@@ -167,12 +169,27 @@ def load_adapter(
             parameter.copy_(tensors[key])
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of the file, by key. Raises UserError if it is missing, or holds infinities or NaN."""
+def _check_pattern(model: nn.Module, config: LoraConfig, path: Path) -> None:
+    """Raise UserError if the file's pattern for the names of layers takes too long to match."""
+    if isinstance(config.target_modules, str):
+        try:
+            match_names([config.target_modules], [name for name, _ in model.named_modules()])
+        except UserError as error:
+            raise UserError(f"{path}: target_modules {error}") from error
+
+
+def check_has_weights(directory: str | Path) -> None:
+    """Raise UserError if an adapter's directory lacks its weights, without reading them."""
+    path = Path(directory) / ADAPTER_WEIGHTS_FILE
     if not path.is_file():
         pickled = path.with_name(PICKLED_WEIGHTS_FILE).exists()
         hint = f" ({PICKLED_WEIGHTS_FILE} is pickled and never read; save it again as safetensors)" * pickled
         raise UserError(f"{path.parent} has no {path.name}{hint}")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of the file, by key. Raises UserError if it is missing, or holds infinities or NaN."""
+    check_has_weights(path.parent)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}

@@ -12,42 +12,54 @@ answers:
     trained biases, copies yes               refused             refused or left out
     PiSSA, LoftQ, ...      yes               refused             loaded without their change of the base model
     missing tensors        stay untrained    refused             refused
+    NaN, an infinite alpha computes NaN      computes NaN        computes NaN
     other *.safetensors    not read          not read            read as if they belonged to the adapter
 
-Only the header of the weights is read. With the configuration of the base model, names and shapes are
-compared with its layers.
+The weights are read once, one tensor at a time, to find a NaN; a few hundred megabytes take about a second.
+With the configuration of the base model, names and shapes are compared with its layers. No finding means
+"loads"; of a feature that the linter does not know, it says "cannot tell".
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from minilora.config import ModelConfig
-from minilora.formats.adapter_header import AdapterHeader, UnreadableAdapter
+from minilora.formats.adapter_header import AdapterHeader, UnreadableAdapter, shown
 from minilora.formats.peft_format import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
-    KNOWN_INITS,
     MAGNITUDE,
     PARTNERS,
     PEFT_DEFAULTS,
     changes_base,
 )
+from minilora.formats.peft_rules import (
+    SAVED_EMBEDDINGS,
+    misshapen,
+    missing_biases,
+    refused_values,
+    targets,
+    unjudged,
+    unsupported_targets,
+    wrong_copies,
+)
 from minilora.system.errors import UserError, summarize
 
 SERVERS = ("PEFT", "vLLM", "SGLang")
 WILL_NOT_LOAD, LOADS_WRONGLY, NEEDS_OPTION = "will not load", "loads wrongly", "loads, if"
+CANNOT_TELL = "cannot tell"  # The adapter asks for something that only the server itself can judge.
 
 _EXPORT = "python scripts/merge.py --adapter DIRECTORY --export_adapter NEW"
 _MERGE = "python scripts/merge.py --adapter DIRECTORY --output NEW"
 _SAVE_AGAIN = "save or fetch the adapter again"
+_TRAIN_AGAIN = "the file is damaged or its training diverged: take an earlier checkpoint"
 _CORRECT = f"correct {ADAPTER_CONFIG_FILE}"
 _CONVERT = "convert it to plain LoRA, with PEFT's path_initial_model_for_weight_conversion"
+_TRY_IT = "load it in PEFT, and compare its answers with those of training"
 _ADAPT_TOGETHER = "adapt q_proj, k_proj, v_proj together, gate_proj with up_proj; or merge it"
 
-_SAVED_EMBEDDINGS = re.compile(r".*\.(embed_tokens|lm_head)(\.base_layer)?\.weight")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the choices of --max-lora-rank
 _VLLM_DEFAULT_RANK = 16
 _VLLM_LACKS = (
@@ -66,7 +78,7 @@ class Finding:
     """The reason why a server does not load an adapter as it was trained, and the remedy."""
 
     server: str  # one of SERVERS
-    verdict: str  # WILL_NOT_LOAD | LOADS_WRONGLY | NEEDS_OPTION
+    verdict: str  # WILL_NOT_LOAD | LOADS_WRONGLY | NEEDS_OPTION | CANNOT_TELL
     why: str
     mend: str = ""
 
@@ -87,6 +99,8 @@ def lint_adapter(directory: str | Path, base_config: ModelConfig | None = None) 
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     other_files = [name for name in files if name != ADAPTER_WEIGHTS_FILE]
     findings = [*_peft(adapter), *_vllm(adapter), *_sglang(adapter, other_files)]
+    if wrong := adapter.wrong_numbers():
+        findings += [_finding(server, LOADS_WRONGLY, wrong, _TRAIN_AGAIN) for server in SERVERS]
     return [replace(finding, mend=finding.mend.replace("DIRECTORY", str(directory))) for finding in findings]
 
 
@@ -102,9 +116,15 @@ def findings_text(findings: list[Finding]) -> str:
         mine = [finding for finding in findings if finding.server == server]
         lines += [] if mine else [f"{server:8}loads"]
         for finding in mine:
-            lines.append(f"{server:8}{finding.verdict:15}{finding.why}")
-            lines += [f"{'':23}-> {finding.mend}"] if finding.mend else []
+            lines.append(f"{server:8}{finding.verdict:15}{_printable(finding.why)}")
+            lines += [f"{'':23}-> {_printable(finding.mend)}"] if finding.mend else []
     return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """A text for a terminal: names from a file may be endless, and may hold line ends and escape codes."""
+    text = text if len(text) <= 500 else f"{text[:300]} ... {text[-195:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _finding(server: str, verdict: str, problems: list[str] | str, mend: str = _MERGE) -> Finding:
@@ -119,7 +139,7 @@ def _changed_base(adapter: AdapterHeader) -> str | None:
     """A sentence if the adapter's initialisation changed the base model, which a server does not repeat."""
     init = adapter.get("init_lora_weights")
     if isinstance(init, str) and changes_base(init):
-        return f"init_lora_weights = {init!r} changed the base model"
+        return f"init_lora_weights = {shown(init)} changed the base model"
     return None
 
 
@@ -132,58 +152,77 @@ def _foreign_parts(adapter: AdapterHeader) -> list[str]:
 
 
 def _peft(adapter: AdapterHeader) -> Iterator[Finding]:
-    targets = adapter.targets()  # None: unknown
-    yield from _peft_refusals(adapter, targets)
-    yield from _peft_ignored_keys(adapter)
-    yield from _peft_ignored_tensors(adapter, targets)
-
-
-def _peft_refusals(adapter: AdapterHeader, targets: list[str] | None) -> Iterator[Finding]:
-    refused, get = partial(_finding, "PEFT", WILL_NOT_LOAD), adapter.get
+    refused = partial(_finding, "PEFT", WILL_NOT_LOAD)
     if (peft_type := adapter.config.get("peft_type")) != "LORA":
-        yield refused(f"peft_type is {peft_type!r}, not 'LORA'", _CORRECT)
-    if isinstance(init := get("init_lora_weights"), str) and not KNOWN_INITS.fullmatch(init):
-        yield refused(f"init_lora_weights = {init!r} is not known", _CORRECT)
-    if targets == []:
-        yield refused(f"target_modules {get('target_modules')!r} names no layer of the base model", _CORRECT)
-    if wrong := adapter.wrong_ranks() + adapter.wrong_widths():
+        yield refused(f"peft_type is {shown(peft_type)}, not 'LORA'", _CORRECT)
+    elif wrong := refused_values(adapter):
+        yield refused(wrong, _CORRECT)
+    else:
+        if unknown := unjudged(adapter):
+            yield _finding("PEFT", CANNOT_TELL, unknown, _TRY_IT)
+        try:
+            chosen = targets(adapter)  # None: unknown
+        except UserError as error:
+            yield refused(str(error), _CORRECT)
+            return
+        yield from _peft_refused_layers(adapter, chosen)
+        yield from _peft_ignored_keys(adapter)
+        yield from _peft_ignored_tensors(adapter, chosen)
+
+
+def _peft_refused_layers(adapter: AdapterHeader, chosen: set[str] | None) -> Iterator[Finding]:
+    refused = partial(_finding, "PEFT", WILL_NOT_LOAD)
+    if chosen == set() and (adapter.base or adapter.layers):
+        whose = "of the base model" if adapter.base else "that the file adapts"
+        names = shown(adapter.get("target_modules"))
+        yield refused(f"target_modules {names} names no layer {whose}", _CORRECT)
+    if wrong := unsupported_targets(adapter, chosen or set()):
+        yield refused(wrong, _CORRECT)
+    if wrong := adapter.wrong_ranks() + adapter.wrong_widths() + misshapen(adapter) + wrong_copies(adapter):
         yield refused(wrong, _SAVE_AGAIN)
 
 
 def _peft_ignored_keys(adapter: AdapterHeader) -> Iterator[Finding]:
     wrongly = partial(_finding, "PEFT", LOADS_WRONGLY)
-    unknown = {key: value for key, value in adapter.config.items() if value and key not in PEFT_DEFAULTS}
+    known = {*PEFT_DEFAULTS, "runtime_config"}
+    unknown = {key: value for key, value in adapter.config.items() if value and key not in known}
     if unknown:
-        yield wrongly([f"{k} = {v!r} is not known, and ignored" for k, v in unknown.items()], _CORRECT)
+        yield wrongly([f"{k} = {shown(v)} is not known, and ignored" for k, v in unknown.items()], _CORRECT)
     if absent := _absent(adapter, "r", "lora_alpha", "target_modules"):
         yield wrongly([f"{key} is missing, and PEFT takes its default" for key in absent], _CORRECT)
 
 
-def _peft_ignored_tensors(adapter: AdapterHeader, targets: list[str] | None) -> Iterator[Finding]:
+def _peft_ignored_tensors(adapter: AdapterHeader, chosen: set[str] | None) -> Iterator[Finding]:
     wrongly, use_dora = partial(_finding, "PEFT", LOADS_WRONGLY), adapter.get("use_dora")
     untrained = adapter.halves()
-    untrained += [f"{layer} has no tensors" for layer in targets or [] if layer not in adapter.layers]
+    untrained += [f"{layer} has no tensors" for layer in sorted(chosen or ()) if layer not in adapter.layers]
     if use_dora:
         lengthless = [layer for layer, parts in adapter.layers.items() if MAGNITUDE not in parts]
         untrained += [f"{layer}.{MAGNITUDE} is missing" for layer in lengthless]
+    if chosen is not None:
+        untrained += [f"{name} is missing" for name in missing_biases(adapter, chosen)]
+    if not adapter.layers:
+        untrained.append("the file holds no A and no B")
     if untrained:
         yield wrongly([f"{problem}: left untrained" for problem in untrained], _SAVE_AGAIN)
     parts = [(layer, part) for layer, part, _ in adapter.tensors()]
-    ignored = [f"{layer}.{part}" for layer, part in parts if targets is not None and layer not in targets]
-    ignored += [f"{layer}.{part}" for layer, part in parts if part == MAGNITUDE and not use_dora]
-    ignored += [name for name in adapter.others if not _peft_reads(adapter, name)]
-    if ignored:
-        yield wrongly([f"{name} is not expected, and ignored" for name in ignored], _SAVE_AGAIN)
+    strange = [f"{layer}.{part}" for layer, part in parts if chosen is not None and layer not in chosen]
+    strange += [f"{layer}.{part}" for layer, part in parts if part == MAGNITUDE and not use_dora]
+    strange += [name for name in adapter.others if not _peft_reads(adapter, name)]
+    if strange:
+        yield wrongly([f"{name} is not expected" for name in strange], _SAVE_AGAIN)
 
 
 def _peft_reads(adapter: AdapterHeader, name: str) -> bool:
     """Whether PEFT reads such a tensor: a trained copy of a module, a bias, or a resized embedding."""
-    endings = [f".{module}.weight" for module in adapter.get("modules_to_save") or []]
+    endings = [f"{module}.weight" for module in adapter.get("modules_to_save") or []]
     if adapter.get("bias") != "none":
         endings.append(".bias")
     if adapter.get("lora_bias"):
         endings.append(".lora_B.bias")
-    return name.endswith(tuple(endings)) or bool(_SAVED_EMBEDDINGS.fullmatch(name))
+    if adapter.get("trainable_token_indices") is not None:
+        endings.append(".token_adapter.trainable_tokens_delta")
+    return name.endswith(tuple(endings)) or bool(SAVED_EMBEDDINGS.fullmatch(name))
 
 
 # ---- vLLM ----
@@ -203,11 +242,11 @@ def _vllm_features(adapter: AdapterHeader) -> Iterator[Finding]:
     refused, get = partial(_finding, "vLLM", WILL_NOT_LOAD), adapter.get
     for key in _VLLM_LACKS:
         if get(key):
-            yield refused(f"{key} = {get(key)!r} is not supported")
+            yield refused(f"{key} = {shown(get(key))} is not supported")
     if get("bias") != "none":
-        yield refused(f"bias = {get('bias')!r} is not supported, only 'none'")
+        yield refused(f"bias = {shown(get('bias'))} is not supported, only 'none'")
     if copies := [name for name in get("modules_to_save") or [] if name not in ("classifier", "score")]:
-        yield refused(f"modules_to_save = {copies!r} is not supported")
+        yield refused(f"modules_to_save = {shown(copies)} is not supported")
     if changed := _changed_base(adapter):
         yield refused(changed, _CONVERT)
 
@@ -227,11 +266,11 @@ def _vllm_ranks(adapter: AdapterHeader) -> Iterator[Finding]:
 def _vllm_tensors(adapter: AdapterHeader) -> Iterator[Finding]:
     refused, unread = partial(_finding, "vLLM", WILL_NOT_LOAD), _foreign_parts(adapter)
     for name in adapter.others:
-        if not (_SAVED_EMBEDDINGS.fullmatch(name) and ".base_layer." in name):
+        if not (SAVED_EMBEDDINGS.fullmatch(name) and ".base_layer." in name):
             unread.append(name)
     if unread:
         yield refused([f"{name} is no LoRA tensor" for name in unread])
-    unknown = [layer for layer in adapter.layers if adapter.base and layer not in adapter.base]
+    unknown = [layer for layer in adapter.layers if adapter.base and layer not in adapter.base.weights]
     wrong = adapter.halves() + adapter.wrong_widths()
     if wrong := wrong + [f"the base model has no layer {layer}" for layer in unknown]:
         yield refused(wrong, _SAVE_AGAIN)
@@ -252,12 +291,12 @@ def _sglang(adapter: AdapterHeader, other_files: list[str]) -> Iterator[Finding]
 
 def _sglang_features(adapter: AdapterHeader) -> Iterator[Finding]:
     refused, wrongly = partial(_finding, "SGLang", WILL_NOT_LOAD), partial(_finding, "SGLang", LOADS_WRONGLY)
-    get, targets = adapter.get, adapter.get("target_modules")
+    get, chosen = adapter.get, adapter.get("target_modules")
     if get("peft_type").lower() != "lora":
-        yield refused(f"peft_type is {get('peft_type')!r}, not 'LORA'", _CORRECT)
-    if isinstance(targets, str) and targets not in ("all", "all-linear"):
+        yield refused(f"peft_type is {shown(get('peft_type'))}, not 'LORA'", _CORRECT)
+    if isinstance(chosen, str) and chosen not in ("all", "all-linear"):
         mend = f"{_CORRECT}: list the names of layers"
-        yield refused(f"target_modules {targets!r} is a regular expression", mend)
+        yield refused(f"target_modules {shown(chosen)} is a regular expression", mend)
     if get("use_dora"):
         yield refused("use_dora = True is not supported")
     if get("use_rslora") and get("r") > 1:
@@ -270,7 +309,7 @@ def _sglang_features(adapter: AdapterHeader) -> Iterator[Finding]:
 
 def _sglang_layers(adapter: AdapterHeader) -> Iterator[Finding]:
     refused = partial(_finding, "SGLang", WILL_NOT_LOAD)
-    ranks, r = {layer: adapter.rank(layer) for layer in adapter.layers}, adapter.get("r")
+    ranks, r = {layer: adapter.ranks[layer] for layer in adapter.layers}, adapter.get("r")
     if other := [f"{layer} has rank {rank}, not r = {r}" for layer, rank in ranks.items() if rank != r]:
         yield refused(other)
     if wrong := adapter.wrong_ranks() + adapter.wrong_widths() + adapter.halves():

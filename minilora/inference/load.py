@@ -21,7 +21,12 @@ from torch import nn
 from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
-from minilora.formats.adapter import ADAPTER_CONFIG_FILE, load_adapter, read_adapter_config
+from minilora.formats.adapter import (
+    ADAPTER_CONFIG_FILE,
+    check_has_weights,
+    load_adapter,
+    read_adapter_config,
+)
 from minilora.formats.weights import load_model, read_config
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
@@ -112,6 +117,7 @@ def find_adapters(entries: Sequence[str]) -> dict[str, Path]:
         source = hide_secrets(source)
         directory = resolve_model(source)
         read_adapter_config(directory)  # raises UserError if there is no adapter
+        check_has_weights(directory)  # before the base model is loaded, which may take minutes
         name = name or (Path(source).name or directory.resolve().name).replace(".", "-")
         # Adapters are kept in a ParameterDict, whose own attributes (keys, half, ...) cannot be names in it.
         taken = name in (*adapters, BASE) or hasattr(nn.ParameterDict(), name)

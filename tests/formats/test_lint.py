@@ -2,19 +2,22 @@
 
 import json
 import shutil
+import struct
 import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.families import relative_error, transformers_model
 from support.merging import adapted, change_config, change_tensors, make_adapter, make_base
 from support.tiny import TOLERANCE
 
-from minilora import UserError
+from minilora import UserError, load_adapter, load_model
 from minilora.formats.lint import (
     LOADS_WRONGLY,
     NEEDS_OPTION,
@@ -25,7 +28,9 @@ from minilora.formats.lint import (
     lint_adapter,
     loads,
 )
+from minilora.formats.peft_format import PEFT_DEFAULTS
 from minilora.formats.weights import read_config
+from minilora.system import patterns
 
 PREFIX = "base_model.model.model.layers"
 Q0, V0, UP1 = f"{PREFIX}.0.self_attn.q_proj", f"{PREFIX}.0.self_attn.v_proj", f"{PREFIX}.1.mlp.up_proj"
@@ -503,3 +508,129 @@ def test_any_value_of_any_key_is_judged_without_a_crash(place, key, value):
     assert findings_text(lint(place)).count("\n") >= 2
     change_config(place, **{key: {"q_proj": value} if key == "rank_pattern" else [value]})
     assert findings_text(lint(place)).count("\n") >= 2
+
+
+# ---- files that other people made ------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([*ALL, "lm_head", "(", ".*"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.sampled_from(ALL), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+HOSTILE = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NAMES = st.text() | st.sampled_from(
+    ["", "a" * 10_000, "\x1b[31m\n\r\x07", "\ud800", "\u202e", f"{Q0}.lora_A.weight"]
+)
+
+
+def judged(place) -> list[Finding]:
+    """The findings, in lines that end where the linter ends them, of printable text and bounded length."""
+    findings = lint(place) + lint(place, with_base=False)
+    lines = findings_text(findings).split("\n")
+    assert all(line.isprintable() and len(line) < 600 for line in lines)
+    assert len(lines) <= 2 * len(findings) + len(SERVERS)
+    return findings
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from([*PEFT_DEFAULTS, "future", "self"]), JSON, min_size=1, max_size=4)
+)
+@HOSTILE
+def test_any_json_at_any_key_is_judged_without_a_crash(place, changes):
+    change_config(place, **changes)
+    judged(place)
+
+
+@given(changes=st.dictionaries(NAMES, JSON, min_size=1, max_size=2))
+@HOSTILE
+def test_any_name_of_a_key_is_judged_without_a_crash(place, changes):
+    change_config(place, **changes)
+    judged(place)
+
+
+ENTRY = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(
+            ["F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "F4", "I64", "U8", "BOOL", "C64"]
+        )
+        | JSON,
+        "shape": st.lists(st.integers(-1, 10) | st.just(2**63), max_size=4) | JSON,
+        "data_offsets": st.lists(st.integers(-1, 10**4), min_size=2, max_size=2) | JSON,
+    },
+)
+
+
+@given(
+    name=NAMES | st.none(),
+    entry=ENTRY,
+    cut=st.integers(0, 300) | st.none(),
+    length=st.integers(0, 2**64 - 1) | st.none(),
+)
+@HOSTILE
+def test_any_header_of_the_weights_is_judged_without_a_crash(place, made, name, entry, cut, length):
+    data = (made / "adapter" / "adapter_model.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    key = f"{Q0}.lora_A.weight" if name is None else name
+    header[key] = header.get(key, {}) | entry
+    text = json.dumps(header).encode()
+    data = struct.pack("<Q", len(text) if length is None else length) + text + data[8 + size :]
+    (place / "adapter" / "adapter_model.safetensors").write_bytes(data if cut is None else data[:cut])
+    judged(place)
+
+
+@pytest.mark.parametrize("name", ["a" * 10_000, "\x1b[2J", "two\nlines", "\u202egnp.exe"])
+def test_names_of_tensors_are_cut_and_escaped_and_the_reason_stays(place, name):
+    change_tensors(place, lambda tensors: tensors.update({name: torch.ones(1)}))
+    (finding,) = (f for f in judged(place)[:3] if f.server == "PEFT")
+    assert findings_text([finding]).split("\n")[0].endswith("is not expected")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["A", "B", "lora_alpha", "alpha_pattern"])
+def test_a_number_that_is_none_is_wrong_in_every_program(place, where, bad):
+    if where in ("A", "B"):
+        change_tensors(place, lambda tensors: tensors[f"{Q0}.lora_{where}.weight"].view(-1)[5].fill_(bad))
+    else:
+        change_config(place, **{where: bad if where == "lora_alpha" else {"q_proj": bad}})
+    assert {finding.server for finding in lint(place)} == set(SERVERS) and not loads(lint(place))
+
+
+SLOW = ["(a+)+$", "(.*)*x", "(a|a)*$", "(.*.*)*!", "(.?){30}.{30}!", "(([a-z])+.)+[A-Z]([a-z])+$"]
+
+
+@pytest.mark.parametrize("key", ["target_modules", "rank_pattern", "alpha_pattern", "exclude_modules"])
+@pytest.mark.parametrize("pattern", SLOW)
+def test_a_pattern_that_would_take_years_is_refused(place, monkeypatch, key, pattern):
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
+    name = f"base_model.model.{'a' * 60}!"
+    change_tensors(place, lambda tensors: tensors.update({f"{name}.lora_A.weight": torch.ones(4, 48)}))
+    change_config(place, **{key: {pattern: 4} if "_pattern" in key else pattern})
+    assert WILL_NOT_LOAD in verdicts(place, "PEFT", with_base=False)
+
+
+def test_an_adapter_with_such_a_pattern_is_not_loaded_and_the_model_stays_as_it_was(place, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
+    change_config(place, target_modules="((.*)*)*!")
+    model = load_model(place / "base")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(
+        UserError, match=r"adapter_config.json: target_modules .* takes more than 1 seconds"
+    ) as error:
+        load_adapter(model, place / "adapter")
+    assert "\n" not in str(error.value) and [name for name, _ in model.named_modules()] == names
+
+
+def test_an_adapter_with_a_pattern_that_people_write_is_loaded(place):
+    change_config(place, target_modules=r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj")
+    model = load_model(place / "base")
+    load_adapter(model, place / "adapter")
+    assert model.model.layers[0].mlp.up_proj.active == "default"

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shutil
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load
+from safetensors.torch import load, load_file, save_file
 from support.project import adapter
 from support.servers import S3_SECRET, serving
 
@@ -135,6 +136,47 @@ def test_a_failed_upload_costs_only_a_warning_and_exit_code_2_at_the_end(train, 
         "and scripts/share.py sends it again\n"
     )
     assert {path.name for path in directory.iterdir()} == SHARED | {"checkpoint-2", "checkpoint-4"}
+
+
+def broken(name):
+    """Functions that damage one file of an adapter."""
+
+    def write_nan(path):
+        tensors = load_file(path)
+        next(iter(tensors.values())).view(-1)[3] = float("nan")
+        save_file(tensors, path)
+
+    return {
+        "missing": lambda path: path.unlink(),
+        "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "empty": lambda path: path.write_bytes(b""),
+        "a directory": lambda path: (path.unlink(), path.mkdir()),
+        "without one half": lambda path: save_file(dict(list(load_file(path).items())[1:]), path),
+        "NaN": write_nan,
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        ("missing", "has no adapter_model.safetensors"),
+        ("cut short", "truncated or corrupt"),
+        ("empty", "truncated or corrupt"),
+        ("a directory", "has no adapter_model.safetensors"),
+        ("without one half", "is not a sound adapter: missing "),
+        ("NaN", "is infinite or NaN in places"),
+    ],
+)
+def test_share_refuses_an_adapter_that_is_not_whole_before_it_connects(
+    adapters, tmp_path, call, monkeypatch, damage, said
+):
+    for destination in ("push_files", "write_files"):
+        monkeypatch.setattr(f"minilora.run.sharing.{destination}", lambda *_: pytest.fail("it connects"))
+    shutil.copytree(adapters / "one", tmp_path / "one")
+    broken(damage)(tmp_path / "one" / "adapter_model.safetensors")
+    for destination in (("--push_to_hub", "me/adapter"), ("--upload", "s3://bucket/x")):
+        code, out, err = call("share", "--adapter", tmp_path / "one", *destination)
+        assert code == 2 and said in err and err.count("\n") == 1 and not out
 
 
 def test_share_sends_the_results_of_a_finished_run(train, s3, call):

@@ -4,6 +4,7 @@ and every adapter.
 
 import json
 import math
+import shutil
 import sys
 from functools import partial
 
@@ -271,6 +272,16 @@ def test_mistakes_are_one_line_and_exit_2(
     code, out, err = evaluate(*words)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert out == ""
+
+
+def test_an_adapter_without_weights_is_refused_before_the_base_model_is_read(
+    evaluate, dataset, adapters, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("minilora.inference.load.read_config", lambda *_: pytest.fail("the model is read"))
+    shutil.copytree(adapters / "one", tmp_path / "one")
+    (tmp_path / "one" / "adapter_model.safetensors").unlink()
+    code, out, err = evaluate("--adapter", tmp_path / "one", "--dataset", dataset)
+    assert code == 2 and err == f"error: {tmp_path / 'one'} has no adapter_model.safetensors\n" and not out
 
 
 def test_a_name_that_is_taken_is_refused(evaluate, dataset, adapters):

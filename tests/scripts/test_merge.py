@@ -497,6 +497,13 @@ def test_a_failed_export_prints_one_line_and_leaves_nothing(merge, place, case):
     assert {path.name for path in place.iterdir()} == before
 
 
+def test_an_adapter_without_weights_is_not_exported(merge, place):
+    (place / "adapter" / "adapter_model.safetensors").unlink()
+    code, out, err = merge("--adapter", place / "adapter", "--export_adapter", place / "plain")
+    assert code == 2 and err == f"error: {place / 'adapter'} has no adapter_model.safetensors\n"
+    assert not out and not (place / "plain").exists()
+
+
 def test_options_of_merging_are_refused_beside_export_adapter(merge, place):
     code, _, err = merge(
         "--adapter",
