@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from minilora.system.errors import UserError
 
-SECONDS = 10.0  # A pattern that people write needs milliseconds, and Python's start far below a second.
+SECONDS = 5.0  # A pattern that people write needs milliseconds, and Python's start far below a second.
 
 _CHILD = """
 import json, re, sys
