@@ -1,0 +1,341 @@
+"""Run cases: each drives a script in a process of its own, on fresh copies of the good files.
+
+Starting an interpreter with torch takes seconds. So this process imports every script once and computes
+nothing; a pool of its children takes the cases one by one, and forks again for each. A case gets
+
+    a folder, a home and a folder for temporary files of its own, and no variables but its own
+    2 GiB of memory, a wall clock's limit, and no network: an attempt to connect is refused and noted
+
+Memory is limited with RLIMIT_DATA, the bytes that a process may write to; torch's reserved addresses make
+RLIMIT_AS useless. The peak that is reported is the resident one, with the imported libraries.
+"""
+
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401  imported by scripts while they run; here once for all
+import torch
+import torch._dynamo
+from support.project import ROOT
+
+from fuzz import place
+from fuzz.case import Case
+from minilora.system.errors import run_script
+
+SCRIPTS = "train prepare evaluate chat merge memory compare sweep share lint_adapter".split()
+DEVELOPERS_SCRIPTS = "verify bench pretrain pictures keys".split()
+SECONDS, BYTES, LINE_LENGTH = 10, 2 << 30, 500
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+
+
+@dataclass
+class Verdict:
+    """How a case ended. Without faults it ended as it should."""
+
+    kind: str
+    name: str
+    line: str  # the last line of stderr
+    seconds: float
+    peak: int  # bytes, resident
+    faults: list[str] = field(default_factory=list)
+
+
+def run_cases(cases: list[Case], workers: int, seconds: float = SECONDS) -> Iterator[Verdict]:
+    """The verdict of every case, as they come."""
+    import_scripts()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
+        good = make_place(Path(temporary, "place"))
+        fork = multiprocessing.get_context("fork")
+        with fork.Pool(workers, _remember, (cases, good, Path(temporary), seconds)) as pool:
+            yield from pool.imap_unordered(_run_numbered, range(len(cases)))
+
+
+def import_scripts() -> None:
+    """Import every script once, before anything is forked."""
+    for name in SCRIPTS + DEVELOPERS_SCRIPTS:
+        importlib.import_module(name)
+
+
+_shared: tuple = ()
+
+
+def _remember(*shared: object) -> None:
+    """Keep in a worker what it was forked with: cases hold functions, which cannot be sent to it."""
+    global _shared
+    _shared = shared
+
+
+def _run_numbered(number: int) -> Verdict:
+    cases, good, temporary, seconds = _shared
+    return run_case(cases[number], good, temporary / str(number), seconds)
+
+
+def make_place(folder: Path) -> Path:
+    """The good files of `place.py`, in a new folder. Its programs run in children of this process."""
+    good = folder / "good"
+    for path in (good, folder / "home", folder / "tmp"):
+        path.mkdir(parents=True)
+    train, prepare = (importlib.import_module(name).main for name in ("train", "prepare"))
+    for step in (
+        place.make_files,
+        lambda: place.make_run(train),
+        lambda: place.make_prepared(prepare),
+        place.make_adapter,
+    ):
+        pid = start(step, good, folder / "log", _environment(folder))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code == 0, (folder / "log").read_text()
+    return good
+
+
+# ---- one case ----
+
+
+def run_case(case: Case, good: Path, folder: Path, seconds: float = SECONDS) -> Verdict:
+    """Run a case in `folder`, which is made for it and removed afterwards."""
+    work, log, errors = folder / "work", folder / "stdout", folder / "stderr"
+    for path in (folder, folder / "home", folder / "tmp"):
+        path.mkdir()
+    shutil.copytree(good, work, symlinks=True)
+    _in_folder(work, case.change)
+    before = listing(folder)
+    main = importlib.import_module(case.command[0]).main
+    began = time.monotonic()
+    pid = start(
+        lambda: _run_script(case, main), work, log, _environment(folder) | case.environment, errors, case
+    )
+    ended, usage = wait(pid, seconds)
+    verdict = Verdict(case.kind, case.name, "", time.monotonic() - began, usage.ru_maxrss * 1024)
+    verdict.faults += [] if ended is not None else [f"hangs: killed after {seconds:g} s"]
+    verdict.faults += ["leaves a process running"] if _end_group(pid) else []
+    out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (log, errors))
+    verdict.line = (err.strip().splitlines() or [""])[-1][:LINE_LENGTH]
+    verdict.faults += [] if ended is None else _faults_of_end(case, ended, err)
+    verdict.faults += _faults_of_text(case, out, err)
+    verdict.faults += [] if case.code == 0 else _faults_of_files(before, listing(folder))
+    if verdict.peak > BYTES:
+        verdict.faults.append(f"takes {verdict.peak / 2**30:.1f} GiB")
+    if connections := (folder / "network").read_text() if (folder / "network").exists() else "":
+        verdict.faults.append(f"connects: {connections.strip()[:200]}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return verdict
+
+
+def _in_folder(folder: Path, change: Callable[[], object]) -> None:
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        change()
+    finally:
+        os.chdir(here)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """All variables of a case."""
+    paths = [str(path) for path in (ROOT, ROOT / "scripts", ROOT / "tests")]
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": os.pathsep.join(paths),  # sweep.py starts the trainer as a program
+        "HOME": str(folder / "home"),
+        "TMPDIR": str(folder / "tmp"),
+        "XDG_CACHE_HOME": str(folder.parent / "cache"),  # the C library is compiled once for all
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", tempfile.gettempdir()),
+    }
+
+
+def start(
+    function: Callable[[], object],
+    folder: Path,
+    out: Path,
+    environment: dict[str, str],
+    err: Path | None = None,
+    case: Case | None = None,
+) -> int:
+    """Call a function in a child that looks like a program just started. Returns its process id."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.setsid()  # its children are killed with it
+        os.umask(0o022)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        tempfile.tempdir = None
+        _redirect(out, err or out)
+        torch.set_num_threads(1)
+        if case is not None:
+            _limit(case, out.parent / "network")
+        function()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _flush_and_exit(code)
+    return pid
+
+
+def _run_script(case: Case, main: Callable[[], None]) -> None:
+    sys.argv = [f"{case.command[0]}.py", *case.command[1:]]
+    run_script(main)
+
+
+def _redirect(out: Path, err: Path) -> None:
+    """Standard input, output and error as a program has them, from and to files."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, out, flags), (2, err, flags)):
+        descriptor = os.open(path, mode)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    sys.stdout = _writer(1, errors="strict")
+    sys.stderr = _writer(2, errors="backslashreplace", line_buffering=True)
+
+
+def _writer(descriptor: int, **settings: object) -> io.TextIOWrapper:
+    file = io.FileIO(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(file), encoding="utf-8", **settings)
+
+
+def _limit(case: Case, network: Path) -> None:
+    """The limits of a case, and a watch over what would leave this machine."""
+    note = os.open(network, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event in NETWORK and not isinstance(
+            arguments[-1], str | bytes
+        ):  # a text: a socket of this machine
+            os.write(note, f"{event} {arguments[1:]}\n".encode())
+            raise PermissionError(f"no network: {event}")
+
+    sys.addaudithook(watch)
+    resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if case.file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (case.file_size, case.file_size))
+    if case.descriptors is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (case.descriptors, case.descriptors))
+
+
+def _flush_and_exit(code: int) -> None:
+    """End without the exit handlers of the parent, but with the complaints of Python's own end."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+        code = 120
+    os._exit(code)
+
+
+def wait(pid: int, seconds: float) -> tuple[int | None, resource.struct_rusage]:
+    """The exit code of a child, or None if it was killed at the end of its time; and what it used."""
+    deadline, ended = time.monotonic() + seconds, 0
+    while not ended and time.monotonic() < deadline:
+        ended, status, usage = os.wait4(pid, os.WNOHANG)
+        time.sleep(0 if ended else 0.005)
+    if ended:
+        return os.waitstatus_to_exitcode(status), usage
+    os.killpg(pid, signal.SIGKILL)
+    return None, os.wait4(pid, 0)[2]
+
+
+def _end_group(pid: int) -> bool:
+    """End the processes that a child left, and return whether there was one a second after its end."""
+    deadline = time.monotonic() + 1
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(pid, 0)
+            time.sleep(0.02)
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ---- what is wrong with an end ----
+
+
+def listing(folder: Path) -> dict[str, tuple]:
+    """Kind, size and time of everything in a folder, by path, but of the program's output."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if name not in ("stdout", "stderr", "network"):
+            state = path.lstat()
+            is_folder = path.is_dir() and not path.is_symlink()
+            found[name] = (state.st_mode, *(() if is_folder else (state.st_size, state.st_mtime_ns)))
+    return found
+
+
+def _faults_of_end(case: Case, ended: int, err: str) -> list[str]:
+    faults = []
+    if ended != case.code:
+        faults.append(f"exit code {ended}, not {case.code}")
+    lines = err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    if case.code == 2 and (len(errors) != 1 or lines[-1] != errors[0]):
+        faults.append(f"{len(errors)} lines begin with 'error: ', and the last line must")
+    if case.code == 2 and not case.remarks and len(lines) > 1:
+        faults.append(f"stderr has {len(lines)} lines, not one")
+    said = errors[-1] if errors else err
+    if missing := [words for words in case.names if not any(word in said for word in words.split("|"))]:
+        faults.append(f"does not name {', '.join(missing)}")
+    return faults
+
+
+def _faults_of_text(case: Case, out: str, err: str) -> list[str]:
+    faults = []
+    if "Traceback (most recent call last)" in err + out:
+        faults.append(f"traceback: {traceback_place(err + out)}")
+    if case.code != 0 and (length := max(map(len, err.splitlines()), default=0)) > LINE_LENGTH:
+        faults.append(f"a line of {length:,} characters on stderr")
+    for name, text in (("stdout", out), ("stderr", err)):
+        if case.code != 0 and (found := CONTROL_CHARACTERS.search(text)):  # an answer may hold any character
+            faults.append(f"the control character {found[0]!a} on {name}")
+        if case.secret and case.secret in text:
+            faults.append(f"the secret on {name}")
+    return faults
+
+
+def traceback_place(text: str) -> str:
+    """The error's last line, and the last function of this project that it went through."""
+    frames = re.findall(
+        rf'File "{re.escape(str(ROOT))}/((?:minilora|scripts|kernels)/[^"]+)", line (\d+), in (\w+)', text
+    )
+    name, line, function = frames[-1] if frames else ("?", "?", "?")
+    last = next((line for line in reversed(text.splitlines()) if re.match(r"[\w.]+(:|$)", line)), "")
+    return f"{last[:160]} ({name}:{line} {function})"
+
+
+def _faults_of_files(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
+    left, lost = sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
+    changed = sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
+    said = (("leaves", left), ("removes", lost), ("changes", changed))
+    return [f"{verb} {', '.join(names[:4])}" for verb, names in said if names]
+
+
+def write_report(verdicts: Iterable[Verdict], mutations: list[dict], path: Path) -> None:
+    """Write the verdicts of the table, and what random changes found, as JSON."""
+    report = {"table": [asdict(verdict) for verdict in verdicts], "mutations": mutations}
+    path.write_text(json.dumps(report, indent=1))
