@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -48,10 +49,11 @@ def explore(seconds: float, examples: int, first_seed: int, workers: int, failur
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         good = make_place(Path(temporary, "place"))
         fork = multiprocessing.get_context("fork")
-        with fork.Pool(workers, _prepare_worker, (good, Path(temporary), failures.absolute())) as pool:
+        shared = good, Path(temporary), failures.absolute()
+        with ProcessPoolExecutor(workers, fork, _prepare_worker, shared) as pool:
             for number in itertools.count(first_seed):
-                jobs = [(index, number, examples) for index in range(len(TARGETS))]
-                yield from pool.imap_unordered(_round, jobs)
+                rounds = [pool.submit(_round, index, number, examples) for index in range(len(TARGETS))]
+                yield from (done.result() for done in as_completed(rounds))
                 if time.monotonic() >= deadline:
                     return
 
@@ -74,8 +76,7 @@ def _raise_hang(*_: object) -> None:
     raise Hang
 
 
-def _round(job: tuple[int, int, int]) -> Round:
-    index, number, examples = job
+def _round(index: int, number: int, examples: int) -> Round:
     target, tried, shortest = TARGETS[index], 0, {}
     good = target.file.read_bytes() if target.good is None else target.good
     before = listing(Path())

@@ -10,6 +10,7 @@ Memory is limited with RLIMIT_DATA, the bytes that a process may write to; torch
 RLIMIT_AS useless. The peak that is reported is the resident one, with the imported libraries.
 """
 
+import contextlib
 import importlib
 import io
 import json
@@ -24,12 +25,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401  imported by scripts while they run; here once for all
 import torch
-import torch._dynamo
 from support.project import ROOT
 
 from fuzz import place
@@ -38,6 +38,9 @@ from minilora.system.errors import run_script
 
 SCRIPTS = "train prepare evaluate chat merge memory compare sweep share lint_adapter".split()
 DEVELOPERS_SCRIPTS = "verify bench pretrain pictures keys".split()
+IMPORTED_LATER = (  # by the scripts while they run
+    "fsspec huggingface_hub.errors huggingface_hub.hf_api matplotlib.pyplot pyarrow.parquet torch._dynamo"
+).split()
 SECONDS, BYTES, LINE_LENGTH = 10, 2 << 30, 500
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
@@ -61,13 +64,14 @@ def run_cases(cases: list[Case], workers: int, seconds: float = SECONDS) -> Iter
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         good = make_place(Path(temporary, "place"))
         fork = multiprocessing.get_context("fork")
-        with fork.Pool(workers, _remember, (cases, good, Path(temporary), seconds)) as pool:
-            yield from pool.imap_unordered(_run_numbered, range(len(cases)))
+        with ProcessPoolExecutor(workers, fork, _remember, (cases, good, Path(temporary), seconds)) as pool:
+            runs = [pool.submit(_run_numbered, number) for number in range(len(cases))]
+            yield from (run.result() for run in as_completed(runs))
 
 
 def import_scripts() -> None:
     """Import every script once, before anything is forked."""
-    for name in SCRIPTS + DEVELOPERS_SCRIPTS:
+    for name in SCRIPTS + DEVELOPERS_SCRIPTS + IMPORTED_LATER:
         importlib.import_module(name)
 
 
@@ -157,6 +161,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "cache"),
         "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", tempfile.gettempdir()),
     }
 
@@ -189,10 +194,9 @@ def start(
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        traceback.print_exc()
-    finally:
-        _flush_and_exit(code)
-    return pid
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    _flush_and_exit(code)
 
 
 def _run_script(case: Case, main: Callable[[], None]) -> None:
@@ -238,13 +242,14 @@ def _limit(case: Case, network: Path) -> None:
 
 
 def _flush_and_exit(code: int) -> None:
-    """End without the exit handlers of the parent, but with the complaints of Python's own end."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BaseException:
-        traceback.print_exc()
-        code = 120
+    """End without the exit handlers of the parent; with code 120, as Python does, if this cannot be written."""
+    with contextlib.suppress(BaseException):
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException:
+            code = 120
+            traceback.print_exc()
     os._exit(code)
 
 
@@ -307,7 +312,7 @@ def _faults_of_end(case: Case, ended: int, err: str) -> list[str]:
 def _faults_of_text(case: Case, out: str, err: str) -> list[str]:
     faults = []
     if "Traceback (most recent call last)" in err + out:
-        faults.append(f"traceback: {traceback_place(err + out)}")
+        faults.append(f"traceback: {traceback_place(err if 'Traceback' in err else out)}")
     if case.code != 0 and (length := max(map(len, err.splitlines()), default=0)) > LINE_LENGTH:
         faults.append(f"a line of {length:,} characters on stderr")
     for name, text in (("stdout", out), ("stderr", err)):

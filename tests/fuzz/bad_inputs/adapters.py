@@ -56,7 +56,7 @@ VALUES = {  # key: values that it cannot have, or that are not honoured
         "",
         "x" * 100_000,
         "\x1b[31mmodel",
-        "a\0b",
+        "a\0model",
     ),
     "revision": (5, [], {}, True),
     "lora_bias": (True, "false"),
@@ -107,13 +107,19 @@ def cases() -> Iterator[Case]:
     for name, change in WHOLE.items():
         for command in (next(commands), next(commands)):
             yield _case(command, "adapter_config.json|peft_type", change, f"the file is {name}")
+        if name == "a key twice":  # PEFT takes the last one, and so the linter may
+            continue
         code = 2 if name in NO_ADAPTER else 1
         yield make_case(
             KIND, f"the file is {name} (lint_adapter)", LINT, "adapter_config.json|", change=change, code=code
         )
 
 
-WORDS = {"r": "r = |lora_rank|rank| r ", "target_modules": "target"}
+WORDS = {
+    "r": "r = |lora_rank|rank|model needs",
+    "target_modules": "target",
+    "use_dora": "use_dora|lora_magnitude_vector",
+}
 
 
 def _fits_alone(key: str, value: object) -> bool:

@@ -37,7 +37,7 @@ SCHEMES = {  # address: a word of it
     "https://127.0.0.1/\x1b[2Jrows.jsonl": "rows.jsonl",
     "s3://": "s3",
     "s3:///rows.jsonl": "s3",
-    f"https://127.0.0.1/{'x' * 100_000}.jsonl": "https",
+    f"ftp://127.0.0.1/{'x' * 100_000}.jsonl": "ftp",
 }  # fmt: skip
 WITH_SECRETS = {  # name: a malformed or refused address that holds the secret
     "a password": f"ftp://user:{SECRET}@127.0.0.1/rows.jsonl",
@@ -124,7 +124,7 @@ def cases() -> Iterator[Case]:
             yield make_case(KIND, f"{words[0]}: --{key} {address}", words, word, secret=SECRET)
     for name in REPOSITORIES:
         command = ["share", "--adapter", "adapter", "--push_to_hub", name]
-        yield make_case(KIND, f"share: --push_to_hub {name}", command, name)
+        yield make_case(KIND, f"share: --push_to_hub {name}", command, f"{name}|push_to_hub")
     yield make_case(KIND, "share: the hub is switched off", SHARE, "HF_HUB_OFFLINE")
     for name in ("mlflow_tracking_uri", "run_name"):
         address = f"https://user:{SECRET}@[::1"

@@ -30,11 +30,11 @@ EMPTY = {
     TRAIN: "model_name_or_path model_revision dataset eval_dataset template output_dir resume_from_checkpoint "
     "prompt_column completion_column messages_column preset lora_target optim report_to run_name "
     "mlflow_tracking_uri push_to_hub upload hub_strategy learning_rate config lora_rank packing bf16",
-    "prepare --model model --dataset train.jsonl": "output to model dataset show",
+    PREPARE: "output to model dataset show",
     EVALUATE: "model dataset output adapter samples",
     "chat --adapter adapter": "input output model adapter temperature",
-    "merge --adapter adapter": "output export_adapter",
-    MERGE: "model into outtype",
+    MERGE: "adapter output model into outtype",
+    EXPORT: "export_adapter",
     MEMORY: "picture gpu model",
     COMPARE: "output",
     "sweep": "config",
@@ -149,8 +149,6 @@ OPTIONS = {  # numbers of the other scripts' own options
     f"{CHAT} --seed": "-1 18446744073709551616",
     f"{EVALUATE} --samples": "-1 x 1.5",
     f"{EVALUATE} --exact_match_samples": "-1 nan",
-    f"{EVALUATE} --metrics": "rouge",
-    f"{EVALUATE} --exact_match_samples 2 --metrics": "meteor",
     f"{PREPARE} --show": "-1 x",
     f"{MEMORY} --gpu": "0 -1 nan inf 1e300 big",
     "bench --width": "0 -64 100 1e12 4294967296000",
@@ -200,7 +198,7 @@ def cases() -> Iterator[Case]:
         yield make_case(KIND, f"{script}: an unknown option", f"{command} --nonsense 1", "nonsense")
     for command, options in EMPTY.items():
         for option in options.split():
-            words = [*command.split(), f"--{option}", ""]
+            words = [*_without(command, option), f"--{option}", ""]
             words += ["--output", "x"] if option == "input" else []
             words += ["--input", "questions.jsonl"] if (words[0], option) == ("chat", "output") else []
             yield make_case(KIND, f"{words[0]}: --{option} is empty", words, option)
@@ -209,6 +207,11 @@ def cases() -> Iterator[Case]:
     yield from _commands("has no value", MISSING)
     yield from _commands("given twice", TWICE)
     yield from _trainers_values()
+    yield make_case(
+        KIND, "evaluate: metrics without samples", f"{EVALUATE} --metrics rouge", "exact_match_samples"
+    )
+    meteor = f"{EVALUATE} --exact_match_samples 2 --metrics meteor"
+    yield make_case(KIND, "evaluate: an unknown metric", meteor, "meteor")
     for command, values in OPTIONS.items():
         for value in values.split():
             option = command.rpartition("--")[2]
@@ -216,10 +219,20 @@ def cases() -> Iterator[Case]:
     for command, option in NOWHERE.items():
         for name, (value, shown) in STRANGE.items():
             words = [*command.split(), value]
-            yield make_case(KIND, f"{words[0]}: {option} with {name}", words, shown)
+            word = "lora_target" if option == "lora_target" else shown  # its value is a list of names
+            yield make_case(KIND, f"{words[0]}: {option} with {name}", words, word)
     for name, (value, shown) in STRANGE.items():
         key = b"--" + value if isinstance(value, bytes) else f"--{value}"
         yield make_case(KIND, f"train: a key with {name}", [*TRAIN.split(), key, "1"], shown)
+
+
+def _without(command: str, option: str) -> list[str]:
+    """The command's words, but not this option and its value."""
+    words = command.split()
+    if f"--{option}" in words:
+        where = words.index(f"--{option}")
+        del words[where : where + 2]
+    return words
 
 
 def _commands(fault: str, commands: dict[str, str]) -> Iterator[Case]:

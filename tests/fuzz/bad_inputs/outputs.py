@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from functools import partial
 
-from fuzz.bad_inputs.commands import COMPARE, EVALUATE, MEMORY, TRAIN
+from fuzz.bad_inputs.commands import COMPARE, EVALUATE, MEMORY
 from fuzz.case import Case, make_case, nothing
 from fuzz.edits import Edit, both, fifo, link, write
 
 KIND = "output"
+TRAIN = "train --config run.yaml"
 CHAT = "chat --adapter adapter --input questions.jsonl --max_new_tokens 1 --output"
 PREPARE = "prepare --model model --dataset train.jsonl --output"
 AGAIN = "prepare --model model --overwrite_output_dir"
@@ -34,10 +35,9 @@ OVER_INPUTS = {  # command: how the files are made, and a word
     f"{TRAIN} --output_dir ./model/ --overwrite_output_dir": (nothing, "model"),
     f"{TRAIN} --output_dir shards --model shards": (nothing, "shards"),
     f"{TRAIN} --output_dir run": (nothing, "run"),
-    f"{TRAIN} --output_dir run --resume_from_checkpoint latest": (nothing, "run"),
     f"{TRAIN} --output_dir out --overwrite_output_dir --dataset out/metrics.jsonl": (
         write("out/metrics.jsonl", '{"prompt": "a", "completion": "b"}\n' * 4), "metrics.jsonl"),
-    f"{TRAIN} --output_dir out --overwrite_output_dir --config out/training_config.yaml": (
+    "train --output_dir out --overwrite_output_dir --config out/training_config.yaml": (
         write("out/training_config.yaml", "model: model\ndataset: train.jsonl\n"), "training_config.yaml"),
     f"{AGAIN} --dataset prepared/train.jsonl --output prepared": (nothing, "prepared"),
     f"{AGAIN} --dataset ./prepared/../prepared/train.jsonl --output prepared": (nothing, "prepared"),
@@ -46,8 +46,6 @@ OVER_INPUTS = {  # command: how the files are made, and a word
     "merge --adapter adapter --output model": (nothing, "model"),
     "merge --adapter adapter --output adapter": (nothing, "adapter"),
     "merge --adapter adapter --export_adapter adapter": (nothing, "adapter"),
-    "merge --adapter adapter --output adapter/inside": (nothing, "adapter"),
-    "merge --adapter adapter --output model/inside": (nothing, "model"),
     "sweep --config out/seed-1.yaml": (
         write("out/seed-1.yaml", "model: model\ndataset: train.jsonl\noutput_dir: out\nsweep: {seed: [1]}\n"),
         "seed-1.yaml"),
@@ -94,16 +92,16 @@ NO_DIRECTORY = {
     "a pipe": ("pipe", fifo("pipe")),
     "a link to nothing, below a file": ("link", link("link", "train.jsonl/x")),
 }
-FULL = {  # command: bytes that a file may have
-    f"{EVALUATE} --output out.json": 100,
-    f"{CHAT} answers.jsonl": 20,
-    f"{MEMORY} --picture memory.png": 1000,
-    f"{COMPARE} --output compare.png": 1000,
-    f"{PREPARE} out": 200,
+FULL = {  # command: bytes that a file may have; more than the script prints, less than its output
+    f"{EVALUATE} --exact_match_samples 12 --output out.json": 1500,
+    "chat --adapter adapter --input train.jsonl --max_new_tokens 1 --output out.jsonl": 700,
+    f"{MEMORY} --picture out.png": 8000,
+    f"{COMPARE} --output out.png": 8000,
+    f"{PREPARE} out": 8000,
     "merge --adapter adapter --output out": 20_000,
     "merge --adapter adapter --output out/deep/inside": 20_000,
-    "merge --adapter adapter --export_adapter out": 1000,
-    f"{TRAIN} --quantization_bit none": 100,
+    "merge --adapter adapter --output out.gguf": 20_000,
+    "merge --adapter adapter --export_adapter out": 2000,
 }
 
 
@@ -119,8 +117,7 @@ def cases() -> Iterator[Case]:
                     KIND, f"{_title(command)} is {name}", f"{command} {path}", words, change=change
                 )
     for command, size in FULL.items():
-        word = command.split()[-1] if "train" not in command.split()[0] else "out"
-        yield remarks(f"{_title(command)}: the disk is full", command, word, file_size=size)
+        yield remarks(f"{_title(command)}: the disk is full", command, "out", file_size=size)
     for name, change in (("a directory", _folder("compare.png")), ("a pipe", fifo("compare.png"))):
         yield make_case(
             KIND, f"compare: its default picture is {name}", COMPARE, "compare.png", change=change

@@ -31,7 +31,7 @@ TEMPLATES = {
     "a range of 10^12": "{% for i in range(10**12) %}{% endfor %}",
     "a text times 10^10": "{{ 'a' * 10**10 }}",
     "a list times 10^10": "{{ [1] * 10**10 }}",
-    "a number to the power of 10^9": "{{ 7 ** 10 ** 9 }}",
+    "a number to the power of 10^9": "{{ 7 ** (10 ** 9) }}",
     "a text that doubles": "{% set t = namespace(x='ab') %}{% for i in range(64) %}{% set t.x = t.x ~ t.x %}{% endfor %}{{ t.x }}",
     "a width of 10^10": "{{ '%10000000000d' % 1 }}",
     "a width of 10^10 in format": "{{ '{:10000000000}'.format(1) }}",
@@ -62,7 +62,6 @@ TEMPLATES = {
     "an import": "{% import '/etc/passwd' as x %}",
     "an extends": "{% extends '/etc/passwd' %}",
     "an answer left out": "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-    "an answer in capitals": "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
     "an answer backwards": "{% for m in messages %}{{ m.content | reverse }}{% endfor %}",
     "answers sorted": "{{ messages | map(attribute='content') | join('') | list | sort | join('') }}",
     "a generation block that never ends": "{% generation %}x",
@@ -72,7 +71,8 @@ TEMPLATES = {
     ),
     "a role that it refuses": "{% if messages[0].role == 'user' %}{{ raise_exception('no users here') }}{% endif %}",
 }  # fmt: skip
-TRAINING_ONLY = ("an answer left out", "an answer in capitals", "an answer backwards", "answers sorted")
+WORDS = "template|rows are wrong|no token to learn"  # prepare.py lists the rows above its error
+TRAINING_ONLY = ("an answer left out", "an answer backwards", "answers sorted")
 BLOCKS = ("a generation block within another", "a generation block that is cut")
 
 
@@ -83,13 +83,11 @@ def cases() -> Iterator[Case]:
         in_settings = set_keys("words/tokenizer_config.json", chat_template=template)
         in_a_file = write("words/chat_template.jinja", template)
         change = in_a_file if len(name) % 2 else in_settings
-        remarks = command.startswith("prepare")
         title = f"{name} ({command.split()[0]})"
-        words = "template|rows are wrong" if remarks else "template"
-        yield make_case(KIND, title, command, words, change=change, remarks=remarks)
+        yield make_case(KIND, title, command, WORDS, change=change, remarks=True)
     slow = GOOD + "{% for i in range(99999) %}{% for j in range(999) %}{% endfor %}{% endfor %}"
     for command in COMMANDS:
         yield make_case(
-            KIND, f"a good one with a slow end ({command.split()[0]})", command, "template|rows are wrong",
+            KIND, f"a good one with a slow end ({command.split()[0]})", command, WORDS,
             change=write("words/chat_template.jinja", slow), remarks=True,
         )  # fmt: skip

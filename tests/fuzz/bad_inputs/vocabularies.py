@@ -8,7 +8,6 @@ from fuzz.bad_inputs.commands import READ_A_TOKENIZER
 from fuzz.case import Case, make_case
 from fuzz.edits import (
     Edit,
-    both,
     cut,
     edit_bytes,
     edit_json,
@@ -66,9 +65,6 @@ TOKENIZER_JSON = {
     "an id below zero": _set_within("model", "vocab", "a", value=-1),
     "an id of 10^18": _set_within("model", "vocab", "a", value=10**18),
     "an id that is text": _set_within("model", "vocab", "a", value="5"),
-    "an empty vocabulary": both(
-        _set_within("model", "vocab", value={}), _set_within("model", "merges", value=[])
-    ),
     "merges of unknown pieces": _set_within("model", "merges", value=[["zz", "qq"]]),
     "merges that are numbers": _set_within("model", "merges", value=[1]),
     "added tokens that are numbers": _set_within("added_tokens", value=[5]),
@@ -130,9 +126,9 @@ def cases() -> Iterator[Case]:
         yield _case(next(words), f"tokenizer.json is or has {name}", "tokenizer", change)
     for key, values in SETTING.items():
         for value in values:
-            yield _case(
-                next(words), f"{key} = {json.dumps(value)[:60]}", key, set_keys(SETTINGS, **{key: value})
-            )
+            word = "added_tokens_decoder|adds" if key == "added_tokens_decoder" else key
+            name = f"{key} = {json.dumps(value)[:60]}"
+            yield _case(next(words), name, word, set_keys(SETTINGS, **{key: value}))
     for name, (change, word) in BESIDE.items():
         yield _case(next(words), name, word, change)
     small = set_keys("model/config.json", vocab_size=20)
