@@ -99,7 +99,7 @@ TENSOR_EDITS = {  # with right digests
     "the header lies": edit_header(TENSORS, lambda header: b"{nonsense"),
 }  # fmt: skip
 ADAPTERS = {  # with right digests
-    "its adapter has another rank": (set_keys(CONFIG, r=3), "rank|r "),
+    "its adapter has another rank": (set_keys(CONFIG, r=3), "rank|model needs"),
     "its adapter has other targets": (set_keys(CONFIG, target_modules=["o_proj"]), "o_proj|target"),
     "its adapter is no LoRA": (set_keys(CONFIG, peft_type="LOHA"), "peft_type"),
     "its adapter's alpha is NaN": (set_keys(CONFIG, lora_alpha=nan), "lora_alpha"),
@@ -113,7 +113,7 @@ OTHERS = {  # command: a word
     f"{RESUME} --seed 1": "seed",
     f"{RESUME} --lora_rank 4": "lora_rank",
     f"{RESUME} --dataset table.csv": "training examples|dataset",
-    f"{RESUME} --model words": "model",
+    f"{RESUME} --model words": "examples",
     f"{RESUME} --max_steps 1 --lr_scheduler_type constant": "lr_scheduler_type|max_steps",
     f"{RESUME} --quantization_bit 4": "quantization_bit",
     f"{TRAIN} --resume_from_checkpoint train.jsonl": "train.jsonl",
