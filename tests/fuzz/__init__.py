@@ -4,6 +4,7 @@ It has two halves, which ask for the same thing of different readers of files.
 
     bad_inputs/    a table of mistakes, by kind: what a user mistypes and what a stranger's file may hold
     runner.py      each of them drives a script in a process of its own: exit code 2, one line, nothing left
+    judge.py       what is wrong with how such a process ended
     mutations.py   good files, changed at random but by their structure
     readers.py     each of them goes through the readers: a value, or a UserError of one line
 

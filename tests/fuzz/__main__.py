@@ -18,7 +18,8 @@ from pathlib import Path
 
 from fuzz.bad_inputs import TABLE
 from fuzz.explorer import explore, replay
-from fuzz.runner import SECONDS, Verdict, run_cases, write_report
+from fuzz.judge import Verdict, write_report
+from fuzz.runner import SECONDS, run_cases
 
 
 def main() -> None:

@@ -22,17 +22,9 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+from fuzz.judge import CONTROL_CHARACTERS, LINE_LENGTH, listing, traceback_place
 from fuzz.readers import TARGETS, Target, file_name
-from fuzz.runner import (
-    BYTES,
-    CONTROL_CHARACTERS,
-    LINE_LENGTH,
-    SECONDS,
-    import_scripts,
-    listing,
-    make_place,
-    traceback_place,
-)
+from fuzz.runner import BYTES, SECONDS, import_scripts, make_place
 from minilora.system.errors import UserError
 
 Round = tuple[str, int, list[str]]  # the target's name, inputs tried, faults

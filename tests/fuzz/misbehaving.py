@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from fuzz.case import make_case
-from fuzz.runner import run_cases, write_report
+from fuzz.judge import write_report
+from fuzz.runner import run_cases
 from minilora.system.errors import UserError
 
 WAYS = {  # way: what the fuzzer says about it
@@ -78,4 +79,4 @@ if __name__ == "__main__":
         make_case("misbehaviour", way, ["fuzz.misbehaving", way], "the place", secret="hunter2secret")
         for way in WAYS
     ]
-    write_report(list(run_cases(cases, workers=2, seconds=3)), [], Path(sys.argv[1]))
+    write_report(list(run_cases(cases, workers=2, seconds=6)), [], Path(sys.argv[1]))

@@ -15,10 +15,6 @@ import yaml
 from hypothesis import strategies as st
 
 from fuzz.edits import join_safetensors, split_safetensors
-from fuzz.place import CHAT_TEMPLATE, SETTINGS
-
-__all__ = ["CHAT_TEMPLATE", "SETTINGS", "broken", "json_files", "json_lines", "safetensors_files", "templates",
-           "yaml_files"]  # fmt: skip
 
 NUMBERS = (
     0, -1, 1, 2, 255, 2**31, 2**63, 2**64, 10**18, -(10**18), 10**30, 0.5, -0.0, 1e-320, 1e308, math.nan,

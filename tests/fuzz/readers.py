@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fuzz import mutations
 from fuzz.edits import seal
+from fuzz.place import CHAT_TEMPLATE, SETTINGS
 from minilora import load_model, load_tokenizer
 from minilora.data.chat import load_chat_template
 from minilora.data.examples import tokenize
@@ -78,10 +79,9 @@ def _read_prompts() -> None:
 
 def _read_chats() -> None:
     tokenizer = load_tokenizer(WORDS)
-    for name in ("tokenizer", "alpaca", "qwen3", "plain"):
-        if name != "qwen3":  # it needs tokens that this vocabulary lacks
-            template = load_chat_template(name, tokenizer)
-            tokenize(read_rows("chats.jsonl", chat=True), tokenizer, cutoff_len=64, template=template)
+    for name in ("tokenizer", "alpaca", "plain"):
+        template = load_chat_template(name, tokenizer)
+        tokenize(read_rows("chats.jsonl", chat=True), tokenizer, cutoff_len=64, template=template)
 
 
 def _read_tokenizer() -> None:
@@ -113,11 +113,10 @@ def _read_metrics() -> str:
 
 
 def _read_tokens() -> None:
+    """Read prepared tokens under the key that they carry, as if they were of these rows."""
     path = Path("prepared/train.safetensors")
-    rows = read_rows("prepared/train.jsonl")
-    header = path.read_bytes()[8:4096]
-    key = header.partition(b'"key":"')[2].partition(b'"')[0].decode(errors="replace")
-    load_tokens(path, rows, key)
+    key = path.read_bytes().partition(b'"key":')[2].partition(b'"')[2].partition(b'"')[0]
+    load_tokens(path, read_rows("prepared/train.jsonl"), key.decode(errors="replace"))
 
 
 TARGETS = [
@@ -133,7 +132,7 @@ TARGETS = [
            mutations.json_files, _read_sharded_model),
     Target("prepared tokens, mutated", Path("prepared/train.safetensors"), mutations.safetensors_files, _read_tokens),
     Target("YAML, mutated", Path("settings.yaml"), mutations.yaml_files, _read_settings,
-           (json.dumps(mutations.SETTINGS)).encode()),
+           (json.dumps(SETTINGS)).encode()),
     Target("dataset_info.json, mutated", Path("data/dataset_info.json"), mutations.json_files, _read_dataset_info,
            json.dumps(LLAMA_FACTORY).encode()),
     Target("rows of prompts, mutated", Path("rows.jsonl"), mutations.json_lines, _read_prompts,
@@ -148,7 +147,7 @@ TARGETS = [
     Target("tokenizer_config.json, mutated", WORDS / "tokenizer_config.json", mutations.json_files, _read_tokenizer),
     Target("tokenizer.model, mutated", MODEL / "tokenizer.model", mutations.broken, _read_pieces),
     Target("chat template, mutated", WORDS / "chat_template.jinja", mutations.templates, _encode_a_conversation,
-           mutations.CHAT_TEMPLATE.encode()),
+           CHAT_TEMPLATE.encode()),
     Target("state.json, mutated", CHECKPOINT / "training_state/state.json", mutations.json_files, _read_a_checkpoint),
     Target("metrics.jsonl, mutated", RUN / "metrics.jsonl", mutations.json_lines, _read_metrics),
 ]  # fmt: skip
