@@ -109,7 +109,7 @@ def run_case(case: Case, good: Path, folder: Path, seconds: float = SECONDS) -> 
     pid = start(
         lambda: _run_script(case, main), work, log, _environment(folder) | case.environment, errors, case
     )
-    ended, usage = wait(pid, seconds)
+    ended, usage = wait(pid, seconds if case.code else 6 * seconds)  # a good sweep starts a whole trainer
     verdict = Verdict(case.kind, case.name, "", time.monotonic() - began, usage.ru_maxrss * 1024)
     verdict.faults += [] if ended is not None else [f"hangs: killed after {seconds:g} s"]
     verdict.faults += ["leaves a process running"] if _end_group(pid) else []
