@@ -1,7 +1,7 @@
 # Each target makes its own virtual environment in .venv (or .venv-test), once.
 PYTHON ?= python3
 
-.PHONY: demo test lint bench mutants clean
+.PHONY: demo test lint bench fuzz mutants clean
 
 demo: .venv/done            ## train the small model that comes with minilora
 	.venv/bin/python scripts/train.py
@@ -14,6 +14,9 @@ lint: .venv-test/done       ## ruff: rules and format
 
 bench: .venv-test/done      ## a training step beside transformers + PEFT
 	.venv-test/bin/python scripts/dev/bench.py --peer
+
+fuzz: .venv-test/done       ## bad inputs over every script, and ten minutes of random changes of good ones
+	PYTHONPATH=.:tests:scripts:scripts/dev OMP_NUM_THREADS=1 .venv-test/bin/python -m fuzz --seconds 600
 
 mutants: .venv-test/done    ## would the tests notice? faults put in by hand, one at a time
 	.venv-test/bin/python tests/mutants.py

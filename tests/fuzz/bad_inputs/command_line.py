@@ -1,0 +1,251 @@
+"""What a user mistypes."""
+
+from collections.abc import Iterator
+
+from fuzz.bad_inputs.commands import CHAT, COMPARE, EVALUATE, EXPORT, LINT, MEMORY, MERGE, PREPARE, TRAIN
+from fuzz.case import Case, make_case
+
+KIND = "command line"
+LONG = 100_000
+
+EVERY_SCRIPT = {
+    "train": TRAIN,
+    "prepare": PREPARE,
+    "evaluate": EVALUATE,
+    "chat": CHAT,
+    "merge": MERGE,
+    "memory": MEMORY,
+    "compare": COMPARE,
+    "sweep": "sweep --config run.yaml",
+    "share": "share --adapter adapter --push_to_hub owner/name",
+    "lint_adapter": LINT,
+    "verify": "verify",
+    "bench": "bench",
+    "pretrain": "pretrain --output out --steps 1",
+    "pictures": "pictures --output out",
+    "keys": "keys",
+}
+# Script: its options that an empty text cannot be the value of.
+EMPTY = {
+    TRAIN: "model_name_or_path model_revision dataset eval_dataset template output_dir resume_from_checkpoint "
+    "prompt_column completion_column messages_column preset lora_target optim report_to run_name "
+    "mlflow_tracking_uri push_to_hub upload hub_strategy learning_rate config lora_rank packing bf16",
+    PREPARE: "output to model dataset show",
+    EVALUATE: "model dataset output adapter samples",
+    "chat --adapter adapter": "input output model adapter temperature",
+    MERGE: "adapter output model into outtype",
+    EXPORT: "export_adapter",
+    MEMORY: "picture gpu model",
+    COMPARE: "output",
+    "sweep": "config",
+    "share --adapter adapter": "push_to_hub upload",
+    "share --push_to_hub owner/name": "adapter",
+    "lint_adapter adapter": "model",
+    "bench": "model output width",
+    "verify": "model output family",
+    "pretrain --steps 1": "output seed",
+    "pictures": "output",
+}
+MISSING = {  # command: the word that its last option is called
+    "train --config": "config",
+    "train --config run.yaml --output_dir": "output_dir",
+    f"{TRAIN} --learning_rate": "learning_rate",
+    f"{TRAIN} --dataset": "dataset",
+    f"{TRAIN} --lora_target": "lora_target",
+    f"{PREPARE} --show": "show",
+    f"{EVALUATE} --samples": "samples",
+    f"{CHAT} --seed": "seed",
+    "merge --adapter": "adapter",
+    "merge --output out": "adapter",
+    "merge --adapter adapter": "output",
+    f"{MEMORY} --gpu": "gpu",
+    "compare": "DIRECTORY",
+    "compare run --output": "output",
+    "sweep": "config",
+    "sweep --config": "config",
+    "share": "adapter",
+    "share --adapter adapter": "push_to_hub",
+    "lint_adapter": "adapter",
+    "bench --width": "width",
+}
+TWICE = {
+    f"{TRAIN} --seed 1 --seed 2": "seed",
+    f"{TRAIN} --model model --model_name_or_path model": "model",
+    f"{TRAIN} --lora-rank 2 --lora_rank 2": "lora_rank",
+    f"{PREPARE} --show 1 --show 2": "show",
+    f"{EVALUATE} --dataset chat.jsonl": "dataset",
+    f"{CHAT} --seed 1 --seed 2": "seed",
+    f"{MERGE} --output other": "output",
+    f"{MEMORY} --gpu 8 --gpu 16": "gpu",
+    f"{COMPARE} --output a.png --output b.png": "output",
+    "share --adapter adapter --push_to_hub owner/a --push_to_hub owner/b": "push_to_hub",
+    f"{LINT} --model shards": "model",
+}
+NUMBERS = """
+    val_size cutoff_len max_samples lora_rank lora_alpha lora_dropout per_device_train_batch_size
+    per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate
+    warmup_steps warmup_ratio loraplus_lr_ratio weight_decay max_grad_norm seed logging_steps eval_steps
+    save_steps save_total_limit early_stopping_patience exact_match_samples
+    """.split()
+HUGE = {  # key: a number that is absurd
+    "val_size": "1e30",
+    "cutoff_len": "1e12",
+    "lora_rank": "1e9",
+    "lora_alpha": "1e300",
+    "lora_dropout": "1e9",
+    "per_device_train_batch_size": "1e12",
+    "gradient_accumulation_steps": "1e12",
+    "num_train_epochs": "1e18",
+    "max_steps": "1e18",
+    "learning_rate": "1e300",
+    "warmup_steps": "1e18",
+    "warmup_ratio": "1e9",
+    "loraplus_lr_ratio": "1e300",
+    "weight_decay": "1e300",
+    "seed": "1e30",
+    "save_steps": "1e30",
+}
+CHOICES = {
+    "template": "nonsense",
+    "quantization_bit": "3",
+    "quantization_type": "nf5",
+    "preset": "standard",
+    "lr_scheduler_type": "zigzag",
+    "optim": "sgd",
+    "gradient_checkpointing": "sometimes",
+    "report_to": "wandb",
+    "hub_strategy": "never",
+    "bf16": "maybe",
+    "packing": "2",
+    "use_dora": "half",
+    "lora_target": "v_porj",
+    "learning_rate": "fast",
+    "max_steps": "0x10",
+    "lora_rank": "2.5",
+    "seed": "1;2",
+    "resume_from_checkpoint": "nowhere",
+}
+TOGETHER = {  # keys that exclude one another: words of the message
+    "--bf16 --fp16": ("bf16", "fp16"),
+    "--packing --group_by_length": ("packing", "group_by_length"),
+    "--train_on_prompt --mask_history": ("mask_history", "train_on_prompt"),
+    "--eval_dataset train.jsonl": ("eval_dataset", "val_size"),
+    "--warmup_steps 1 --warmup_ratio 0.5": ("warmup_steps", "warmup_ratio"),
+    "--warmup_steps 5": ("warmup_steps",),
+    "--lora_fa --loraplus_lr_ratio 4": ("loraplus_lr_ratio", "lora_fa"),
+    "--val_size 0 --eval_steps 1": ("eval_steps",),
+    "--val_size 0 --load_best_model_at_end": ("load_best_model_at_end",),
+    "--val_size 50": ("val_size",),
+    "--fp16": ("fp16",),
+    "--stage dpo": ("stage",),
+    "--deepspeed ds.json": ("deepspeed",),
+}
+OPTIONS = {  # numbers of the other scripts' own options
+    f"{CHAT} --temperature": "nan inf -1 hot",
+    f"{CHAT} --top_p": "nan 0 2 -1",
+    f"{CHAT} --top_k": "-1 1.5 many",
+    f"{CHAT} --repetition_penalty": "nan 0 -1 inf",
+    f"{CHAT} --max_new_tokens": "0 -1 1.5",
+    f"{CHAT} --seed": "-1 18446744073709551616",
+    f"{EVALUATE} --samples": "-1 x 1.5",
+    f"{EVALUATE} --exact_match_samples": "-1 nan",
+    f"{PREPARE} --show": "-1 x",
+    f"{MEMORY} --gpu": "0 -1 nan inf 1e300 big",
+    "bench --width": "0 -64 100 1e12 4294967296000",
+    "bench --layers": "0 -1",
+    "bench --steps": "0 x",
+    "verify --steps": "1 -1 x",
+    "verify --seed": "-1 x 1.5",
+    "verify --family": "gpt2",
+    "pretrain --output out --steps": "0 -1 x",
+    "pretrain --output out --steps 1 --seed": "x",
+    f"{MERGE} --into": "both",
+    f"{MERGE} --outtype": "q8_0",
+    f"{EXPORT} --into": "original",
+    f"{MERGE} --quantization_type": "nf5",
+    f"{MERGE} --double_quantization": "maybe",
+}
+NOWHERE = {  # commands that end where a name of something that does not exist is to follow
+    "train --dataset train.jsonl --output_dir out --model": "model",
+    "train --model model --output_dir out --dataset": "dataset",
+    "train --config": "config",
+    f"{TRAIN} --resume_from_checkpoint": "resume_from_checkpoint",
+    f"{TRAIN} --template": "template",
+    f"{TRAIN} --lora_target": "lora_target",
+    "prepare --model model --output out --dataset": "dataset",
+    "evaluate --dataset train.jsonl --adapter": "adapter",
+    "chat --instruction say --adapter": "adapter",
+    "chat --adapter adapter --instruction say --model": "model",
+    "merge --output out --adapter": "adapter",
+    "memory --model": "model",
+    "compare": "directory",
+    "sweep --config": "config",
+    "share --push_to_hub owner/name --adapter": "adapter",
+    "lint_adapter": "adapter",
+}
+STRANGE = {  # name: a value, and a part of it that must be shown
+    "an escape sequence": ("\x1b[31mred", "red"),
+    "a carriage return": ("left\rright", "right"),
+    "a line end": ("one\ntwo", "two"),
+    "C1 and bidirectional controls": ("\x9b2Jplain\u202etxet", "plain"),
+    "bytes that are not UTF-8": (b"caf\xe9", "caf"),
+    f"{LONG:,} characters": ("q" * LONG, "qqqqqqqq"),
+}
+
+
+def cases() -> Iterator[Case]:
+    for script, command in EVERY_SCRIPT.items():
+        yield make_case(KIND, f"{script}: an unknown option", f"{command} --nonsense 1", "nonsense")
+    for command, options in EMPTY.items():
+        for option in options.split():
+            words = [*_without(command, option), f"--{option}", ""]
+            words += ["--output", "x"] if option == "input" else []
+            words += ["--input", "questions.jsonl"] if (words[0], option) == ("chat", "output") else []
+            yield make_case(KIND, f"{words[0]}: --{option} is empty", words, option)
+    yield make_case(KIND, "compare: a directory's name is empty", ["compare", ""], ())
+    yield make_case(KIND, "lint_adapter: the adapter's name is empty", ["lint_adapter", ""], "adapter")
+    yield from _commands("has no value", MISSING)
+    yield from _commands("given twice", TWICE)
+    yield from _trainers_values()
+    yield make_case(
+        KIND, "evaluate: metrics without samples", f"{EVALUATE} --metrics rouge", "exact_match_samples"
+    )
+    meteor = f"{EVALUATE} --exact_match_samples 2 --metrics meteor"
+    yield make_case(KIND, "evaluate: an unknown metric", meteor, "meteor")
+    for command, values in OPTIONS.items():
+        for value in values.split():
+            option = command.rpartition("--")[2]
+            yield make_case(KIND, f"{command.split()[0]}: {option} = {value}", f"{command} {value}", option)
+    for command, option in NOWHERE.items():
+        for name, (value, shown) in STRANGE.items():
+            words = [*command.split(), value]
+            word = "lora_target" if option == "lora_target" else shown  # its value is a list of names
+            yield make_case(KIND, f"{words[0]}: {option} with {name}", words, word)
+    for name, (value, shown) in STRANGE.items():
+        key = b"--" + value if isinstance(value, bytes) else f"--{value}"
+        yield make_case(KIND, f"train: a key with {name}", [*TRAIN.split(), key, "1"], shown)
+
+
+def _without(command: str, option: str) -> list[str]:
+    """The command's words, but not this option and its value."""
+    words = command.split()
+    if f"--{option}" in words:
+        where = words.index(f"--{option}")
+        del words[where : where + 2]
+    return words
+
+
+def _commands(fault: str, commands: dict[str, str]) -> Iterator[Case]:
+    for command, word in commands.items():
+        yield make_case(KIND, f"{command.split()[0]}: {word} {fault} ({command[-24:]})", command, word)
+
+
+def _trainers_values() -> Iterator[Case]:
+    for key in NUMBERS:
+        yield make_case(KIND, f"train: {key} = nan", f"{TRAIN} --{key} nan", key)
+        yield make_case(KIND, f"train: {key} = -5", f"{TRAIN} --{key}=-5", key)
+    for values in (HUGE, CHOICES):
+        for key, value in values.items():
+            yield make_case(KIND, f"train: {key} = {value}", f"{TRAIN} --{key} {value}", key)
+    for keys, words in TOGETHER.items():
+        yield make_case(KIND, f"train: {keys}", f"{TRAIN} {keys}", words)

@@ -1,0 +1,56 @@
+"""Good inputs, one or more a script: they must succeed."""
+
+from collections.abc import Iterator
+
+from fuzz.bad_inputs.commands import (
+    CHAT,
+    CHAT_TEMPLATE,
+    COMPARE,
+    EVALUATE,
+    EXPORT,
+    LINT,
+    MEMORY,
+    MERGE,
+    PREPARE,
+    TRAIN,
+)
+from fuzz.case import Case, make_case
+from fuzz.edits import write
+
+SWEEP = '{"model": "model", "dataset": "train.jsonl", "output_dir": "out", "max_steps": 1, "sweep": {"seed": [1]}}'
+RESUME = "train --config run.yaml --max_steps 2 --output_dir out --resume_from_checkpoint run/checkpoint-1"
+COMMANDS = {
+    "train": TRAIN,
+    "train on a template": CHAT_TEMPLATE,
+    "train on shards": f"{TRAIN} --model shards",
+    "train on prepared rows": f"{TRAIN} --dataset prepared/train.jsonl",
+    "resume": RESUME,
+    "prepare": PREPARE,
+    "evaluate": EVALUATE,
+    "chat": CHAT,
+    "chat with a file": "chat --adapter adapter --input questions.jsonl --output answers.jsonl --max_new_tokens 2",
+    "merge": MERGE,
+    "export": EXPORT,
+    "memory": MEMORY,
+    "compare": COMPARE,
+    "lint_adapter": LINT,
+    "a share of nothing to nobody": "share --help",
+    "verify": "verify --help",
+    "bench": "bench --help",
+    "pretrain": "pretrain --help",
+    "pictures": "pictures --help",
+}
+
+
+def cases() -> Iterator[Case]:
+    for name, command in COMMANDS.items():
+        yield make_case("control", name, command, (), code=0)
+    yield make_case(
+        "control", "sweep", "sweep --config sweep.yaml", (), change=write("sweep.yaml", SWEEP), code=0
+    )
+    yield make_case("control", "no HOME", f"{TRAIN} --seed 7", (), environment={"HOME": ""}, code=0)
+    for suffix in ("csv", "txt"):
+        command = f"{PREPARE} --dataset {'table.csv' if suffix == 'csv' else 'plain.txt'}"
+        yield make_case(
+            "control", f"prepare .{suffix}", command.replace("--dataset train.jsonl ", ""), (), code=0
+        )
