@@ -8,6 +8,9 @@ started: `minilora/formats/lint.py` holds their rules. Exits with 0 if all three
 trained, 1 if some do not, 2 if the directory holds no adapter.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import sys
 
 from minilora.formats.lint import findings_text, lint_adapter, loads

@@ -6,6 +6,9 @@ The page is built from the comments in `minilora/run/settings.py` and the tables
 `minilora/run/llama_factory.py`. A test checks that docs/keys.md is up to date.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import textwrap
 from pathlib import Path
 

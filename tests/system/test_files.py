@@ -92,7 +92,7 @@ def test_json_that_cannot_be_read_is_one_line_that_names_the_file(tmp_path, cont
             "error: out/a: No space left on device\n",
         ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), 2, "error: xx: File name too long\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_mistakes_and_interruptions_have_their_exit_codes_and_one_line(error, code, said, capsys):
