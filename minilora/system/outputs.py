@@ -10,13 +10,13 @@ sees half of it:
     prepared.part/new        the new output, while it is written
     prepared.part/old        the replaced output, on systems that cannot exchange two names
 
-If there is no output yet, a rename is this step. A folder that exists already is exchanged with the new one:
-on Linux in one step, too (renameat2). Elsewhere that takes two: the old one goes to `old`, then
-the new one takes its name. A kill can fall between them. So the next run first finishes the swap: if
+If there is no output yet, a rename is this step. A folder that exists already is exchanged with the new
+one. Linux does this in one step, too (renameat2). Elsewhere it takes two: the old folder goes to `old`,
+then the new one takes its name. A kill can fall between them. So the next run first finishes the swap: if
 there is `old` and no output, `new` is complete.
 
-Files that the user has in such a folder stay: the new one gets hard links to them. The name `prepared.part` is
-always the same, so the next run finds and removes what a killed one left.
+Files that the user has in such a folder stay: the new one gets hard links to them. The name `prepared.part`
+never changes, so the next run finds and removes what a killed one left.
 """
 
 import contextlib
@@ -105,7 +105,10 @@ def _keep(output: Path, new: Path, replaced: Collection[str]) -> None:
     def others(folder: str, names: list[str]) -> Collection[str]:
         return set(names) & set(replaced) if Path(folder) == output else ()
 
-    shutil.copytree(output, new, symlinks=True, ignore=others, copy_function=_link, dirs_exist_ok=True)
+    try:
+        shutil.copytree(output, new, symlinks=True, ignore=others, copy_function=_link, dirs_exist_ok=True)
+    except shutil.Error as error:  # a list of sources, targets and reasons
+        raise UserError(f"{output} cannot be replaced: {error.args[0][0][2]}") from error
 
 
 def _link(source: str, target: str) -> None:
