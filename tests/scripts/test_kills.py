@@ -95,5 +95,6 @@ def test_a_killed_share_leaves_whole_files_and_the_next_one_completes_them(
     environment = PROGRAM_ENVIRONMENT | {name: os.environ[name] for name in names}
     report = kill("share", "--adapter", directory, "--upload", "s3://bucket/run", environment=environment)
     assert all(one.items() <= report["whole"].items() for one in report["found"])
-    assert {} in report["found"] and report["killed"] == report["whole"]
+    assert any(one.keys() < report["whole"].keys() for one in report["found"])  # some were cut in the middle
+    assert report["killed"] == report["whole"]
     assert "run/adapter_model.safetensors" in report["whole"]

@@ -139,6 +139,8 @@ def main() -> None:
             found.append(look())
         if not ended or name not in ("sweep", "share"):  # those two go on where they were killed
             reset(killed, old)
+        if name == "share" and look() == whole:
+            objects().delete()
     runner.to_the_end("killed")
     json.dump(dict(found=found, orphaned=orphaned, whole=whole, killed=look()), sys.stdout)
 
