@@ -31,7 +31,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -352,10 +352,9 @@ class StopSignal:
     def __call__(self, number: int, frame: object) -> None:
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
+        with suppress(OSError):
             self.say("stopping after this step; Ctrl-C again to stop at once without saving")
-        except OSError:  # Nobody listens any more, and the run must still save.
-            silence_closed_output()
+        silence_closed_output()  # If the terminal has closed, the run must still save.
 
     def release(self) -> None:
         """Restore the handlers that the signals had before."""

@@ -12,12 +12,15 @@ Of torchrun's processes, only the first one writes. The others keep the default 
 in C++, where Python's handlers do not run.
 """
 
+import io
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 
 class Terminated(BaseException):
@@ -71,7 +74,16 @@ def _terminate(number: int, frame: object) -> None:
 def silence_closed_output() -> None:
     """Send output that nobody can read any more to the null device: its terminal or pipe is gone."""
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
+        if _is_closed(stream):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_closed(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+        mode = os.fstat(stream.fileno()).st_mode
+    except io.UnsupportedOperation:  # an object in place of the stream, without a file
+        return False
+    except OSError:
+        return True
+    return stat.S_ISCHR(mode) and not os.isatty(stream.fileno())  # a terminal that hung up
