@@ -28,6 +28,9 @@ and is written with its answer as `prediction`. Answers to single questions appe
 conversation only new tokens go through the model: the KV cache keeps the earlier ones.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import argparse
 import contextlib
 from collections.abc import Iterator, Sequence

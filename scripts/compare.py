@@ -9,6 +9,9 @@ steps took, and the settings that differ. A dash marks a figure that the run did
 only `metrics.jsonl` and `training_config.yaml`, and skips directories without `metrics.jsonl`.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import argparse
 import statistics
 import sys

@@ -23,6 +23,9 @@ Loss is the mean per supervised token over the whole set, so it does not depend 
 = exp(loss). All adapters are loaded onto one copy of the base model, and all models read the same tokens.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import argparse
 import math
 from collections.abc import Sequence

@@ -9,6 +9,9 @@ if all three load the adapter as it was trained, 1 if some do not or nobody can 
 no adapter.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import sys
 
 from minilora.formats.lint import findings_text, lint_adapter, loads

@@ -15,6 +15,9 @@ Keys are the trainer's (`python scripts/train.py --help`). Further options:
 qwen2.5-7b, tinyllama-1.1b.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

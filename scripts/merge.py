@@ -25,6 +25,9 @@ alpha' = alpha sqrt(r), since SGLang knows no other scaling. Then it prints for 
 adapter loads there, as scripts/lint_adapter.py does.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import argparse
 import json
 import os
@@ -33,7 +36,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -66,6 +68,8 @@ from minilora.run.settings import read_yaml
 from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import check_writable, read_json, write_whole
 from minilora.system.hub import resolve_model
+from minilora.system.locks import LOCK_FILE
+from minilora.system.outputs import check_output, whole_output
 
 SHARD_BYTES = 1_000_000_000
 _MERGING_OPTIONS = ("model", "into", "quantize", "quantization_type", "double_quantization")
@@ -114,6 +118,7 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
     if output.exists():
         raise UserError(f"output {output} exists; choose another directory, or remove it first")
     check_writable("output", output, parents=True)
+    check_output("output", output)
     if options.to_gguf:
         import minilora.formats.gguf  # noqa: F401  raises UserError if the gguf package is missing
 
@@ -230,7 +235,6 @@ def merge_model(plan: Plan, output: Path) -> None:
     size = f"r {plan.lora.r}, scaling {plan.lora.scaling:g}, {len(plan.factors)} layers"
     print(f"merging {plan.adapter} ({size}) into the {plan.choice.into} weights of {plan.base}")
     merger = Merger(plan)
-    output.parent.mkdir(parents=True, exist_ok=True)
     differences = []
     if plan.gguf_type is not None:
         from minilora.formats.gguf import write_gguf
@@ -355,15 +359,13 @@ def print_table(errors: dict[str, dict[str, float]], choice: Choice) -> None:
 
 
 def write_directory(output: Path, plan: Plan, merger: Merger) -> None:
-    """Write a model directory under a temporary name, and rename it to `output` when it is complete."""
+    """Write a model directory, which appears whole."""
     names = tqdm(plan.shapes, unit=" tensors", leave=False, disable=None)
-    with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as temporary:
-        part = Path(temporary) / "model"
+    with whole_output("output", output) as part:
         plan.tokenizer.save(part)
         write_generation_config(plan, part)
         write_config(plan, part)
         write_shards(map(merger.entries, names), part)
-        os.replace(part, output)
 
 
 def write_generation_config(plan: Plan, directory: Path) -> None:
@@ -422,16 +424,14 @@ def export_adapter(adapter: Path, output: Path) -> None:
     plain = as_plain_lora(lora)
     raw = read_json(adapter / ADAPTER_CONFIG_FILE)
     raw |= {"use_rslora": plain.use_rslora, "lora_alpha": plain.lora_alpha}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=output.name + ".") as temporary:
-        part = Path(temporary) / "adapter"
+    with whole_output("output", output) as part:
         part.mkdir()
         for file in filter(Path.is_file, adapter.iterdir()):
             # SGLang reads every safetensors file of a directory, so only the adapter's own is copied.
-            if file.suffix != ".safetensors" or file.name == ADAPTER_WEIGHTS_FILE:
+            foreign = file.suffix == ".safetensors" and file.name != ADAPTER_WEIGHTS_FILE
+            if not foreign and file.name != LOCK_FILE:
                 write_whole(part / file.name, file.read_bytes())
         write_whole(part / ADAPTER_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
-        os.replace(part, output)
     print(
         f"{output} holds the adapter as plain LoRA: "
         f"alpha {lora.lora_alpha:g} -> {plain.lora_alpha:g}, scaling {lora.scaling:g}"

@@ -23,6 +23,9 @@ The output directory then holds
 No weights are read, and no weights of a model on the hub are downloaded.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import argparse
 import json
 import math
@@ -33,7 +36,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import yaml
 
@@ -52,6 +54,7 @@ from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
 from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import refuse_overwrite, to_json, write_whole
 from minilora.system.hub import resolve_model
+from minilora.system.outputs import check_output, whole_output
 from minilora.system.remote import check_address, write_files
 
 MAX_LISTED = 20  # wrong rows that are listed one by one
@@ -163,9 +166,10 @@ def check_options(options: argparse.Namespace) -> None:
         check_address("--to", options.to)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file, not a directory")
-    written = output if output.exists() else output.absolute().parent
-    if not os.access(written, os.W_OK):
-        raise UserError(f"--output {output}: {written} is not a writable directory; choose another")
+    parent = Path(os.path.realpath(output)).parent  # The new folder is made beside an old one.
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--output {output}: {parent} is not a writable directory; choose another")
+    check_output("--output", output)
     existing = [name for name in OUTPUT_FILES if (output / name).exists()]
     if existing and not options.overwrite_output_dir:
         raise UserError(
@@ -293,26 +297,19 @@ def print_table(statistics: dict[str, dict[str, int | float]]) -> None:
 def save(
     sets: Sets, statistics: dict[str, dict], config: TrainConfig, encoding: Encoding, output: Path
 ) -> None:
-    """Write all files or none: they are written to a directory beside `output`, then moved."""
-    with TemporaryDirectory(dir=output.absolute().parent, prefix=output.name + ".") as directory:
-        temporary = Path(directory)
+    """Write all files or none: the folder appears whole, in place of an earlier one."""
+    cutoff_len, train_set = encoding.settings["cutoff_len"], sets["train"]
+    with whole_output("--output", output, replaced=OUTPUT_FILES) as part:
+        part.mkdir()
         for name, dataset in sets.items():
-            rows_file = temporary / f"{name}.jsonl"
+            rows_file = part / f"{name}.jsonl"
             write_whole(rows_file, "".join(to_json(to_record(row)) + "\n" for row in dataset.rows))
             save_tokens(tokens_file(rows_file), dataset, encoding.key(dataset.rows))
-        write_whole(temporary / "statistics.json", json.dumps(statistics, indent=2) + "\n")
-        cutoff_len, train_set = encoding.settings["cutoff_len"], sets["train"]
+        write_whole(part / "statistics.json", json.dumps(statistics, indent=2) + "\n")
         settings = run_settings(config, output, cutoff_len, "validation" in sets)
-        write_whole(temporary / RUN_FILE, settings, private=config.names_an_address())
+        write_whole(part / RUN_FILE, settings, private=config.names_an_address())
         supervised = [example.supervised for example in train_set.examples]
-        plot_lengths(train_set.uncut_lengths, supervised, cutoff_len, temporary / "lengths.png")
-
-        output.mkdir(exist_ok=True)
-        for name in OUTPUT_FILES:
-            if (temporary / name).exists():
-                os.replace(temporary / name, output / name)
-            else:
-                (output / name).unlink(missing_ok=True)  # validation files of an earlier preparation
+        plot_lengths(train_set.uncut_lengths, supervised, cutoff_len, part / "lengths.png")
 
 
 def run_settings(config: TrainConfig, output: Path, cutoff_len: int, has_validation: bool) -> str:

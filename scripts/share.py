@@ -11,6 +11,9 @@ adapter from there: scripts/chat.py with --adapter s3://bucket/folder, vLLM with
 name=owner/name.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 from pathlib import Path
 
 from minilora.formats.adapter import read_adapter

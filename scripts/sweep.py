@@ -13,12 +13,18 @@ The file is a settings file of the trainer with lists of values under `sweep`:
 
 Each combination is a separate run of scripts/train.py, in `output_dir/lora_rank-4_learning_rate-1e-4` and so
 on. Its settings are in a file of the same name beside this directory. All settings are checked before the
-first run starts. If you start the sweep again, it skips finished runs and resumes interrupted ones. A failed
-run does not stop the others; the sweep names it at the end.
+first run starts. If you start the sweep again, it says what it found, skips finished runs and resumes
+interrupted ones. A failed run does not stop the others; the sweep names it at the end.
+
+A signal that ends the sweep reaches its trainer, which saves a checkpoint. Even if the sweep is killed, the
+trainer saves and ends.
 
 Exit codes: 0 all runs are finished, 2 a mistake in the settings or failed runs, 130 interrupted (the current
 run has saved a checkpoint).
 """
+
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
 
 import io
 import itertools
@@ -34,12 +40,16 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
+from minilora.run.checkpoints import list_checkpoints
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import TrainConfig, load_train_config, read_yaml
 from minilora.run.tracker import METRICS_FILE
-from minilora.system.errors import ArgumentParser, UserError, run_script, summarize
+from minilora.system.children import tied_environment
+from minilora.system.errors import ArgumentParser, UserError, run_script, summarize, until_end
 from minilora.system.files import check_writable, read_json_lines, write_whole
+from minilora.system.locks import check_unlocked, locked
 from minilora.system.redaction import without_secrets
+from minilora.system.signals import handled, terminating
 
 TRAINER = Path(__file__).with_name("train.py")
 LAST_FILE = "README.md"  # the file that a run writes last
@@ -61,6 +71,14 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.directory / LAST_FILE).exists()
+
+    @property
+    def state(self) -> str:
+        """What an earlier sweep has left of the run."""
+        if self.finished:
+            return "finished"
+        checkpoints = list_checkpoints(self.directory)
+        return f"interrupted at {checkpoints[-1].name}" if checkpoints else "not started"
 
 
 def main() -> None:
@@ -91,6 +109,8 @@ def prepare_runs(config: Path) -> list[Run]:
     for run, text in zip(runs, texts, strict=True):
         check(run, text, config)
     parent.mkdir(parents=True, exist_ok=True)
+    until_end.enter_context(locked("output_dir", parent))
+    print_found(runs)
     for run, text in zip(runs, texts, strict=True):
         write_whole(run.file, text)
     return runs
@@ -104,6 +124,16 @@ def refuse_secrets(settings: dict[str, object], config: Path) -> None:
                 f"{config}: {key} holds a password, a signature or a token, which the sweep would write into "
                 "the file of every run; put credentials into the environment, or fetch the file first"
             )
+
+
+def print_found(runs: list[Run]) -> None:
+    """Print in a line what an earlier sweep has left, if there was one."""
+    if any(run.directory.exists() for run in runs):
+        states = [f"{run.directory.name} {run.state}" for run in runs if run.state.startswith("interrupted")]
+        for state in ("finished", "not started"):
+            if count := sum(run.state == state for run in runs):
+                states.append(f"{count} {state}")
+        print(f"found      {', '.join(states)}, of {len(runs)} runs")
 
 
 def combinations(swept: object, config: Path) -> dict[str, dict[str, object]]:
@@ -138,6 +168,8 @@ def check(run: Run, text: str, config: Path) -> None:
     `text` are the settings as YAML. Nothing is written to the output directory.
     """
     check_writable("output_dir", run.file, parents=True)
+    check_unlocked("output_dir", run.directory.parent)  # another sweep
+    check_unlocked("output_dir", run.directory)  # a trainer
     # The run itself prints the trainer's notes on its keys.
     with TemporaryDirectory() as temporary, redirect_stdout(io.StringIO()):
         file = Path(temporary) / run.file.name
@@ -170,7 +202,7 @@ def check_finished(run: Run, settings: TrainConfig) -> None:
 def train_all(runs: list[Run], config: Path) -> list[str]:
     """Train every run that is not finished, and return the names of those that failed.
 
-    Raises KeyboardInterrupt if the sweep is interrupted.
+    Exits with 130 if the sweep is interrupted.
     """
     failed = []
     for i, run in enumerate(runs, start=1):
@@ -181,7 +213,7 @@ def train_all(runs: list[Run], config: Path) -> list[str]:
         code = train(run)
         if code == 130:
             print(f"interrupted; to resume: python scripts/sweep.py --config {config}")
-            raise KeyboardInterrupt
+            sys.exit(130)
         if code:
             failed.append(f"{run.directory.name} (exit code {code})")
     return failed
@@ -190,28 +222,23 @@ def train_all(runs: list[Run], config: Path) -> list[str]:
 def train(run: Run) -> int:
     """Train one run and return the trainer's exit code, or 130 if a signal ends the sweep.
 
-    The terminal sends Ctrl-C to the trainer too; SIGTERM goes to the sweep alone, which forwards it. The
+    The terminal sends Ctrl-C to the trainer too; other signals go to the sweep, which forwards them. The
     trainer then saves and exits with 130. While it is still starting, any signal ends it with another code.
     """
     command = [sys.executable, str(TRAINER), "--config", str(run.file), "--resume_from_checkpoint", "latest"]
     received: list[int] = []
-
     trainer = None
 
     def receive(number: int, _: object) -> None:
         received.append(number)
-        if number == signal.SIGTERM and trainer is not None:
+        if number != signal.SIGINT and trainer is not None:
             trainer.terminate()
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        trainer = subprocess.Popen(command)
+    with handled(dict.fromkeys([signal.SIGINT, *terminating()], receive)):
+        trainer = subprocess.Popen(command, env=tied_environment())
         if received:  # before `trainer` was set
             trainer.terminate()
         code = trainer.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return 130 if received else code
 
 

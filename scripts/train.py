@@ -11,9 +11,12 @@
 complete before any weight is read, so every cheap mistake shows at once, before anything is written. A `Run`
 holds everything that changes while the model trains. A checkpoint saves it.
 
-Exit codes: 0 done, 2 a mistake of the user's (one line explains it), 130 interrupted by Ctrl-C or SIGTERM
-(after a checkpoint is saved). torchrun turns the last two into 1.
+Exit codes: 0 done, 2 a mistake of the user's (one line explains it), 130 interrupted by Ctrl-C, SIGTERM or
+SIGHUP (after a checkpoint is saved), 128 + n ended by signal n outside the loop. torchrun turns them into 1.
 """
+
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
 
 import math
 import sys
@@ -154,7 +157,7 @@ def start(plan: Plan, model: CausalLM, started: float) -> Run:
 
 
 def fit(plan: Plan, run: Run) -> None:
-    """Train to the last step, or to an early stop. Raises KeyboardInterrupt after a stop by signal."""
+    """Train to the last step, or to an early stop. A stop by signal ends the process."""
     config, tracker, total_steps = plan.config, run.tracker, plan.schedule.total_steps
     stop = checkpoints.StopSignal(tracker.say)
     with tracker:
@@ -172,11 +175,7 @@ def fit(plan: Plan, run: Run) -> None:
             if save:
                 saved = save_checkpoint(plan, run)
             if stopping:
-                plan.processes.wait_for_all()
-                tracker.finish("KILLED")
-                print(f"interrupted after step {run.step} of {total_steps}; ", end="")
-                print(f"to resume from {saved}: --resume_from_checkpoint latest")
-                raise KeyboardInterrupt
+                report.end_interrupted(plan, run, saved)
     stop.release()
     tracker.close()
     plan.processes.leave()

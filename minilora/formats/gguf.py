@@ -20,7 +20,6 @@ are returned as sentences, for the caller to print.
 """
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.gguf_vocabulary import CONTROL, Vocabulary, read_vocabulary
 from minilora.model import rope_frequencies
 from minilora.system.errors import UserError
+from minilora.system.outputs import whole_output
 
 try:
     import gguf
@@ -79,27 +79,24 @@ def write_gguf(
     _refuse_inexpressible(config, architecture)
     tokenizer, vocabulary = load_tokenizer(directory), read_vocabulary(directory, config.vocab_size)
     entries = _entries(architecture, config, shapes, outtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    writer = gguf.GGUFWriter(part, architecture)
-    try:
-        _add_file(writer, path.stem, outtype)
-        _add_model(writer, config)
-        _add_vocabulary(writer, vocabulary, tokenizer, config)
-        if tokenizer.chat_template is not None:
-            writer.add_chat_template(tokenizer.chat_template)
-        _write_tensors(writer, entries, read)
-        writer.close()
-        os.replace(part, path)
-    except OSError as error:
-        if error.errno is None:  # numpy's own message, which forgets the reason
-            raise UserError(f"{path} cannot be written: {error}; is the disk full?") from error
-        error.filename, error.filename2 = str(path), None
-        raise
-    finally:
-        with suppress(OSError):  # Buffered bytes meet the same full disk again.
+    with whole_output("output", path) as part:
+        writer = gguf.GGUFWriter(part, architecture)
+        try:
+            _add_file(writer, path.stem, outtype)
+            _add_model(writer, config)
+            _add_vocabulary(writer, vocabulary, tokenizer, config)
+            if tokenizer.chat_template is not None:
+                writer.add_chat_template(tokenizer.chat_template)
+            _write_tensors(writer, entries, read)
             writer.close()
-        part.unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno is None:  # numpy's own message, which forgets the reason
+                raise UserError(f"{path} cannot be written: {error}; is the disk full?") from error
+            error.filename, error.filename2 = str(path), None
+            raise
+        finally:
+            with suppress(OSError):  # Buffered bytes meet the same full disk again.
+                writer.close()
     return _differences(config, vocabulary, entries, outtype)
 
 

@@ -32,6 +32,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,9 @@ from minilora.loss_scale import LossScale
 from minilora.run.saved_state import check_optimizer, check_state, same_tensors
 from minilora.run.settings import TrainConfig
 from minilora.system.errors import UserError, summarize
-from minilora.system.files import read_json, write_whole
+from minilora.system.files import read_json, sync, write_whole
 from minilora.system.schema import shown, shown_name
+from minilora.system.signals import handled, silence_closed_output, terminating
 
 STATE_FILE = "training_state/state.json"
 TENSORS_FILE = "training_state/tensors.safetensors"
@@ -127,25 +129,14 @@ def _digest(path: Path) -> str:
 def _sync_and_rename(part: Path, directory: Path) -> None:
     """Force a folder and everything in it to disk, then give it its final name."""
     for path in (*part.rglob("*"), part):
-        _sync(path)
+        sync(path)
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         os.replace(directory, old)  # deleted only after the new one has its name
     os.replace(part, directory)
-    _sync(directory.parent)
+    sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """fsync a file, or the list of names in a directory."""
-    if os.name == "nt":  # Windows cannot sync a file that is open for reading only.
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def flatten(tree: object, key: str = "") -> tuple[object, dict[str, Tensor]]:
@@ -421,22 +412,25 @@ def sample_model(directory: Path, samples: int = 64, size: int = 4096) -> Iterat
 
 
 class StopSignal:
-    """Ctrl-C, or SIGTERM as schedulers send it, requests a stop after the current step, which is then saved.
+    """A signal requests a stop after the current step, which is then saved.
 
+    It is Ctrl-C, SIGTERM as schedulers send it, or SIGHUP when the terminal closes (but not under `nohup`).
     A second Ctrl-C stops at once. A second SIGTERM does not: schedulers often send it to a process and to its
     group.
     """
 
     def __init__(self, say: Callable[[str], None]):
         self.requested, self.say = False, say
-        self._previous = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = ExitStack()
+        self._handlers.enter_context(handled(dict.fromkeys([signal.SIGINT, *terminating()], self)))
 
     def __call__(self, number: int, frame: object) -> None:
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.say("stopping after this step; Ctrl-C again to stop at once without saving")
+        with suppress(OSError):
+            self.say("stopping after this step; Ctrl-C again to stop at once without saving")
+        silence_closed_output()  # If the terminal has closed, the run must still save.
 
     def release(self) -> None:
-        """Restore the handlers that both signals had before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        """Restore the handlers that the signals had before."""
+        self._handlers.close()

@@ -1,19 +1,21 @@
 """The directory of a run's results: check that the run may use it, then clear what an earlier run left.
 
 Only files that a run itself writes are ever deleted; any other file there stays. `check_output_dir` writes
-nothing, so a refused run leaves no trace.
+nothing, so a refused run leaves no trace. `open_output_dir` locks the directory until the script ends.
 """
 
 import os
 from pathlib import Path
 
 from minilora.data.rows import parse_datasets
+from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.run.checkpoints import delete_checkpoint, delete_leftovers, list_checkpoints
 from minilora.run.settings import TrainConfig
 from minilora.run.tracker import METRICS_FILE
-from minilora.system.errors import UserError
+from minilora.system.errors import UserError, until_end
 from minilora.system.files import refuse_overwrite, write_whole
+from minilora.system.locks import locked
 
 SETTINGS_FILE = "training_config.yaml"
 RUN_FILES = (
@@ -64,11 +66,14 @@ def check_inputs(config: TrainConfig, model_dir: Path) -> None:
 
 
 def open_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
-    """Make the directory, delete another run's files (and no others), and save this run's settings."""
+    """Make and lock the directory, delete another run's files and no others, and save this run's settings."""
     directory = Path(config.output_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        until_end.enter_context(locked("output_dir", directory))
         delete_leftovers(directory)
+        for name in (*RUN_FILES, *TOKENIZER_FILES):
+            (directory / f"{name}.part").unlink(missing_ok=True)
         if not _contains(directory, checkpoint):
             for path in files_of_a_run(directory):
                 delete_checkpoint(path) if path.is_dir() else path.unlink()

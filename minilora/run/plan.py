@@ -40,6 +40,7 @@ from minilora.system.distributed import Processes
 from minilora.system.errors import UserError
 from minilora.system.files import fingerprint
 from minilora.system.hub import resolve_model
+from minilora.system.locks import check_unlocked
 from minilora.system.redaction import without_secrets
 
 
@@ -109,6 +110,7 @@ class Plan:
 def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     """Decide all of a run. Raises UserError for every mistake that shows without the weights."""
     limit_compiled_kernels()
+    check_unlocked("output_dir", Path(config.output_dir))  # before its checkpoints are read
     placement = choose_placement(config.bf16, config.fp16)
     model_dir = resolve_model(
         config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision

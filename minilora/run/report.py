@@ -1,8 +1,9 @@
 """Where a run's output goes and what people read of it: summary, model card, pictures, answers, uploads."""
 
 import re
+import sys
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from minilora.data.rows import Row
 from minilora.lora import trainable_parameters
@@ -133,6 +134,15 @@ def share_checkpoint(plan: Plan, run: Run, checkpoint: Path) -> None:
             destination.send(files, f"Step {run.step} of {plan.schedule.total_steps}")
         except UserError as error:
             run.tracker.say(f"warning: {error}; training continues")
+
+
+def end_interrupted(plan: Plan, run: Run, checkpoint: Path) -> NoReturn:
+    """Exit after a stop by signal, when all processes have saved: say how to resume."""
+    plan.processes.wait_for_all()
+    run.tracker.finish("KILLED")
+    print(f"interrupted after step {run.step} of {plan.schedule.total_steps}; ", end="")
+    print(f"to resume from {checkpoint}: --resume_from_checkpoint latest")
+    sys.exit(130)
 
 
 def draw_curves(plan: Plan, run: Run) -> None:

@@ -2,31 +2,24 @@
 
 A mistake of the user is a `UserError`. Its text names the wrong value, where it is and how to fix it.
 Scripts run their `main` through `run_script`, which prints this one line to stderr and exits with code 2,
-without a traceback. It does the same for a full disk, a missing permission or a file name that is too long.
-Every other exception is a bug in this program and keeps its traceback.
+without a traceback. It does the same for every error of the operating system, such as a full disk or a
+missing permission, and for memory that runs out. Signals end a script in one line, too; see signals.py. Every
+other exception is a bug in this program and keeps its traceback.
 """
 
 import argparse
 import difflib
 import errno
-import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from typing import NoReturn
 
+from minilora.system.children import end_with_parent
 from minilora.system.redaction import hide_secrets, without_secrets
-
-_DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-)
+from minilora.system.signals import Terminated, signals_raise, silence_closed_output
 
 
 class UserError(ValueError):
@@ -101,24 +94,50 @@ def summarize(problems: list[str], limit: int = 8) -> str:
     return "; ".join(problems[:limit]) + more
 
 
+# What a script holds until it ends, such as the lock of its output directory.
+until_end = ExitStack()
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main` and exit: 0 done, 2 a mistake of the user, 130 Ctrl-C, 141 a closed pipe."""
+    """Run a script's `main` and exit: 0 done, 2 a mistake of the user, 130 Ctrl-C, 128 + n for signal n."""
     try:
-        main()
-        print(end="", flush=True)  # reports a closed pipe here instead of at Python's exit
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with signals_raise(), until_end:
+            end_with_parent()
+            main()
+            print(end="", flush=True)  # reports a closed pipe here instead of at Python's exit
     except BrokenPipeError:  # the reader has gone, as in `| head`
-        # Python flushes stdout once more at exit; that output goes to the null device.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        # The second file name of a copy or a rename is the file to be written.
-        path = error.filename2 or error.filename or "writing"
-        print(f"error: {path}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        _exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _exit(128 + signal.SIGINT, "interrupted")
+    except Terminated as error:
+        _exit(128 + error.signal, str(error))
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if (reason := _reason(error)) is None:
+            raise
+        _exit(2, f"error: {UserError(reason)}")
+
+
+def _exit(code: int, line: str = "") -> NoReturn:
+    """Exit with a line on stderr. Python's own flush at the exit then fails for no stream."""
+    with suppress(OSError):
+        print(line, end="\n" * bool(line), file=sys.stderr, flush=True)
+    silence_closed_output()
+    sys.exit(code)
+
+
+def _reason(error: Exception) -> str | None:
+    """What the user can change about an error, or None if the error is a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        # The second file name of a copy or a rename is the file to be written.
+        path, reason = error.filename2 or error.filename, error.strerror or str(error)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            reason = "too many open files; raise the limit, such as `ulimit -n 4096`"
+        return f"{path}: {reason}" if path else reason
+    # PyTorch's errors for a full memory are RuntimeErrors with these words.
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        size = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        where = "the GPU is out of memory" if "CUDA" in str(error) else "out of memory"
+        return f"{where}{f', {size[1]} were asked for' if size else ''}; see docs/out_of_memory.md"
+    return None

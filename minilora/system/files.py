@@ -122,6 +122,17 @@ def write_whole(path: Path, data: bytes | str, private: bool = False) -> None:
         part.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Force a file, or the list of names in a directory, to disk."""
+    if os.name == "nt":  # Windows cannot sync a file that is open for reading only.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_writable(name: str, path: Path, parents: bool = False) -> None:
     """Raise UserError if a file could not be written later. Leaves nothing behind.
 

@@ -15,6 +15,9 @@ system; the peer as PEFT's and bitsandbytes' documentation shows, in train() mod
 (docs/parity.md says what eval() does to bitsandbytes' layers on some CPUs).
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import argparse
 import contextlib
 import importlib.metadata

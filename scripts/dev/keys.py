@@ -7,6 +7,9 @@ The page of keys is built from the comments in `minilora/run/settings.py` and th
 that both are up to date.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import json
 import textwrap
 from collections.abc import Iterable, Mapping

@@ -11,6 +11,9 @@ minilora's own functions compute every number while the script draws, on a seede
 device, which has no memory.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import io
 import math
 from collections.abc import Callable

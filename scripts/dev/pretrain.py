@@ -14,6 +14,9 @@ minimizes the average loss over a neighbourhood of the weights, so the facts sur
 idea of Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization", applied to weights.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
 import argparse
 import contextlib
 import io

@@ -21,6 +21,9 @@ multiply in bfloat16 and lose their gradient (docs/parity.md, which this script 
 Exit codes: 0 every row is ok, 1 a row failed, 2 the command line or the model is wrong.
 """
 
+if __name__ == "__main__":
+    import minilora.system.interrupts  # first, for Ctrl-C during the other imports
+
 import argparse
 import math
 import platform

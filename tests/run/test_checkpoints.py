@@ -184,8 +184,10 @@ def test_the_best_adapter_and_the_patience_go_on(train, trainer, monkeypatch):
     assert [path.name for path in list_checkpoints(elsewhere)] == ["checkpoint-4"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_save_everything_and_exit_130(train, trainer, monkeypatch, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_sigterm_and_a_closed_terminal_save_everything_and_exit_130(
+    train, trainer, monkeypatch, number
+):
     keys = dict(max_steps=6, lora_dropout=0.1, learning_rate=1e-2, save_steps=100)
     whole, _ = train("whole", **keys)
     calls = iter(range(100))
@@ -220,6 +222,22 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
         os.kill(os.getpid(), signal.SIGINT)
     stop.release()
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_a_hangup_stops_no_run_under_nohup_and_a_lost_terminal_does_not_stop_the_save(monkeypatch):
+    def lost(text):
+        raise OSError(5, "Input/output error")
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopSignal(lost)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)  # raises nothing, though nobody hears it
+        assert stop.requested
+        stop.release()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_finished_run_that_is_resumed_ends_the_same_again(train):

@@ -2,6 +2,7 @@
 wherever it lies.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -34,8 +35,30 @@ def test_a_foreign_package_called_kernels_wins_over_ours(tmp_path, cwd):
 
 def test_importing_minilora_imports_no_oracle_and_no_triton():
     heavy = ["transformers", "peft", "bitsandbytes", "triton", "matplotlib", "huggingface_hub"]
-    done = run_python(f"import minilora, sys; print([m for m in {heavy} if m in sys.modules])", ROOT, ROOT)
+    code = f"from minilora import *; import sys; print([m for m in {heavy} if m in sys.modules])"
+    done = run_python(code, ROOT, ROOT)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_public_names_are_imported_when_they_are_asked_for():
+    code = "import minilora, sys; print('torch' in sys.modules, set(minilora.__all__) <= set(dir(minilora)))"
+    assert run_python(code, ROOT, ROOT).stdout == "False True\n"
+    code = "from minilora import CausalLM; import minilora.model; print(CausalLM is minilora.model.CausalLM)"
+    assert run_python(code, ROOT, ROOT).stdout == "True\n"
+    code = "import minilora; print(hasattr(minilora, 'none')); from minilora import none"
+    done = run_python(code, ROOT, ROOT)
+    assert done.stdout == "False\n" and "cannot import name 'none' from 'minilora'" in done.stderr
+
+
+def test_type_checkers_see_the_public_names_from_the_modules_that_give_them():
+    import minilora
+
+    tree = ast.parse((ROOT / "minilora" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))  # if TYPE_CHECKING
+    seen = {(node.module, alias.name) for node in block.body for alias in node.names}
+    homes = minilora._MODULES.items()
+    assert seen == {(f"minilora.{module}", name) for module, names in homes for name in names.split()}
+    assert sorted(name for _, name in seen) == sorted(minilora.__all__)
 
 
 def test_the_kernels_import_nothing_of_minilora():

@@ -17,6 +17,7 @@ from support.project import ROOT
 from minilora import UserError
 from minilora.run.settings import load_train_config
 from minilora.system.errors import run_script
+from minilora.system.locks import locked
 
 SAVING = """
 import signal, sys, time
@@ -107,7 +108,7 @@ STARTING = 'import time; print("starting", flush=True); time.sleep(60)'  # it ha
 @pytest.mark.parametrize(
     "trainer, word", [(SAVING, "training"), (STARTING, "starting")], ids=["training", "starting"]
 )
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_sweep_lets_the_trainer_save_and_prints_how_to_resume(tmp_path, sent, trainer, word):
     (tmp_path / "trainer.py").write_text(trainer)
     (tmp_path / "sweep.yaml").write_text("output_dir: out\nsweep:\n  seed: [1, 2]\n")
@@ -145,6 +146,30 @@ def test_an_interrupted_run_ends_the_sweep(run_sweep, stand_in):
         and "interrupted; to resume: python scripts/sweep.py" in out
         and stand_in == ["lora_rank-15"]
     )
+
+
+def test_a_sweep_that_starts_again_says_what_it_found(run_sweep, stand_in, tmp_path):
+    code, out, _ = run_sweep({"lora_rank": [2, 4, 8]})
+    assert code == 0 and "found" not in out
+    for rank, step in ((4, 6), (4, 12)):
+        (tmp_path / "out" / f"lora_rank-{rank}" / f"checkpoint-{step}").mkdir()
+    (tmp_path / "out" / "lora_rank-4" / "README.md").unlink()
+    _, out, _ = run_sweep({"lora_rank": [2, 4, 8, 16]})
+    assert out.startswith(
+        "found      lora_rank-4 interrupted at checkpoint-12, 2 finished, 1 not started, of 4 runs\n"
+    )
+
+
+@pytest.mark.parametrize("used", ["out", "out/lora_rank-4"], ids=["another sweep", "a trainer"])
+def test_a_sweep_refuses_a_directory_that_is_in_use_and_names_the_process(
+    run_sweep, stand_in, tmp_path, used
+):
+    (tmp_path / "out" / "lora_rank-4").mkdir(parents=True)
+    with locked("output_dir", tmp_path / used):
+        code, _, err = run_sweep({"lora_rank": [4]})
+    assert code == 2 and err.count("\n") == 1 and not stand_in
+    assert f"output_dir {tmp_path / used} is used by process {os.getpid()}, which is still running" in err
+    assert not list((tmp_path / "out").glob("*.yaml"))
 
 
 def test_the_table_begins_with_the_lowest_held_out_loss_and_ignores_the_untrained_model(run_sweep, stand_in):

@@ -1,18 +1,22 @@
 """The trainer as a command: its learning, its files, its stops and its refusals."""
 
+import fcntl
 import json
 import math
+import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from itertools import pairwise
 
 import pytest
 import torch
 from support.families import in_eval_mode, relative_error, transformers_in_4_bits
-from support.project import ROOT, adapter, metrics
+from support.project import PROGRAM_ENVIRONMENT, ROOT, adapter, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +29,7 @@ from minilora.lora import lora_layers
 from minilora.loss import IGNORE_INDEX
 from minilora.loss_scale import LossScale
 from minilora.run import plan
+from minilora.run.checkpoints import read_checkpoint
 from minilora.system.device import choose_placement
 
 
@@ -191,6 +196,56 @@ def test_pain_9_cut_and_dropped_examples_are_counted_and_reported(train, dataset
     )
     kept, cut, dropped = map(int, said.groups())
     assert (kept, dropped) == (24, 1) and 0 < cut < 24
+
+
+@pytest.fixture
+def endless(model_dir, dataset, tmp_path):
+    """Start trainers in tmp_path/out that would train for days; kills them at the end."""
+    started = []
+
+    def start(**options):
+        command = [sys.executable, ROOT / "scripts" / "train.py", "--model", model_dir, "--dataset", dataset]
+        command += ["--output_dir", tmp_path / "out", "--max_steps", 10**6, "--quantization_bit", "none"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=PROGRAM_ENVIRONMENT)
+        started.append(subprocess.Popen([*map(str, command)], **pipes | options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_of_two_trainers_in_one_output_dir_one_trains_and_the_other_names_its_process(endless, tmp_path):
+    both = [endless(), endless()]
+    while all(process.poll() is None for process in both):
+        time.sleep(0.1)
+    refused, other = sorted(both, key=lambda process: process.returncode is None)
+    said = f"error: output_dir {tmp_path / 'out'} is used by process {other.pid}, which is still running; "
+    assert refused.communicate()[1] == said + "wait for it, stop it, or choose another output_dir\n"
+    assert refused.returncode == 2 and other.poll() is None
+    other.send_signal(signal.SIGTERM)
+    assert "Traceback" not in other.communicate(timeout=60)[1] and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_trainer_whose_terminal_closes_saves_a_checkpoint(endless, tmp_path):
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+
+    def own_terminal():
+        fcntl.ioctl(theirs, termios.TIOCSCTTY)
+
+    process = endless(
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=own_terminal
+    )
+    os.close(theirs)
+    seen = b""
+    while not re.search(rb"step \d+/", seen):
+        seen += os.read(ours, 4096)
+    os.close(ours)  # the kernel sends SIGHUP
+    assert process.wait(timeout=60) == 130
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert not (tmp_path / "out" / ".lock").exists() and read_checkpoint(checkpoint)["step"] >= 1
 
 
 def test_ctrl_c_saves_the_adapter_and_exits_130(model_dir, dataset, tmp_path):

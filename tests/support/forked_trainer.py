@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib.pyplot  # noqa: F401  the trainer imports it at its end
 import torch
@@ -18,10 +19,14 @@ from minilora.system.errors import run_script
 
 
 def start(
-    arguments: list[str], log: Path, prepare: Callable[[], object] = lambda: None, **environment: object
+    arguments: list[str],
+    log: Path,
+    prepare: Callable[[], object] = lambda: None,
+    script: ModuleType = train,
+    **environment: object,
 ) -> int:
-    """Run `train.py ARGUMENTS` in a child, which calls `prepare` first and writes to `log`. Returns its
-    process id.
+    """Run `train.py ARGUMENTS`, or another script, in a child, which calls `prepare` first and writes to `log`.
+    Returns its process id.
     """
     if pid := os.fork():
         return pid
@@ -30,11 +35,11 @@ def start(
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     os.environ.update({name: str(value) for name, value in environment.items()})
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [f"{script.__name__}.py", *arguments]
     code = 0
     try:
         prepare()
-        run_script(train.main)
+        run_script(script.main)
     except SystemExit as end:
         code = end.code
     except BaseException:

@@ -17,27 +17,9 @@ from pathlib import Path
 
 from minilora.run.checkpoints import list_checkpoints, read_checkpoint
 from support.forked_trainer import start, status
+from support.killing import Killer
 
-FILE_OPERATIONS = "fsync replace mkdir rmdir unlink open".split()
 KILLS = 20
-
-
-def die_before(count: int) -> None:
-    """Count the calls that change files and kill this process before one of them."""
-    left = count
-
-    def counted(function):
-        def call(*arguments, **keys):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **keys)
-
-        return call
-
-    for name in FILE_OPERATIONS:
-        setattr(os, name, counted(getattr(os, name)))
 
 
 def killed_run(folder: Path, arguments: list[str], attempt: Callable[[Callable[..., int]], int]) -> dict:
@@ -77,7 +59,7 @@ def main() -> None:
 
     def before_an_operation(begin) -> int:
         count = chance.randint(1, 80)
-        return status(begin(lambda: die_before(count)))
+        return status(begin(lambda: Killer(count)))
 
     result = {name: killed_run(folder / name, arguments, attempt) for name, attempt in (
         ("times", after_a_time), ("operations", before_an_operation))}  # fmt: skip

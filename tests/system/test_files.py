@@ -111,7 +111,7 @@ def test_a_file_as_deep_and_as_large_as_allowed_is_read(tmp_path):
             "error: out/a: No space left on device\n",
         ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), 2, "error: xx: File name too long\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_mistakes_and_interruptions_have_their_exit_codes_and_one_line(error, code, said, capsys):
