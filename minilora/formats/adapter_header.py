@@ -148,7 +148,7 @@ class AdapterHeader:
         return self.config.get(key, PEFT_DEFAULTS.get(key))
 
     def _matched(self, key: str, patterns: list[str], whole: bool = True) -> list[list[str]]:
-        """For each pattern of a key, the layers it matches. Raises UnreadableAdapter if there is no answer."""
+        """The layers that each pattern of a key matches. Raises UnreadableAdapter for a bad pattern."""
         try:
             return match_names(patterns, self._names, whole)
         except UserError as error:
