@@ -4,7 +4,8 @@ readers.py          a path, an address or a hub dataset -> records, each with it
 rows.py             a record -> prompt and completion, a conversation, or plain text
 tokenizer.py        text -> ids and back, by one of the two tokenizer_backends.py
 stream_decoder.py   ids that arrive one by one -> text
-templates.py        chat templates as text; jinja_sandbox.py runs them
+templates.py        chat templates as text; jinja_sandbox.py runs them, those of strangers in the process
+                    that template_process.py starts
 chat.py             a conversation -> ids, and which of them are answers
 examples.py         rows -> examples -> batches, and the order in which they are learned
 packing.py          several short examples in one row

@@ -153,7 +153,8 @@ def _read_alpaca(location: str, record: dict, chat: bool) -> Row:
         raise UserError(
             f"{location}: a row with system or history needs a chat template, such as --template alpaca"
         )
-    prompt = render(TEMPLATES["alpaca"], question, bos_token="", add_generation_prompt=True)
+    variables = {"messages": question, "bos_token": "", "add_generation_prompt": True}
+    prompt = render(TEMPLATES["alpaca"], variables)
     return Row(prompt, completion, location=location)
 
 
