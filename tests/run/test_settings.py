@@ -55,7 +55,7 @@ def test_the_default_file_is_read_only_if_nothing_is_named(tmp_path):
         (["--config"], "--config names no file; write --config run.yaml"),
         (["--config=", "--seed", "1"], "--config names no file"),
         (["--config", "x" * 5000], "does not exist"),
-        (["--seed", str(2**63)], "seed must be below 2**63, not 9223372036854775808"),
+        (["--seed", str(2**63)], "seed must be at most 9,223,372,036,854,775,807, not 9223372036854775808"),
         (["--seed", "9" * 5000], "seed must be a whole number"),
         (["--learning_rate", "1e999"], "learning_rate must be a number, not '1e999'"),
         (["--lora_rank", "0"], "lora_rank must be above 0, not 0"),
