@@ -150,11 +150,11 @@ class TrainConfig:
             if value is None or (name == "max_steps" and value <= 0):  # _check_schedule looks at the latter
                 continue
             if value <= 0 and name not in _MAY_BE_ZERO:
-                raise UserError(f"{name} must be above 0, not {_shown(value)}")
+                raise UserError(f"{name} must be above 0, not {shown(value)}")
             if value < 0:
-                raise UserError(f"{name} must be at least 0, not {_shown(value)}")
+                raise UserError(f"{name} must be at least 0, not {shown(value)}")
             if value > largest:
-                raise UserError(f"{name} must be at most {largest:,}, not {_shown(value)}")
+                raise UserError(f"{name} must be at most {largest:,}, not {shown(value)}")
         if self.cutoff_len == 1:
             raise UserError("cutoff_len must be at least 2: one token to read and one to learn")
 
@@ -171,7 +171,7 @@ class TrainConfig:
     def _check_schedule(self) -> None:
         if self.max_steps == 0 or self.max_steps < -1:
             raise UserError(
-                f"max_steps must be above 0, or -1 for num_train_epochs, not {_shown(self.max_steps)}"
+                f"max_steps must be above 0, or -1 for num_train_epochs, not {shown(self.max_steps)}"
             )
         if self.warmup_ratio >= 1:
             raise UserError(
@@ -236,7 +236,7 @@ class TrainConfig:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value for a message, cut if it is long."""
     text = f"{value:g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -385,7 +385,7 @@ def _parse_number(name: str, value: object, whole: bool) -> int | float:
         if not math.isfinite(number) or (whole and not number.is_integer()):
             raise ValueError
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {_shown(value)}") from error
+        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {shown(value)}") from error
     return int(number) if whole else number
 
 

@@ -10,8 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import UserError
+from minilora.data.examples import Order
 from minilora.run.llama_factory import KEYS
-from minilora.run.settings import ALIASES, MAY_CHANGE, TrainConfig, documented_keys, load_train_config, manual
+from minilora.run.plan import make_schedule
+from minilora.run.settings import (
+    ALIASES,
+    LARGEST,
+    MAY_CHANGE,
+    TrainConfig,
+    documented_keys,
+    load_train_config,
+    manual,
+)
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -96,6 +106,35 @@ def test_mistakes_are_one_line_that_names_the_key_and_the_fix(arguments, said):
     with pytest.raises(UserError) as error:
         load_train_config(arguments)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_every_number_has_a_stated_limit_and_beyond_it_is_one_line(name):
+    largest = LARGEST[name]
+    assert f"at most {largest:,}" in next(line for line in manual().splitlines() if f"--{name} " in line)
+    for beyond in (largest + 1, 10**18 * largest, 10**400):
+        with pytest.raises(UserError, match=f"^{name} must be (at most {largest:,}|a number), not") as error:
+            load_train_config([f"--{name}", str(beyond)])
+        assert len(str(error.value)) < 200
+    with pytest.raises(UserError, match="must be") as error:
+        load_train_config([f"--{name}", "-1" + "0" * 400])
+    assert len(str(error.value)) < 200
+
+
+def test_every_number_of_a_run_has_a_limit_or_a_choice_of_values():
+    hints = {field.name: str(field.type) for field in fields(TrainConfig)}
+    numbers = {name for name, hint in hints.items() if "int" in hint or "float" in hint}
+    assert numbers - set(LARGEST) == {"quantization_bit", "lora_dropout"}  # 4 or 8; below 1
+
+
+def test_the_longest_training_is_planned_without_counting_through_it():
+    config = TrainConfig(max_steps=LARGEST["max_steps"], warmup_steps=LARGEST["max_steps"] - 1)
+    schedule = make_schedule(config, steps_per_epoch=1)
+    assert schedule.total_steps == 10**9 and schedule.learning_rate(10**9 - 1) == config.learning_rate
+    order = Order([5] * 10, batch_size=10**6, accumulation=10**6, seed=1)
+    assert [sorted(batch) for batch in order.batches(10**9)] == [list(range(10))]
+    epochs = make_schedule(TrainConfig(num_train_epochs=10**6), steps_per_epoch=10**6)
+    assert epochs.total_steps == 10**12
 
 
 @pytest.mark.parametrize(
