@@ -1,6 +1,7 @@
 """From files of any form to token ids, and which of them are learned. Read in this order:
 
 readers.py          a path, an address or a hub dataset -> records, each with its file and line
+file_formats.py     the records of one file, within limits
 rows.py             a record -> prompt and completion, a conversation, or plain text
 tokenizer.py        text -> ids and back, by one of the two tokenizer_backends.py
 stream_decoder.py   ids that arrive one by one -> text

@@ -237,10 +237,11 @@ def _read_message(location: str, turn: object) -> Message:
             "leave the row out, or let it end with the answer to learn and add --mask_history"
         )
     more = {k: value for k, value in turn.items() if k not in (role_key, content_key) and value is not None}
-    try:
-        json.dumps(more)
-    except (TypeError, ValueError) as error:  # from Parquet: a date or bytes
-        raise UserError(f"{location}: a key beside role and content is no JSON value: {error}") from error
+    if more:
+        try:
+            json.dumps(more)
+        except (TypeError, ValueError) as error:  # from Parquet: a date or bytes
+            raise UserError(f"{location}: a key beside role and content is no JSON value: {error}") from error
     return more | _message(_ROLES[role], content)
 
 
