@@ -129,7 +129,7 @@ def answer_file(
     answered = [
         record | {"prediction": text.strip()} for (_, record), text in zip(records, texts, strict=True)
     ]
-    write_whole(output, "".join(to_json(record) + "\n" for record in answered))
+    write_whole(output, "".join(to_json(record, default=str) + "\n" for record in answered))
     print(f"{len(answered)} answers by {setup.first_adapter or BASE}: {output}")
 
 

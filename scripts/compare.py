@@ -18,12 +18,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.plots import plot_runs, series
 from minilora.run.settings import MAY_CHANGE
 from minilora.run.tracker import METRICS_FILE, minutes, short_number
+from minilora.run.yaml_file import read_yaml
 from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import check_picture, read_json_lines
 from minilora.system.redaction import without_secrets
@@ -92,13 +91,7 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{path} is empty: the run has recorded nothing yet")
     if not settings_path.is_file():
         return Run(records, {})
-    try:
-        settings = yaml.safe_load(settings_path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{settings_path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{settings_path} must contain `key: value` lines")
-    return Run(records, settings)
+    return Run(records, read_yaml(settings_path))
 
 
 def comparison(runs: dict[str, Run]) -> str:

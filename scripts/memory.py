@@ -46,6 +46,7 @@ from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import check_picture, write_whole
 
 GB = 10**9
+LARGEST_GPU = 1_000_000  # GB
 CUDA_CONTEXT = 0.5 * GB  # a process uses this much of a GPU before its first tensor
 
 
@@ -80,8 +81,10 @@ def main() -> None:
     parser.add_argument("--gpu", type=float)
     parser.add_argument("--picture", default="memory.png")
     options, keys = parser.parse_known_args()
-    if options.gpu is not None and not options.gpu > 0:
-        raise UserError(f"--gpu must be a number of gigabytes above 0, not {options.gpu:g}")
+    if options.gpu is not None and not 0 < options.gpu <= LARGEST_GPU:
+        raise UserError(
+            f"--gpu must be a number of gigabytes above 0 and at most {LARGEST_GPU:,}, not {options.gpu:g}"
+        )
     check_picture("--picture", Path(options.picture))
     config = load_train_config(keys)
     name = config.model_name_or_path or str(EMBEDDED_MODEL)

@@ -12,9 +12,10 @@ The file is a settings file of the trainer with lists of values under `sweep`:
       learning_rate: [1e-4, 2e-4]
 
 Each combination is a separate run of scripts/train.py, in `output_dir/lora_rank-4_learning_rate-1e-4` and so
-on. Its settings are in a file of the same name beside this directory. All settings are checked before the
-first run starts. If you start the sweep again, it says what it found, skips finished runs and resumes
-interrupted ones. A failed run does not stop the others; the sweep names it at the end.
+on. Its settings are in a file of the same name beside this directory. There are at most 1,000 runs. All
+settings are checked before the first run starts. If you start the sweep again, it says what it found, skips
+finished runs and resumes interrupted ones. A failed run does not stop the others; the sweep names it at the
+end.
 
 A signal that ends the sweep reaches its trainer, which saves a checkpoint. Even if the sweep is killed, the
 trainer saves and ends.
@@ -42,17 +43,21 @@ import yaml
 
 from minilora.run.checkpoints import list_checkpoints
 from minilora.run.output_dir import SETTINGS_FILE
-from minilora.run.settings import TrainConfig, load_train_config, read_yaml
+from minilora.run.settings import TrainConfig, load_train_config
 from minilora.run.tracker import METRICS_FILE
+from minilora.run.yaml_file import read_yaml
 from minilora.system.children import tied_environment
 from minilora.system.errors import ArgumentParser, UserError, run_script, summarize, until_end
 from minilora.system.files import check_writable, read_json_lines, write_whole
 from minilora.system.locks import check_unlocked, locked
 from minilora.system.redaction import without_secrets
+from minilora.system.schema import shown
 from minilora.system.signals import handled, terminating
 
 TRAINER = Path(__file__).with_name("train.py")
 LAST_FILE = "README.md"  # the file that a run writes last
+MOST_RUNS = 1000
+LONGEST_NAME = 200  # bytes; file systems allow 255, and files beside a run have longer names than the run
 RESERVED_KEYS = {"output", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # set by the sweep
 
 
@@ -100,7 +105,10 @@ def prepare_runs(config: Path) -> list[Run]:
     settings = read_yaml(config)
     refuse_secrets(settings, config)
     grid = combinations(settings.pop("sweep", None), config)
-    parent = Path(settings.pop("output", None) or settings.pop("output_dir", None) or TrainConfig.output_dir)
+    parent = settings.pop("output", None) or settings.pop("output_dir", None) or TrainConfig.output_dir
+    if not isinstance(parent, str):
+        raise UserError(f"{config}: output_dir must be text, not {shown(parent)}")
+    parent = Path(parent)
     runs = [Run(parent / name, chosen) for name, chosen in grid.items()]
     texts = [
         yaml.safe_dump(settings | run.chosen | {"output_dir": str(run.directory)}, sort_keys=False)
@@ -143,17 +151,34 @@ def combinations(swept: object, config: Path) -> dict[str, dict[str, object]]:
     swept = {str(key).replace("-", "_"): values for key, values in swept.items()}
     for key, values in swept.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{config}: under sweep, {key} must be a list of values, not {values!r}")
+            raise UserError(f"{config}: under sweep, {key} must be a list of values, not {shown(values)}")
         if key in RESERVED_KEYS:
             raise UserError(f"{config}: {key} cannot be swept; the sweep sets it for every run")
+        for value in values:
+            check_value(key, value, config)
+    if math.prod(map(len, swept.values())) > MOST_RUNS:
+        raise UserError(f"{config}: the sweep has more than {MOST_RUNS:,} runs; give fewer keys or values")
     grid = {}
     for values in itertools.product(*swept.values()):
         chosen = dict(zip(swept, values, strict=True))
         name = "_".join(f"{key}-{file_name_part(value)}" for key, value in chosen.items())
         if name in grid:
             raise UserError(f"{config}: two runs of the sweep would be called {name}; give each value once")
+        if len(name.encode()) > LONGEST_NAME:
+            raise UserError(
+                f"{config}: a run of the sweep would be called {shown(name)}, which has more than "
+                f"{LONGEST_NAME} bytes; sweep fewer keys, or shorter values"
+            )
         grid[name] = chosen
     return grid
+
+
+def check_value(key: str, value: object, config: Path) -> None:
+    """Raise UserError for a swept value that is no number, no text and no list of them."""
+    parts = value if isinstance(value, list) else [value]
+    is_nan = any(isinstance(part, float) and math.isnan(part) for part in parts)
+    if is_nan or any(isinstance(part, (dict, list)) for part in parts):
+        raise UserError(f"{config}: under sweep, {key} holds {shown(value)}, which is no value of a setting")
 
 
 def file_name_part(value: object) -> str:

@@ -21,12 +21,13 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from minilora.data.jinja_sandbox import compile_template, render
+from minilora.data.jinja_sandbox import TemplateError, compile_template, render
+from minilora.data.template_process import check_apart, render_apart
 from minilora.data.templates import MISTRAL_V1, TEMPLATES
 from minilora.data.tokenizer import Tokenizer
 from minilora.system.errors import UserError, suggestion
@@ -35,6 +36,8 @@ Message = dict[str, object]  # {"role": "user", "content": "Hi"}; a template may
 Span = tuple[int, int]  # characters [start, end) of a text
 
 TOKENIZER_TEMPLATE = "tokenizer"  # the name of the template in the tokenizer's own files
+# Without blocks, a conversation of n answers takes up to 8 n renderings of all its messages.
+_MOST_ANSWERS = 500
 
 
 # ---- choosing a template ----
@@ -59,7 +62,7 @@ def load_chat_template(
     if name not in TEMPLATES:
         nearest = suggestion(name, [*TEMPLATES, TOKENIZER_TEMPLATE])
         raise UserError(f"template = {name!r} is not known{nearest}")
-    return ChatTemplate(name, _adapted_source(name, tokenizer), tokenizer, now)
+    return ChatTemplate(name, _adapted_source(name, tokenizer), tokenizer, now, trusted=True)
 
 
 def training_clock() -> datetime:
@@ -132,11 +135,19 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, name: str, source: str, tokenizer: Tokenizer, now: Callable[[], datetime] = datetime.now
+        self,
+        name: str,
+        source: str,
+        tokenizer: Tokenizer,
+        now: Callable[[], datetime] = datetime.now,
+        trusted: bool = False,  # one of `minilora.data.templates`, which needs no process of its own
     ):
         self.name, self.source = name, source
-        self._tokenizer, self._now = tokenizer, now
-        compile_template(source)  # raises here, not at the first conversation, if it is not valid Jinja
+        self._tokenizer, self._now, self._trusted = tokenizer, now, trusted
+        try:  # here, not at the first conversation
+            compile_template(source) if trusted else check_apart(source)
+        except TemplateError as error:
+            raise UserError(f"the chat template {error}") from error
 
     def encode(
         self, messages: Sequence[Message], mask_history: bool = False
@@ -205,14 +216,15 @@ class ChatTemplate:
     ) -> str:
         variables = {
             **self._tokenizer.special_tokens,
-            "strftime_now": lambda date_format: self._now().strftime(date_format),
             "generation_markers": generation_markers,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return render(self.source, messages, **variables)
-        except UserError as error:
-            raise UserError(f"the chat template {self.name} says: {error}") from error
+            if not self._trusted:
+                return render_apart(self.source, messages, self._now(), **variables)
+            return render(self.source, {"messages": messages, **variables})
+        except TemplateError as error:
+            raise UserError(f"the chat template {self.name} {error}") from error
 
     # ---- locate: way 1, generation blocks ----
 
@@ -236,6 +248,12 @@ class ChatTemplate:
         answers = {i: m["content"] for i, m in enumerate(messages) if m["role"] == "assistant"}
         if not answers:
             return []
+        if len(answers) > _MOST_ANSWERS:
+            raise UserError(
+                f"the conversation has {len(answers):,} answers, and the chat template {self.name} does not "
+                f"mark them; at most {_MOST_ANSWERS} can be located; split the conversation, or put "
+                "{% generation %} and {% endgeneration %} around answers in the template"
+            )
         markers = _unused_characters(messages, len(answers))
         fronts = {i: _front(content) for i, content in answers.items()}
         backs = {i: _back(content) for i, content in answers.items()}
@@ -340,11 +358,16 @@ def _tokens_in_spans(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     token_starts = offsets[:, 0]
     # A token without characters, such as "▁" in front of a text, belongs to the character behind it.
     token_ends = np.maximum(offsets[:, 1], token_starts + 1)
-    inside = np.zeros(len(offsets), dtype=bool)
+    length = max(int(token_ends.max(initial=0)), *(end for _, end in spans), 0)
+    changes = np.zeros(length + 1, dtype=np.int32)  # in how many spans a character is, less the one before
     for start, end in spans:
         if start < end:
-            inside |= (token_starts < end) & (token_ends > start)
-    return inside
+            changes[start] += 1
+            changes[end] -= 1
+    learned_before = np.concatenate(
+        ([0], np.cumsum(np.cumsum(changes) > 0))
+    )  # [i]: of the first i characters
+    return learned_before[token_ends] > learned_before[token_starts]
 
 
 # ---- markers ----
@@ -355,10 +378,15 @@ def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:
 
     Unicode reserves U+FDD0 to U+FDEF for such internal use; the private use plane 15 extends them.
     """
-    used = set(json.dumps(messages, ensure_ascii=False, default=str))
+    try:
+        used = set(json.dumps(messages, ensure_ascii=False, default=str))
+    except RecursionError as error:
+        raise UserError("the conversation is nested too deeply") from error
     candidates = chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))
-    unused = (chr(i) for i in candidates if chr(i) not in used)
-    return [next(unused) for _ in range(count)]
+    unused = list(islice((chr(i) for i in candidates if chr(i) not in used), count))
+    if len(unused) < count:
+        raise UserError("the conversation uses all 65,566 characters that Unicode reserves for internal use")
+    return unused
 
 
 def _remove_markers(text: str, markers: Sequence[str]) -> tuple[str, list[str], list[int]]:

@@ -9,7 +9,8 @@
 
 Tokens carry a key: a hash of rows, tokenizer, template and settings. They are used only if their key is the
 expected one. After a change to any of these the key differs, and the rows are encoded as usual. So stale
-tokens cannot be used by mistake, and no user has to track which tokens belong to which rows.
+tokens cannot be used by mistake, and no user has to track which tokens belong to which rows. A file whose
+tensors do not fit the rows is ignored in the same way.
 """
 
 import json
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from minilora.data.chat import ChatTemplate
@@ -26,6 +27,7 @@ from minilora.data.rows import Row, to_record
 from minilora.data.tokenizer import Tokenizer
 from minilora.system.files import fingerprint, write_whole
 
+_TENSORS = {"input_ids": np.int32, "loss_mask": np.bool_, "lengths": np.int32, "uncut_lengths": np.int32}
 _FORMAT = "minilora tokens 2"  # to be raised whenever the same rows would get other tokens
 
 
@@ -57,17 +59,39 @@ def save_tokens(path: Path, dataset: Dataset, key: str) -> None:
     write_whole(path, save(tensors, metadata={"key": key, "format": "pt"}))
 
 
-def load_tokens(path: Path, rows: list[Row], key: str) -> Dataset | None:
-    """Return the dataset that `save_tokens` wrote, or None if the file does not hold tokens of this key."""
+def load_tokens(path: Path, rows: list[Row], key: str, cutoff_len: int | None = None) -> Dataset | None:
+    """Return the dataset that `save_tokens` wrote, or None if the file does not hold tokens of this key.
+
+    With `cutoff_len`, no example may be longer. A key is easily copied, so the tensors are checked too.
+    """
     try:
         with safe_open(path, framework="np") as file:
             if (file.metadata() or {}).get("key") != key:
                 return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError):  # no such file, or a file that minilora did not write
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+    except (
+        Exception
+    ):  # no such file, or one that minilora did not write: wrong names, a dtype that NumPy lacks
         return None
-    ends = np.cumsum(tensors["lengths"])[:-1]
+    lengths, uncut_lengths = tensors["lengths"], tensors["uncut_lengths"]
+    if not _belong_together(tensors, len(rows)) or lengths.max() > (cutoff_len or lengths.max()):
+        return None
+    ends = np.cumsum(lengths)[:-1]
     parts = zip(np.split(tensors["input_ids"], ends), np.split(tensors["loss_mask"], ends), strict=True)
     examples = [Example(input_ids, loss_mask, (len(input_ids),)) for input_ids, loss_mask in parts]
-    truncated = int((tensors["uncut_lengths"] > tensors["lengths"]).sum())
-    return Dataset(rows, examples, truncated, uncut_lengths=tuple(tensors["uncut_lengths"].tolist()))
+    truncated = int((uncut_lengths > lengths).sum())
+    return Dataset(rows, examples, truncated, uncut_lengths=tuple(uncut_lengths.tolist()))
+
+
+def _belong_together(tensors: dict[str, np.ndarray], count: int) -> bool:
+    """Whether the tensors describe `count` examples, each with a token to learn behind its first one."""
+    if any(tensors[name].dtype != dtype or tensors[name].ndim != 1 for name, dtype in _TENSORS.items()):
+        return False
+    input_ids, loss_mask, lengths, uncut_lengths = (tensors[name] for name in _TENSORS)
+    if not len(lengths) == len(uncut_lengths) == count or count == 0 or lengths.min() < 1:
+        return False
+    if not len(input_ids) == len(loss_mask) == lengths.sum(dtype=np.int64) or input_ids.min() < 0:
+        return False
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    learned = np.add.reduceat(loss_mask.astype(np.int64), starts)  # tokens of each example
+    return bool((uncut_lengths >= lengths).all() and learned.min() > 0 and not loss_mask[starts].any())

@@ -23,23 +23,27 @@ the first one, and there are as many rows as possible without any row twice. The
 each dataset are used, once for the whole training.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from minilora.data.chat import Message
+from minilora.data.file_formats import list_columns
 from minilora.data.jinja_sandbox import render
-from minilora.data.readers import read_records
+from minilora.data.readers import each_record
 from minilora.data.templates import TEMPLATES
 from minilora.system.errors import UserError, raise_error
 from minilora.system.redaction import hide_secrets, whole
 
+MOST_ERRORS = 100_000  # wrong records of a dataset, each kept with its message
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -75,18 +79,27 @@ def read_rows(
     Raises UserError with the file, the line or item, and the wrong column. For single wrong records,
     `on_error` is called, and the record is left out if it returns.
     """
-    records = read_records(dataset, on_error)
-    if not records:
-        return []
-    location, columns = records[0]
-    read_row = _choose_form(location, columns, prompt_column, completion_column, messages_column, chat)
-    rows = []
-    for location, record in records:
+    on_error, read_row, rows = _limit_errors(str(dataset), on_error), None, []
+    for location, record in each_record(dataset, on_error):
+        if read_row is None:
+            read_row = _choose_form(location, record, prompt_column, completion_column, messages_column, chat)
         try:
             rows.append(read_row(location, record))
         except UserError as error:
             on_error(error)
     return rows
+
+
+def _limit_errors(dataset: str, on_error: Callable[[UserError], None]) -> Callable[[UserError], None]:
+    """Return an `on_error` that gives up on a file in which nearly everything is wrong."""
+    numbers = count(1)
+
+    def report(error: UserError) -> None:
+        on_error(error)
+        if next(numbers) > MOST_ERRORS:
+            raise UserError(f"dataset {dataset}: over {MOST_ERRORS:,} records are wrong, as {error}")
+
+    return report
 
 
 def to_record(row: Row) -> dict[str, object]:
@@ -129,7 +142,7 @@ def _choose_form(
         return _read_text
     raise UserError(
         f"{location}: no columns {prompt_column} + {completion_column}, instruction + output, messages, "
-        f"conversations or text; it has {', '.join(columns) or 'none'}; name yours with prompt_column and "
+        f"conversations or text; it has {list_columns(columns) or 'none'}; name yours with prompt_column and "
         "completion_column, or with messages_column"
     )
 
@@ -154,7 +167,8 @@ def _read_alpaca(location: str, record: dict, chat: bool) -> Row:
         raise UserError(
             f"{location}: a row with system or history needs a chat template, such as --template alpaca"
         )
-    prompt = render(TEMPLATES["alpaca"], question, bos_token="", add_generation_prompt=True)
+    variables = {"messages": question, "bos_token": "", "add_generation_prompt": True}
+    prompt = render(TEMPLATES["alpaca"], variables)
     return Row(prompt, completion, location=location)
 
 
@@ -221,6 +235,11 @@ def _read_message(location: str, turn: object) -> Message:
             "leave the row out, or let it end with the answer to learn and add --mask_history"
         )
     more = {k: value for k, value in turn.items() if k not in (role_key, content_key) and value is not None}
+    if more:
+        try:
+            json.dumps(more)
+        except (TypeError, ValueError) as error:  # from Parquet: a date or bytes
+            raise UserError(f"{location}: a key beside role and content is no JSON value: {error}") from error
     return more | _message(_ROLES[role], content)
 
 
@@ -264,10 +283,9 @@ def parse_datasets(datasets: str | Sequence[str]) -> list[tuple[str, Fraction | 
     is_list = isinstance(entries, Sequence) and all(isinstance(entry, str) for entry in entries)
     if not is_list or not entries:
         raise UserError(f"dataset = {datasets!r} must be the name of a dataset, or a list of names")
-    matches = [re.fullmatch(r"(?s)(.+?)(?::(\d+\.?\d*|\.\d+))?", whole(entry).strip()) for entry in entries]
-    if None in matches:
+    if not all(entry.strip() for entry in entries):
         raise UserError(f"dataset = {datasets!r} names nothing between two commas; remove one of them")
-    parsed = [(hide_secrets(m[1]), Fraction(m[2]) if m[2] else None) for m in matches]
+    parsed = [_split_weight(whole(entry).strip()) for entry in entries]
     weights = [weight for _, weight in parsed]
     if None in weights and any(weights):
         raise UserError(
@@ -276,6 +294,14 @@ def parse_datasets(datasets: str | Sequence[str]) -> list[tuple[str, Fraction | 
     if 0 in weights:
         raise UserError(f"dataset = {datasets!r}: a weight is 0; leave that dataset out")
     return parsed
+
+
+def _split_weight(entry: str) -> tuple[str, Fraction | None]:
+    """Return name and weight of `a.jsonl:0.7`. What has more digits than a weight belongs to the name."""
+    name, _, weight = entry.rpartition(":")
+    if name and re.fullmatch(r"\d{1,20}(\.\d{0,20})?|\.\d{1,20}", weight):
+        return hide_secrets(name), Fraction(weight)
+    return hide_secrets(entry), None
 
 
 def mix_rows(parts: Sequence[list[Row]], weights: Sequence[Fraction | None], seed: int) -> list[Row]:

@@ -7,7 +7,6 @@ time. All that is kept of a tensor is one number, its largest sum of absolute va
 """
 
 import math
-import reprlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from minilora.model import CausalLM
 from minilora.system.errors import UserError
 from minilora.system.files import read_json
 from minilora.system.patterns import match_names
+from minilora.system.schema import shown
 
 _RANK_DIMENSION = {A: 0, B: 1, EMBEDDING_A: 0, EMBEDDING_B: 1}  # of a part's shape
 # The dimension of a part's shape that must equal a dimension of the base weight's, (out, in) or (V, D).
@@ -43,14 +43,6 @@ _WIDTHS = {A: (1, 1), B: (0, 0), MAGNITUDE: (0, 0), EMBEDDING_A: (1, 0), EMBEDDI
 
 _OVERFLOW = torch.finfo(torch.float32).max ** 0.5
 _NO_REAL_NUMBERS = ("C64", "F4", "F6_E2M3", "F6_E3M2")  # dtypes of safetensors that PyTorch cannot widen
-
-_brief = reprlib.Repr()
-_brief.maxstring = _brief.maxother = _brief.maxlong = 80
-
-
-def shown(value: object) -> str:
-    """A value for a message: its repr, cut at about 80 characters, whatever its size and depth."""
-    return f"{_brief.repr(value):.80}"
 
 
 def is_number(value: object) -> bool:

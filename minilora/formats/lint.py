@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from minilora.config import ModelConfig
-from minilora.formats.adapter_header import AdapterHeader, UnreadableAdapter, shown
+from minilora.formats.adapter_header import AdapterHeader, UnreadableAdapter
 from minilora.formats.peft_format import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -46,6 +46,7 @@ from minilora.formats.peft_rules import (
     wrong_copies,
 )
 from minilora.system.errors import UserError, summarize
+from minilora.system.schema import shown
 
 SERVERS = ("PEFT", "vLLM", "SGLang")
 WILL_NOT_LOAD, LOADS_WRONGLY, NEEDS_OPTION = "will not load", "loads wrongly", "loads, if"

@@ -21,11 +21,11 @@ Left out are a CUDA context, cuBLAS's workspace and the holes between blocks of 
 import math
 import os
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -267,8 +267,11 @@ def advise(memory: float, ledger_of: Callable[..., Ledger], batch_size: int, len
         ledger = fastest(size, length)
         if ledger is not None and not (found and found[-1].flop_per_token <= ledger.flop_per_token):
             found.append(ledger)
-    shorter = (fastest(1, tokens) for tokens in range((length - 1) // 64 * 64, 0, -64))
-    return found or list(islice(filter(None, shorter), 1))
+    lengths = range(64, length, 64)
+    fitting = bisect_left(
+        lengths, True, key=lambda tokens: fastest(1, tokens) is None
+    )  # a longer row needs more
+    return found or [fastest(1, tokens) for tokens in lengths[:fitting][-1:]]
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -1,6 +1,6 @@
 """One training run, except for its loop, which is in scripts/train.py. Read in this order:
 
-settings.py      every key of a run, from YAML and the command line
+settings.py      every key of a run, from the command line and YAML; yaml_file.py: YAML within limits
 llama_factory.py LLaMA-Factory's keys; dataset_info.py: its list of datasets
 plan.py          every decision that needs no weights; datasets.py: the examples
 output_dir.py    the directory of results: is it writable, and which files of an earlier run are deleted?

@@ -73,7 +73,8 @@ def tokenize_rows(
     """
     dataset = None
     if isinstance(sources, str) and (path := tokens_file(sources)).is_file():
-        dataset = load_tokens(path, rows, tokens_key(rows, tokenizer, template, settings))
+        key = tokens_key(rows, tokenizer, template, settings)
+        dataset = load_tokens(path, rows, key, settings["cutoff_len"])
         ignored = f"of {path} are of other rows or settings, and ignored"
         print(f"tokens     {f'lie ready in {path}' if dataset else ignored}")
     dataset = dataset or tokenize(rows, tokenizer, template=template, on_error=on_error, **settings)

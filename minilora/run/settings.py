@@ -7,14 +7,13 @@ TrainingArguments and of LLaMA-Factory. Hyphens work like underscores, and the u
 `minilora.run.llama_factory` translates the keys that only LLaMA-Factory has.
 
 An unknown key is an error that names the nearest known one: a misspelled key that is silently ignored costs a
-night of training. A key that is set twice in one file or one command line is an error too; YAML alone would
-take the last value.
+night of training. A key that is set twice in one file or one command line is an error too. Numbers have
+upper limits, `LARGEST`: a typing error should end in a line, not in a machine without memory.
 """
 
 import contextlib
 import inspect
 import math
-import os
 import re
 import types
 import typing
@@ -30,19 +29,26 @@ from minilora.data.templates import TEMPLATES
 from minilora.optim import OPTIMIZERS, SCHEDULES
 from minilora.recompute import POLICIES
 from minilora.run import llama_factory
+from minilora.run.yaml_file import read_yaml
 from minilora.system.errors import UserError, suggestion
 from minilora.system.redaction import Address, hide_secrets
+from minilora.system.schema import shown
 
 TRACKERS = ("mlflow", "tensorboard", "all")
 
-_ABOVE_ZERO = """
-    cutoff_len per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-    num_train_epochs learning_rate logging_steps eval_steps save_steps save_total_limit
-    early_stopping_patience lora_rank lora_alpha loraplus_lr_ratio max_samples
-    """.split()
-_AT_LEAST_ZERO = """
-    val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples
-    """.split()
+# The largest value of each number. Nothing is enumerated or reserved for it before it is needed.
+LARGEST = dict(
+    cutoff_len=100_000_000, max_samples=1_000_000_000, val_size=1_000_000_000,
+    per_device_train_batch_size=1_000_000, per_device_eval_batch_size=1_000_000,
+    gradient_accumulation_steps=1_000_000, num_train_epochs=1_000_000, max_steps=1_000_000_000,
+    learning_rate=1000, loraplus_lr_ratio=1_000_000, weight_decay=1000, max_grad_norm=1_000_000_000,
+    warmup_steps=1_000_000_000, warmup_ratio=1, logging_steps=1_000_000_000, eval_steps=1_000_000_000,
+    save_steps=1_000_000_000, save_total_limit=1_000_000, early_stopping_patience=1_000_000_000,
+    exact_match_samples=1_000_000_000, lora_rank=65_536, lora_alpha=1_000_000, seed=2**63 - 1,
+)  # fmt: skip
+_MAY_BE_ZERO = set(
+    "val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples".split()
+)
 _NEED_HELD_OUT = "load_best_model_at_end early_stopping_patience eval_steps exact_match_samples".split()
 
 # Keys that a resumed run may change. Model and data are compared by their contents instead of their names,
@@ -152,14 +158,16 @@ class TrainConfig:
             object.__setattr__(self, name, hidden if isinstance(value, list) else hidden[0])
 
     def _check_ranges(self) -> None:
-        for name in _ABOVE_ZERO:
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise UserError(f"{name} must be above 0, not {value:g}")
-        for name in _AT_LEAST_ZERO:
-            if (value := getattr(self, name)) < 0:
-                raise UserError(f"{name} must be at least 0, not {value:g}")
-        if self.seed >= 2**63:
-            raise UserError(f"seed must be below 2**63, not {self.seed}")
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if value is None or (name == "max_steps" and value <= 0):  # _check_schedule looks at the latter
+                continue
+            if value <= 0 and name not in _MAY_BE_ZERO:
+                raise UserError(f"{name} must be above 0, not {_shown(value)}")
+            if value < 0:
+                raise UserError(f"{name} must be at least 0, not {_shown(value)}")
+            if value > largest:
+                raise UserError(f"{name} must be at most {largest:,}, not {_shown(value)}")
         if self.cutoff_len == 1:
             raise UserError("cutoff_len must be at least 2: one token to read and one to learn")
 
@@ -175,7 +183,9 @@ class TrainConfig:
 
     def _check_schedule(self) -> None:
         if self.max_steps == 0 or self.max_steps < -1:
-            raise UserError(f"max_steps must be above 0, or -1 for num_train_epochs, not {self.max_steps}")
+            raise UserError(
+                f"max_steps must be above 0, or -1 for num_train_epochs, not {_shown(self.max_steps)}"
+            )
         if self.warmup_ratio >= 1:
             raise UserError(
                 f"warmup_ratio must be below 1, not {self.warmup_ratio:g}: the rest is for training"
@@ -242,6 +252,100 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """All keys, as the text of a file that --config reads."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def _shown(value: object) -> str:
+    """A value for a message; 0.0 as 0."""
+    return f"{value:g}" if isinstance(value, float) else shown(value)
+
+
+def _check_choices(self) -> None:
+        _check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        _check_choice("optim", self.optim, OPTIMIZERS)
+        _check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
+        _check_choice("hub_strategy", self.hub_strategy, ("end", "every_save"))
+        if self.template is not None:
+            _check_choice("template", self.template, (*TEMPLATES, TOKENIZER_TEMPLATE))
+        for name in self.trackers():
+            _check_choice("report_to", name, ("none", *TRACKERS))
+
+    def _check_schedule(self) -> None:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(
+                f"max_steps must be above 0, or -1 for num_train_epochs, not {_shown(self.max_steps)}"
+            )
+        if self.warmup_ratio >= 1:
+            raise UserError(
+                f"warmup_ratio must be below 1, not {self.warmup_ratio:g}: the rest is for training"
+            )
+        if self.warmup_ratio and self.warmup_steps:
+            raise UserError("warmup_steps and warmup_ratio are both set; choose one")
+
+    def _check_held_out(self) -> None:
+        if self.eval_dataset and self.val_size:
+            raise UserError("eval_dataset and val_size are both set; choose one")
+        if self.eval_dataset or self.val_size:
+            return
+        for name in _NEED_HELD_OUT:
+            if getattr(self, name):
+                raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
+
+    def _check_exclusive_keys(self) -> None:
+        for one, other in (("mask_history", "train_on_prompt"), ("packing", "group_by_length")):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"{one} and {other} exclude each other; leave one of them out")
+        if self.lora_fa and self.loraplus_lr_ratio is not None:
+            raise UserError(
+                "loraplus_lr_ratio gives B another learning rate than A, but lora_fa does not train A; "
+                "leave one of them out"
+            )
+
+    def quant_config(self) -> QuantConfig | None:
+        """The quantization of the frozen weights, or None if they stay as they are stored."""
+        if self.quantization_bit is None:
+            return None
+        return QuantConfig(
+            bits=self.quantization_bit,
+            quant_type=self.quantization_type,
+            double_quant=self.double_quantization,
+        )
+
+    def lora_config(self) -> LoraConfig:
+        """The preset, with the settings that this run overrides."""
+        overrides = dict(r=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout)
+        if self.lora_rank is not None and self.lora_alpha is None:
+            overrides["lora_alpha"] = 2 * self.lora_rank
+        if self.lora_target is not None:
+            overrides["target_modules"] = _parse_targets(self.lora_target)
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        variant = dict(use_rslora=self.use_rslora, use_dora=self.use_dora, lora_fa=self.lora_fa)
+        return LoraConfig.preset(self.preset, **variant, **overrides)
+
+    def trackers(self) -> list[str]:
+        """The names in `report_to`: the services that get the metrics besides metrics.jsonl."""
+        names = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to
+        return [name.strip() for name in names if name.strip() != "none"]
+
+    def may_change(self) -> set[str]:
+        """The keys that a resumed run may change, because no number of its training depends on them."""
+        # Every other schedule depends on the total number of steps, and so does a warm-up ratio.
+        constant_rate = self.lr_scheduler_type == "constant" and not self.warmup_ratio
+        return MAY_CHANGE | ({"max_steps", "num_train_epochs"} if constant_rate else set())
+
+    def names_an_address(self) -> bool:
+        """Whether a setting holds an address, whose host and path may be nobody else's business."""
+        lists = (value if isinstance(value, list) else [value] for value in vars(self).values())
+        return any(isinstance(text, Address) for texts in lists for text in texts)
+
+    def to_yaml(self) -> str:
+        """All keys, as the text of a file that --config reads."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut if it is long."""
+    text = f"{value:g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -324,23 +428,6 @@ def _parse_arguments(arguments: list[str]) -> dict[str, object]:
     return values
 
 
-def read_yaml(path: Path) -> dict:
-    """The keys of a file, with underscores for hyphens. Raises UserError that names the file."""
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        raise UserError(f"config {path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-02-30
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config {path} must hold `key: value` lines")
-    keys = [str(key.value).replace("-", "_") for key, _ in tree.value]  # a dict has lost the repeated keys
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"config {path} sets {repeated[0]} twice; leave one of them out")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
 def _canonical(given: dict[str, object], source: str) -> dict[str, object]:
     """The same settings under the keys' full names. Raises UserError for an unknown or repeated key.
 
@@ -404,7 +491,7 @@ def _parse_number(name: str, value: object, whole: bool) -> int | float:
         if not math.isfinite(number) or (whole and not number.is_integer()):
             raise ValueError
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r}") from error
+        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {_shown(value)}") from error
     return int(number) if whole else number
 
 
@@ -425,12 +512,14 @@ def manual() -> str:
 
 
 def documented_keys() -> dict[str, list[tuple[str, str, str]]]:
-    """{section: [(name, default, meaning), ...]}, parsed from the source of TrainConfig above."""
+    """{section: [(name, default, meaning and limit), ...]}, parsed from the source of TrainConfig above."""
     source = inspect.getsource(TrainConfig).partition("def __post_init__")[0]
     sections: dict[str, list[tuple[str, str, str]]] = {}
     for line in re.findall(r"^    (# .+|\w+: .+ = .+)$", source, re.MULTILINE):
         if line.startswith("# "):
             keys = sections[line[2:]] = []
         else:
-            keys.append(re.fullmatch(r"(\w+): .+? = (.+?)(?:  # (.+))?", line).groups(default=""))
+            name, default, meaning = re.fullmatch(r"(\w+): .+? = (.+?)(?:  # (.+))?", line).groups(default="")
+            limit = f"; at most {LARGEST[name]:,}" if name in LARGEST else ""
+            keys.append((name, default, meaning + limit))
     return sections

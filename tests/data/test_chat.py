@@ -8,6 +8,7 @@ from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minilora import UserError
-from minilora.data.chat import ChatTemplate, load_chat_template
+from minilora.data.chat import ChatTemplate, _tokens_in_spans, load_chat_template
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import load_tokenizer
 
@@ -704,3 +705,47 @@ def test_a_template_that_cannot_be_compiled_is_one_line(ours, source):
 def test_a_template_that_is_not_jinja_is_refused_with_the_line(ours):
     with pytest.raises(UserError, match="not valid Jinja, line 2: .*'endfor'"):
         ChatTemplate("mine", "{% for m in messages %}\n{% endif %}", ours["qwen"])
+
+
+# Conversations and templates that are meant to hang
+
+
+@given(
+    lengths=st.lists(st.integers(0, 3), max_size=12),
+    spans=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=4),
+)
+def test_a_token_is_learned_if_one_of_its_characters_lies_in_a_span(lengths, spans):
+    ends = np.cumsum(lengths)
+    offsets = np.stack([ends - lengths, ends], axis=1).reshape(-1, 2).astype(np.int64)
+    expected = [
+        any(start <= i < end for start, end in spans for i in range(first, max(last, first + 1)))
+        for first, last in offsets.tolist()
+    ]
+    assert _tokens_in_spans(offsets, spans).tolist() == expected
+
+
+def test_a_template_that_prints_thousands_of_blocks_takes_seconds(ours):
+    source = "{% for i in range(9999) %}{% generation %}a {% endgeneration %}{% endfor %}"
+    _, loss_mask = ChatTemplate("many", source, ours["qwen"]).encode(HELLO)
+    assert len(loss_mask) >= 9999 and loss_mask.all()
+
+
+def test_more_answers_than_can_be_located_are_refused(ours):
+    chat = without_generation(load_chat_template("chatml", ours["qwen"]), ours["qwen"])
+    with pytest.raises(UserError, match="has 501 answers, and .* silent does not mark them; at most 500"):
+        chat.encode(HELLO * 501)
+    assert load_chat_template("chatml", ours["qwen"]).encode(HELLO * 501)[1].any()
+
+
+def test_a_conversation_that_holds_every_marker_is_refused(ours):
+    every = "".join(map(chr, [*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xFFFFE)]))
+    with pytest.raises(UserError, match="uses all 65,566 characters that Unicode reserves"):
+        load_chat_template("chatml", ours["qwen"]).encode([{"role": "user", "content": every}, HELLO[1]])
+
+
+def test_a_conversation_that_is_nested_too_deeply_is_refused(ours):
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(UserError, match="the conversation is nested too deeply"):
+        load_chat_template("chatml", ours["qwen"]).encode([HELLO[0] | {"more": deep}, HELLO[1]])

@@ -279,3 +279,19 @@ def test_the_seed_chooses_the_rows_of_a_mixture_and_none_is_left_out_without_wei
     first, second = mix_rows(parts, even, seed=1), mix_rows(parts, even, seed=2)
     assert len(first) == len(second) == 20 and first != second and first[10:] == second[10:] == parts[1]
     assert mix_rows(parts, [None, None], seed=1) == parts[0] + parts[1]
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("a:0.7", ("a", Fraction(7, 10))),
+        ("a:b:.5", ("a:b", Fraction(1, 2))),
+        ("a:3.", ("a", Fraction(3))),
+        (":0.7", (":0.7", None)),
+        ("a:0.7x", ("a:0.7x", None)),
+        ("a:" + "1" * 5000, ("a:" + "1" * 5000, None)),  # Python converts no such number
+        ("a:" + "1" * 100_000 + "x", ("a:" + "1" * 100_000 + "x", None)),  # in linear time
+    ],
+)
+def test_a_weight_is_a_short_number_behind_the_last_colon(entry, expected):
+    assert parse_datasets(entry) == [expected]

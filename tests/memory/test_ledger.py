@@ -538,6 +538,13 @@ def test_auto_never_offloads_on_a_cpu_and_takes_full_where_nothing_is_known():
     assert choose_recompute(None, ledgers_of())[0] == "full"
 
 
+def test_advice_about_a_very_long_row_takes_few_predictions():
+    asked = []
+    ledger_of = lambda **sizes: asked.append(sizes) or ledgers_of()(**sizes)  # noqa: E731
+    (advised,) = advise(20e9, ledger_of, batch_size=1, length=10**8)
+    assert advised.length % 64 == 0 and advised.fits(20e9) and len(asked) < 200
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.floats(3e9, 40e9), st.integers(1, 12), st.integers(2, 3000))
 def test_advice_fits_and_keeps_to_the_batch_and_the_length_as_long_as_it_can(free, batch_size, length):

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import UserError
+from minilora.data.examples import Order
 from minilora.formats.config_fields import CHANGES_NOTHING, CONFIG_FIELDS, ROPE_FIELDS
 from minilora.formats.peft_format import PEFT_DEFAULTS
 from minilora.run.llama_factory import KEYS
-from minilora.run.settings import ALIASES, TrainConfig, documented_keys, load_train_config, manual
+from minilora.run.plan import make_schedule
+from minilora.run.settings import ALIASES, LARGEST, TrainConfig, documented_keys, load_train_config, manual
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -77,7 +79,7 @@ def test_the_default_file_is_read_only_if_nothing_is_named(tmp_path):
         (["--config"], "--config names no file; write --config run.yaml"),
         (["--config=", "--seed", "1"], "--config names no file"),
         (["--config", "x" * 5000], "does not exist"),
-        (["--seed", str(2**63)], "seed must be below 2**63, not 9223372036854775808"),
+        (["--seed", str(2**63)], "seed must be at most 9,223,372,036,854,775,807, not 9223372036854775808"),
         (["--seed", "9" * 5000], "seed must be a whole number"),
         (["--learning_rate", "1e999"], "learning_rate must be a number, not '1e999'"),
         (["--lora_rank", "0"], "lora_rank must be above 0, not 0"),
@@ -118,6 +120,35 @@ def test_mistakes_are_one_line_that_names_the_key_and_the_fix(arguments, said):
     with pytest.raises(UserError) as error:
         load_train_config(arguments)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_every_number_has_a_stated_limit_and_beyond_it_is_one_line(name):
+    largest = LARGEST[name]
+    assert f"at most {largest:,}" in next(line for line in manual().splitlines() if f"--{name} " in line)
+    for beyond in (largest + 1, 10**18 * largest, 10**400):
+        with pytest.raises(UserError, match=f"^{name} must be (at most {largest:,}|a number), not") as error:
+            load_train_config([f"--{name}", str(beyond)])
+        assert len(str(error.value)) < 200
+    with pytest.raises(UserError, match="must be") as error:
+        load_train_config([f"--{name}", "-1" + "0" * 400])
+    assert len(str(error.value)) < 200
+
+
+def test_every_number_of_a_run_has_a_limit_or_a_choice_of_values():
+    hints = {field.name: str(field.type) for field in fields(TrainConfig)}
+    numbers = {name for name, hint in hints.items() if "int" in hint or "float" in hint}
+    assert numbers - set(LARGEST) == {"quantization_bit", "lora_dropout"}  # 4 or 8; below 1
+
+
+def test_the_longest_training_is_planned_without_counting_through_it():
+    config = TrainConfig(max_steps=LARGEST["max_steps"], warmup_steps=LARGEST["max_steps"] - 1)
+    schedule = make_schedule(config, steps_per_epoch=1)
+    assert schedule.total_steps == 10**9 and schedule.learning_rate(10**9 - 1) == config.learning_rate
+    order = Order([5] * 10, batch_size=10**6, accumulation=10**6, seed=1)
+    assert [sorted(batch) for batch in order.batches(10**9)] == [list(range(10))]
+    epochs = make_schedule(TrainConfig(num_train_epochs=10**6), steps_per_epoch=10**6)
+    assert epochs.total_steps == 10**12
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def broken(name, text):
             "line 1 is not valid JSON",
         ),
         (broken("training_config.yaml", "a: [1"), "training_config.yaml is not valid YAML"),
-        (broken("training_config.yaml", "- 1"), "training_config.yaml must contain"),
+        (broken("training_config.yaml", "- 1"), "training_config.yaml must hold"),
     ],
 )
 def test_a_directory_without_a_readable_run_is_one_line_and_exit_2(run, make_run, tmp_path, spoil, said):

@@ -205,6 +205,29 @@ def test_a_finished_run_with_other_settings_is_refused(run_sweep, stand_in):
         ({"lora_rank": [4, 0]}, {}, "lora_rank-0: lora_rank must be above 0, not 0"),
         ({"lora_rnak": [4]}, {}, "nearest: 'lora_rank'"),
         ({"lora_r": [4]}, {"lora_rank": 8}, "lora_rank is set twice"),
+        (
+            {f"key_{i}": list(range(100)) for i in range(40)},
+            {},
+            "the sweep has more than 1,000 runs; give fewer keys or values",
+        ),
+        (
+            {"lora_rank": [4, math.nan]},
+            {},
+            "under sweep, lora_rank holds nan, which is no value of a setting",
+        ),
+        ({"lora_rank": [{"a": 1}]}, {}, "lora_rank holds {'a': 1}, which is no value"),
+        (
+            {"lora_target": [["q_proj", ["v_proj"]]]},
+            {},
+            "lora_target holds ['q_proj', ['v_proj']], which is no",
+        ),
+        (
+            {"lora_target": ["q" * 300]},
+            {},
+            "which has more than 200 bytes; sweep fewer keys, or shorter values",
+        ),
+        ({"lora_rank": {"a": "b" * 500}}, {}, "lora_rank must be a list of values, not {'a': 'bbb"),
+        ({"lora_rank": [4]}, {"output_dir": [1]}, "output_dir must be text, not [1]"),
     ],
 )
 def test_mistakes_are_one_line_before_the_first_run_and_nothing_is_written(
