@@ -44,7 +44,15 @@ from minilora.data.rows import alpaca_question
 from minilora.inference.assistant import Assistant, GenerationSettings, encode_question
 from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
 from minilora.lora import adapter_names
-from minilora.system.errors import ArgumentParser, UserError, run_script, suggestion, summarize
+from minilora.system.errors import (
+    ArgumentParser,
+    UserError,
+    local_path,
+    printable,
+    run_script,
+    suggestion,
+    summarize,
+)
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 
 HELP = """\
@@ -72,8 +80,8 @@ def main() -> None:
     setup = prepare_inference(options.model, options.adapter, keys)
     system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
     if options.input:
-        refuse_overwrite("--output", Path(options.output), [options.input, *setup.files])
-        answer_file(setup, settings, system, options.input, Path(options.output))
+        refuse_overwrite("--output", options.output, [options.input, *setup.files])
+        answer_file(setup, settings, system, options.input, options.output)
         return
     if setup.template is None and system:
         raise UserError("a system prompt needs a chat template; choose one with --template")
@@ -91,8 +99,9 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     """This script's options, checked, and the trainer's keys."""
     parser = ArgumentParser(help_text=__doc__)
     add_model_options(parser)
-    for name in ("instruction", "system", "input", "output"):
+    for name in ("instruction", "system", "input"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--output", type=local_path)
     for field in fields(GenerationSettings):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
     options, keys = parser.parse_known_args()
@@ -101,7 +110,7 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     if bool(options.input) != bool(options.output):
         raise UserError("--input and --output go together: the file of questions, and the file for answers")
     if options.output:
-        check_writable("--output", Path(options.output))
+        check_writable("--output", options.output)
     return options, keys
 
 
@@ -249,7 +258,7 @@ def echo(pieces: Iterator[str]) -> Iterator[str]:
     """Yield the same pieces and print each one at once; end with a line break."""
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(printable(piece, keep="\n\t"), end="", flush=True)
             yield piece
     finally:
         print()

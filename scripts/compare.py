@@ -23,7 +23,7 @@ from minilora.run.plots import plot_runs, series
 from minilora.run.settings import MAY_CHANGE
 from minilora.run.tracker import METRICS_FILE, minutes, short_number
 from minilora.run.yaml_file import read_yaml
-from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_picture, read_json_lines
 from minilora.system.redaction import without_secrets
 
@@ -44,9 +44,11 @@ class Run:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", metavar="DIRECTORY", help="output_dir of a training run")
-    parser.add_argument("--output", default="compare.png", help="file of the picture (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=local_path, default="compare.png", help="file of the picture (default: %(default)s)"
+    )
     options = parser.parse_args()
-    output = Path(options.output)
+    output = options.output
     check_picture("--output", output)
     runs = read_runs([Path(directory) for directory in options.directories])
     print(comparison(runs))
@@ -89,7 +91,7 @@ def read_run(directory: Path) -> Run:
             raise UserError(f"{path}, line {number} is not a record: it must hold a step and numbers")
     if not records:
         raise UserError(f"{path} is empty: the run has recorded nothing yet")
-    if not settings_path.is_file():
+    if not settings_path.exists():
         return Run(records, {})
     return Run(records, read_yaml(settings_path))
 

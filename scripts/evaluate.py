@@ -48,7 +48,7 @@ from minilora.lora import set_adapter
 from minilora.model import CausalLM
 from minilora.run.datasets import read_mixed, token_settings, tokenize_rows
 from minilora.run.output_dir import SETTINGS_FILE
-from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 from minilora.system.remote import refuse_address
 
@@ -98,7 +98,7 @@ def main() -> None:
         for name in names:
             refuse_address(name, f"the adapter's {SETTINGS_FILE}", "--dataset")
     if options.output:
-        refuse_overwrite("--output", Path(options.output), [*names, *setup.files])
+        refuse_overwrite("--output", options.output, [*names, *setup.files])
     dataset = load_dataset(source, setup)
     answered = dataset.rows[: max(options.exact_match_samples, options.samples)]
     if any(row.prompt is None for row in answered):
@@ -110,7 +110,7 @@ def main() -> None:
     print_samples(answered[: options.samples], results)
     print_table(results, task.scored)
     if options.output:
-        write_results(Path(options.output), setup, source, task, results)
+        write_results(options.output, setup, source, task, results)
         print(f"figures and answers: {options.output}")
 
 
@@ -118,8 +118,8 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     """This script's options, checked, and the trainer's keys."""
     parser = ArgumentParser(help_text=__doc__)
     add_model_options(parser)
-    for name in ("dataset", "output"):
-        parser.add_argument(f"--{name}")
+    parser.add_argument("--dataset")
+    parser.add_argument("--output", type=local_path)
     parser.add_argument("--metrics", default="")
     for name in ("exact_match_samples", "samples"):
         parser.add_argument(f"--{name}", type=int, default=0)
@@ -132,7 +132,7 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
             f"--metrics {options.metrics} scores answers; choose how many with --exact_match_samples N"
         )
     if options.output:
-        check_writable("--output", Path(options.output))
+        check_writable("--output", options.output)
     return options, keys
 
 

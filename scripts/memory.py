@@ -42,7 +42,7 @@ from minilora.recompute import POLICIES
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.device import choose_placement, requested_dtype
-from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_picture, write_whole
 
 GB = 10**9
@@ -79,13 +79,13 @@ class Target:
 def main() -> None:
     parser = ArgumentParser(help_text=__doc__)
     parser.add_argument("--gpu", type=float)
-    parser.add_argument("--picture", default="memory.png")
+    parser.add_argument("--picture", type=local_path, default="memory.png")
     options, keys = parser.parse_known_args()
     if options.gpu is not None and not 0 < options.gpu <= LARGEST_GPU:
         raise UserError(
             f"--gpu must be a number of gigabytes above 0 and at most {LARGEST_GPU:,}, not {options.gpu:g}"
         )
-    check_picture("--picture", Path(options.picture))
+    check_picture("--picture", options.picture)
     config = load_train_config(keys)
     name = config.model_name_or_path or str(EMBEDDED_MODEL)
     model_config = find_model_config(name, config.model_revision)
@@ -114,7 +114,7 @@ def main() -> None:
     print()
     print_advice(advise(target.memory, ledger_of, batch_size, length), config, length)
     limits = {f"fits {target.description}": target.memory / MARGIN}
-    write_whole(Path(options.picture), draw_picture(ledgers, limits))
+    write_whole(options.picture, draw_picture(ledgers, limits))
     print(f"bar chart: {options.picture}")
 
 

@@ -65,7 +65,7 @@ from minilora.model import CausalLM
 from minilora.quantization import QUANT_TYPES, QuantizedTensor, quantize_4bit
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import read_yaml
-from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_writable, read_json, write_whole
 from minilora.system.hub import resolve_model
 from minilora.system.locks import LOCK_FILE
@@ -77,7 +77,7 @@ _MERGING_OPTIONS = ("model", "into", "quantize", "quantization_type", "double_qu
 
 def main() -> None:
     options = parse_options()
-    output = Path(options.export_adapter or options.output)
+    output = options.export_adapter or options.output
     check_options(options, output)
     adapter = resolve_model(options.adapter)
     if options.export_adapter:
@@ -90,8 +90,10 @@ def parse_options() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add, target = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     add("--adapter", required=True, help="its directory, or its hub id")
-    target.add_argument("--output", help="new directory, or new file that ends in .gguf")
-    target.add_argument("--export_adapter", metavar="DIRECTORY", help="new directory for the plain adapter")
+    target.add_argument("--output", type=local_path, help="new directory, or new file that ends in .gguf")
+    target.add_argument(
+        "--export_adapter", type=local_path, metavar="DIRECTORY", help="new directory for the plain adapter"
+    )
     add("--model", help="base model, directory or hub id; default: the one that the adapter names")
     add("--into", choices=("original", "dequantized"), help="default: original, if the files hold them")
     add("--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16")
@@ -99,7 +101,7 @@ def parse_options() -> argparse.Namespace:
     add("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
     add("--double_quantization", choices=("true", "false"), help="as in training; default: true")
     options = parser.parse_args()
-    options.to_gguf = (options.output or "").endswith(".gguf")
+    options.to_gguf = options.output is not None and options.output.suffix == ".gguf"
     return options
 
 
@@ -196,7 +198,7 @@ def choose(
     """The choice of weights: by the options, else by the run's settings beside the adapter, else QLoRA's."""
     if name := next((name for name in shapes if name in stored.quantized), None):
         return choose_for_4_bit_files(options, stored, stored.read_quantized(name, shapes[name], "cpu"))
-    run = read_yaml(adapter / SETTINGS_FILE) if (adapter / SETTINGS_FILE).is_file() else {}
+    run = read_yaml(adapter / SETTINGS_FILE) if (adapter / SETTINGS_FILE).exists() else {}
     requested = options.quantization_type is not None or options.double_quantization is not None
     trained_in_4_bits = requested or run.get("quantization_bit", 4) == 4
     if options.into == "dequantized" and not trained_in_4_bits:

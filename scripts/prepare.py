@@ -51,7 +51,7 @@ from minilora.run.datasets import read_datasets, token_settings, tokenize_rows
 from minilora.run.plots import plot_lengths
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
-from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import refuse_overwrite, to_json, write_whole
 from minilora.system.hub import resolve_model
 from minilora.system.outputs import check_output, whole_output
@@ -151,7 +151,7 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     parser = ArgumentParser()
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--skip_invalid", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("prepared"))
+    parser.add_argument("--output", type=local_path, default=Path("prepared"))
     parser.add_argument("--overwrite_output_dir", action="store_true")
     parser.add_argument("--to")
     return parser.parse_known_args()

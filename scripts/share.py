@@ -14,16 +14,14 @@ name=owner/name.
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
 
-from pathlib import Path
-
 from minilora.formats.adapter import read_adapter
 from minilora.run.sharing import files_to_share, make_destinations, send_to_all
-from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 
 
 def main() -> None:
     parser = ArgumentParser(help_text=__doc__)
-    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--adapter", type=local_path, required=True)
     parser.add_argument("--push_to_hub")
     parser.add_argument("--hub_private_repo", action="store_true")
     parser.add_argument("--upload")

@@ -47,7 +47,7 @@ from minilora.run.settings import TrainConfig, load_train_config
 from minilora.run.tracker import METRICS_FILE
 from minilora.run.yaml_file import read_yaml
 from minilora.system.children import tied_environment
-from minilora.system.errors import ArgumentParser, UserError, run_script, summarize, until_end
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize, until_end
 from minilora.system.files import check_writable, read_json_lines, write_whole
 from minilora.system.locks import check_unlocked, locked
 from minilora.system.redaction import without_secrets
@@ -88,7 +88,7 @@ class Run:
 
 def main() -> None:
     parser = ArgumentParser(help_text=__doc__)
-    parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("--config", required=True, type=local_path)
     config = parser.parse_args().config
     runs = prepare_runs(config)
     failed = train_all(runs, config)

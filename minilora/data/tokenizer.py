@@ -36,7 +36,7 @@ import numpy as np
 
 from minilora.data.tokenizer_backends import SentencePiece, TokenizerJson
 from minilora.system.errors import UserError
-from minilora.system.files import fingerprint
+from minilora.system.files import fingerprint, read_text
 from minilora.system.schema import Field, read_fields, read_object, shown
 
 TOKENIZER_FILES = (
@@ -49,6 +49,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_LONGEST_TEMPLATE = 1 << 20  # bytes; the longest that is published has some 10,000
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -210,8 +211,8 @@ def _read_config(directory: Path) -> dict:
     special_tokens = _read_checked(directory / "special_tokens_map.json", _check_config)
     # As in transformers, special_tokens_map.json counts only if the newer added_tokens_decoder is absent.
     config = special_tokens | config if "added_tokens_decoder" in config else config | special_tokens
-    if (path := directory / "chat_template.jinja").is_file():
-        config["chat_template"] = _read_text(path)
+    if (path := directory / "chat_template.jinja").exists():
+        config["chat_template"] = _read_template(path)
     return config
 
 
@@ -255,11 +256,13 @@ def _check_token(name: str, token: str | dict | None) -> None:
         raise UserError(f"{name} must be a token, or an object that holds it as content, not {shown(token)}")
 
 
-def _read_text(path: Path) -> str:
+def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, _LONGEST_TEMPLATE)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path} is {error}") from error
 
 
 def _text_of(token: str | dict | None) -> str | None:

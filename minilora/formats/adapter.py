@@ -109,7 +109,10 @@ def _check_honoured(key: str, value: object) -> None:
             raise UserError(
                 f"{key} = {shown(value)} changed the base weights; convert it to plain LoRA first"
             )
-    elif value and value != PEFT_DEFAULTS.get(key):
+    elif key in PEFT_DEFAULTS:
+        if value not in (None, False, []) and value != PEFT_DEFAULTS[key]:
+            raise UserError(f"{key} = {shown(value)} is not supported")
+    elif value:
         raise UserError(f"{shown_name(key)} = {shown(value)} is not supported")
 
 

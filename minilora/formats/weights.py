@@ -88,7 +88,8 @@ def load_model(
         ):
             model.set_submodule(parent, _quantized(stored, name, layer.bias, quant, device))
         else:
-            setattr(layer, leaf, nn.Parameter(stored.read(name, dtype, device), requires_grad=False))
+            weight = _finite(stored.read(name, dtype, device), name, directory)
+            setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
     model.tie_weights()
     return model.eval()
 
@@ -114,13 +115,22 @@ def _quantized(
     device: torch.device | str,
 ) -> QuantizedLinear:
     """A layer whose weight is quantized from the file's dtype: the compute dtype must not round it first."""
-    weight = stored.read(name, None, device, copy=False)
+    weight = _finite(stored.read(name, None, device, copy=False), name, stored.directory)
     try:
         if quant.bits == 8:
             return Linear8bit(quantize_int8(weight), bias)
         return Linear4bit(quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant), bias)
     except UserError as error:
         raise UserError(f"{name} in {stored.directory}: {error}") from error
+
+
+def _finite(weight: Tensor, name: str, directory: Path) -> Tensor:
+    """The weight. Raises UserError if a number in it is infinite or NaN, as the sum of all then is, too."""
+    if not weight.sum(dtype=torch.float32).isfinite():
+        raise UserError(
+            f"{name} in {directory} is infinite or NaN in places, as {weight.dtype}; download the model again"
+        )
+    return weight
 
 
 class StoredTensors:
@@ -188,6 +198,9 @@ class StoredTensors:
             raise UserError(
                 f"{name} in {self.directory} is {tuple(weight.shape)}, {MODEL_CONFIG_FILE} says {shape}"
             )
+        scales = [scale for scale in (weight.absmax, weight.nested_absmax) if scale is not None]
+        if not all(scale.float().isfinite().all() for scale in scales):
+            raise UserError(f"the scales of {name} in {self.directory} are infinite or NaN in places")
         return weight.to(device)
 
 

@@ -161,7 +161,7 @@ def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **overrid
     # The best dtype depends on the machine that runs the model, not on the one that trained it.
     overrides |= dict(bf16="none", fp16="false")
     for directory in run_directories(adapters):
-        if (directory / SETTINGS_FILE).is_file():
+        if (directory / SETTINGS_FILE).exists():
             overrides["config"] = str(directory / SETTINGS_FILE)
             break
     words = [f"--{name}={value}" for name, value in overrides.items() if name not in names_of(keys)]

@@ -113,6 +113,9 @@ def _check_entry(entry: object, location: str) -> None:
     unsupported = [
         field for field, value in entry.items() if field not in _FIELD_TYPES and value not in (None, False)
     ]
+    for name, column in _given_columns(entry).items():
+        if not isinstance(column, str):
+            raise UserError(f"{location}: columns names {column!r} for {name}, which must be text")
     unsupported += [column for column in _given_columns(entry) if column not in (*_COLUMNS, "messages")]
     if (formatting := entry.get("formatting") or "alpaca") not in ("alpaca", *_MESSAGE_FORMATS):
         unsupported.append(f"formatting {formatting}")

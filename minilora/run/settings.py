@@ -27,11 +27,12 @@ from minilora.config import LoraConfig, QuantConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.templates import TEMPLATES
 from minilora.optim import OPTIMIZERS, SCHEDULES
+from minilora.quantization import QUANT_TYPES
 from minilora.recompute import POLICIES
 from minilora.run import llama_factory
 from minilora.run.yaml_file import read_yaml
 from minilora.system.errors import UserError, suggestion
-from minilora.system.redaction import Address, hide_secrets
+from minilora.system.redaction import Address, hide_secrets, is_address
 from minilora.system.schema import shown
 
 TRACKERS = ("mlflow", "tensorboard", "all")
@@ -154,6 +155,11 @@ class TrainConfig:
                 raise UserError(f"{name} is empty; give it a value, or leave it out")
             if any(isinstance(text, str) and "\0" in text for text in texts):
                 raise UserError(f"{name} = {value!r} holds a zero byte, which no name has")
+            if name == "output_dir" and is_address(value):
+                raise UserError(
+                    f"output_dir = {Address(value)} is an address; name a path on this machine: upload sends "
+                    "the results on"
+                )
             hidden = [hide_secrets(text) for text in texts]
             object.__setattr__(self, name, hidden if isinstance(value, list) else hidden[0])
 
@@ -172,6 +178,7 @@ class TrainConfig:
             raise UserError("cutoff_len must be at least 2: one token to read and one to learn")
 
     def _check_choices(self) -> None:
+        _check_choice("quantization_type", self.quantization_type, QUANT_TYPES)
         _check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         _check_choice("optim", self.optim, OPTIMIZERS)
         _check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
@@ -309,6 +316,8 @@ def load_train_config(arguments: list[str], default_file: Path | None = None) ->
     file = arguments_given.pop("config", None)
     if file in (True, ""):
         raise UserError("--config names no file; write --config run.yaml")
+    if file is not None and is_address(file):
+        raise UserError(f"--config {Address(file)} is an address; name a file on this machine")
     values = _canonical(arguments_given, "the command line")
     if file is None and default_file is not None and not {"model_name_or_path", "dataset"} & values.keys():
         file = default_file
@@ -357,6 +366,8 @@ def _canonical(given: dict[str, object], source: str) -> dict[str, object]:
             raise UserError(f"unknown key {key!r} in {source}{nearest}")
         if name in values:
             raise UserError(f"{name} is set twice in {source}, once as {key!r}")
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"{key} is empty in {source}; give it a value, or leave it out")
         values[name] = value
     return values
 

@@ -15,10 +15,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from minilora.system.children import end_with_parent
-from minilora.system.redaction import hide_secrets, without_secrets
+from minilora.system.redaction import Address, hide_secrets, is_address, without_secrets
 from minilora.system.signals import Terminated, signals_raise, silence_closed_output
 
 
@@ -30,19 +31,33 @@ class UserError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """A message in one line of at most 500 characters, whatever the values in it hold.
+    """A message in one line of at most 490 characters, whatever the values in it hold.
 
     Secrets are cut out, quoted values after 80 characters, and the middle of other words beyond 200. Control
     characters, which could move the cursor or hide text in a terminal, are written as escapes.
     """
     if len(text) > 20_000:
         text = text[:10_000] + text[-10_000:]
-    text = without_secrets(" ".join(text.splitlines()))
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = printable(without_secrets(" ".join(text.splitlines())))
     # A quote behind a letter is an apostrophe. Inside of a quoted value, repr escapes the quote.
     text = re.sub(r"(?<!\w)(['\"])((?:(?!\1)[^\\]|\\.){80})(?:(?!\1)[^\\]|\\.)+\1", r"\1\2...\1", text)
     text = re.sub(r"(\S{120})\S{4,}(\S{76})", r"\1...\2", text)
-    return text if len(text) <= 500 else f"{text[:297]} ... {text[-198:]}"
+    return text if len(text) <= 490 else f"{text[:290]} ... {text[-195:]}"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with escapes for control characters, except those in `keep`.
+
+    In a terminal they move the cursor, change colours, or turn the direction of the text around.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def local_path(text: str) -> Path:
+    """The type of an option that takes a path on this machine and no address."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"{Address(text)} is an address; name a path on this machine")
+    return Path(text)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -59,11 +74,10 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().format_help() if self.help_text is None else self.help_text
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        """Read options as argparse does, but refuse empty ones, and hide the secrets of addresses."""
+        """Read options as argparse does. Refuse empty and repeated ones, and hide secrets of addresses."""
         words = list(sys.argv[1:] if args is None else args)
-        for option, word in zip(["the first word", *words], words, strict=False):
-            if word == "" or re.fullmatch(r"--[\w-]+=", word):
-                raise UserError(f"{word[:-1] or option} is empty; give it a value, or leave it out")
+        self._refuse_empty(words)
+        self._refuse_repeated(words)
         options, rest = super().parse_known_args(words, namespace)
         for name, value in vars(options).items():
             if isinstance(value, list):
@@ -71,6 +85,20 @@ class ArgumentParser(argparse.ArgumentParser):
             else:
                 setattr(options, name, hide_secrets(value))
         return options, rest
+
+    def _refuse_empty(self, words: Sequence[str]) -> None:
+        unnamed = " or ".join(action.metavar or action.dest for action in self._get_positional_actions())
+        for before, word in zip(["", *words], words, strict=False):
+            if word == "" or re.fullmatch(r"--[\w-]+=", word):
+                option = word[:-1] or (before if before.startswith("--") else unnamed or "a word")
+                raise UserError(f"{option} is empty; give it a value, or leave it out")
+
+    def _refuse_repeated(self, words: Sequence[str]) -> None:
+        names = [word.partition("=")[0] for word in words]
+        for action in self._actions:
+            takes_one = action.nargs != 0 and not isinstance(action, argparse._AppendAction)
+            if takes_one and sum(name in action.option_strings for name in names) > 1:
+                raise UserError(f"{action.option_strings[0]} is given twice; leave one of them out")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

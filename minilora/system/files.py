@@ -22,7 +22,7 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     A file that names a field twice is refused: one program would read the first value, and another the last.
     """
     try:
-        value = parse_json(_read_limited(Path(path), max_bytes), object_pairs_hook=_unique_fields)
+        value = parse_json(read_text(Path(path), max_bytes), object_pairs_hook=_unique_fields)
         _check_depth(value)
         return value
     except UnicodeDecodeError as error:
@@ -31,13 +31,14 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
         raise UserError(f"{path} is {error}") from error
 
 
-def _read_limited(path: Path, max_bytes: int) -> str:
+def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """The text of a regular file. A pipe would wait for its writer, and a device might never end."""
     if not path.is_file():
         raise UserError("not a regular file" if path.exists() else "missing")
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(size + 1) if size <= max_bytes else b""  # `read` takes all the memory it may need
+    if max(size, len(data)) > max_bytes:
         raise UserError(f"larger than {max_bytes >> 20} MiB, the most that is read of such a file")
     return data.decode("utf-8")
 

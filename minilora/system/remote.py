@@ -47,25 +47,44 @@ _EXPLANATIONS = {  # name of an exception's type -> message
 
 SCHEMES = ("https", "http", "s3", "gs", "abfs", "abfss", "az", "hf")
 _EXTRAS = {"s3": "s3", "gs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}  # scheme -> minilora's
-_THIS_MACHINE = ("localhost", "127.0.0.1", "::1", None)  # None: no valid address; opening it tells
+_WRITABLE = tuple(scheme for scheme in SCHEMES if not scheme.startswith("http"))
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
 def check_scheme(address: str) -> None:
     """Raise UserError for an address that is not opened: another scheme, a chain, or http over a network."""
-    scheme = whole(address).partition("://")[0].lower()
-    name = Address(address)
-    if "::" in re.sub(r"\[[^]/]*", "", whole(address)):  # in brackets: an IPv6 address
+    text, name = whole(address), Address(address)
+    scheme, _, place = text.partition("://")
+    scheme, authority = scheme.lower(), place.partition("/")[0]
+    if "::" in re.sub(r"\[[^]/]*", "", text):  # in brackets: an IPv6 address
         raise UserError(f"{name} is a chain of addresses (::), which is never opened; name the file itself")
     if scheme not in SCHEMES:
         raise UserError(f"{name}: {scheme}:// is not supported; supported: {', '.join(SCHEMES)}")
-    if scheme == "http" and _host(address) not in _THIS_MACHINE and not os.environ.get("MINILORA_ALLOW_HTTP"):
+    if not _is_valid(text):
+        raise UserError(f"{name} is no valid address; write it as https://host/file or s3://bucket/folder")
+    if scheme == "http" and _host(text) not in _THIS_MACHINE and not os.environ.get("MINILORA_ALLOW_HTTP"):
         raise UserError(
             f"{name}: http can be read and changed on its way; use https, or set MINILORA_ALLOW_HTTP=1"
         )
-    if scheme in ("s3", "gs", "hf") and "@" in whole(address).partition("://")[2].partition("/")[0]:
+    if scheme in ("s3", "gs", "hf") and "@" in authority:
         raise UserError(
             f"{name} holds credentials, which {scheme}:// does not take from an address; {_SET_CREDENTIALS}"
         )
+
+
+def _is_valid(address: str) -> bool:
+    """Whether an address has a host or bucket, a port that exists, and no control characters."""
+    authority = address.partition("://")[2].partition("/")[0]
+    try:
+        port = urlsplit(address).port
+    except ValueError:  # an unclosed bracket, or no port
+        return False
+    has_host = bool(authority.rpartition("@")[2]) and port != 0
+    return has_host and address.isprintable() and not re.search(r"\s", authority)
+
+
+def _host(address: str) -> str | None:
+    return urlsplit(address).hostname
 
 
 def refuse_address(text: str, place: str, option: str) -> None:
@@ -93,6 +112,10 @@ def check_address(key: str, address: str) -> None:
             f"{_SET_CREDENTIALS}"
         )
     check_scheme(address)
+    if parts.scheme.lower() not in _WRITABLE:
+        raise UserError(
+            f"{key} = {address}: cannot write to {parts.scheme}://, only to {', '.join(_WRITABLE)}"
+        )
 
 
 def read_file(address: str) -> bytes:
@@ -103,13 +126,6 @@ def read_file(address: str) -> bytes:
                 return response.read()
         system, path = _open(address)
         return system.cat_file(path)
-
-
-def _host(address: str) -> str | None:
-    try:
-        return urlsplit(whole(address)).hostname
-    except ValueError:  # an unclosed bracket
-        return None
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

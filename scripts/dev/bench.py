@@ -65,6 +65,7 @@ from minilora.system.files import check_writable, write_whole
 OURS, PEER = "minilora", "transformers + bitsandbytes + PEFT"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SIZES = dict(width=512, layers=8, vocab=32000, batch=1, tokens=256, steps=5)
+LARGEST = 1_000_000  # of each of them
 
 
 def main() -> None:
@@ -83,7 +84,7 @@ def main() -> None:
         report["kernels"] = time_kernels(placement, config)
     show(report, config, options)
     if options.output:
-        write_whole(Path(options.output), json.dumps(report, indent=2) + "\n")
+        write_whole(options.output, json.dumps(report, indent=2) + "\n")
         print(f"written to {options.output}")
 
 
@@ -101,12 +102,15 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--fp16", action="store_true", help="compute in float16")
     parser.add_argument("--peer", action="store_true", help=f"time {PEER} too")
-    parser.add_argument("--output", help="write all figures to this JSON file")
+    parser.add_argument("--output", type=local_path, help="write all figures to this JSON file")
     options = parser.parse_args()
-    if min(getattr(options, name) for name in SIZES) < 1 or options.width % 64:
-        raise UserError("sizes must be at least 1 and --width a multiple of 64")
+    for name in SIZES:
+        if not 1 <= getattr(options, name) <= LARGEST:
+            raise UserError(f"--{name} must be from 1 to {LARGEST:,}, not {getattr(options, name)}")
+    if options.width % 64:
+        raise UserError(f"--width must be a multiple of 64, not {options.width}")
     if options.output:
-        check_writable("--output", Path(options.output))
+        check_writable("--output", options.output)
     return options
 
 

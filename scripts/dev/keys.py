@@ -25,7 +25,7 @@ from minilora.formats.config_fields import (
 from minilora.formats.peft_format import PEFT_CHANGES_NOTHING, PEFT_HONOURED, PEFT_INIT, PEFT_MUST_BE_OFF
 from minilora.run.llama_factory import DEFAULTS, INSTEAD, NEEDED, NO_EFFECT, TRANSLATED, VALUES
 from minilora.run.settings import ALIASES, SWITCHES, documented_keys
-from minilora.system.errors import run_script
+from minilora.system.errors import ArgumentParser, run_script
 from minilora.system.files import write_whole
 from minilora.system.schema import Field
 
@@ -34,6 +34,7 @@ PAGE, FIELDS_PAGE = DOCS / "keys.md", DOCS / "config_fields.md"
 
 
 def main() -> None:
+    ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # it has no options
     for path, text in ((PAGE, page()), (FIELDS_PAGE, fields_page())):
         write_whole(path, text)
         print(f"written: {path}")

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import io
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -44,7 +43,7 @@ from minilora.quantization import (
     quantize_definition,
 )
 from minilora.recompute import POLICIES
-from minilora.system.errors import ArgumentParser, run_script
+from minilora.system.errors import ArgumentParser, local_path, run_script
 from minilora.system.files import write_whole
 
 WEIGHT = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
@@ -56,8 +55,8 @@ MISTRAL_7B |= dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_h
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     directory_help = "directory of the PNG files (default: %(default)s)"
-    parser.add_argument("--output", default="docs/pictures", help=directory_help)
-    directory = Path(parser.parse_args().output)
+    parser.add_argument("--output", type=local_path, default="docs/pictures", help=directory_help)
+    directory = parser.parse_args().output
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -37,7 +37,7 @@ from world import Person, documents, people, questions
 from minilora.config import ModelConfig
 from minilora.formats.weights import save_model
 from minilora.model import CausalLM
-from minilora.system.errors import ArgumentParser, UserError, run_script
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import write_whole
 
 BOS, EOS = 1, 2
@@ -80,7 +80,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     steps_help, seed_help = f"steps of {ROW * ROWS} tokens", "of the world, the texts and the initial weights"
-    parser.add_argument("--output", default="assets", help="folder to write to (default: assets)")
+    parser.add_argument(
+        "--output", type=local_path, default="assets", help="folder to write to (default: assets)"
+    )
     parser.add_argument("--steps", type=int, default=2400, help=steps_help + " (default: 2400)")
     parser.add_argument("--seed", type=int, default=0, help=seed_help + " (default: 0)")
     arguments = parser.parse_args()

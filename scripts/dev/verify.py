@@ -90,7 +90,7 @@ def main() -> None:
     failed = verdicts.count("FAILED")
     print(f"\n{failed} of {len(verdicts)} rows FAILED" if failed else f"\nall {len(verdicts)} rows are ok")
     if options.output:
-        write_whole(Path(options.output), "\n\n".join(sections) + "\n")
+        write_whole(options.output, "\n\n".join(sections) + "\n")
     sys.exit(1 if failed else 0)
 
 
@@ -100,7 +100,7 @@ def parse_options() -> argparse.Namespace:
     families, default = (*FAMILIES, "all"), "; default: %(default)s"
     subject.add_argument("--family", choices=families, default="llama", help="of the random model" + default)
     subject.add_argument("--model", help="directory with unquantized weights, instead of a random model")
-    parser.add_argument("--output", help="Markdown file to write")
+    parser.add_argument("--output", type=local_path, help="Markdown file to write")
     parser.add_argument("--steps", type=int, default=20, help="steps of each optimizer" + default)
     parser.add_argument("--seed", type=int, default=0, help="of everything random" + default)
     return parser.parse_args()
@@ -108,17 +108,10 @@ def parse_options() -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Raise UserError for every mistake that can be seen before the first number."""
-    for oracle in ("transformers", "peft", "bitsandbytes"):
-        try:
-            import_module(oracle)
-        except ImportError as error:
-            fix = 'pip install -c constraints.txt -e ".[test]"'
-            message = f"{oracle}, with which this script compares, cannot be imported ({error}): {fix}"
-            raise UserError(message) from error
     if options.steps < 2 or options.seed < 0:
         raise UserError(f"--steps {options.steps} must be at least 2, --seed {options.seed} at least 0")
     if options.output:
-        check_writable("--output", Path(options.output))
+        check_writable("--output", options.output)
     if options.model:
         read_config(Path(options.model))
         stored, model = StoredTensors(Path(options.model)), options.model
@@ -131,6 +124,13 @@ def check(options: argparse.Namespace) -> None:
             if name.startswith("model.layers.") and len(shape) == 2 and shape[1] % 64:
                 width = f"{shape[1]} wide, no multiple of 64"
                 raise UserError(f"{name} in {model} is {width}: bitsandbytes would misread it")
+    for oracle in ("transformers", "peft", "bitsandbytes"):
+        try:
+            import_module(oracle)
+        except ImportError as error:
+            fix = 'pip install -c constraints.txt -e ".[test]"'
+            message = f"{oracle}, with which this script compares, cannot be imported ({error}): {fix}"
+            raise UserError(message) from error
 
 
 # ---- the two sides -------------------------------------------------------------------------------------
