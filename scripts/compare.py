@@ -26,11 +26,13 @@ from minilora.run.yaml_file import read_yaml
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_picture, read_json_lines
 from minilora.system.redaction import without_secrets
+from minilora.system.schema import Field, read_fields, shown_name
 
 # A resumed run may change the settings in MAY_CHANGE; most of them only say where and how often it writes.
 # The table hides those, but not the ones that tell a reader what was trained and how.
 SHOWN = set("model_name_or_path model_revision dataset eval_dataset bf16 fp16 gradient_checkpointing".split())
 HIDDEN = MAY_CHANGE - SHOWN
+RECORD = {"step": Field(int, "finished optimizer steps", required=True, low=0, high=10**12)}
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,8 @@ class Run:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="+", metavar="DIRECTORY", help="output_dir of a training run")
-    parser.add_argument(
-        "--output", type=local_path, default="compare.png", help="file of the picture (default: %(default)s)"
-    )
+    picture_help = "file of the picture (default: %(default)s)"
+    parser.add_argument("--output", type=local_path, default="compare.png", help=picture_help)
     options = parser.parse_args()
     output = options.output
     check_picture("--output", output)
@@ -83,12 +84,12 @@ def read_run(directory: Path) -> Run:
     path, settings_path = directory / METRICS_FILE, directory / SETTINGS_FILE
     records = read_json_lines(path)
     for number, record in enumerate(records, start=1):
-        if not (
-            isinstance(record, dict)
-            and "step" in record
-            and all(isinstance(v, (int, float)) for v in record.values())
-        ):
-            raise UserError(f"{path}, line {number} is not a record: it must hold a step and numbers")
+        try:
+            read_fields(record, RECORD)
+            for name, value in record.items():
+                Field(float, "a measurement").read(shown_name(name), value)
+        except UserError as error:
+            raise UserError(f"{path}, line {number} is not a record: {error}") from error
     if not records:
         raise UserError(f"{path} is empty: the run has recorded nothing yet")
     if not settings_path.exists():

@@ -87,10 +87,11 @@ def read_json_lines(path: Path) -> list[Any]:
     values, lines = [], path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            values.append(json.loads(line))
-        except ValueError as error:
+            values.append(parse_json(line.decode("utf-8")))
+        except (UserError, UnicodeDecodeError) as error:
             if number < len(lines) or line.endswith(b"\n"):
-                raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
+                problem = error if isinstance(error, UserError) else f"not valid JSON: {error}"
+                raise UserError(f"{path}, line {number} is {problem}") from error
     return values
 
 

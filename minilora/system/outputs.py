@@ -46,7 +46,11 @@ def whole_output(name: str, output: Path, replaced: Collection[str] = ()) -> Ite
     check_output(name, output)
     output = Path(os.path.realpath(output))  # the target of a link, not the link, is replaced
     workshop = _workshop(output)
-    workshop.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in (workshop, *workshop.parents) if not folder.exists()]
+    try:
+        workshop.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{name} {output} cannot be written: {error.strerror}") from error
     try:
         with locked(name, workshop):
             _finish_swap(output)
@@ -60,8 +64,9 @@ def whole_output(name: str, output: Path, replaced: Collection[str] = ()) -> Ite
             finally:
                 _empty(workshop)
     finally:
-        with contextlib.suppress(OSError):  # Another process has begun to use it.
-            workshop.rmdir()
+        for folder in made or [workshop]:
+            with contextlib.suppress(OSError):  # It holds the output, or another process has begun to use it.
+                folder.rmdir()
 
 
 def check_output(name: str, output: Path) -> None:

@@ -59,7 +59,7 @@ from minilora.optim import OPTIMIZERS, make_optimizer
 from minilora.quantization import quantize_4bit
 from minilora.recompute import POLICIES, set_recompute
 from minilora.system.device import Placement, choose_placement, memory_used
-from minilora.system.errors import ArgumentParser, run_script
+from minilora.system.errors import ArgumentParser, local_path, run_script
 from minilora.system.files import check_writable, write_whole
 
 OURS, PEER = "minilora", "transformers + bitsandbytes + PEFT"

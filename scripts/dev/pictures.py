@@ -59,8 +59,9 @@ def main() -> None:
     directory = parser.parse_args().output
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--output {directory}: a file is in the way; name another directory") from error
+    except OSError as error:
+        message = f"--output {directory} cannot be created ({error.strerror}): name another directory"
+        raise UserError(message) from error
     matplotlib.use("Agg")
     for draw in (draw_codes, draw_error, draw_lora, draw_memory):
         path = directory / (draw.__name__.removeprefix("draw_") + ".png")

@@ -51,7 +51,7 @@ from minilora.loss import IGNORE_INDEX, causal_lm_loss
 from minilora.optim import AdamW8bit, Schedule, make_optimizer, set_learning_rate
 from minilora.quantization import QUANT_TYPES, four_bit_code
 from minilora.recompute import set_recompute
-from minilora.system.errors import ArgumentParser, run_script
+from minilora.system.errors import ArgumentParser, local_path, run_script
 from minilora.system.files import check_writable, write_whole
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # (ours, theirs)

@@ -116,7 +116,7 @@ def cases() -> Iterator[Case]:
 
 
 WORDS = {
-    "r": "r = |lora_rank|rank|model needs|key r",
+    "r": "r = |r must|lora_rank|rank|model needs|key r",
     "target_modules": "target",
     "use_dora": "use_dora|lora_magnitude_vector",
 }

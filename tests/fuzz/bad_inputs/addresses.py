@@ -148,7 +148,8 @@ def _bases() -> Iterator[Case]:
         change = set_keys("adapter/adapter_config.json", base_model_name_or_path=address)
         title = f"{command.split()[0]}: the adapter's base is {address[:60]!a}"
         secret = SECRET if SECRET in address else None
-        yield make_case(KIND, title, command, "--model", change=change, secret=secret)
+        said = "--model" if address.isprintable() and len(address) <= 1000 else "base_model_name_or_path"
+        yield make_case(KIND, title, command, said, change=change, secret=secret)
     yield make_case(
         KIND,
         "lint_adapter: --model is a pipe's address",
