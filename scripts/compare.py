@@ -87,7 +87,8 @@ def read_run(directory: Path) -> Run:
         try:
             read_fields(record, RECORD)
             for name, value in record.items():
-                Field(float, "a measurement").read(shown_name(name), value)
+                if type(value) is not float:  # of which even NaN is a measurement
+                    Field(float, "a measurement").read(shown_name(name), value)
         except UserError as error:
             raise UserError(f"{path}, line {number} is not a record: {error}") from error
     if not records:

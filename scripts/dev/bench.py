@@ -60,7 +60,7 @@ from minilora.quantization import quantize_4bit
 from minilora.recompute import POLICIES, set_recompute
 from minilora.system.device import Placement, choose_placement, memory_used
 from minilora.system.errors import ArgumentParser, local_path, run_script
-from minilora.system.files import check_writable, write_whole
+from minilora.system.files import check_writable, refuse_overwrite, write_whole
 
 OURS, PEER = "minilora", "transformers + bitsandbytes + PEFT"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -76,6 +76,8 @@ def main() -> None:
             options.model = f"{folder}/model"
             write_random_model(options)
         config = read_config(Path(options.model))
+        if options.output:
+            refuse_overwrite("--output", options.output, Path(options.model).iterdir())
         report = describe(options, placement, config)
         for name, value in report.items():
             pairs = value.items() if isinstance(value, dict) else ()

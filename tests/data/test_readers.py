@@ -265,12 +265,12 @@ def test_a_password_goes_to_no_server_that_an_address_points_to(server):
     [
         (
             "http://me:secret@[::1/x.jsonl?key=secret",
-            "http://[::1/x.jsonl cannot be read: InvalidURL; is the address right?",
+            "http://[::1/x.jsonl is no valid address; write it as https://host/file",
         ),
-        ("https://[secret@/x.jsonl", "https:///x.jsonl cannot be read: InvalidURL; is the address right?"),
+        ("https://[secret@/x.jsonl", "https:///x.jsonl is no valid address; write it as https://host/file"),
         (
             "https://h:port/x.jsonl",
-            "https://h:port/x.jsonl cannot be read: InvalidURL; is the address right?",
+            "https://h:port/x.jsonl is no valid address; write it as https://host/file",
         ),
         ("{server}/private/a.jsonl", "/private/a.jsonl cannot be read: the server answers 401"),
         ("{server}/data/b.jsonl?key=secret", "/data/b.jsonl cannot be read: the server answers 404"),
@@ -279,7 +279,7 @@ def test_a_password_goes_to_no_server_that_an_address_points_to(server):
             "http://127.0.0.1:9/b.jsonl cannot be read: Connection refused",
         ),
         ("http://me:secret@127.0.0.1:9/b.jsonl", "http://127.0.0.1:9/b.jsonl cannot be read"),
-        ("https://no host/b.jsonl", "cannot be read: InvalidURL; is the address right?"),
+        ("https://no host/b.jsonl", "is no valid address; write it as https://host/file"),
         ("{server}/data", "ends in ''; supported"),
         ("mars://base/a.jsonl", "mars://base/a.jsonl: mars:// is not supported; supported: https, http, s3"),
     ],

@@ -164,7 +164,6 @@ CONFIGS = {
     "an empty object": lambda text: "{}",
     "NaN": lambda text: "NaN",
     "a text": lambda text: '"x"',
-    "a key twice, the same": lambda text: text[:-2] + ', "r": 4}',
     "a key twice, different": lambda text: text[:-2] + ', "r": 5}',
     "5,000 digits": lambda text: text.replace('"r": 4', '"r": ' + "9" * 5000),
     "100,000 brackets": lambda text: "[" * 100_000,
@@ -266,6 +265,13 @@ def test_the_linter_is_stricter_than_peft_where_peft_takes_a_wrong_value_by_chan
     change_config(place, **{key: STRICTER[key]})
     assert in_peft(place, theirs) == "loads"
     assert verdicts_for_peft(place, None)
+
+
+def test_a_key_that_is_set_twice_is_refused_although_peft_takes_the_last_value(place, theirs):
+    path = place / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text()[:-2] + ', "r": 4}')
+    assert in_peft(place, theirs) == "loads"
+    assert verdicts_for_peft(place, None) == {WILL_NOT_LOAD}
 
 
 def test_an_initialisation_that_would_take_peft_years_is_refused(place):

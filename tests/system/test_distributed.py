@@ -170,7 +170,8 @@ def test_a_variable_that_torchrun_would_not_set_is_one_line_with_its_value(place
     with pytest.raises(UserError) as raised:
         join_processes()
     said = str(raised.value)
-    assert f"{name} is {value!r}, which" in said or f"{name} = {value!r} is the name of no computer" in said
+    shown = repr(value if len(value) <= 80 else value[:80] + "...")
+    assert f"{name} is {shown}, which" in said or f"{name} = {shown} is the name of no computer" in said
     assert "start the processes with torchrun, or unset WORLD_SIZE" in said and "\n" not in said
     assert not torch.distributed.is_initialized()
 

@@ -41,7 +41,7 @@ OVER_INPUTS = {  # command: how the files are made, and a word
         write("out/training_config.yaml", "model: model\ndataset: train.jsonl\n"), "training_config.yaml"),
     f"{AGAIN} --dataset prepared/train.jsonl --output prepared": (nothing, "prepared"),
     f"{AGAIN} --dataset ./prepared/../prepared/train.jsonl --output prepared": (nothing, "prepared"),
-    f"{AGAIN} --dataset train.jsonl --output .": (nothing, "train.jsonl"),
+    f"{AGAIN} --dataset train.jsonl --output .": (nothing, "train.jsonl|working directory"),
     f"{PREPARE} prepared": (nothing, "prepared"),
     "merge --adapter adapter --output model": (nothing, "model"),
     "merge --adapter adapter --output adapter": (nothing, "adapter"),
