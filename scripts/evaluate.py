@@ -43,11 +43,12 @@ from minilora.inference.evaluation import (
     load_metric,
     perplexity_of,
 )
-from minilora.inference.load import BASE, InferenceSetup, add_model_options, names_of, prepare_inference
+from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
 from minilora.run.datasets import read_mixed, token_settings, tokenize_rows
 from minilora.run.output_dir import SETTINGS_FILE
+from minilora.run.settings import parse_arguments
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 from minilora.system.remote import refuse_address
@@ -94,7 +95,7 @@ def main() -> None:
     if source is None:
         raise UserError("dataset is missing; name the examples to evaluate on with --dataset FILE")
     names = [name for name, _ in parse_datasets(source)]
-    if not options.dataset and not {"eval_dataset", "config"} & names_of(keys):
+    if not options.dataset and not {"eval_dataset", "config"} & parse_arguments(keys).keys():
         for name in names:
             refuse_address(name, f"the adapter's {SETTINGS_FILE}", "--dataset")
     if options.output:

@@ -48,7 +48,7 @@ from minilora.run.tracker import METRICS_FILE
 from minilora.run.yaml_file import read_yaml
 from minilora.system.children import tied_environment
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize, until_end
-from minilora.system.files import check_writable, read_json_lines, write_whole
+from minilora.system.files import check_writable, read_json_lines, refuse_overwrite, write_whole
 from minilora.system.locks import check_unlocked, locked
 from minilora.system.redaction import without_secrets
 from minilora.system.schema import shown
@@ -115,6 +115,7 @@ def prepare_runs(config: Path) -> list[Run]:
         for run in runs
     ]
     for run, text in zip(runs, texts, strict=True):
+        refuse_overwrite("the sweep's", run.file, [config])
         check(run, text, config)
     parent.mkdir(parents=True, exist_ok=True)
     until_end.enter_context(locked("output_dir", parent))

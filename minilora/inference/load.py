@@ -32,7 +32,7 @@ from minilora.lora import set_adapter
 from minilora.model import CausalLM
 from minilora.run.describe import describe_weights
 from minilora.run.output_dir import SETTINGS_FILE
-from minilora.run.settings import TrainConfig, load_train_config
+from minilora.run.settings import TrainConfig, load_train_config, parse_arguments
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.device import choose_placement
 from minilora.system.errors import ArgumentParser, UserError
@@ -54,6 +54,7 @@ class InferenceSetup:
     model_config: ModelConfig  # of the base model
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    config_file: str | None  # that the user gave with --config
 
     @property
     def first_adapter(self) -> str | None:
@@ -64,7 +65,8 @@ class InferenceSetup:
         """The files that are read: of the model, and of the adapters and their runs."""
         names = "config.json", "*.safetensors*", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
         directories = self.base, *self.adapters.values()
-        return [file for directory in directories for name in names for file in directory.glob(name)]
+        found = [file for directory in directories for name in names for file in directory.glob(name)]
+        return [*found, Path(self.config_file)] if self.config_file else found
 
     def load_model(self) -> CausalLM:
         """The frozen model on this machine's device, in evaluation mode, with every adapter loaded."""
@@ -101,7 +103,8 @@ def prepare_inference(
     base = find_base(model, adapters.values())
     tokenizer = load_adapted_tokenizer(base, adapters)
     template = load_chat_template(config.template, tokenizer, now=now)
-    return InferenceSetup(adapters, config, base, read_config(base), tokenizer, template)
+    config_file = parse_arguments(keys).get("config")
+    return InferenceSetup(adapters, config, base, read_config(base), tokenizer, template, config_file)
 
 
 def find_adapters(entries: Sequence[str]) -> dict[str, Path]:
@@ -164,13 +167,9 @@ def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **overrid
         if (directory / SETTINGS_FILE).exists():
             overrides["config"] = str(directory / SETTINGS_FILE)
             break
-    words = [f"--{name}={value}" for name, value in overrides.items() if name not in names_of(keys)]
+    given = parse_arguments(keys)
+    words = [f"--{name}={value}" for name, value in overrides.items() if name not in given]
     return load_train_config([*words, *keys])
-
-
-def names_of(keys: Sequence[str]) -> set[str]:
-    """The names of the trainer's keys on a command line."""
-    return {key[2:].partition("=")[0].replace("-", "_") for key in keys if key.startswith("--")}
 
 
 def load_adapted_tokenizer(base: Path, adapters: Mapping[str, Path]) -> Tokenizer:

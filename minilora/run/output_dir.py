@@ -76,7 +76,10 @@ def open_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
             (directory / f"{name}.part").unlink(missing_ok=True)
         if not _contains(directory, checkpoint):
             for path in files_of_a_run(directory):
-                delete_checkpoint(path) if path.is_dir() else path.unlink()
+                if path.is_dir():
+                    delete_checkpoint(path)
+                elif path.name != SETTINGS_FILE:  # It may be the --config of this run; it is replaced whole.
+                    path.unlink()
         write_whole(directory / SETTINGS_FILE, config.to_yaml(), private=config.names_an_address())
     except OSError as error:
         raise UserError(f"output_dir {directory} cannot be written: {error.strerror}") from error

@@ -25,7 +25,7 @@ _SECONDS = Field(float, "a time", required=True, low=0, high=_MOST)
 _OBJECT = Field(dict, "an object", required=True)
 
 _STATE = {
-    "step": _COUNT,
+    "step": Field(int, "finished steps", required=True, low=1, high=_MOST),
     "seconds": _SECONDS,
     "best": _OBJECT,
     "optimizer": _OBJECT,
@@ -147,7 +147,9 @@ def _check_moments(name: str, state: object, parameter: Tensor, optimizer: torch
             for part, (dtype, shape) in layout.items()
         }
         if same_tensors(parts, expected):
-            return
+            if all(part.isfinite().all() for part in parts.values()):
+                return
+            raise UserError(f"{name} is infinite or NaN in places")
     raise UserError(f"{name} does not hold the moments of a parameter of shape {tuple(parameter.shape)}")
 
 

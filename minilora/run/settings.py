@@ -312,7 +312,7 @@ def load_train_config(arguments: list[str], default_file: Path | None = None) ->
 
     `default_file` is read if the command line names no config, model or dataset.
     """
-    arguments_given = _parse_arguments(arguments)
+    arguments_given = parse_arguments(arguments)
     file = arguments_given.pop("config", None)
     if file in (True, ""):
         raise UserError("--config names no file; write --config run.yaml")
@@ -330,7 +330,7 @@ def load_train_config(arguments: list[str], default_file: Path | None = None) ->
     return TrainConfig(**{name: _coerce(name, value, annotations[name]) for name, value in values.items()})
 
 
-def _parse_arguments(arguments: list[str]) -> dict[str, object]:
+def parse_arguments(arguments: list[str]) -> dict[str, object]:
     """The keys of a command line: `--key value`, `--key=value`, or `--flag` alone for true."""
     values: dict[str, object] = {}
     rest = list(arguments)

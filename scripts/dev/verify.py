@@ -52,7 +52,7 @@ from minilora.optim import AdamW8bit, Schedule, make_optimizer, set_learning_rat
 from minilora.quantization import QUANT_TYPES, four_bit_code
 from minilora.recompute import set_recompute
 from minilora.system.errors import ArgumentParser, local_path, run_script
-from minilora.system.files import check_writable, write_whole
+from minilora.system.files import check_writable, refuse_overwrite, write_whole
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # (ours, theirs)
 
@@ -114,6 +114,8 @@ def check(options: argparse.Namespace) -> None:
         check_writable("--output", options.output)
     if options.model:
         read_config(Path(options.model))
+        if options.output:
+            refuse_overwrite("--output", options.output, Path(options.model).iterdir())
         stored, model = StoredTensors(Path(options.model)), options.model
         if stored.quantized:
             raise UserError(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.families import FAMILIES, relative_error, transformers_model
 from support.tiny import ids, tiny_model
 
-from minilora import CausalLM, UserError, load_model, save_model
+from minilora import CausalLM, QuantConfig, UserError, load_model, save_model
 from minilora.formats.config_json import parse_config
 
 TOLERANCE = 1e-5  # float32 sums in another order, as in test_model
@@ -226,3 +226,33 @@ def test_ten_million_layers_are_refused_before_one_is_built(directory):
         UserError, match="config.json: num_hidden_layers must be a whole number from 1 to 10,000"
     ):
         load_model(directory)
+
+
+@pytest.mark.parametrize(
+    "quant", [None, QuantConfig(), QuantConfig(quant_type="fp4", double_quant=False), QuantConfig(bits=8)]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_a_number_that_is_not_finite_is_found_when_the_model_is_read(directory, quant, value, name):
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="infinite or NaN") as error:
+        load_model(directory, quant)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_scale_that_is_not_finite_is_found_in_files_of_4_bits(directory, tmp_path, double_quant):
+    model = load_model(directory, QuantConfig(double_quant=double_quant))
+    save_model(model, tmp_path / "quantized")
+    path = tmp_path / "quantized" / "model.safetensors"
+    tensors = load_file(path)
+    ending = "nested_absmax" if double_quant else "absmax"
+    name = next(name for name in tensors if name.endswith(f".{ending}"))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="holds infinities or NaN"):
+        load_model(tmp_path / "quantized")

@@ -428,9 +428,10 @@ DELETED = object()
 WRONG = [
     (lambda tree, tensors: [], "it must hold a JSON object"),
     (put(["step"], DELETED), "the key step is missing"),
-    (put(["step"], -1), "step must be a whole number from 0"),
-    (put(["step"], 10**18), "step must be a whole number from 0"),
-    (put(["step"], True), "step must be a whole number from 0"),
+    (put(["step"], -1), "step must be a whole number from 1"),
+    (put(["step"], 0), "step must be a whole number from 1"),
+    (put(["step"], 10**18), "step must be a whole number from 1"),
+    (put(["step"], True), "step must be a whole number from 1"),
     (put(["best"], {"loss": 1.0}), "the key best.step is missing"),
     (put(["best", "loss"], math.nan), "best.loss must be a number"),
     (put(["best", "step"], "../../x"), "best.step must be a whole number"),

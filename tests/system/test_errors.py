@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import UserError
-from minilora.system.errors import ArgumentParser, one_line
+from minilora.system.errors import ArgumentParser, local_path, one_line, printable
 
 
 @given(st.text(max_size=3000))
@@ -75,3 +75,30 @@ def test_options_hide_the_secrets_of_addresses_in_lists_too(names):
     words = ["--one", secret, *(w for name in names for w in (f"--many={name}", f"--many={secret}"))]
     options, _ = parser.parse_known_args(words)
     assert not re.search("QQSECRETQQ", repr(options))
+
+
+def test_an_option_that_is_given_twice_names_itself_and_lists_and_switches_may_be_repeated():
+    parser = ArgumentParser()
+    parser.add_argument("--one", "--first")
+    parser.add_argument("--many", action="append")
+    parser.add_argument("--switch", action="store_true")
+    for words in (["--one", "a", "--one", "b"], ["--one=a", "--first", "b"]):
+        with pytest.raises(UserError, match="--one is given twice"):
+            parser.parse_known_args(words)
+    options, _ = parser.parse_known_args(["--many", "a", "--many", "b", "--switch", "--switch", "--one", "c"])
+    assert (options.many, options.switch, options.one) == (["a", "b"], True, "c")
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://key:QQSECRETQQ@bucket/a", "https://host/a?sig=QQSECRETQQ", "file:///a"]
+)
+def test_an_option_for_a_path_takes_no_address_and_repeats_no_secret(address):
+    parser = ArgumentParser()
+    parser.add_argument("--output", type=local_path)
+    with pytest.raises(UserError, match="--output.* is an address; name a path on this machine") as error:
+        parser.parse_known_args(["--output", address])
+    assert "QQSECRETQQ" not in str(error.value)
+
+
+def test_text_for_a_terminal_keeps_what_is_asked_for():
+    assert printable("a\n\tb\x1b[2J\r\u202e", keep="\n\t") == "a\n\tb\\x1b[2J\\r\\u202e"

@@ -193,3 +193,21 @@ def test_a_place_where_nothing_can_be_swapped_is_refused_early_and_unchanged(
         with pytest.raises(UserError, match=said):
             attempt()
     assert tree(tmp_path) == before
+
+
+def test_folders_that_were_made_for_an_output_that_fails_are_removed(tmp_path):
+    with pytest.raises(RuntimeError), whole_output("--output", tmp_path / "a" / "b" / "out") as part:
+        part.mkdir()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_below_a_file_names_the_option(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "file" / "out")
+    for output in (tmp_path / "file" / "out", tmp_path / "link"):
+        with (
+            pytest.raises(UserError, match="--output .* cannot be written"),
+            whole_output("--output", output),
+        ):
+            pass

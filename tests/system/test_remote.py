@@ -35,6 +35,13 @@ def no_network(monkeypatch):
         ("http://127.0.0.1.host.org/a.jsonl", "use https, or set MINILORA_ALLOW_HTTP=1"),
         ("HTTP://HOST/a.jsonl", "use https, or set MINILORA_ALLOW_HTTP=1"),
         ("s3://key:secret@bucket/a.jsonl", "credentials"),
+        ("s3:///a.jsonl", "is no valid address"),
+        ("https:///a.jsonl", "is no valid address"),
+        ("https://host:99999/a.jsonl", "is no valid address"),
+        ("https://[::1/a.jsonl", "is no valid address"),
+        ("https://a host/a.jsonl", "is no valid address"),
+        ("https://host/\r\nHost: other/a.jsonl", "is no valid address"),
+        ("https://host/\x1b[2Ja.jsonl", "is no valid address"),
         ("hf://hf_secretsecret@datasets/owner/name/a.jsonl", "credentials"),
     ],
 )
@@ -98,3 +105,11 @@ def test_an_address_to_write_to_holds_no_secret(address):
         with pytest.raises(UserError, match="put credentials into the environment") as error:
             check_address("upload", given)
         assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://host/folder", "http://localhost/folder", "file:///folder", "s3://"]
+)
+def test_what_cannot_be_written_to_is_refused_before_any_connection(no_network, address):
+    with pytest.raises(UserError, match="cannot write to|not supported|no valid address"):
+        check_address("upload", address)

@@ -99,7 +99,7 @@ TENSOR_EDITS = {  # with right digests
     "the header lies": edit_header(TENSORS, lambda header: b"{nonsense"),
 }  # fmt: skip
 ADAPTERS = {  # with right digests
-    "its adapter has another rank": (set_keys(CONFIG, r=3), "rank|model needs"),
+    "its adapter has another rank": (set_keys(CONFIG, r=3), "r = 3"),
     "its adapter has other targets": (set_keys(CONFIG, target_modules=["o_proj"]), "o_proj|target"),
     "its adapter is no LoRA": (set_keys(CONFIG, peft_type="LOHA"), "peft_type"),
     "its adapter's alpha is NaN": (set_keys(CONFIG, lora_alpha=nan), "lora_alpha"),

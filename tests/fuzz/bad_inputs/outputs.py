@@ -37,8 +37,6 @@ OVER_INPUTS = {  # command: how the files are made, and a word
     f"{TRAIN} --output_dir run": (nothing, "run"),
     f"{TRAIN} --output_dir out --overwrite_output_dir --dataset out/metrics.jsonl": (
         write("out/metrics.jsonl", '{"prompt": "a", "completion": "b"}\n' * 4), "metrics.jsonl"),
-    "train --output_dir out --overwrite_output_dir --config out/training_config.yaml": (
-        write("out/training_config.yaml", "model: model\ndataset: train.jsonl\n"), "training_config.yaml"),
     f"{AGAIN} --dataset prepared/train.jsonl --output prepared": (nothing, "prepared"),
     f"{AGAIN} --dataset ./prepared/../prepared/train.jsonl --output prepared": (nothing, "prepared"),
     f"{AGAIN} --dataset train.jsonl --output .": (nothing, "train.jsonl|working directory"),
