@@ -34,11 +34,12 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
-    tests: str  # files of tests, and perhaps -k EXPRESSION
+    tests: str  # files of tests, and perhaps -k WORD
 
 
 REDACTION, REMOTE, ERRORS = (f"minilora/system/{name}.py" for name in ("redaction", "remote", "errors"))
 FILES, LOAD = "minilora/system/files.py", "minilora/inference/load.py"
+SCHEMA = "minilora/system/schema.py"
 TRUST = "tests/scripts/test_trust.py"
 
 MUTANTS = [
@@ -81,6 +82,41 @@ MUTANTS = [
     Mutant("minilora/run/settings.py", "if any(isinstance(text, str) and not text.strip() for text in texts):", "if False:", TRUST),
     Mutant(ERRORS, 'if word == "" or re.fullmatch(r"--[\\w-]+=", word):', 'if word == "":', "tests/system/test_errors.py"),
     Mutant("minilora/run/report.py", 'r"[\\\\`*\\[\\]<>|&~]', 'r"[\\\\`*\\[\\]|&~]', TRUST),
+    # ---- tables of fields ----
+    Mutant(SCHEMA, "type(value) not in kinds or not", "not isinstance(value, kinds) or not", "tests/system/test_schema.py"),
+    Mutant(SCHEMA, "self.low is None or self.low <= value", "self.low is None or self.low < value", "tests/system/test_schema.py"),
+    Mutant(SCHEMA, "value.isprintable() or not self.one_line", "True", "tests/system/test_schema.py"),
+    Mutant("minilora/formats/config_json.py", "if count > MAX_PARAMETERS:", "if False:", "tests/formats/test_config.py"),
+    Mutant("minilora/formats/config_json.py", "    _check_code(fields[\"auto_map\"])\n", "", "tests/formats/test_config.py"),
+    Mutant("minilora/formats/adapter.py", "if value not in (None, False, [])", "if value", "tests/formats/test_adapter.py"),
+    Mutant("minilora/formats/weights.py", "if not weight.sum(dtype=torch.float32).isfinite():", "if False:", "tests/formats/test_weights.py"),
+    Mutant("minilora/run/saved_state.py", "if all(part.isfinite().all() for part in parts.values()):", "if True:", "tests/run/test_checkpoints.py -k wrong_contents"),
+    Mutant(FILES, "if len(fields) < len(pairs):", "if False:", "tests/system/test_files.py"),
+    Mutant(FILES, "    if not path.is_file():\n", "    if False:\n", "tests/system/test_files.py"),
+    # ---- hangs and memory ----
+    Mutant("minilora/system/patterns.py", "timeout=SECONDS", "timeout=60", "tests/system/test_patterns.py"),
+    Mutant("minilora/data/jinja_sandbox.py", "_set_timer(min(seconds_left, SECONDS))", "_set_timer(3600)", "tests/data/test_template_process.py"),
+    Mutant("minilora/data/jinja_sandbox.py", '"NOFILE": 3', '"NOFILE": 99', "tests/data/test_template_process.py"),
+    Mutant("minilora/data/jinja_sandbox.py", '"AS": MEMORY, ', "", "tests/data/test_template_process.py"),
+    Mutant("minilora/data/template_process.py", "self.owner != os.getpid()", "False", "tests/data/test_template_process.py"),
+    Mutant("minilora/run/yaml_file.py", "if count > MOST_VALUES:", "if False:", "tests/run/test_yaml_file.py"),
+    Mutant("minilora/run/yaml_file.py", "if level + height > DEEPEST:", "if False:", "tests/run/test_yaml_file.py"),
+    Mutant("minilora/data/file_formats.py", "if blank > MOST_BLANK_LINES", "if False and blank > MOST_BLANK_LINES", "tests/data/test_file_formats.py"),
+    Mutant("minilora/data/file_formats.py", "if expanded > max(", "if expanded > 99 * max(", "tests/data/test_file_formats.py"),
+    Mutant("scripts/sweep.py", "> MOST_RUNS:", "> 10 * MOST_RUNS:", "tests/scripts/test_sweep.py"),
+    # ---- processes and files ----
+    Mutant("minilora/system/locks.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "tests/system/test_locks.py"),
+    Mutant("minilora/system/locks.py", "if _is_still(descriptor, path):", "if True:", "tests/system/test_locks.py"),
+    Mutant("minilora/system/locks.py", 'getattr(os, "O_NOFOLLOW", 0)', "0", "tests/system/test_locks.py"),
+    Mutant("minilora/system/outputs.py", "            _finish_swap(output)\n", "", "tests/system/test_outputs.py"),
+    Mutant("minilora/system/outputs.py", "elif not _exchange(new, output):", "else:", "tests/system/test_outputs.py"),
+    Mutant("minilora/system/outputs.py", "if os.path.lexists(workshop) and not _is_mine(workshop):", "if False:", "tests/system/test_outputs.py"),
+    Mutant("minilora/system/children.py", "ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)", "pass", "tests/system/test_signals.py"),
+    Mutant("minilora/system/signals.py", "ignored = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN", "ignored = hangup is None", "tests/system/test_signals.py"),
+    Mutant("minilora/system/cache.py", "if status.st_uid not in (0, os.getuid()):", "if False:", "tests/system/test_cache.py"),
+    Mutant("minilora/system/cache.py", "if _others_may_write(status) and (part == directory or", "if _others_may_write(status) and (False and", "tests/system/test_cache.py"),
+    Mutant("minilora/backend/library.py", 'is_ours and path.stem.rpartition("-")[2] == hashlib', 'is_ours or path.stem.rpartition("-")[2] == hashlib', "tests/core/test_library.py"),
+    Mutant("minilora/backend/library.py", "if not stat.S_ISREG(status.st_mode) or", "if", "tests/core/test_library.py"),
 ]  # fmt: skip
 
 
@@ -106,7 +142,9 @@ def survives(mutant: Mutant, copy: Path) -> bool:
 
 def main() -> None:
     workers = min(2, os.cpu_count() or 1)
-    chosen = [mutant for mutant in MUTANTS if all(word in repr(mutant) for word in sys.argv[1:])]
+    chosen = [
+        mutant for mutant in MUTANTS if not sys.argv[1:] or any(word in repr(mutant) for word in sys.argv[1:])
+    ]
     with tempfile.TemporaryDirectory() as directory:
         copies = [Path(directory) / str(i) for i in range(workers)]
         for copy in copies:

@@ -155,6 +155,8 @@ def saved(tmp_path, **config):
             "adapter_config.json: base_model_name_or_path must be text",
         ),
         (dict(r=10**18), "adapter_config.json: r must be a whole number from 1 to 65,536, not 1000000000"),
+        (dict(modules_to_save={}), "adapter_config.json: modules_to_save = {} is not supported"),
+        (dict(rank_pattern=[1]), "adapter_config.json: rank_pattern = [1] is not supported"),
         (dict(r=True), "adapter_config.json: r must be a whole number from 1 to 65,536, not True"),
         (dict(r=2.0), "adapter_config.json: r must be a whole number from 1 to 65,536, not 2.0"),
         (dict(lora_alpha=True), "adapter_config.json: lora_alpha must be a number above 0, not True"),

@@ -467,6 +467,7 @@ WRONG = [
     (put(["optimizer", "param_groups", 0, "params"], [0]), "optimizer.param_groups are not those"),
     (resize("optimizer.state.#0.exp_avg", torch.zeros(3)), "of a parameter of shape (8, 64)"),
     (resize("optimizer.state.#0.exp_avg", torch.zeros(8, 64).int()), "of a parameter of shape (8, 64)"),
+    (resize("optimizer.state.#0.exp_avg_sq", torch.full((8, 64), math.nan)), "optimizer.state.0 is infinite or NaN"),
     (resize("optimizer.state.#0.step", torch.tensor(-3.0)), "optimizer.state.0.step must be a number from 0"),
     (resize("optimizer.state.#0.step", torch.tensor(math.nan)), "optimizer.state.0.step must be a number from 0"),
 ]  # fmt: skip
