@@ -19,7 +19,7 @@ fuzz: .venv-test/done       ## bad inputs over every script, and ten minutes of 
 	PYTHONPATH=.:tests:scripts:scripts/dev OMP_NUM_THREADS=1 .venv-test/bin/python -m fuzz --seconds 600
 
 mutants: .venv-test/done    ## would the tests notice? faults put in by hand, one at a time
-	.venv-test/bin/python tests/mutants.py
+	.venv-test/bin/python tests/fuzz/mutants.py
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -14,6 +14,7 @@ It has two halves, which ask for the same thing of different readers of files.
     place.py       the good files that they start from
     __main__.py    `make fuzz`: both halves for as long as you like, and a table of figures
     test_fuzz.py   the same in the suite, in under a minute
+    mutants.py     `make mutants`: faults in the modules that guard; are there tests that notice?
 
 A message is judged by its form here, and by one word that it must contain. Whether it helps is for the tests
 of each module.

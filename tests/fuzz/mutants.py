@@ -1,7 +1,7 @@
 """Would the tests notice? Faults put by hand into the modules that guard, one at a time: `make mutants`.
 
 Each mutant replaces one piece of text in one file of a copy of the project, and the tests named with it are run
-there. A mutant that they do not notice survives: then a test is missing. `tests/test_mutants.py` sees to it that
+there. A mutant that they do not notice survives: then a test is missing. `tests/fuzz/test_mutants.py` sees to it that
 every text is still there.
 """
 
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
     "minilora",
     "kernels",

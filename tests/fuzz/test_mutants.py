@@ -1,7 +1,8 @@
 """The table of mutants fits the sources: every text that a mutant replaces stands once in its file."""
 
 import pytest
-from mutants import MUTANTS, ROOT
+
+from fuzz.mutants import MUTANTS, ROOT
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file}: {mutant.old[:30]}")
