@@ -98,7 +98,7 @@ MUTANTS = [
     Mutant("minilora/data/jinja_sandbox.py", "_set_timer(min(seconds_left, SECONDS))", "_set_timer(3600)", "tests/data/test_template_process.py"),
     Mutant("minilora/data/jinja_sandbox.py", '"NOFILE": 3', '"NOFILE": 99', "tests/data/test_template_process.py"),
     Mutant("minilora/data/jinja_sandbox.py", '"AS": MEMORY, ', "", "tests/data/test_template_process.py"),
-    Mutant("minilora/data/template_process.py", "self.owner != os.getpid()", "False", "tests/data/test_template_process.py"),
+    Mutant("minilora/data/template_process.py", 'return _renderer(os.getpid()).ask(source, {"messages"', 'return _renderer(0).ask(source, {"messages"', "tests/data/test_template_process.py"),
     Mutant("minilora/run/yaml_file.py", "if count > MOST_VALUES:", "if False:", "tests/run/test_yaml_file.py"),
     Mutant("minilora/run/yaml_file.py", "if level + height > DEEPEST:", "if False:", "tests/run/test_yaml_file.py"),
     Mutant("minilora/data/file_formats.py", "if blank > MOST_BLANK_LINES", "if False and blank > MOST_BLANK_LINES", "tests/data/test_file_formats.py"),
