@@ -18,11 +18,13 @@ from typing import Protocol
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.run.output_dir import RUN_FILES, SETTINGS_FILE
+from minilora.run.tracker import METRICS_FILE
 from minilora.system.errors import UserError, summarize
 from minilora.system.hub import push_files
 from minilora.system.redaction import Address, without_secrets
 from minilora.system.remote import check_address, write_files
 
+_TEXTS = {SETTINGS_FILE, METRICS_FILE, ADAPTER_CONFIG_FILE, "README.md"}
 Files = Mapping[str, Path | bytes]  # {name: path or content}
 
 
@@ -73,16 +75,17 @@ def make_destinations(push_to_hub: str | None, private: bool, upload: str | None
 def files_to_share(directory: Path, adapter: Path | None = None) -> dict[str, Path | bytes]:
     """A run's results as {name: path or content}: adapter, tokenizer, settings, metrics, plots, model card.
 
-    `adapter` is the directory of the adapter, if not `directory` itself. Checkpoints are left out, and so are
-    the credentials in the addresses of the settings.
+    `adapter` is the directory of the adapter, if not `directory` itself. Checkpoints are left out. So are
+    secrets in the texts, which a run of an older version or of another program may have written there.
     """
     names = [name for name in (*RUN_FILES, *TOKENIZER_FILES) if (directory / name).is_file()]
     files: dict[str, Path | bytes] = {name: directory / name for name in names}
     if adapter is not None:
         files |= {name: adapter / name for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)}
-    if SETTINGS_FILE in files:
-        settings = (directory / SETTINGS_FILE).read_text(encoding="utf-8")
-        files[SETTINGS_FILE] = without_secrets(settings).encode()
+    for name in _TEXTS & files.keys():
+        text = files[name].read_text(encoding="utf-8", errors="surrogateescape")
+        if (shown := without_secrets(text)) != text:
+            files[name] = shown.encode("utf-8", "surrogateescape")
     return files
 
 

@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant(FILES, "    if not path.is_file():\n", "    if False:\n", "tests/system/test_files.py"),
     # ---- hangs and memory ----
     Mutant("minilora/system/patterns.py", "timeout=SECONDS", "timeout=60", "tests/system/test_patterns.py"),
-    Mutant("minilora/data/jinja_sandbox.py", "_set_timer(min(seconds_left, SECONDS))", "_set_timer(3600)", "tests/data/test_template_process.py"),
+    Mutant("minilora/data/jinja_sandbox.py", "_set_timer(min(seconds_left, SECONDS))", "_set_timer(60)", "tests/data/test_template_process.py"),
     Mutant("minilora/data/jinja_sandbox.py", '"NOFILE": 3', '"NOFILE": 99', "tests/data/test_template_process.py"),
     Mutant("minilora/data/jinja_sandbox.py", '"AS": MEMORY, ', "", "tests/data/test_template_process.py"),
     Mutant("minilora/data/template_process.py", 'return _renderer(os.getpid()).ask(source, {"messages"', 'return _renderer(0).ask(source, {"messages"', "tests/data/test_template_process.py"),
@@ -132,10 +132,12 @@ def survives(mutant: Mutant, copy: Path) -> bool:
             "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
         if done.returncode not in (0, 1):  # neither passed nor failed
             raise RuntimeError(f"{mutant}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         return done.returncode == 0
+    except subprocess.TimeoutExpired:  # a hang is noticed
+        return False
     finally:
         file.write_text(right, encoding="utf-8")
 

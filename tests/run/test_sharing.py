@@ -242,6 +242,19 @@ def test_settings_are_sent_without_the_secrets_in_their_addresses(tmp_path_facto
     assert secret not in sent and yaml.safe_load(sent) == {"dataset": f"https://host/{name}.jsonl", "seed": 1}
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "README.md", "metrics.jsonl", "training_config.yaml"]
+)
+def test_texts_that_others_wrote_are_sent_without_secrets_and_stay_as_they_are_here(tmp_path, name):
+    text = "base: https://me:QQSECRETQQ@host/model?sig=QQSECRETQQ and a name: caf\udce9"
+    (tmp_path / name).write_text(text, errors="surrogateescape")
+    sent = files_to_share(tmp_path)[name]
+    assert sent == b"base: https://host/model and a name: caf\xe9"
+    assert "QQSECRETQQ" in (tmp_path / name).read_text(errors="surrogateescape")
+    (tmp_path / name).write_text("base: owner/name")
+    assert files_to_share(tmp_path)[name] == tmp_path / name
+
+
 # ---- the hub ---------------------------------------------------------------------------------------------------------------
 
 
