@@ -42,7 +42,7 @@ LARGEST = dict(
     cutoff_len=100_000_000, max_samples=1_000_000_000, val_size=1_000_000_000,
     per_device_train_batch_size=1_000_000, per_device_eval_batch_size=1_000_000,
     gradient_accumulation_steps=1_000_000, num_train_epochs=1_000_000, max_steps=1_000_000_000,
-    learning_rate=1000, loraplus_lr_ratio=1_000_000, weight_decay=1000, max_grad_norm=1_000_000_000,
+    learning_rate=1e30, loraplus_lr_ratio=1_000_000, weight_decay=1000, max_grad_norm=1_000_000_000,
     warmup_steps=1_000_000_000, warmup_ratio=1, logging_steps=1_000_000_000, eval_steps=1_000_000_000,
     save_steps=1_000_000_000, save_total_limit=1_000_000, early_stopping_patience=1_000_000_000,
     exact_match_samples=1_000_000_000, lora_rank=65_536, lora_alpha=1_000_000, seed=2**63 - 1,

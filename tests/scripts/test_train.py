@@ -586,7 +586,7 @@ def test_an_unknown_key_and_impossible_values(refused):
     )
     assert "cutoff_len = 1000 is more than the 256 positions of the model" in refused(cutoff_len=1000)
     assert "quantization_bit must be 4, 8 or none" in refused(quantization_bit=3)
-    assert "choose nf4 or fp4" in refused(quantization_type="int4")
+    assert "choose from nf4, fp4" in refused(quantization_type="int4")
     if not torch.cuda.is_available():
         assert "fp16 needs a GPU" in refused(fp16=True)
 
