@@ -178,7 +178,8 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def check_sources(config: TrainConfig, output: Path) -> None:
-    """Raise UserError if the data of this preparation would be replaced by its results."""
+    """Raise UserError if the model or the data of this preparation would be replaced by its results."""
+    refuse_overwrite("--output", output, [config.model_name_or_path or EMBEDDED_MODEL])
     sources = [source for source in (config.dataset, config.eval_dataset) if source is not None]
     names = [name for source in sources for name, _ in parse_datasets(source)]
     for file in OUTPUT_FILES:

@@ -207,6 +207,7 @@ SLIPS = {
     "train into the model, overwriting": "train --model model --dataset rows.jsonl --output_dir ./model/../model --overwrite_output_dir",
     "train onto its rows": "train --model model --dataset run/metrics.jsonl --output_dir run --overwrite_output_dir",
     "prepare onto its source": "prepare --model model --dataset prepared/train.jsonl --output prepared --overwrite_output_dir",
+    "prepare into the model": "prepare --model model --dataset rows.jsonl --output model",
     "merge onto the base": "merge --model model --adapter adapter --output model",
 }
 
