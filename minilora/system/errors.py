@@ -135,11 +135,12 @@ def run_script(main: Callable[[], None]) -> None:
             print(end="", flush=True)  # reports a closed pipe here instead of at Python's exit
     except BrokenPipeError:  # the reader has gone, as in `| head`
         _exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT, "interrupted")
-    except Terminated as error:
-        _exit(128 + error.signal, str(error))
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except (KeyboardInterrupt, Terminated, Exception) as error:
+        interruption = _interruption(error)
+        if isinstance(interruption, KeyboardInterrupt):
+            _exit(128 + signal.SIGINT, "interrupted")
+        if isinstance(interruption, Terminated):
+            _exit(128 + interruption.signal, str(interruption))
         if (reason := _reason(error)) is None:
             raise
         _exit(2, f"error: {UserError(reason)}")
@@ -153,7 +154,17 @@ def _exit(code: int, line: str = "") -> NoReturn:
     sys.exit(code)
 
 
-def _reason(error: Exception) -> str | None:
+def _interruption(error: BaseException | None) -> BaseException | None:
+    """The signal's exception that an error is or wraps, or None.
+
+    Python wraps whatever falls into the definition of a class, for example during an import.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt | Terminated):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _reason(error: BaseException) -> str | None:
     """What the user can change about an error, or None if the error is a bug."""
     if isinstance(error, UserError):
         return str(error)

@@ -22,7 +22,7 @@ def kill(tmp_path):
         (tmp_path / "old").mkdir(exist_ok=True)
         command = [sys.executable, SUPPORT / "killed_scripts.py", script, tmp_path, *arguments]
         done = subprocess.run(
-            [*map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+            [*map(str, command)], env=environment, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
@@ -84,7 +84,9 @@ def test_a_killed_sweep_goes_on_to_the_same_adapters_and_its_trainers_die_with_i
     for path, digest in whole.items():
         if path.endswith((".safetensors", ".yaml", "adapter_config.json")):
             assert killed[path] == digest, path
-    assert set(report["orphaned"]) <= {0, 130, 143} and 130 in report["orphaned"], (tmp_path / "log").read_text()
+    assert set(report["orphaned"]) <= {0, 130, 143} and 130 in report["orphaned"], (
+        tmp_path / "log"
+    ).read_text()
 
 
 def test_a_killed_share_leaves_whole_files_and_the_next_one_completes_them(

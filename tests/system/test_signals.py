@@ -13,7 +13,7 @@ import pytest
 from support.project import PROGRAM_ENVIRONMENT
 
 from minilora.system.errors import run_script
-from minilora.system.signals import handled, terminating
+from minilora.system.signals import Terminated, handled, terminating
 
 # A script that writes an output, and waits in the middle of it.
 WAITING = """
@@ -188,3 +188,23 @@ def test_a_script_without_such_a_parent_outlives_it():
         parent.wait()
         time.sleep(0.3)
         os.kill(int(child), signal.SIGKILL)  # raises if it is gone
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [(KeyboardInterrupt(), 130, "interrupted"), (Terminated(15), 143, "ended by SIGTERM")],
+)
+def test_a_signal_that_falls_into_the_definition_of_a_class_is_no_other_error(error, code, said, capsys):
+    class Interrupted:
+        def __set_name__(self, owner, name):  # Python raises a RuntimeError in place of its exception
+            raise error
+
+    def main():
+        class Imported:
+            attribute = Interrupted()
+
+        return Imported
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == code and capsys.readouterr().err == said + "\n"
