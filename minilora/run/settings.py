@@ -155,7 +155,7 @@ class TrainConfig:
                 raise UserError(f"{name} is empty; give it a value, or leave it out")
             if any(isinstance(text, str) and "\0" in text for text in texts):
                 raise UserError(f"{name} = {value!r} holds a zero byte, which no name has")
-            if name == "output_dir" and is_address(value):
+            if name == "output_dir" and isinstance(value, str) and is_address(value):
                 raise UserError(
                     f"output_dir = {Address(value)} is an address; name a path on this machine: upload sends "
                     "the results on"

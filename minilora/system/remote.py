@@ -43,8 +43,6 @@ _EXPLANATIONS = {  # name of an exception's type -> message
     "FileNotFoundError": "it does not exist",
     "EndpointConnectionError": "the server cannot be reached; check the network, and AWS_ENDPOINT_URL if set",
 }
-
-
 SCHEMES = ("https", "http", "s3", "gs", "abfs", "abfss", "az", "hf")
 _EXTRAS = {"s3": "s3", "gs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}  # scheme -> minilora's
 _WRITABLE = tuple(scheme for scheme in SCHEMES if not scheme.startswith("http"))
@@ -91,7 +89,8 @@ def refuse_address(text: str, place: str, option: str) -> None:
     """Raise UserError if a file names an address: only the user decides where this machine connects."""
     if is_address(text) or text.startswith(("//", "\\\\")):  # the latter: a server, on Windows
         raise UserError(
-            f"{place} names an address, {text}, and only you may; to use it, give {option} {text}"
+            f"{place} names an address, {Address(text)}, and only you choose where to connect; "
+            f"if you trust it, give it with {option}"
         )
 
 
