@@ -51,10 +51,12 @@ def is_number(value: object) -> bool:
 
 
 def is_rank(value: object) -> bool:
+    """Whether a value from JSON is a whole number above 0 that PyTorch can take as a size."""
     return type(value) is int and 0 < value < 2**31
 
 
 def is_texts(value: object) -> bool:
+    """Whether a value from JSON is a list of texts."""
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 

@@ -91,6 +91,7 @@ def requested_backend(device: torch.device) -> str:
 
 @lru_cache
 def triton_is_installed() -> bool:
+    """Whether the package of the kernels' compiler can be imported. It is not imported for that."""
     return importlib.util.find_spec("triton") is not None
 
 
