@@ -44,10 +44,10 @@ from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
 from minilora.data.examples import Dataset
 from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import save_tokens, tokens_file, tokens_key
-from minilora.data.rows import Row, parse_datasets, to_record
+from minilora.data.rows import Row, to_record
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.weights import read_config
-from minilora.run.datasets import read_datasets, token_settings, tokenize_rows
+from minilora.run.datasets import dataset_names, read_datasets, token_settings, tokenize_rows
 from minilora.run.plots import plot_lengths
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
@@ -180,10 +180,8 @@ def check_options(options: argparse.Namespace) -> None:
 def check_sources(config: TrainConfig, output: Path) -> None:
     """Raise UserError if the model or the data of this preparation would be replaced by its results."""
     refuse_overwrite("--output", output, [config.model_name_or_path or EMBEDDED_MODEL])
-    sources = [source for source in (config.dataset, config.eval_dataset) if source is not None]
-    names = [name for source in sources for name, _ in parse_datasets(source)]
     for file in OUTPUT_FILES:
-        refuse_overwrite("--output", output / file, names)
+        refuse_overwrite("--output", output / file, dataset_names(config))
 
 
 def load_encoding(config: TrainConfig) -> Encoding:

@@ -43,6 +43,12 @@ def read_datasets(
     return split(rows, config.val_size, config.seed) if config.val_size else (rows, [])
 
 
+def dataset_names(config: TrainConfig) -> list[str]:
+    """Return the files, addresses and hub ids in the keys dataset and eval_dataset, without their weights."""
+    given = [sources for sources in (config.dataset, config.eval_dataset) if sources is not None]
+    return [name for sources in given for name, _ in parse_datasets(sources)]
+
+
 def read_mixed(
     sources: Sources, config: TrainConfig, on_error: Callable[[UserError], None] = raise_error
 ) -> list[Row]:

@@ -7,10 +7,10 @@ nothing, so a refused run leaves no trace. `open_output_dir` locks the directory
 import os
 from pathlib import Path
 
-from minilora.data.rows import parse_datasets
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.run.checkpoints import delete_checkpoint, delete_leftovers, list_checkpoints
+from minilora.run.datasets import dataset_names
 from minilora.run.settings import TrainConfig
 from minilora.run.tracker import METRICS_FILE
 from minilora.system.errors import UserError, until_end
@@ -59,10 +59,8 @@ def check_inputs(config: TrainConfig, model_dir: Path) -> None:
     """Raise UserError if the run would overwrite what it reads: its base model, or its own examples."""
     directory = Path(config.output_dir)
     refuse_overwrite("output_dir", directory, [model_dir])
-    sources = [source for source in (config.dataset, config.eval_dataset) if source is not None]
-    names = [name for source in sources for name, _ in parse_datasets(source)]
     for file in RUN_FILES:
-        refuse_overwrite("the run's", directory / file, names)
+        refuse_overwrite("the run's", directory / file, dataset_names(config))
 
 
 def open_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:

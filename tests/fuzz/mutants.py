@@ -77,7 +77,7 @@ MUTANTS = [
     Mutant(FILES, "os.path.samefile(path, read)", "path == read", TRUST),
     Mutant(FILES, 'if path.suffix.lower() != ".png":', "if False:", TRUST),
     Mutant("minilora/run/output_dir.py", 'refuse_overwrite("output_dir", directory, [model_dir])', "pass", TRUST),
-    Mutant("minilora/run/output_dir.py", 'refuse_overwrite("the run\'s", directory / file, names)', "pass", TRUST),
+    Mutant("minilora/run/output_dir.py", 'refuse_overwrite("the run\'s", directory / file, dataset_names(config))', "pass", TRUST),
     Mutant("scripts/chat.py", "[options.input, *setup.files]", "[options.input]", TRUST),
     Mutant("minilora/run/settings.py", "if any(isinstance(text, str) and not text.strip() for text in texts):", "if False:", TRUST),
     Mutant(ERRORS, 'if word == "" or re.fullmatch(r"--[\\w-]+=", word):', 'if word == "":', "tests/system/test_errors.py"),
