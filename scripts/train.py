@@ -41,7 +41,9 @@ from minilora.optim import make_optimizer, set_learning_rate
 from minilora.recompute import set_recompute
 from minilora.run import checkpoints, report
 from minilora.run.plan import Plan, make_plan
+from minilora.run.random_state import random_state, set_random_state
 from minilora.run.settings import TrainConfig, load_train_config, manual
+from minilora.run.stop_signal import StopSignal
 from minilora.run.tracker import StepMetrics, Tracker
 from minilora.system.assets import DEFAULT_RUN
 from minilora.system.distributed import Processes, join_processes
@@ -149,7 +151,7 @@ def start(plan: Plan, model: CausalLM, started: float) -> Run:
         torch.manual_seed(config.seed + processes.rank)  # each process draws dropout masks of its own
     if plan.checkpoint is not None:
         run.load_state_dict(plan.state)
-        checkpoints.set_random_state(plan.state["random"][processes.rank], device)
+        set_random_state(plan.state["random"][processes.rank], device)
     return run
 
 
@@ -159,7 +161,7 @@ def start(plan: Plan, model: CausalLM, started: float) -> Run:
 def fit(plan: Plan, run: Run) -> None:
     """Train to the last step, or to an early stop. A stop by signal ends the process."""
     config, tracker, total_steps = plan.config, run.tracker, plan.schedule.total_steps
-    stop = checkpoints.StopSignal(tracker.say)
+    stop = StopSignal(tracker.say)
     with tracker:
         if plan.checkpoint is None and plan.eval_set:
             evaluate(plan, run)
@@ -181,7 +183,7 @@ def fit(plan: Plan, run: Run) -> None:
     plan.processes.leave()
 
 
-def optimizer_step(plan: Plan, run: Run, stop: checkpoints.StopSignal) -> tuple[StepMetrics, bool]:
+def optimizer_step(plan: Plan, run: Run, stop: StopSignal) -> tuple[StepMetrics, bool]:
     """Take one optimizer step. Returns its metrics, and whether any process has received a stop signal."""
     began = time.perf_counter()
     lr = plan.schedule.learning_rate(run.step - run.loss_scale.skipped)  # skipped steps do not count
@@ -263,7 +265,7 @@ def compare_answers(plan: Plan, model: CausalLM) -> dict[str, str]:
 def save_checkpoint(plan: Plan, run: Run) -> Path:
     """Write `checkpoint-<step>`, and delete the oldest ones beyond `save_total_limit` except the best one."""
     config, directory = plan.config, plan.output_dir / f"checkpoint-{run.step}"
-    generators = plan.processes.gather(checkpoints.random_state(plan.placement.device))
+    generators = plan.processes.gather(random_state(plan.placement.device))
     if plan.processes.main:
         write_adapter = partial(save_adapter, run.model, base_model_name_or_path=plan.base_model)
         state = run.state_dict() | {"training": plan.training, "random": generators}

@@ -5,7 +5,8 @@ llama_factory.py LLaMA-Factory's keys; dataset_info.py: its list of datasets
 plan.py          every decision that needs no weights; datasets.py: the examples
 output_dir.py    the directory of results: is it writable, and which files of an earlier run are deleted?
 checkpoints.py   everything that a resumed run needs; no kill leaves an incomplete checkpoint
-saved_state.py   what a checkpoint's state may hold, checked before it is used
+saved_state.py   what a checkpoint's state may hold, checked before use; random_state.py: generators
+stop_signal.py   Ctrl-C and other signals: the training saves first
 tracker.py       progress and metrics.jsonl; plots.py: pictures
 report.py        summary, model card, uploads; describe.py: weights and optimizer in words
 reporters.py     metrics for services.py: MLflow, TensorBoard

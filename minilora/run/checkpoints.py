@@ -27,15 +27,11 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import shutil
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -46,12 +42,12 @@ from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, 
 from minilora.formats.weights import save_tensors
 from minilora.lora import lora_layers, match_targets
 from minilora.loss_scale import LossScale
+from minilora.run.random_state import random_state, set_random_state
 from minilora.run.saved_state import check_optimizer, check_state, same_tensors
 from minilora.run.settings import TrainConfig
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, sync, write_whole
 from minilora.system.schema import shown, shown_name
-from minilora.system.signals import handled, silence_closed_output, terminating
 
 STATE_FILE = "training_state/state.json"
 TENSORS_FILE = "training_state/tensors.safetensors"
@@ -359,41 +355,7 @@ def copy_checkpoint(source: Path, directory: Path) -> None:
     _sync_and_rename(part, target)
 
 
-# ---- random generators, the model's fingerprint, interrupts ------------------------------------------------
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of this process's random generators: PyTorch's on the CPU and its GPU, numpy's, Python's.
-
-    The shapes never change, so that processes can gather each other's states.
-    """
-    _, keys, *counters, normal = np.random.get_state()
-    _, words, gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*keys.tolist(), *counters, _bits(normal)]),
-        "python": torch.tensor([*words, gauss is not None, _bits(gauss or 0.0)]),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Restore the generators to a state that `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    *keys, position, has_normal, normal = state["numpy"].tolist()
-    np.random.set_state(("MT19937", keys, position, has_normal, _number(normal)))
-    *words, has_gauss, gauss = state["python"].tolist()
-    random.setstate((3, tuple(words), _number(gauss) if has_gauss else None))
-
-
-def _bits(value: float) -> int:
-    return int(np.float64(value).view(np.int64))
-
-
-def _number(bits: int) -> float:
-    return float(np.int64(bits).view(np.float64))
+# ---- the model's fingerprint -------------------------------------------------------------------------------
 
 
 def sample_model(directory: Path, samples: int = 64, size: int = 4096) -> Iterator[bytes]:
@@ -409,28 +371,3 @@ def sample_model(directory: Path, samples: int = 64, size: int = 4096) -> Iterat
             for i in range(samples):
                 file.seek(i * max(0, length - size) // (samples - 1))  # from the file's start to its end
                 yield file.read(size)
-
-
-class StopSignal:
-    """A signal requests a stop after the current step, which is then saved.
-
-    It is Ctrl-C, SIGTERM as schedulers send it, or SIGHUP when the terminal closes (but not under `nohup`).
-    A second Ctrl-C stops at once. A second SIGTERM does not: schedulers often send it to a process and to its
-    group.
-    """
-
-    def __init__(self, say: Callable[[str], None]):
-        self.requested, self.say = False, say
-        self._handlers = ExitStack()
-        self._handlers.enter_context(handled(dict.fromkeys([signal.SIGINT, *terminating()], self)))
-
-    def __call__(self, number: int, frame: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with suppress(OSError):
-            self.say("stopping after this step; Ctrl-C again to stop at once without saving")
-        silence_closed_output()  # If the terminal has closed, the run must still save.
-
-    def release(self) -> None:
-        """Restore the handlers that the signals had before."""
-        self._handlers.close()

@@ -5,7 +5,7 @@
     SIGHUP     the terminal or the ssh connection is gone    Terminated           129
 
 By default, the last two end a Python process without running any `finally`. Here they raise an exception in
-the main thread, as Ctrl-C does. While a model trains, checkpoints.StopSignal replaces these handlers. Nothing
+the main thread, as Ctrl-C does. While a model trains, `run/stop_signal.py` replaces these handlers. Nothing
 helps against SIGKILL: the next run removes what such a run has left.
 
 Of torchrun's processes, only the first one writes. The others keep the default for SIGTERM: they often wait

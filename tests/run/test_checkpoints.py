@@ -26,19 +26,18 @@ from minilora.run.checkpoints import (
     DIGESTS_FILE,
     STATE_FILE,
     TENSORS_FILE,
-    StopSignal,
     delete_old_checkpoints,
     find_checkpoint,
     flatten,
     list_checkpoints,
-    random_state,
     read_checkpoint,
     sample_model,
-    set_random_state,
     unflatten,
     write_checkpoint,
 )
+from minilora.run.random_state import random_state, set_random_state
 from minilora.run.saved_state import check_state
+from minilora.run.stop_signal import StopSignal
 from minilora.system.files import fingerprint
 
 CPU = torch.device("cpu")
