@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from hypothesis import settings
 from support.merging import make_adapter, make_base
 from support.project import WORDS
 from support.servers import S3_SECRET
@@ -19,6 +20,9 @@ from minilora import CausalLM, LoraConfig, add_lora, load_model, save_adapter, s
 from minilora.formats.config_json import parse_config
 from minilora.system.device import Placement
 from minilora.system.errors import run_script
+
+settings.register_profile("minilora", deadline=None)  # A busy machine is no fault of the code.
+settings.load_profile("minilora")
 
 
 @pytest.fixture(scope="session")
