@@ -2,14 +2,14 @@
 
     without_secrets(text)   cuts them out of any text: messages, settings, the reports of services
     Address(text)           a text that holds an address. It reads as `without_secrets` writes it, wherever it
-                            goes; only `minilora.system.remote`, which connects, asks for the `whole` of it
+                            goes. `whole` gives all of it to those who connect, or split a list of addresses
 
 These parts are secret:
 
-    https://user:password@host/a    everything between :// and @; s3:// may have a key pair there
+    https://user:password@host/a        everything between :// and @; s3:// may have a key pair there
     https://host/a?X-Amz-Signature=1    everything behind a question mark, a # or a semicolon
-    token=1, password=1, sig=1 ...  such pairs, in any text
-    hf_..., Bearer ..., Basic ...   tokens of the hub, and headers, in any text
+    token=1, password=1, sig=1 ...      such pairs, in any text
+    hf_..., Bearer ..., Basic ...       tokens of the hub, and headers, in any text
 
 Malformed addresses are cut too, because error messages quote them. A password may hold a slash or a comma
 that should have been percent-encoded. Then too much is cut rather than too little, and "..." marks the place.
@@ -49,7 +49,7 @@ class Address(str):
 
 
 def whole(text: str) -> str:
-    """The text with its secrets. For opening a connection only."""
+    """The text with its secrets: to connect, or to split a list of addresses whose parts are hidden again."""
     return text._whole if isinstance(text, Address) else text
 
 
@@ -76,6 +76,6 @@ def _without_user(scheme: str, rest: str) -> str:
     if ":" in (user or host) and "@" in path:  # user:pass/word@host, or a name with an @: nobody can tell
         rest = f"...@{path.rpartition('@')[2]}"
     elif at and not (scheme.lower() in _AZURE and ":" not in user):
-        mark = "...@" * bool(re.search("[?#;,]", user))
+        mark = "...@" * bool(user == "..." or re.search("[?#;,]", user))
         rest = f"{mark}{host}{slash}{path}"
     return _QUERY.sub("", rest)

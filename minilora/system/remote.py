@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from urllib.parse import quote, unquote, urlsplit
 from minilora.system.cache import private_cache
 from minilora.system.errors import UserError
 from minilora.system.files import fingerprint
+from minilora.system.locks import check_unlocked, locked
 from minilora.system.redaction import Address, is_address, whole
 
 _UNQUOTED = "/%?=&:;,@!$'()*+~"  # characters that stay as they are; a % begins one that is already quoted
@@ -184,15 +186,31 @@ def fetch_folder(address: str, wanted: list[str], unwanted: list[str]) -> Path:
         entries = [str(sorted(listing[name].items())).encode() for name in names]
         copy = cache / fingerprint([str(address).encode(), *entries])
         if not copy.is_dir():
-            part = Path(tempfile.mkdtemp(dir=cache))
+            _remove_leftovers(copy)
+            part = Path(tempfile.mkdtemp(dir=cache, prefix=f"{copy.name}."))
             try:
-                for name in names:
-                    system.get_file(listing[name]["name"], str(part / name))
-                with contextlib.suppress(FileExistsError):  # another process has made the copy meanwhile
-                    part.rename(copy)
+                with locked("the cache", part):
+                    (part / "files").mkdir()
+                    for name in names:
+                        system.get_file(listing[name]["name"], str(part / "files" / name))
+                    try:
+                        (part / "files").rename(copy)
+                    except OSError:
+                        if not copy.is_dir():  # else another process has made it meanwhile
+                            raise
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     return copy
+
+
+def _remove_leftovers(copy: Path) -> None:
+    """Remove what killed downloads of the same folder have left. One that still runs holds a lock."""
+    for part in copy.parent.glob(f"{copy.name}.*"):
+        with contextlib.suppress(UserError, OSError):
+            check_unlocked("the cache", part)
+            newest = max(path.stat().st_mtime for path in (part, *part.rglob("*")))
+            if time.time() - newest > 60:  # a younger one may not have taken its lock yet
+                shutil.rmtree(part, ignore_errors=True)
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
+import os
 import shutil
+import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from minilora.data.readers import read_records
 from minilora.run.sharing import RemoteFolder, files_to_share, make_destinations
 from minilora.system import remote
 from minilora.system.hub import push_files, resolve_model
+from minilora.system.locks import locked
 from minilora.system.remote import fetch_folder, read_file, write_files
 
 SHARED = {
@@ -77,6 +80,49 @@ def test_a_fetch_that_is_cut_short_leaves_no_folder(monkeypatch, tmp_path):
         "a.json",
         "b.json",
     }
+
+
+def test_what_a_killed_download_left_is_removed_and_one_that_runs_or_begins_is_not(s3, tmp_path):
+    write_files("s3://bucket/run", {"a.json": b"1"})
+    copy = fetch_folder("s3://bucket/run", ["*.json"], [])
+    killed, running, beginning = (
+        copy.with_name(f"{copy.name}.{name}") for name in ("killed", "runs", "begins")
+    )
+    long_ago = time.time() - 3600
+    for part in (killed, running, beginning):
+        (part / "files").mkdir(parents=True)
+        (part / "files" / "a.json").write_bytes(b"half")
+    with locked("the cache", running):
+        for path in (*killed.rglob("*"), killed, *running.rglob("*"), running):
+            os.utime(path, (long_ago, long_ago))
+        shutil.rmtree(copy)
+        assert fetch_folder("s3://bucket/run", ["*.json"], []) == copy
+        assert not killed.exists() and running.is_dir() and beginning.is_dir()
+    assert [path.name for path in copy.iterdir()] == ["a.json"]
+
+
+def test_two_processes_may_fetch_the_same_folder_at_once(s3, monkeypatch):
+    write_files("s3://bucket/run", {"a.json": b"1"})
+    first = None
+
+    class Slow:  # while it reads, another process makes the copy
+        def __init__(self, system):
+            self.system = system
+
+        def __getattr__(self, name):
+            return getattr(self.system, name)
+
+        def get_file(self, source, target):
+            nonlocal first
+            monkeypatch.setattr(remote, "_open", open_)
+            first = fetch_folder("s3://bucket/run", ["*.json"], [])
+            self.system.get_file(source, target)
+
+    open_ = remote._open
+    monkeypatch.setattr(remote, "_open", lambda address: (Slow(open_(address)[0]), open_(address)[1]))
+    second = fetch_folder("s3://bucket/run", ["*.json"], [])
+    assert first == second and (second / "a.json").read_bytes() == b"1"
+    assert [path.name for path in second.parent.iterdir()] == [second.name]
 
 
 def test_a_run_is_uploaded_and_the_adapter_is_used_from_there(train, s3, model_dir, dataset):

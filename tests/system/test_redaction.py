@@ -64,6 +64,13 @@ def test_a_password_with_separators_that_should_have_been_encoded_is_not_shown_e
     assert not any(part in address for part in parts(secret))
 
 
+@pytest.mark.parametrize("way", WAYS)
+@given(scheme=SCHEMES, name=NAMES, secret=LETTERS | RAW, host=NAMES, path=NAMES)
+def test_a_text_without_secrets_is_not_cut_again(way, scheme, name, secret, host, path):
+    once = Address(WAYS[way].format(scheme=scheme, name=name, secret=secret, host=host, path=path))
+    assert without_secrets(once) == once
+
+
 @given(secret=st.text(min_size=1), host=NAMES)
 def test_any_percent_encoded_password_is_cut_out_and_kept_whole(secret, host):
     encoded = quote(secret, safe="")
