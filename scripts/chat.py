@@ -44,16 +44,9 @@ from minilora.data.rows import alpaca_question
 from minilora.inference.assistant import Assistant, GenerationSettings, encode_question
 from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
 from minilora.lora import adapter_names
-from minilora.system.errors import (
-    ArgumentParser,
-    UserError,
-    local_path,
-    printable,
-    run_script,
-    suggestion,
-    summarize,
-)
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, suggestion, summarize
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
+from minilora.system.terminal import visible
 
 HELP = """\
 /settings            show how answers are generated
@@ -258,7 +251,7 @@ def echo(pieces: Iterator[str]) -> Iterator[str]:
     """Yield the same pieces and print each one at once; end with a line break."""
     try:
         for piece in pieces:
-            print(printable(piece, keep="\n\t"), end="", flush=True)
+            print(visible(piece), end="", flush=True)
             yield piece
     finally:
         print()

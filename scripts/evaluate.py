@@ -52,6 +52,7 @@ from minilora.run.settings import parse_arguments
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 from minilora.system.remote import refuse_address
+from minilora.system.terminal import visible
 
 COLUMNS = {  # of the printed table: key in the JSON -> heading, format
     "loss": ("loss", "{:.4f}"),
@@ -176,9 +177,9 @@ def evaluate_model(model: CausalLM, setup: InferenceSetup, task: Task, base: Res
 def print_samples(rows: Sequence[Row], results: dict[str, Result]) -> None:
     """Print each prompt, then the answer of every model and the expected one, a line each."""
     for record in answer_records(rows, results):
-        print(f"\n{record['prompt'].strip()}")
+        print(f"\n{visible(record['prompt'].strip())}")
         for name, text in (*record["answers"].items(), ("expected", record["expected"])):
-            print(f"  {name:<12} {' '.join(text.split())[:110]}")
+            print(f"  {name:<12} {visible(' '.join(text.split())[:110])}")
 
 
 def answer_records(rows: Sequence[Row], results: dict[str, Result]) -> list[dict]:

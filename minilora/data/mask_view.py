@@ -8,7 +8,6 @@ text is decoded from the example's tokens, so it shows what the model sees. It i
 decoding normally drops: the most important thing to check is whether an end token is there and learned.
 """
 
-import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from minilora.data.examples import Example
 from minilora.data.stream_decoder import StreamDecoder
 from minilora.data.tokenizer import Tokenizer
+from minilora.system.terminal import visible
 
 _GREEN, _DEFAULT_COLOUR = "\x1b[32m", "\x1b[39m"
 _REVERSE, _NO_REVERSE = "\x1b[7m", "\x1b[27m"
@@ -55,5 +55,4 @@ def _decode_pieces(example: Example, tokenizer: Tokenizer) -> Iterator[_Piece]:
 
 def _make_visible(text: str) -> str:
     """Return the text with line ends marked by "↵", and control characters written as escapes."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
-    return text.replace("\n", "↵\n")
+    return visible(text).replace("\n", "↵\n")

@@ -47,6 +47,7 @@ from minilora.formats.peft_rules import (
 )
 from minilora.system.errors import UserError, summarize
 from minilora.system.schema import shown
+from minilora.system.terminal import printable
 
 SERVERS = ("PEFT", "vLLM", "SGLang")
 WILL_NOT_LOAD, LOADS_WRONGLY, NEEDS_OPTION = "will not load", "loads wrongly", "loads, if"
@@ -117,15 +118,14 @@ def findings_text(findings: list[Finding]) -> str:
         mine = [finding for finding in findings if finding.server == server]
         lines += [] if mine else [f"{server:8}loads"]
         for finding in mine:
-            lines.append(f"{server:8}{finding.verdict:15}{_printable(finding.why)}")
-            lines += [f"{'':23}-> {_printable(finding.mend)}"] if finding.mend else []
+            lines.append(f"{server:8}{finding.verdict:15}{_shortened(finding.why)}")
+            lines += [f"{'':23}-> {_shortened(finding.mend)}"] if finding.mend else []
     return "\n".join(lines)
 
 
-def _printable(text: str) -> str:
+def _shortened(text: str) -> str:
     """A text for a terminal: names from a file may be endless, and may hold line ends and escape codes."""
-    text = text if len(text) <= 500 else f"{text[:300]} ... {text[-195:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text if len(text) <= 500 else f"{text[:300]} ... {text[-195:]}")
 
 
 def _finding(server: str, verdict: str, problems: list[str] | str, mend: str = _MERGE) -> Finding:

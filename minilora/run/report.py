@@ -19,6 +19,7 @@ from minilora.run.tracker import Tracker, minutes
 from minilora.system.device import memory_used
 from minilora.system.errors import UserError
 from minilora.system.files import write_whole
+from minilora.system.terminal import visible
 
 
 class Run(Protocol):
@@ -165,9 +166,9 @@ def publish(plan: Plan, run: Run) -> None:
 def print_answers(rows: list[Row], before: list[str], after: list[str], count: int = 4) -> None:
     """Print a few held-out prompts with the answers of the base model and of the adapted one."""
     for i in range(0, len(rows), max(1, len(rows) // count))[:count]:
-        print(f"\n{rows[i].prompt.strip()}")
+        print(f"\n{visible(rows[i].prompt.strip())}")
         for name, text in ("base", before[i]), ("adapted", after[i]), ("expected", rows[i].completion):
-            print(f"  {name:<9} {' '.join(text.split())[:110]}")
+            print(f"  {name:<9} {visible(' '.join(text.split())[:110])}")
 
 
 MODEL_CARD = """---

@@ -21,6 +21,7 @@ from typing import NoReturn
 from minilora.system.children import end_with_parent
 from minilora.system.redaction import Address, hide_secrets, is_address, without_secrets
 from minilora.system.signals import Terminated, signals_raise, silence_closed_output
+from minilora.system.terminal import printable
 
 
 class UserError(ValueError):
@@ -43,14 +44,6 @@ def one_line(text: str) -> str:
     text = re.sub(r"(?<!\w)(['\"])((?:(?!\1)[^\\]|\\.){80})(?:(?!\1)[^\\]|\\.)+\1", r"\1\2...\1", text)
     text = re.sub(r"(\S{120})\S{4,}(\S{76})", r"\1...\2", text)
     return text if len(text) <= 490 else f"{text[:290]} ... {text[-195:]}"
-
-
-def printable(text: str, keep: str = "") -> str:
-    """The text with escapes for control characters, except those in `keep`.
-
-    In a terminal they move the cursor, change colours, or turn the direction of the text around.
-    """
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def local_path(text: str) -> Path:

@@ -39,7 +39,7 @@ class Mutant(NamedTuple):
 
 REDACTION, REMOTE, ERRORS = (f"minilora/system/{name}.py" for name in ("redaction", "remote", "errors"))
 FILES, LOAD = "minilora/system/files.py", "minilora/inference/load.py"
-SCHEMA = "minilora/system/schema.py"
+SCHEMA, TERMINAL = "minilora/system/schema.py", "minilora/system/terminal.py"
 TRUST = "tests/scripts/test_trust.py"
 
 MUTANTS = [
@@ -54,7 +54,8 @@ MUTANTS = [
     Mutant(REDACTION, "return str, (str(self),)", "return Address, (self._whole,)", "tests/system/test_redaction.py"),
     Mutant(REDACTION, "(?:(?!,\\w[\\w+.-]*://)\\S)*", "\\S*", "tests/system/test_redaction.py"),
     Mutant(ERRORS, 'printable(without_secrets(" ".join(text.splitlines())))', 'printable(" ".join(text.splitlines()))', TRUST),
-    Mutant(ERRORS, 'c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()', "c", "tests/system/test_errors.py"),
+    Mutant(TERMINAL, "c if c.isprintable() else _escaped(c)", "c", "tests/system/test_terminal.py"),
+    Mutant(TERMINAL, "\\u2066-\\u2069", "", "tests/system/test_terminal.py"),
     Mutant(ERRORS, "{text[:290]} ... {text[-195:]}", "{text[:500]}", "tests/system/test_errors.py"),
     Mutant(ERRORS, "[hide_secrets(entry) for entry in value]", "value", "tests/system/test_errors.py"),
     Mutant("minilora/run/settings.py", "hidden = [hide_secrets(text) for text in texts]", "hidden = texts", TRUST),

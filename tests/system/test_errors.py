@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import UserError
-from minilora.system.errors import ArgumentParser, local_path, one_line, printable
+from minilora.system.errors import ArgumentParser, local_path, one_line
 
 
 @given(st.text(max_size=3000))
@@ -98,7 +98,3 @@ def test_an_option_for_a_path_takes_no_address_and_repeats_no_secret(address):
     with pytest.raises(UserError, match="--output.* is an address; name a path on this machine") as error:
         parser.parse_known_args(["--output", address])
     assert "QQSECRETQQ" not in str(error.value)
-
-
-def test_text_for_a_terminal_keeps_what_is_asked_for():
-    assert printable("a\n\tb\x1b[2J\r\u202e", keep="\n\t") == "a\n\tb\\x1b[2J\\r\\u202e"

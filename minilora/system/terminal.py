@@ -1,0 +1,27 @@
+"""Text of strangers on a terminal: it is shown, and steers nothing.
+
+A model's answer, a row of a dataset or the name of a tensor may hold control characters. They move the
+cursor, change colours, or turn the direction of the text around, so that a reader sees something else than is
+there. Half a surrogate pair cannot be printed at all.
+"""
+
+import re
+
+# Control characters but for tab and line end, line separators, changes of direction, halves of surrogate pairs.
+_STEERING = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """The text of an answer or a row in any script, with escapes for what would steer a terminal."""
+    return _STEERING.sub(lambda match: _escaped(match[0]), text)
+
+
+def printable(text: str) -> str:
+    """A text in a message: everything that has no shape of its own is written as an escape, line ends too."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
