@@ -7,10 +7,8 @@ there. Half a surrogate pair cannot be printed at all.
 
 import re
 
-# Control characters but for tab and line end, line separators, changes of direction, halves of surrogate pairs.
-_STEERING = re.compile(
-    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+# Control characters but tab and line end, line separators, changes of direction, halves of surrogate pairs.
+_STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:

@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant("minilora/run/output_dir.py", 'refuse_overwrite("output_dir", directory, [model_dir])', "pass", TRUST),
     Mutant("minilora/run/output_dir.py", 'refuse_overwrite("the run\'s", directory / file, dataset_names(config))', "pass", TRUST),
     Mutant("scripts/chat.py", "[options.input, *setup.files]", "[options.input]", TRUST),
-    Mutant("minilora/run/settings.py", "if any(isinstance(text, str) and not text.strip() for text in texts):", "if False:", TRUST),
+    Mutant("minilora/run/settings.py", "if any(isinstance(text, str) and not text.strip() for text in texts):", "if False:", "tests/run/test_settings.py"),
     Mutant(ERRORS, 'if word == "" or re.fullmatch(r"--[\\w-]+=", word):', 'if word == "":', "tests/system/test_errors.py"),
     Mutant("minilora/run/report.py", 'r"[\\\\`*\\[\\]<>|&~]', 'r"[\\\\`*\\[\\]|&~]', TRUST),
     # ---- tables of fields ----

@@ -312,3 +312,9 @@ def test_the_manual_names_every_key():
     text = manual()
     assert all(f"--{field.name} " in text for field in fields(TrainConfig))
     assert all(f"{name} = {key}" in text for name, (_, key) in SHORT_NAMES.items())
+
+
+@pytest.mark.parametrize("values", [dict(dataset=""), dict(dataset=["a.jsonl", " "]), dict(run_name="\t")])
+def test_an_empty_text_is_refused_in_a_list_and_from_python_too(values):
+    with pytest.raises(UserError, match=f"{next(iter(values))} is empty"):
+        TrainConfig(**values)
