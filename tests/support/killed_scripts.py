@@ -2,9 +2,9 @@
 
 The script begins with the files of FOLDER/old. In a copy of them, FOLDER/whole, it runs once to its end. In
 another, FOLDER/killed, it is killed KILLS times, and then runs to its end. Each kill comes before a random
-operation on files or the network, or, for the sweep, every second time after a random time. Printed as JSON:
-what was there after each kill, how orphans ended, and what both runs have left. For share.py, "there" is the
-bucket.
+operation on files or the network, or, for the sweep, every second time after a random time, and the first
+time when its trainer is about to save a checkpoint. Printed as JSON: what was there after each kill, how
+orphans ended, and what both runs have left. For share.py, "there" is the bucket.
 """
 
 import ctypes
@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import train as trainer
+
 from minilora.system.errors import until_end
 from support.forked_trainer import start, status
 from support.killing import FILE_OPERATIONS, NETWORK_OPERATIONS, Killer, tree
@@ -31,18 +33,31 @@ killer: Killer | None = None  # of this process, which is a child
 class ForkedTrainer:
     """In place of subprocess.Popen in sweep.py: the trainer as a fork, which starts at once."""
 
+    ends_sweep = False  # The trainer kills the sweep before its first checkpoint.
+
     def __init__(self, command: list[str], env: dict[str, str]):
         self.pid = start(command[2:], Path("../trainer.log"), self.prepare, **env)
 
     def prepare(self) -> None:
         killer.stop()
         self.inherited = until_end.pop_all()  # What the sweep holds is not the trainer's to release.
+        if self.ends_sweep:
+            saving, sweep = trainer.save_checkpoint, os.getppid()
+            trainer.save_checkpoint = lambda *arguments: (end(sweep), saving(*arguments))[1]
 
     def wait(self) -> int:
         return status(self.pid)
 
     def terminate(self) -> None:
         os.kill(self.pid, signal.SIGTERM)
+
+
+def end(parent: int) -> None:
+    """Kill this process's parent, and wait until the kernel has told this process."""
+    if os.getppid() == parent:
+        os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent:
+        time.sleep(0.001)
 
 
 def orphans() -> list[int]:
@@ -105,6 +120,12 @@ class Runner:
     def killed_before(self, count: int) -> int:
         return status(self.start("killed", count))
 
+    def killed_by_its_trainer(self) -> int:
+        ForkedTrainer.ends_sweep = True
+        pid = self.start("killed")
+        ForkedTrainer.ends_sweep = False
+        return status(pid)
+
     def killed_after(self, seconds: float) -> int:
         pid = self.start("killed")
         time.sleep(seconds)
@@ -131,8 +152,12 @@ def main() -> None:
         whole = tree(folder / "whole")
     found, orphaned = [], []
     while len(found) < KILLS:
-        by_time = name == "sweep" and len(found) % 2
-        ended = runner.killed_after(chance.uniform(0, seconds)) if by_time else runner.killed_before(chance.randint(1, count))  # fmt: skip
+        if name == "sweep" and not found:
+            ended = runner.killed_by_its_trainer()
+        elif name == "sweep" and len(found) % 2:
+            ended = runner.killed_after(chance.uniform(0, seconds))
+        else:
+            ended = runner.killed_before(chance.randint(1, count))
         orphaned += orphans()
         assert ended in (0, -signal.SIGKILL), runner.log.read_text()
         if ended:
