@@ -1,0 +1,144 @@
+"""Does minilora work on this card, and how fast? One command says so, in at most eight minutes.
+
+    python scripts/check_gpu.py                          everything: its table is docs/benchmarks/<card>.md
+    python scripts/check_gpu.py --only gradients,steps   these sections: their table is in the folder of --out
+    python scripts/check_gpu.py --emulate t4             as on a T4: float16, 15 GiB, no flash attention
+    python scripts/check_gpu.py --tiny                   a dry run with small shapes
+
+The sections run in the order of SECTIONS, the most telling first. Each runs in a process of its own, so one
+that crashes or hangs takes nothing from the next. A section is skipped if less time is left than its plan
+says. Results are written as they come: every event to results.jsonl, with the tracebacks of what failed, and
+the table anew after each of them. So a run that is killed leaves what it has measured.
+
+Exit codes: 0 every section ran and its claims hold, 1 some failed or had no time, 2 the command line is wrong
+or there is no GPU.
+"""
+
+if __name__ == "__main__":
+    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+
+import argparse
+import platform
+import re
+import sys
+import time
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+from gpu_sections import attention, decode, gradients, kernel_rates, peer, programs, steps, t4
+from gpu_sections.card import Card, as_t4, read_card
+from gpu_sections.report import Report, failures
+from gpu_sections.section import OVERTIME, Check, Section, in_child, run_fenced
+
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, suggestion
+from minilora.system.files import check_writable
+
+BUDGET = 480  # seconds of a whole run
+SECTIONS = (
+    Section("environment", 10, "the card, and its best rates", attention.environment),
+    Section("attention", 20, "what PyTorch chooses, and what a new length costs", attention.attention),
+    Section("gradients", 35, "every recompute policy against `off`", gradients.gradients),
+    Section("tests", 75, "the tests that need a GPU", programs.gpu_tests),
+    Section("kernels", 40, "beside this card's copy rate", kernel_rates.kernel_rates),
+    Section("steps", 110, "a training step of Mistral-7B's shape", steps.steps),
+    Section("peer", 60, "the same step in transformers + PEFT + bitsandbytes", peer.usual_stack),
+    Section("t4", 40, "as on a T4: float16, 15 GiB, no flash attention", t4.t4),
+    Section("decode", 25, "answers of a model of Mistral-7B's shape", decode.decode),
+    Section("trainer", 50, "the default run, and the same stopped and resumed", programs.trainer),
+)
+NAMES = [section.name for section in SECTIONS]
+BENCHMARKS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+
+
+def main() -> None:
+    options = parse_options()
+    started = time.perf_counter()
+    card = in_child(read_card)
+    table = table_of(options, card)
+    report = Report(options.out / "results.jsonl", table, started)
+    report.begin(card=title_of(options, card), **facts(card))
+    check = Check(card, report, options.out.absolute(), options.tiny)
+    for section in options.sections:
+        run_if_time_is_left(section, check, started + options.budget, options.emulate)
+    failed = failures(report.events())
+    print("\n" + "\n".join(failed or ["every section ran, and every claim holds"]))
+    print(f"{time.perf_counter() - started:.0f} s; the table is in {table}, every event in {report.lines}")
+    sys.exit(1 if failed else 0)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    only_help = f"of these, separated by commas: {', '.join(NAMES)}"
+    parser.add_argument("--only", metavar="NAMES", help=only_help)
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all; default: %(default)s")
+    parser.add_argument("--emulate", choices=["t4"], help="use the card as an older one is used")
+    parser.add_argument("--tiny", action="store_true", help="a dry run: small shapes, few repeats")
+    out_help = "folder of results.jsonl and of logs; default: %(default)s"
+    parser.add_argument("--out", type=local_path, default=Path("outputs/check_gpu"), help=out_help)
+    table_help = "Markdown file; default: docs/benchmarks/<card>.md, or in --out if not everything is run"
+    parser.add_argument("--table", type=local_path, help=table_help)
+    options = parser.parse_args()
+    options.sections = sections_of(options.only or ",".join(NAMES))
+    if not 0 < options.budget <= 3600:
+        raise UserError(f"--budget must be above 0 and at most 3600 seconds, not {options.budget:g}")
+    check_writable("--out", options.out / "results.jsonl", parents=True)
+    if options.table:
+        check_writable("--table", options.table)
+    return options
+
+
+def sections_of(text: str) -> list[Section]:
+    """Return the sections of these names, in the order of SECTIONS. Raises UserError for an unknown one."""
+    wanted = text.split(",")
+    for name in wanted:
+        if name not in NAMES:
+            raise UserError(f"--only names {name!r}, which no section is called{suggestion(name, NAMES)}")
+    return [section for section in SECTIONS if section.name in wanted]
+
+
+def table_of(options: argparse.Namespace, card: Card) -> Path:
+    """Return the file of the table. A partial run does not replace the table of a whole one."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    whole = not options.tiny and options.only is None
+    folder = BENCHMARKS if whole and BENCHMARKS.is_dir() else options.out
+    name = re.sub(r"[^a-z0-9]+", "-", title_of(options, card).lower()).strip("-")
+    return options.table or folder / f"{name}.md"
+
+
+def title_of(options: argparse.Namespace, card: Card) -> str:
+    return card.name + " as a T4" * (options.emulate == "t4") + ", a dry run" * options.tiny
+
+
+def facts(card: Card) -> dict[str, str]:
+    """Return what a reader of the table must know besides the card's name."""
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return {
+        "date": date.today().isoformat(),
+        "command": " ".join(["scripts/check_gpu.py", *sys.argv[1:]]),
+        "versions": f"{attention.versions()}, {system}",
+        "16-bit dtype": attention.name_of(card.dtype),
+    }
+
+
+def run_if_time_is_left(section: Section, check: Check, end: float, emulate: str | None) -> None:
+    """Run a section in its fence, or report that too little of the budget is left."""
+    left = end - time.perf_counter()
+    if left < section.seconds:
+        reason = f"{left:.0f} s were left, {section.seconds} s are planned"
+        check.report.tell(section.name, began=section.title)
+        check.report.tell(section.name, skipped=reason, wanted=True)
+        check.report.tell(section.name, ended=0.0)
+        return
+    deadline = time.perf_counter() + min(left, section.seconds + OVERTIME)
+    run = partial(run_as_t4, section) if emulate else section.run
+    run_fenced(replace(section, run=run), replace(check, section=section.name, deadline=deadline))
+
+
+def run_as_t4(section: Section, check: Check) -> None:
+    section.run(replace(check, card=as_t4(check.card)))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,137 @@
+"""Whole programs on the card: the trainer, stopped and resumed, and the tests that need a GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from gpu_sections.section import Check, Skip
+from minilora.system.assets import DEFAULT_RUN
+from minilora.system.files import read_json_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+ADAPTER = "adapter_model.safetensors"
+
+
+def trainer(check: Check) -> None:
+    """Train the small model that comes with minilora: once to the end, and once stopped and resumed."""
+    whole, again, stopped = (check.folder / name for name in ("whole", "again", "stopped"))
+    run_trainer(check, whole)
+    losses = [
+        record["eval_loss"] for record in read_json_lines(whole / "metrics.jsonl") if "eval_loss" in record
+    ]
+    check.row(**{"run": "in one go", "held-out loss before": losses[0], "after": losses[-1]})
+    check.claim("the held-out loss fell", losses[-1] < losses[0])
+    stop_trainer(check, stopped)
+    check.row(
+        run="stopped", checkpoints=", ".join(sorted(path.name for path in stopped.glob("checkpoint-*")))
+    )
+    run_trainer(check, stopped, "--resume_from_checkpoint", "latest")
+    if same_adapter(whole, stopped):
+        check.claim(
+            "a run that was stopped and resumed has the adapter of one in one go, byte for byte", True
+        )
+        return
+    run_trainer(check, again)
+    repeats = same_adapter(whole, again)
+    check.note(
+        f"two runs in one go have {'the same adapter' if repeats else 'different adapters'} on this card"
+    )
+    check.claim("a run that was stopped and resumed has the adapter of one in one go", not repeats)
+
+
+def command(check: Check, output_dir: Path, *words: str) -> list[str]:
+    """Return the trainer's command: short, with evaluations, checkpoints and answers."""
+    keys = dict(max_steps=40, save_steps=20, eval_steps=20, logging_steps=1, exact_match_samples=4)
+    if check.tiny:
+        keys |= dict(max_steps=3, max_samples=48, exact_match_samples=0)
+    keys |= dict(output_dir=output_dir) | (dict(fp16="true") if check.card.emulates_t4 else {})
+    options = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    return [
+        sys.executable,
+        "-u",
+        str(ROOT / "scripts" / "train.py"),
+        "--config",
+        str(DEFAULT_RUN),
+        *options,
+        *words,
+    ]
+
+
+def run_trainer(check: Check, output_dir: Path, *words: str) -> None:
+    """Run the trainer to its end. Raises RuntimeError with its last line if it fails."""
+    done = subprocess.run(command(check, output_dir, *words), capture_output=True, text=True, cwd=ROOT)
+    with (check.folder / "trainer.log").open("a", encoding="utf-8") as log:
+        log.write(done.stdout + done.stderr)
+    if done.returncode:
+        raise RuntimeError(
+            f"train.py ended with code {done.returncode}: {(done.stderr.splitlines() or ['?'])[-1]}"
+        )
+
+
+def stop_trainer(check: Check, output_dir: Path) -> None:
+    """Start the trainer, and stop it with SIGTERM as soon as it has logged its first step."""
+    words, pipes = (
+        command(check, output_dir),
+        dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True),
+    )
+    with subprocess.Popen(words, cwd=ROOT, **pipes) as process:
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if line.startswith("step 1/"):
+                process.terminate()
+    with (check.folder / "trainer.log").open("a", encoding="utf-8") as log:
+        log.writelines(seen)
+    if process.returncode != 130:  # It saves a checkpoint first.
+        raise RuntimeError(
+            f"train.py, stopped by SIGTERM, ended with {process.returncode}: {''.join(seen[-1:])}"
+        )
+
+
+def same_adapter(one: Path, other: Path) -> bool:
+    return (one / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes()
+
+
+def gpu_tests(check: Check) -> None:
+    """Run the tests that need a GPU."""
+    files = [
+        path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    if (
+        not files
+        or importlib.util.find_spec("pytest") is None
+        or importlib.util.find_spec("hypothesis") is None
+    ):
+        raise Skip("pytest, hypothesis or the tests are not here")
+    if check.card.emulates_t4:
+        raise Skip("the tests know nothing of an emulated card")
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
+    done = subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment())
+    (check.folder / "pytest.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    lines = done.stdout.splitlines() or ["nothing was printed"]
+    check.row(log=str(check.folder / "pytest.log"), result=lines[-1].strip("= "))
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR")):
+            check.note(line)
+    ran = "passed" in lines[-1] or check.tiny  # A dry run may be without a GPU, and then all are skipped.
+    check.claim("every test that needs a GPU passes", done.returncode == 0 and ran)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment in which the tests find minilora wherever it is not installed."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

@@ -1,0 +1,97 @@
+"""A training step of a model of Mistral-7B's shape: speed beside this card's limit, memory beside the ledger.
+
+The limit of a policy: the floating-point operations of its step, at the rate of this card's largest matrix
+products. Nothing that is not a product takes time there. A step that runs out of memory is a result.
+"""
+
+import torch
+from torch import Tensor
+
+from gpu_sections.card import Stopwatch
+from gpu_sections.models import (
+    LORA,
+    MISTRAL_7B,
+    TINY,
+    Side,
+    documents_of,
+    measure,
+    our_side,
+    random_ids,
+    random_model,
+)
+from gpu_sections.section import Check
+from minilora.config import QuantConfig
+from minilora.memory.ledger import MARGIN, Ledger, memory_ledger
+from minilora.model import CausalLM
+from minilora.recompute import set_recompute
+
+GIB = 2**30
+DOCUMENTS = 16  # in the packed row
+LEAST_SECONDS = 10  # A step of 4 x 1024 tokens takes 7 s on a T4 by the limit of its products.
+WORK = (  # batch, length, documents in a row; the most telling first
+    (4, 1024, 1),
+    (1, 4096, DOCUMENTS),
+    (1, 1024, 1),
+)
+
+
+def steps(check: Check) -> None:
+    """Every policy on every batch."""
+    measure_steps(check, ("full", "selective", "off", "offload"), WORK)
+
+
+def measure_steps(check: Check, policies: tuple[str, ...], work: tuple[tuple[int, int, int], ...]) -> None:
+    """Report the steps of all policies on this work, each with what was predicted for it."""
+    sizes = TINY if check.tiny else MISTRAL_7B
+    product_rate = Stopwatch(check.tiny).product_rate(check.card.dtype)
+    check.note(f"a large product of this card: {product_rate / 1e12:,.0f} TFLOP/s")
+    model = random_model(sizes, check.card)
+    side = our_side(model, check.card)
+    within = []
+    for batch, length, documents in work:
+        ids = random_ids(sizes, batch, length // 64 if check.tiny else length, check.card)
+        packed = documents_of(ids, documents) if documents > 1 else None
+        for policy in policies:
+            if check.left < LEAST_SECONDS:
+                check.note(f"no time was left for {title_of(ids, packed)}, {policy}")
+            else:
+                within.append(measure_step(check, policy, model, side, ids, packed, product_rate))
+    # cuBLAS's workspace alone is more than a tiny model.
+    if not check.tiny:
+        check.claim(f"no step allocated more than {MARGIN} times what the ledger predicts", all(within))
+
+
+def title_of(ids: Tensor, documents: Tensor | None) -> str:
+    return f"{ids.shape[0]} x {ids.shape[1]}{', packed' * (documents is not None)}"
+
+
+def measure_step(
+    check: Check,
+    policy: str,
+    model: CausalLM,
+    side: Side,
+    ids: Tensor,
+    documents: Tensor | None,
+    product_rate: float,
+) -> bool:
+    """Report one step. Returns whether its memory was within the margin of the prediction."""
+    set_recompute(model, policy)
+    ledger = ledger_of(model, check.card.dtype, policy, ids.shape)
+    limit = product_rate / ledger.flop_per_token
+    row = {"batch": title_of(ids, documents), "policy": policy}
+    found = measure(side, ids, documents, repeat=1 if check.tiny else 3)
+    if found is None:
+        check.row(**row, **{"tokens/s": "out of memory", "predicted GiB": ledger.peak / GIB})
+        return True
+    speed = ids.numel() / found.seconds
+    row |= {"tokens/s": speed, "limit, tokens/s": limit, "share of limit": speed / limit}
+    row |= {"step, ms": 1e3 * found.seconds, "host, ms": 1e3 * found.host_seconds}
+    row |= {"allocated GiB": found.allocated / GIB, "reserved GiB": found.reserved / GIB}
+    check.row(**row, **{"predicted GiB": ledger.peak / GIB})
+    return found.allocated <= MARGIN * ledger.peak
+
+
+def ledger_of(model: CausalLM, dtype: torch.dtype, policy: str, shape: tuple[int, int]) -> Ledger:
+    """Return what is predicted for a step."""
+    how = dict(batch_size=shape[0], length=shape[1], dtype=dtype, recompute=policy, optim="adamw_8bit")
+    return memory_ledger(model.config, LORA, QuantConfig(), **how)
