@@ -26,10 +26,7 @@ class Card:
     memory: int  # bytes
     dtype: torch.dtype  # the 16-bit dtype in which it trains
     emulates_t4: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda", 0)
+    device: torch.device = torch.device("cuda", 0)
 
 
 def read_card() -> Card:

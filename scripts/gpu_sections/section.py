@@ -92,7 +92,7 @@ def _run(section: Section, check: Check) -> None:
     except Skip as reason:
         check.report.tell(section.name, skipped=str(reason), wanted=False)
     except Exception as error:
-        line = one_line(f"{type(error).__name__}: {error}")
+        line = one_line(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         check.report.tell(section.name, failed=line, traceback=traceback.format_exc())
 
 

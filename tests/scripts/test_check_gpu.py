@@ -1,0 +1,323 @@
+"""check_gpu.py runs every section on a pretended GPU, and neither an error nor a kill loses what it has seen."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import check_gpu
+import pytest
+import torch
+from gpu_sections import attention, gradients, models, peer
+from gpu_sections.card import Card
+from gpu_sections.report import Report, figure, markdown
+from gpu_sections.section import Check
+from support.project import PROGRAM_ENVIRONMENT, ROOT, SUPPORT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CPU = Card("a CPU", (8, 0), 1 << 30, torch.bfloat16, device=torch.device("cpu"))
+
+
+def run_program(program: Path, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(program), *map(str, arguments)]
+    return subprocess.run(command, env=PROGRAM_ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def events_in(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def rows_of(events: list[dict], section: str) -> list[dict]:
+    return [event["row"] for event in events if event["section"] == section and "row" in event]
+
+
+# ---- the plan and the command line ------------------------------------------------------------------------------
+
+
+def test_the_planned_seconds_of_all_sections_are_under_eight_minutes():
+    assert sum(section.seconds for section in check_gpu.SECTIONS) < 8 * 60 == check_gpu.BUDGET
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so_and_nothing_is_written(tmp_path):
+    done = run_program(ROOT / "scripts" / "check_gpu.py", "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: no NVIDIA GPU")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--only", "gradient"], "'gradient'.*nearest: 'gradients'"),
+        (["--budget", "0"], "--budget.*not 0"),
+        (["--budget", "nan"], "--budget.*not nan"),
+        (["--emulate", "p100"], "--emulate.*'p100'"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(call, arguments, named):
+    code, out, err = call("check_gpu", *arguments)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert re.search(named, err), err
+
+
+def test_only_a_whole_run_replaces_the_table_of_a_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_gpu, "BENCHMARKS", tmp_path)
+    card = Card("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30, torch.bfloat16)
+    for changes, wanted in (
+        ({}, tmp_path / "nvidia-h100-80gb-hbm3.md"),
+        ({"only": "steps"}, tmp_path / "out/nvidia-h100-80gb-hbm3.md"),
+        ({"tiny": True}, tmp_path / "out/nvidia-h100-80gb-hbm3-a-dry-run.md"),
+        ({"emulate": "t4"}, tmp_path / "nvidia-h100-80gb-hbm3-as-a-t4.md"),
+        ({"only": "steps", "table": tmp_path / "mine.md"}, tmp_path / "mine.md"),
+    ):
+        options = dict(only=None, tiny=False, emulate=None, table=None, out=tmp_path / "out") | changes
+        assert check_gpu.table_of(Namespace(**options), card) == wanted
+
+
+# ---- the dry run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """Everything on a pretended Hopper without bitsandbytes: (the process, its events, its table)."""
+    folder = tmp_path_factory.mktemp("dry")
+    done = run_program(SUPPORT / "dry_run_of_check_gpu.py", "--tiny", "--out", folder)
+    (table,) = folder.glob("*.md")
+    return done, events_in(folder), table.read_text()
+
+
+def test_every_section_runs_on_a_pretended_gpu_and_its_claims_hold(dry_run):
+    done, events, _ = dry_run
+    names = [section.name for section in check_gpu.SECTIONS]
+    assert [event["section"] for event in events if "ended" in event] == names
+    assert not [event for event in events if "failed" in event or not event.get("holds", True)], events
+    assert done.returncode == 0 and "every claim holds" in done.stdout, done.stdout + done.stderr
+    assert {event["section"] for event in events if "row" in event} == {*names} - {"peer"}
+
+
+def test_a_missing_bitsandbytes_is_said_and_fails_nothing(dry_run):
+    _, events, table = dry_run
+    (skipped,) = [event for event in events if "skipped" in event]
+    assert skipped["section"] == "peer" and not skipped["wanted"] and "bitsandbytes" in skipped["skipped"]
+    notes = [event["note"] for event in events if event["section"] == "kernels" and "note" in event]
+    assert any("bitsandbytes was not timed" in note for note in notes)
+
+
+def test_the_dry_run_compares_every_policy_and_times_every_batch_under_each(dry_run):
+    _, events, _ = dry_run
+    for section in ("gradients", "t4"):
+        compared = [(row["rows"], row["policy"]) for row in rows_of(events, section) if "rows" in row]
+        policies = ("off, again", "selective", "full", "offload")
+        assert compared == [(rows, policy) for rows in ("causal", "packed") for policy in policies]
+    timed = {(row["batch"], row["policy"]) for row in rows_of(events, "steps")}
+    batches = ("4 x 16", "1 x 64, packed", "1 x 16")
+    assert timed == {
+        (batch, policy) for batch in batches for policy in ("off", "full", "selective", "offload")
+    }
+    assert [row["batch"] for row in rows_of(events, "decode")] == [1, 8]
+
+
+def test_the_table_shows_every_row_and_tells_what_is_predicted(dry_run):
+    _, events, table = dry_run
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("|")
+    ]
+    for event in events:
+        for column, value in event.get("row", {}).items():
+            assert any(column in line for line in cells), column
+            assert any(figure(value) in line for line in cells), value
+    assert "predicted GiB" in table and "limit, tokens/s" in table
+    assert "*predicted* or *limit*: those are computed" in table
+
+
+# ---- the fence --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fenced(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fenced")
+    names = "raises,crashes,hangs,untrue,does not apply,fine"
+    done = run_program(SUPPORT / "fenced_sections.py", names, "--out", folder, "--table", folder / "table.md")
+    return done, events_in(folder), (folder / "table.md").read_text()
+
+
+def test_a_section_that_raises_crashes_or_hangs_takes_nothing_from_the_next(fenced):
+    done, events, table = fenced
+    failed = {event["section"]: event["failed"] for event in events if "failed" in event}
+    assert failed["raises"] == "RuntimeError: the first line"
+    assert "code -11" in failed["crashes"] and "still ran after" in failed["hangs"]
+    assert [event["section"] for event in events if "ended" in event][-1] == "fine"
+    assert {"work": "done", "seconds": 1.5} in rows_of(events, "fine")
+    assert "| done | 1.5 |" in table and "FAILED: RuntimeError: the first line" in table
+
+
+def test_an_error_is_one_line_in_the_table_and_a_traceback_in_the_json(fenced):
+    done, events, table = fenced
+    (error,) = [event for event in events if event["section"] == "raises" and "failed" in event]
+    assert error["traceback"].startswith("Traceback") and "in raises" in error["traceback"]
+    assert "Traceback" not in table + done.stdout + done.stderr
+
+
+def test_failed_sections_and_claims_are_named_at_the_end_with_exit_code_1(fenced):
+    done, _, table = fenced
+    assert done.returncode == 1, done.stderr
+    end = done.stdout.splitlines()[-6:]
+    assert [line.split(":")[0] for line in end[1:-1]] == ["raises", "crashes", "hangs", "untrue"]
+    assert "untrue: not so: one is two" in end
+    assert "**Failed:**\n\n- raises: RuntimeError: the first line\n- crashes" in table
+
+
+def test_a_section_that_hangs_is_killed_at_its_deadline(fenced):
+    _, events, _ = fenced
+    (note,) = [event["note"] for event in events if "note" in event]
+    assert not Path(f"/proc/{note.split()[1]}").exists()
+    (ended,) = [event["ended"] for event in events if event["section"] == "hangs" and "ended" in event]
+    assert ended >= 3  # planned for 1 second, and 2 more
+
+
+def test_a_run_that_is_killed_leaves_its_table_so_far(tmp_path):
+    arguments = "fine,kills the run,fine", "--out", tmp_path, "--table", tmp_path / "table.md"
+    done = run_program(SUPPORT / "fenced_sections.py", *arguments)
+    table = (tmp_path / "table.md").read_text()
+    assert done.returncode == -signal.SIGKILL
+    assert "| done | 1.5 |" in table and "| before the kill |" in table
+    assert "how it kills the run (it did not end)" in table
+
+
+def test_a_section_with_too_little_time_left_is_skipped_and_the_run_says_so(tmp_path):
+    arguments = (
+        "raises,fine,does not apply",
+        "--budget",
+        50,
+        "--out",
+        tmp_path,
+        "--table",
+        tmp_path / "table.md",
+    )
+    done = run_program(SUPPORT / "fenced_sections.py", *arguments)
+    (skipped,) = [event for event in events_in(tmp_path) if event["section"] == "fine" and "skipped" in event]
+    assert skipped["wanted"] and "100 s are planned" in skipped["skipped"]
+    assert done.returncode == 1 and "fine: skipped" in done.stdout
+    assert "does not apply: skipped" not in done.stdout.splitlines()
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+EVENTS = [
+    {
+        "section": "check_gpu",
+        "head": {"card": "NVIDIA Tesla T4", "date": "2026-11-27", "versions": "torch 2.11.0"},
+    },
+    {"section": "steps", "began": "a training step"},
+    {"section": "steps", "note": "a large product of this card: 24 TFLOP/s"},
+    {
+        "section": "steps",
+        "row": {"batch": "4 x 1024", "policy": "full", "tokens/s": 531.4, "predicted GiB": 6.4},
+    },
+    {"section": "steps", "row": {"batch": "4 x 1024", "policy": "off", "tokens/s": "out of memory"}},
+    {"section": "steps", "claim": "it is fast", "holds": True},
+    {"section": "steps", "ended": 61.2},
+    {"section": "trainer", "began": "the default run"},
+    {"section": "trainer", "failed": "OSError: no | space", "traceback": "Traceback ..."},
+]
+TABLE = """# NVIDIA Tesla T4
+
+- date: 2026-11-27
+- versions: torch 2.11.0
+
+Every figure was measured on this card, except in columns whose names begin with *predicted* or *limit*: those are computed. `docs/benchmarks/README.md` explains the sections.
+
+**Failed:**
+
+- trainer: OSError: no | space
+
+## steps: a training step (61 s)
+
+| batch | policy | tokens/s | predicted GiB |
+| --- | --- | --- | --- |
+| 4 x 1024 | full | 531 | 6.4 |
+| 4 x 1024 | off | out of memory |  |
+
+- a large product of this card: 24 TFLOP/s
+- ok: it is fast
+
+## trainer: the default run (it did not end)
+
+- FAILED: OSError: no | space
+"""
+
+
+def test_the_table_of_given_results_is_readable_markdown():
+    assert markdown(EVENTS) == TABLE
+
+
+def test_figures_have_three_digits_and_cells_keep_their_bars_from_the_table():
+    values = [True, 1234567, 17023.4, 99.96, 0.1234, 0.0, 0.00001234, "a | b"]
+    assert [figure(value) for value in values] == "yes|1,234,567|17,023|100|0.123|0|1.2e-05|a \\| b".split(
+        "|", 7
+    )
+
+
+# ---- what the sections claim ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def check(tmp_path):
+    """A check on this CPU, whose report has begun."""
+    report = Report(tmp_path / "results.jsonl", tmp_path / "table.md")
+    report.begin(card="a CPU")
+    return Check(CPU, report, tmp_path, tiny=True, section="gradients")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wrong", [None, "selective"])
+def test_a_policy_with_another_gradient_fails_its_claim(check, monkeypatch, packed, wrong):
+    model = models.random_model(models.TINY, CPU)
+    models.our_side(model, CPU)
+    ids = models.random_ids(models.TINY, 2, 32, CPU)
+    run = gradients.run
+
+    def changed(model, policy, *batch):
+        loss, found = run(model, policy, *batch)
+        return loss, [g * 1.001 if policy == wrong else g for g in found]
+
+    monkeypatch.setattr(gradients, "run", changed)
+    gradients.compare_policies(check, model, ids, models.documents_of(ids, 4) if packed else None)
+    (claim,) = [event for event in check.report.events() if "claim" in event]
+    assert claim["holds"] == (wrong is None) and claim["claim"].endswith("selective") == (wrong is not None)
+
+
+def test_gradients_that_are_not_finite_differ_from_everything():
+    fine, broken = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert gradients.relative_difference(fine, 2 * fine) == 0.5
+    assert (
+        gradients.relative_difference(broken, fine)
+        == gradients.relative_difference(fine, broken)
+        == float("inf")
+    )
+
+
+@pytest.mark.parametrize("backend, fused", [(SDPBackend.FLASH_ATTENTION, True), (SDPBackend.MATH, False)])
+def test_the_attention_that_is_named_is_the_one_that_runs(backend, fused):
+    q, k, v = (torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3))
+    with sdpa_kernel(backend):
+        assert attention.chosen_attention(q, k, v, None) == (
+            "flash_attention_for_cpu" if fused else "not fused"
+        )
+
+
+def test_both_sides_have_the_same_weights_and_so_the_same_loss():
+    for package in ("transformers", "peft", "accelerate", "bitsandbytes"):
+        pytest.importorskip(package)
+    ids = models.random_ids(models.TINY, 2, 64, CPU)
+    ours, theirs = peer.ours(models.TINY, CPU), peer.theirs(models.TINY, CPU)
+    assert sum(p.numel() for p in ours.trainable) == sum(p.numel() for p in theirs.trainable)
+    for _ in range(2):  # the second after a step
+        (one, _), (other, _) = ours.step(ids, None), theirs.step(ids, None)
+        # bfloat16: 128 tokens, each of whose losses is off by some 2^-9 of 6 at random
+        assert abs(one - other) / other < 2e-3
