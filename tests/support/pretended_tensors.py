@@ -1,0 +1,208 @@
+"""What an operation on a pretended GPU's tensors does: see pretended_gpu.py.
+
+Two of PyTorch's modes see every operation. `Functions` sees the calls from Python, with their devices: .to,
+.cpu(), torch.zeros(device=...). `Dispatch` sees what remains of them below autograd, the backward included.
+"""
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from support.pretended_places import CPU, PLACES
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "multinomial",
+           "unique_consecutive", "bincount", "is_nonzero"}  # fmt: skip
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense",
+        "_unsafe_view", "_reshape_alias", "lift_fresh", "set_", "resize_", "detach"}  # fmt: skip
+
+
+class Functions(TorchFunctionMode):
+    """Copies between devices, and tensors that are made on one."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options, name = dict(options or {}), getattr(function, "__name__", "")
+        me = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None
+        if self.gpu.paused:
+            return function(*arguments, **options)
+        special = getattr(self, f"_{name}", None) if me is not None and not me.is_meta else None
+        if special is not None:
+            return special(function, *arguments, **options)
+        return self._made(function, name, me, arguments, options)
+
+    # ---- copies --------------------------------------------------------------------------------------------
+
+    def _to(self, function, tensor, *arguments, **options):
+        device, dtype, flags = None, options.pop("dtype", None), []
+        for value in (*arguments, options.pop("device", None), options.pop("other", None)):
+            if isinstance(value, torch.Tensor):
+                device, dtype = PLACES.device(value), value.dtype
+            elif isinstance(value, torch.dtype):
+                dtype = value
+            elif isinstance(value, bool):
+                flags.append(value)
+            elif value is not None:
+                device = self.gpu.device(value)
+        options |= dict(zip(("non_blocking", "copy"), flags, strict=False))
+        if device is not None and device.type not in ("cpu", "cuda"):
+            return function(tensor, *arguments, **options)
+        return self._copied(tensor, device or PLACES.device(tensor), dtype, **options)
+
+    def _cuda(self, function, tensor, device=None, non_blocking=False):
+        return self._copied(tensor, self.gpu.device(device), non_blocking=non_blocking)
+
+    def _cpu(self, function, tensor):
+        return self._copied(tensor, CPU)
+
+    def _copied(self, tensor, device, dtype=None, non_blocking=False, copy=False, memory_format=None):
+        here = PLACES.device(tensor)
+        dtype = dtype or tensor.dtype
+        if device == here:
+            result = tensor.to(dtype, copy=copy)
+            return PLACES.put(result, device) if result is not tensor else result
+        if not (non_blocking and (PLACES.is_pinned(tensor) or here.type == "cuda")):
+            self.gpu.wait(f"a copy {here.type} -> {device.type} of {tuple(tensor.shape)}")
+        with self.gpu.pause():
+            return PLACES.put(tensor.to(dtype, copy=True), device)
+
+    def _tolist(self, function, tensor):
+        if PLACES.device(tensor).type == "cuda":
+            self.gpu.wait("tolist()")
+        return function(tensor)
+
+    def _numpy(self, function, tensor, **options):
+        if PLACES.device(tensor).type == "cuda":
+            self.gpu.fault("numpy() of a GPU's tensor")
+        return function(tensor, **options)
+
+    def _pin_memory(self, function, tensor, device=None):
+        if PLACES.device(tensor).type == "cuda":
+            self.gpu.fault("pin_memory() of a GPU's tensor")
+        return PLACES.pin(tensor.clone())
+
+    def _is_pinned(self, function, tensor, device=None):
+        return PLACES.is_pinned(tensor)
+
+    # ---- new tensors ---------------------------------------------------------------------------------------
+
+    def _made(self, function, name, me, arguments, options):
+        device, pinned = options.get("device"), False
+        if device is not None and not callable(device):
+            device = self.gpu.device(device)
+            options["device"] = CPU if device.type == "cuda" else device
+        if isinstance(options.get("pin_memory"), bool):
+            pinned = options.pop("pin_memory")
+        result = function(*arguments, **options)
+        new = [t for t in tree_iter(result) if isinstance(t, torch.Tensor) and t is not me]
+        if isinstance(device, torch.device) and device.type in ("cuda", "cpu"):
+            if device.type == "cuda" and name in ("tensor", "as_tensor", "asarray", "new_tensor"):
+                self.gpu.wait(f"torch.{name}: a copy cpu -> cuda of {tuple(result.shape)}")
+            for tensor in new:
+                PLACES.put(tensor, device)
+        return PLACES.pin(result) if pinned else result
+
+
+class Dispatch(TorchDispatchMode):
+    """Every operation below autograd: devices, waits, launches."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        options = dict(options or {})
+        if self.gpu.paused:
+            return operation(*arguments, **options)
+        tensors = [
+            t for t in tree_iter((arguments, options)) if isinstance(t, torch.Tensor) and not t.is_meta
+        ]
+        places = [PLACES.device(t) for t in tensors]
+        device = next((place for place in places if place.type == "cuda"), None)
+        if device is None:
+            return operation(*arguments, **options)
+        name = operation.overloadpacket.__name__
+        self._check(name, arguments, options, tensors, places)
+        if any(argument.name == "generator" for argument in operation._schema.arguments):
+            self._choose_generator(name, options, device)
+        if not operation.is_view and name not in FREE:
+            self.gpu.launch(name)
+        result = operation(*arguments, **options)
+        if name not in ("copy_", "_local_scalar_dense"):
+            for tensor in tree_iter(result):
+                if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                    PLACES.put(tensor, device)
+        return result
+
+    def _check(self, name, arguments, options, tensors, places) -> None:
+        if name in WAITING or (name == "repeat_interleave" and options.get("output_size") is None):
+            self.gpu.wait(name)
+        if name in INDEXING:
+            self._check_index(name, arguments)
+        elif name == "copy_":
+            self._check_copy(
+                *arguments[:2], non_blocking=options.get("non_blocking", len(arguments) > 2 and arguments[2])
+            )
+        elif name != "set_":
+            # A single number on the CPU is passed by value.
+            where = {str(p) for t, p in zip(tensors, places, strict=True) if t.dim() or p.type == "cuda"}
+            if len(where) > 1:
+                self.gpu.fault(f"{name}: tensors on {' and '.join(sorted(where))}")
+
+    def _check_index(self, name, arguments) -> None:
+        here = PLACES.device(arguments[0])
+        for index in (i for i in arguments[1] if i is not None):
+            if index.dtype in (torch.bool, torch.uint8):
+                self.gpu.wait(f"{name} with a boolean mask")
+            if PLACES.device(index) != here:
+                self.gpu.wait(f"{name} with an index that lies elsewhere")
+
+    def _check_copy(self, target, source, non_blocking) -> None:
+        pinned = PLACES.is_pinned(target) or PLACES.is_pinned(source)
+        if PLACES.device(target).type != PLACES.device(source).type and not (non_blocking and pinned):
+            self.gpu.wait("copy_ from one device to another")
+
+    def _choose_generator(self, name, options, device) -> None:
+        if options.get("generator") is None:
+            options["generator"] = self.gpu.generators[device]
+        elif options["generator"].device.type != "cuda":
+            self.gpu.fault(f"{name}: a CPU generator for a tensor on {device}")
+
+
+# As functions of torch, backward() and grad() would switch `Functions` off for all that they call.
+# These two call the engine themselves.
+
+
+def backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+    """Tensor.backward."""
+    gradient = torch.ones_like(tensor) if gradient is None else gradient
+    _run((tensor,), (gradient,), retain_graph, create_graph, inputs or (), True, accumulate_grad=True)
+
+
+def grad(outputs, inputs, grad_outputs=None, retain_graph=None, create_graph=False, allow_unused=None):
+    """torch.autograd.grad."""
+    outputs, inputs = _tuple(outputs), _tuple(inputs)
+    gradients = tuple(map(torch.ones_like, outputs)) if grad_outputs is None else _tuple(grad_outputs)
+    return _run(
+        outputs, gradients, retain_graph, create_graph, inputs, bool(allow_unused), accumulate_grad=False
+    )
+
+
+def _run(outputs, gradients, retain_graph, create_graph, inputs, allow_unused, accumulate_grad):
+    return torch.autograd.Variable._execution_engine.run_backward(
+        outputs,
+        gradients,
+        bool(retain_graph),
+        create_graph,
+        tuple(inputs),
+        allow_unused,
+        accumulate_grad=accumulate_grad,
+    )
+
+
+def _tuple(tensors) -> tuple[torch.Tensor, ...]:
+    return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
