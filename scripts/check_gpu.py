@@ -22,9 +22,11 @@ import platform
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from gpu_sections import attention, decode, gradients, kernel_rates, peer, programs, steps, t4
@@ -56,6 +58,7 @@ def main() -> None:
     options = parse_options()
     started = time.perf_counter()
     card = in_child(read_card)
+    import_once()
     table = table_of(options, card)
     report = Report(options.out / "results.jsonl", table, started)
     report.begin(card=title_of(options, card), **facts(card))
@@ -87,6 +90,13 @@ def parse_options() -> argparse.Namespace:
     if options.table:
         check_writable("--table", options.table)
     return options
+
+
+def import_once() -> None:
+    """Import now what every section's process would import for itself when it first needs it."""
+    for name in ("torch._dynamo", "triton"):
+        with suppress(ImportError):  # Triton is for Linux only.
+            import_module(name)
 
 
 def sections_of(text: str) -> list[Section]:

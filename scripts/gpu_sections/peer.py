@@ -41,7 +41,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def usual_stack(check: Check) -> None:
     """Time both sides on the same work, one after the other: two models of 7B may not fit together."""
-    for package in ("transformers", "peft", "accelerate", "bitsandbytes"):
+    for package in ("bitsandbytes", "accelerate", "transformers", "peft"):
         try:
             import_module(package)
         except Exception as error:  # Their imports run code for the card, and fail in many ways.

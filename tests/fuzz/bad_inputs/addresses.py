@@ -80,6 +80,8 @@ LOCAL_ONLY = {  # a command that ends where a path of this machine is to follow:
     "verify --output": "output",
     "pretrain --steps 1 --output": "output",
     "pictures --output": "output",
+    "check_gpu --out": "out",
+    "check_gpu --table": "table",
 }
 UPLOADS = {  # value of an option that receives files: a word
     "bucket/folder": "bucket/folder",

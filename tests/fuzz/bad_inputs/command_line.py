@@ -24,6 +24,7 @@ EVERY_SCRIPT = {
     "pretrain": "pretrain --output out --steps 1",
     "pictures": "pictures --output out",
     "keys": "keys",
+    "check_gpu": "check_gpu",
 }
 # Script: its options that an empty text cannot be the value of.
 EMPTY = {
@@ -45,6 +46,7 @@ EMPTY = {
     "verify": "model output family",
     "pretrain --steps 1": "output seed",
     "pictures": "output",
+    "check_gpu": "only budget emulate out table",
 }
 MISSING = {  # command: the word that its last option is called
     "train --config": "config",
@@ -67,6 +69,7 @@ MISSING = {  # command: the word that its last option is called
     "share --adapter adapter": "push_to_hub",
     "lint_adapter": "adapter",
     "bench --width": "width",
+    "check_gpu --only": "only",
 }
 TWICE = {
     f"{TRAIN} --seed 1 --seed 2": "seed",
@@ -159,6 +162,9 @@ OPTIONS = {  # numbers of the other scripts' own options
     "verify --family": "gpt2",
     "pretrain --output out --steps": "0 -1 x",
     "pretrain --output out --steps 1 --seed": "x",
+    "check_gpu --budget": "0 -1 nan inf 1e300 long",
+    "check_gpu --only": "everything steps,nothing",
+    "check_gpu --emulate": "p100",
     f"{MERGE} --into": "both",
     f"{MERGE} --outtype": "q8_0",
     f"{EXPORT} --into": "original",

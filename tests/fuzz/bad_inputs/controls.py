@@ -39,6 +39,7 @@ COMMANDS = {
     "bench": "bench --help",
     "pretrain": "pretrain --help",
     "pictures": "pictures --help",
+    "check_gpu": "check_gpu --help",
 }
 
 

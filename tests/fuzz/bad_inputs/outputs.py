@@ -58,6 +58,7 @@ OUTPUTS = {  # a command that ends where a file to write is to follow: its optio
     f"{COMPARE} --output": "output",
     "bench --output": "output",
     "verify --output": "output",
+    "check_gpu --table": "table",
 }
 DIRECTORIES = {  # the same of a directory to write
     "train --config run.yaml --output_dir": "output_dir",
@@ -66,6 +67,7 @@ DIRECTORIES = {  # the same of a directory to write
     "merge --adapter adapter --export_adapter": "output|export_adapter",
     "pretrain --steps 1 --output": "output",
     "pictures --output": "output",
+    "check_gpu --out": "out",
 }
 UNWRITABLE = {  # name: a path, and how it is made
     "below a file": ("train.jsonl/x", nothing),
