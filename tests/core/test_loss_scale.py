@@ -19,6 +19,10 @@ def gradients(flawed: bool) -> dict[str, torch.Tensor]:
     return made
 
 
+def norm(parameters: dict[str, torch.nn.Parameter]) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters.values()])
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
 @settings(deadline=None, max_examples=30)
 @given(overflows=st.lists(st.booleans(), min_size=1, max_size=15), resume_at=st.integers(0, 14))
@@ -40,7 +44,7 @@ def test_a_step_is_left_out_exactly_where_a_gradient_overflows_and_moves_neither
         )
         scale.backward(loss)
         scale.unscale(optimizer)
-        scale.step(optimizer, finite=not flawed)
+        scale.step(optimizer, loss.item(), norm(parameters))
         optimizer.zero_grad()
         row = row + 1 if flawed else 0
         assert scale.skipped_in_a_row == row
@@ -70,7 +74,7 @@ def test_below_1_there_is_no_use_in_going_on():
     for step in range(1, 18):
         scale.backward((parameter * torch.inf).sum())
         scale.unscale(optimizer)
-        scale.step(optimizer, finite=False)
+        scale.step(optimizer, torch.inf, parameter.grad.norm())
         assert scale.diverged == (step == 17)
     assert parameter.item() == 1 and "17 skipped" in scale.summary()
 
@@ -82,8 +86,8 @@ def test_without_scaling_the_first_step_that_is_not_finite_is_a_divergence_and_i
     scale.backward(parameter.sum())
     scale.unscale(optimizer)
     assert parameter.grad.item() == 1 and scale.scale == 1
-    scale.step(optimizer, finite=True)
+    assert scale.step(optimizer, torch.tensor(0.5), parameter.grad.norm()) == [0.5, 1.0]
     moved = parameter.item()
     assert moved < 1 and not scale.diverged and scale.summary() == ""
-    scale.step(optimizer, finite=False)
+    scale.step(optimizer, torch.nan, parameter.grad.norm())
     assert scale.diverged and parameter.item() == moved

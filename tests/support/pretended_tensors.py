@@ -6,6 +6,7 @@ Two of PyTorch's modes see every operation. `Functions` sees the calls from Pyth
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -206,3 +207,9 @@ def _run(outputs, gradients, retain_graph, create_graph, inputs, allow_unused, a
 
 def _tuple(tensors) -> tuple[torch.Tensor, ...]:
     return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+
+
+def grouped(lists, with_indices=False) -> dict:
+    """PyTorch's grouping of tensors, whose C++ would say that they lie on the CPU."""
+    groups = _group_tensors_by_device_and_dtype(lists, with_indices)
+    return {(PLACES.device(found[0][0]), dtype): (found, i) for (_, dtype), (found, i) in groups.items()}
