@@ -71,12 +71,16 @@ class PretendedGpu:
 
     @contextlib.contextmanager
     def during(self):
-        """Yield a record whose faults, waits and launches are, in the end, those of the block."""
+        """Yield a record: in the end, the block's faults, waits and launches, and its first-seen variants."""
         before = {name: Counter(getattr(self, name)) for name in ("faults", "waits", "launches")}
-        record = SimpleNamespace()
+        record, known = SimpleNamespace(), self._variants()
         yield record
         for name, counts in before.items():
             setattr(record, name, getattr(self, name) - counts)
+        record.variants = self._variants() - known
+
+    def _variants(self) -> set[tuple]:
+        return {(name, *one) for name, found in self.signatures.items() for one in found}
 
     @contextlib.contextmanager
     def pause(self):
