@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minilora.backend.copies import to_device
+
 BLOCK = 256  # elements that share an absmax
 
 
@@ -107,6 +109,6 @@ def adamw_8bit(
 ) -> None:
     """One step on all tensors, which are contiguous and on one device, in one launch."""
     rows = [[*(part.data_ptr() for part in parts), parts[0].numel()] for parts in tensors]
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(codes[0].device)
+    table = to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), codes[0].device)
     grid = (max(parts[3].numel() for parts in tensors), len(tensors))
     adamw_8bit_kernel[grid](table, *codes, *nearest, *scalars, BLOCK=BLOCK, enable_fp_fusion=False)

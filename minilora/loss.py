@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora.backend.choice import product_dtype
+from minilora.backend.copies import to_device
 from minilora.model import CausalLM
 from minilora.recompute import checkpoint
 
@@ -36,15 +37,15 @@ def causal_lm_loss(
 
     input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE_INDEX. A token is
     predicted from those before it, of its own document where rows are packed. The first token of a document
-    must be IGNORE_INDEX: nothing predicts it.
+    must be IGNORE_INDEX: nothing predicts it. Labels may stay on the CPU: see `_supervised`.
     """
-    hidden, targets = model.model(input_ids, document_ids=document_ids)[:, :-1], labels[:, 1:]
-    head = model.lm_head
+    hidden = model.model(input_ids, document_ids=document_ids)
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # of the next token: the last one has none
+    head, rows = model.lm_head, rows_at_a_time(model.config.vocab_size)
     if isinstance(head, nn.Linear):
-        return linear_cross_entropy(hidden, head.weight, targets)
-    supervised = targets != IGNORE_INDEX  # the head has an adapter: backward computes its logits again
-    rows = rows_at_a_time(model.config.vocab_size)
-    chunks = zip(hidden[supervised].split(rows), targets[supervised].split(rows), strict=True)
+        return linear_cross_entropy(hidden, head.weight, labels)
+    hidden, targets = _supervised(hidden, labels)  # the head has an adapter: its logits are computed twice
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
     losses = [checkpoint(_head_loss, head, h, t, parameters=head.parameters()) for h, t in chunks]
     return torch.stack(losses).sum()
 
@@ -56,8 +57,18 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     gradients. Memory beside them and their gradients: twice LOGITS_BYTES, whatever V and the number of
     positions. A weight's gradient is summed in float32.
     """
-    supervised = labels != IGNORE_INDEX
-    return _LinearCrossEntropy.apply(hidden[supervised], weight, labels[supervised])
+    hidden, targets = _supervised(hidden, labels)
+    return _LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the hidden states of supervised positions, (N, D), and their labels, (N,).
+
+    The host must know N. Labels on the CPU tell it at once; for labels on a GPU it would wait.
+    """
+    places = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,)
+    places, targets = (to_device(t, hidden.device) for t in (places, labels.flatten()[places]))
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, places), targets
 
 
 def rows_at_a_time(vocab_size: int) -> int:

@@ -15,8 +15,12 @@ bfloat16 has float32's range. There, and in float32, nothing is scaled, and the 
 is a divergence.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from minilora.backend.copies import read_numbers
 
 
 class LossScale:
@@ -25,15 +29,11 @@ class LossScale:
     def __init__(self, device: torch.device, enabled: bool):
         self._scaler = torch.amp.GradScaler(device.type, enabled=enabled)
         # Creates S: a rank without a micro-batch will unscale without having scaled.
-        self._scaler.scale(torch.zeros((), device=device))
+        self._one = torch.ones((), device=device)
+        self.scale = self._scaler.scale(self._one).item()  # S, as the host knows it
         self.enabled = enabled
         self.skipped = 0  # steps skipped so far
         self.skipped_in_a_row = 0
-
-    @property
-    def scale(self) -> float:
-        """S."""
-        return self._scaler.get_scale()
 
     @property
     def diverged(self) -> bool:
@@ -48,17 +48,20 @@ class LossScale:
         """Divide the gradients by S: once a step, before anyone reads them."""
         self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
-        """Take the optimizer's step, or skip it if the loss or a gradient is not `finite`; adjust S."""
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor | float, norm: Tensor) -> list[float]:
+        """Take the optimizer's step, or skip it if the loss or a gradient is not finite; adjust S.
+
+        Returns loss and norm as numbers. They are read with S: the host waits for a GPU once a step, here.
+        """
         before = self.scale
-        if self.enabled or finite:
-            self._scaler.step(optimizer)  # checks every gradient itself
-            self._scaler.update()
-        skipped = (
-            self.scale < before if self.enabled else not finite
-        )  # S falls exactly when a step is skipped
+        self._scaler.update()  # S falls exactly when a gradient overflowed
+        loss, norm, self.scale = read_numbers(loss, norm, self._scaler.scale(self._one))
+        skipped = self.scale < before if self.enabled else not math.isfinite(loss + norm)
+        if not skipped:
+            optimizer.step()
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        return [loss, norm]
 
     def summary(self) -> str:
         """Return a remark for people if steps were skipped, else an empty text."""
@@ -75,4 +78,5 @@ class LossScale:
     def load_state_dict(self, state: dict) -> None:
         """Continue from a `state_dict`."""
         self._scaler.load_state_dict(state["scaler"])
+        self.scale = self._scaler.get_scale()
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]

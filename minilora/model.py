@@ -35,6 +35,7 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.document_ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
+        self.has_documents = False  # whether document_ids were ever given
         self.length = 0  # tokens held; `CausalLM.forward` advances it once all layers have written
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,10 +152,9 @@ class Decoder(nn.Module):
             if document_ids is not None:
                 cache.document_ids[:, past : past + T] = document_ids
                 document_ids = cache.document_ids[:, : past + T]  # (B, S): the keys'; queries are the last T
-            elif cache.document_ids[:, :past].any():
-                raise ValueError(
-                    "the cache holds packed or padded rows: give document_ids for the new tokens too"
-                )
+                cache.has_documents = True
+            elif cache.has_documents:
+                raise ValueError("the cache holds packed or padded rows: new tokens need document_ids too")
         if position_ids is None:
             if document_ids is None:
                 position_ids = torch.arange(past, past + T, device=input_ids.device).unsqueeze(0)  # (1, T)
@@ -245,14 +245,14 @@ def attention_mask(
 
 def rope_angles(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position * frequency: (B, T) -> two float32 (B, 1, T, K), both halves alike."""
-    frequencies = rope_frequencies(config.rope, config.head_dim).to(position_ids.device)  # (K/2,)
+    frequencies = rope_frequencies(config.rope, config.head_dim, position_ids.device)  # (K/2,)
     angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, K/2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 @lru_cache
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Return radians per token of each of the K/2 rotating pairs, float32 (K/2,).
 
     default: theta^(-2i/K) (arXiv:2104.09864, 3.3). linear: all divided by `factor` (arXiv:2306.15595).
@@ -260,10 +260,10 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """
     frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if rope.rope_type == "linear":
-        return frequencies / rope.factor
+        frequencies = frequencies / rope.factor
     if rope.rope_type == "llama3":
         low, high = rope.low_freq_factor, rope.high_freq_factor
         turns = rope.original_max_position_embeddings * frequencies / (2 * torch.pi)  # within the old context
         keep = (turns - low) / (high - low)  # share of the old frequency
-        return torch.lerp(frequencies / rope.factor, frequencies, keep.clamp(0, 1))
-    return frequencies
+        frequencies = torch.lerp(frequencies / rope.factor, frequencies, keep.clamp(0, 1))
+    return frequencies.to(device)

@@ -85,8 +85,7 @@ def make_optimizer(
     weight_decay: float,
     loraplus_lr_ratio: float | None = None,
 ) -> torch.optim.Optimizer:
-    """Return an optimizer by its name in Hugging Face's TrainingArguments; set its rate with
-    `set_learning_rate`.
+    """Return an optimizer by its name in TrainingArguments; set its rate with `set_learning_rate`.
 
     loraplus_lr_ratio: the learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354). In
     a model of width D, both learn features only if A's rate falls with 1/D and B's does not; with one rate B
@@ -214,8 +213,7 @@ def adamw(
     weight_decay: float,
     step: int,  # t, from 1
 ) -> None:
-    """Take one step of AdamW on many tensors, in place (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm
-    2):
+    """Take one step of AdamW on tensors, in place (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2):
 
         m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2
         p <- (1 - lr weight_decay) p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
@@ -227,8 +225,7 @@ def adamw(
     torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
-    # Through float64: PyTorch's float32 square root on a CPU is MKL's, which is sometimes off by the last
-    # bit.
+    # Through float64: PyTorch's float32 square root on a CPU is MKL's, sometimes off by the last bit.
     denominators = [v.double().sqrt_().float() for v in exp_avg_sqs]
     torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
     torch._foreach_add_(denominators, eps)
@@ -254,11 +251,8 @@ def adamw_8bit(
     """
     for parts in tensors:
         _check_parts(*parts)
-    arguments = (
-        tensors,
-        *_codes_and_tables(tensors[0][0].device),
-        _scalars(lr, betas, eps, weight_decay, step),
-    )
+    scalars = _scalars(lr, betas, eps, weight_decay, step)
+    arguments = tensors, *_codes_and_tables(tensors[0][0].device), scalars
     match form_for(tensors[0][0], "adamw_8bit"):
         case "triton":
             from minilora.kernels.adamw_8bit import adamw_8bit as kernel

@@ -173,9 +173,8 @@ def quantize_4bit(
             raise UserError(
                 f"the weight's magnitudes, up to {absmax.max():.3g}, overflow double quantization; omit it"
             )
-    fields = dict(
-        packed=packed, shape=weight.shape, dtype=x.dtype, quant_type=quant_type, blocksize=blocksize
-    )
+    fields = dict(packed=packed, shape=weight.shape, dtype=x.dtype)
+    fields |= dict(quant_type=quant_type, blocksize=blocksize)
     if not double_quant:
         return QuantizedTensor(absmax=absmax, **fields)
     nested_code = dynamic_code(True, weight.device)
@@ -320,18 +319,12 @@ def dequantize_dynamic(indices: Tensor, absmax: Tensor, code: Tensor, blocksize:
     return code[indices.int()] * absmax.repeat_interleave(blocksize)[: indices.numel()]
 
 
+@lru_cache(maxsize=4)  # by the tensor itself, not its values: a GPU need not be asked for them
 def nearest_of_steps(code: Tensor) -> Tensor:
     """Return (65536,) uint8: the index in `code`, (256,), nearest to each of 65,536 steps from -1 to 1."""
-    return _nearest_of_steps(tuple(code.tolist())).to(code.device)
-
-
-@lru_cache(maxsize=4)
-def _nearest_of_steps(codes: tuple[float, ...]) -> Tensor:
-    steps = (
-        torch.arange(65536, **_TABLE) * 2 / 65535 - 1
-    )  # on the CPU: a GPU rounds this division differently
-    code = torch.tensor(codes, **_TABLE)
-    return torch.bucketize(steps, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
+    steps = torch.arange(65536, **_TABLE) * 2 / 65535 - 1  # a GPU rounds this division differently
+    values = code.cpu()
+    return torch.bucketize(steps, (values[:-1] + values[1:]) * 0.5).to(torch.uint8).to(code.device)
 
 
 def check_floats(weight: Tensor) -> None:

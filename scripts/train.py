@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.data.examples import collate, document_ids
+from minilora.data.examples import batch_for
 from minilora.formats.adapter import load_adapter, save_adapter
 from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.weights import load_model
@@ -107,14 +107,12 @@ class Run:
 
 
 def load_batch(plan: Plan, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return input_ids, labels and document_ids of a micro-batch, each (B, T) and on the device.
+    """Return input_ids, labels and document_ids of a micro-batch, each (B, T), as the loss wants them.
 
     document_ids is None unless a row holds several packed examples. `make_plan` has read and tokenized them.
     """
     examples = [plan.train_set.examples[i] for i in indices]
-    rounded = plan.memory.rounded
-    batch = *collate(examples, plan.tokenizer.pad_id, rounded), document_ids(examples, rounded)
-    return tuple(tensor if tensor is None else tensor.to(plan.placement.device) for tensor in batch)
+    return batch_for(plan.placement.device, examples, plan.tokenizer.pad_id, plan.memory.rounded)
 
 
 # ---- model, LoRA, quantization, recompute ------------------------------------------------------------------
@@ -192,10 +190,10 @@ def optimizer_step(plan: Plan, run: Run, stop: StopSignal) -> tuple[StepMetrics,
     parameters = run.trainable.values()
     loss, tokens, stopping = plan.processes.sum_gradients(parameters, loss, tokens, stop.requested)
     run.loss_scale.unscale(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(parameters, plan.config.max_grad_norm or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(parameters, plan.config.max_grad_norm or math.inf)
+    loss, norm = run.loss_scale.step(run.optimizer, loss, norm)
     # At step 0 only B has a gradient: A's contains the factor B, which is still zero.
     assert run.step or norm != 0, "no gradient has reached the adapter"
-    run.loss_scale.step(run.optimizer, finite=math.isfinite(loss) and math.isfinite(norm))
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     if run.loss_scale.diverged:

@@ -15,6 +15,7 @@ class State:
     def __init__(self, tensors: Iterable[Tensor]):
         self.gpus = sorted({t.get_device() for t in tensors if t.is_cuda})
         self.cpu_random = torch.get_rng_state()
+        # PyTorch keeps the state of a GPU's generator on the host: reading it waits for nothing.
         self.gpu_random = [torch.cuda.get_rng_state(gpu) for gpu in self.gpus]
         devices = ["cpu"] + ["cuda"] * bool(self.gpus)
         self.autocast = {d: (torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices}

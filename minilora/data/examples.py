@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilora.backend.copies import to_device
 from minilora.data.chat import ChatTemplate
 from minilora.data.rows import Row
 from minilora.data.templates import TEMPLATES
@@ -181,6 +182,20 @@ def document_ids(examples: Sequence[Example], rounded: bool = False) -> Tensor |
         lengths = torch.tensor(example.document_lengths)
         ids[i, : len(example.input_ids)] = torch.arange(len(lengths)).repeat_interleave(lengths)
     return ids
+
+
+def batch_for(
+    device: torch.device, examples: Sequence[Example], pad_id: int, rounded: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return input_ids, labels and document_ids, each (B, T), for `causal_lm_loss` on a device.
+
+    Labels stay on the CPU, and nothing of this waits for a GPU.
+    """
+    input_ids, labels = collate(examples, pad_id, rounded)
+    documents = document_ids(examples, rounded)
+    if documents is not None:
+        documents = to_device(documents, device)
+    return to_device(input_ids, device), labels, documents
 
 
 def count_supervised(labels: Tensor) -> int:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
+from minilora.backend.copies import to_device
 from minilora.data.chat import ChatTemplate, Message
 from minilora.data.stream_decoder import StreamDecoder
 from minilora.data.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ class Assistant:
         limit, decoder = self.answer_limit(prompt), StreamDecoder(self.tokenizer)
         self.cache = reuse_cache(self.model, self.cache, self.tokens, prompt, limit)
         self.tokens = list(prompt)
-        input_ids = torch.tensor([prompt], device=self.generator.device)  # (1, T)
+        input_ids = to_device(torch.tensor([prompt]), self.generator.device)  # (1, T)
         settings = dict(self.settings.sampling(), eos_token_ids=self.end_ids, max_new_tokens=limit)
         settings |= dict(cache=self.cache, generator=self.generator)
         for token in generate_stream(self.model, input_ids, **settings):

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from minilora.data.chat import ChatTemplate
-from minilora.data.examples import Example, Row, collate, prompt_ids
+from minilora.data.examples import Example, Row, batch_for, prompt_ids
 from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import end_tokens, generate_text
 from minilora.loss import causal_lm_loss
@@ -42,13 +42,13 @@ def evaluate_loss(
     embedding, was_training = model.model.embed_tokens.weight, model.training
     device, rounded = embedding.device, compiles_kernels(embedding.dtype, embedding.device.type)
     model.eval()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)  # read once, after the last batch
     ordered = sorted(examples, key=lambda e: len(e.input_ids))  # similar lengths together: little padding
     for start in range(0, len(ordered), batch_size):
-        input_ids, labels = collate(ordered[start : start + batch_size], pad_id, rounded)
-        total += causal_lm_loss(model, input_ids.to(device), labels.to(device)).item()
+        batch = batch_for(device, ordered[start : start + batch_size], pad_id, rounded)
+        total += causal_lm_loss(model, *batch)
     model.train(was_training)
-    return total / sum(e.supervised for e in examples)
+    return total.item() / sum(e.supervised for e in examples)
 
 
 def perplexity(model: CausalLM, examples: Sequence[Example], batch_size: int = 8, pad_id: int = 0) -> float:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from minilora.backend.copies import to_device
 from minilora.data.tokenizer import Tokenizer
 from minilora.model import PADDING, CausalLM, KVCache
 from minilora.system.errors import UserError
@@ -34,15 +35,15 @@ def generate(
     **settings,  # max_new_tokens, eos_token_ids, temperature, ...: see `generate_stream`
 ) -> Tensor:
     """Continue each row: (B, T) -> (B, T + new), new <= max_new_tokens; rows that end early are padded."""
-    steps = generate_stream(model, input_ids, attention_mask, **settings)
-    return torch.cat([input_ids, *(token.unsqueeze(1) for token in steps)], dim=1)
+    new = torch.stack(list(generate_stream(model, input_ids, attention_mask, **settings)), dim=1)
+    return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
 
 
 @torch.no_grad()
 def generate_stream(
     model: CausalLM,
     input_ids: Tensor,  # (B, T)
-    attention_mask: Tensor | None = None,  # (B, T): 0 on the padding, which is on the left
+    attention_mask: Tensor | None = None,  # (B, T): 0 on the padding, which is on the left; best on the CPU
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,  # 0: greedy; below 1 sharper, above 1 flatter
@@ -55,12 +56,19 @@ def generate_stream(
     cache: KVCache | None = None,  # holds the first tokens of unpadded input_ids; has room for all new ones
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield one new token for each row, (B,), until every row has ended or `max_new_tokens` are reached."""
+    """Yield one new token for each row, (B,), until every row has ended or `max_new_tokens` are reached.
+
+    It lies on the CPU. There the host also learns which rows have ended: it waits for a GPU once a token.
+    """
     check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     (B, T), device = input_ids.shape, input_ids.device
     eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
-    eos = torch.tensor(list(eos), dtype=torch.long, device=device)
+    eos = to_device(torch.tensor(list(eos), dtype=torch.long), device)
     documents = padding_documents(attention_mask)  # (B, T), or None without padding
+    if attention_mask is not None:
+        attention_mask = to_device(attention_mask, device)
+    if documents is not None:
+        documents = to_device(documents, device)
     if use_cache and cache is None:
         cache = KVCache(model.config, B, T + max_new_tokens, model.model.norm.weight.dtype, device)
     sequence = input_ids  # every token so far
@@ -73,8 +81,9 @@ def generate_stream(
             logits = penalize_repetition(logits, sequence, repetition_penalty, attention_mask)
         token = sample(logits, temperature, top_k, top_p, generator).masked_fill(ended, pad_token_id)  # (B,)
         ended = ended | torch.isin(token, eos)
-        yield token
-        if ended.all():
+        told, stop = torch.stack((token, ended.long())).cpu()  # (B,) each
+        yield told
+        if stop.all():
             return
         sequence = torch.cat((sequence, token.unsqueeze(1)), dim=1)
         unread = token.unsqueeze(1) if use_cache else sequence
@@ -106,7 +115,10 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    # torch.multinomial's draw, without its checks, for which the host would wait twice: with u ~ Exp(1),
+    # p / u is largest at token i with probability p_i.
+    probabilities = logits.softmax(-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -172,7 +184,8 @@ def generate_text(
     texts = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        input_ids, attention_mask = pad_left([rows[i] for i in batch], tokenizer.pad_id, device)
+        input_ids, attention_mask = pad_left([rows[i] for i in batch], tokenizer.pad_id)
+        input_ids = to_device(input_ids, device)
         settings |= dict(pad_token_id=tokenizer.pad_id, max_new_tokens=max(limits[i] for i in batch))
         output = generate(model, input_ids, attention_mask, **settings)
         for i, new in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
@@ -181,13 +194,11 @@ def generate_text(
     return texts
 
 
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as ids (B, T), and a mask (B, T) that is 0 on the padding."""
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as ids (B, T), and a mask (B, T) that is 0 on the padding; on the CPU."""
     T = max(len(row) for row in rows)
-    input_ids = torch.tensor([[pad_id] * (T - len(row)) + list(row) for row in rows], device=device)
-    attention_mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=device)
+    input_ids = torch.tensor([[pad_id] * (T - len(row)) + list(row) for row in rows])
+    attention_mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
     return input_ids, attention_mask
 
 

@@ -65,13 +65,14 @@ class Processes:
         return items[self.rank :: self.count]
 
     @torch.no_grad()
-    def sum_gradients(self, parameters: Iterable[nn.Parameter], *numbers: Tensor | float) -> list[float]:
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], *numbers: Tensor | float) -> list:
         """The sums of float32 `numbers` over all ranks; sums gradients in place with the same message.
 
-        A rank without micro-batches contributes zeros for its missing gradients.
+        A rank without micro-batches contributes zeros for its missing gradients. One process gets its numbers
+        back as they are: a GPU's stay there.
         """
         if self.count == 1:
-            return [float(number) for number in numbers]
+            return list(numbers)
         parameters = list(parameters)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         tail = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=self.device) for n in numbers])

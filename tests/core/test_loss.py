@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.pretended_gpu import PretendedGpu
 from support.tiny import small_model
 
 import minilora.loss
@@ -167,3 +168,24 @@ def test_evaluation_computes_no_gradient(monkeypatch):
     with Count():
         linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3]))
     assert products.count("mm") == 1
+
+
+@pytest.mark.parametrize("targets", ["v_proj", "lm_head"])
+def test_labels_of_the_host_and_labels_of_the_gpu_give_one_loss_and_only_these_are_waited_for(targets):
+    model = small_model(targets=[targets], dropout=0.0)
+    ids = torch.randint(0, 97, (2, 12))
+    labels = ids.masked_fill(torch.rand(2, 12) < 0.5, IGNORE_INDEX)
+    expected = causal_lm_loss(model, ids, labels).item()
+    losses, waits = [], []
+    with PretendedGpu() as gpu:
+        model.cuda()
+        ids = ids.cuda()
+        causal_lm_loss(model, ids, labels)  # fills the caches of the device
+        for given_labels in (labels, labels.cuda()):
+            with gpu.during() as record:
+                loss = causal_lm_loss(model, ids, given_labels)
+                loss.backward()
+            losses.append(loss.item())
+            waits.append(sum(record.waits.values()))
+    assert losses == [pytest.approx(expected, rel=1e-5)] * 2 and losses[0] == losses[1]
+    assert waits == [0, 1] and not gpu.faults

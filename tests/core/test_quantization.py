@@ -243,7 +243,7 @@ def first_use():
     caches = [
         native._functions,
         native.is_trusted,
-        quantization._nearest_of_steps,
+        quantization.nearest_of_steps,
         four_bit_code,
         dynamic_code,
     ]

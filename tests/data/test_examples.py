@@ -2,14 +2,26 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.pretended_gpu import PretendedGpu
 
 from minilora import UserError
 from minilora.data.chat import load_chat_template
-from minilora.data.examples import Order, collate, count_supervised, document_ids, prompt_ids, split, tokenize
+from minilora.data.examples import (
+    Example,
+    Order,
+    batch_for,
+    collate,
+    count_supervised,
+    document_ids,
+    prompt_ids,
+    split,
+    tokenize,
+)
 from minilora.data.rows import Row
 from minilora.data.tokenizer import load_tokenizer
 from minilora.loss import IGNORE_INDEX
@@ -189,3 +201,17 @@ def test_a_split_divides_the_rows_and_depends_only_on_the_seed(count, share, see
         == (train, held_out)
         == split(rows, float(expected) if expected > 0 else share, seed)
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_for_the_gpu_is_that_of_the_cpu_with_its_labels_left_there_and_nothing_waits(packed):
+    lengths = [(3, 4), (5,)] if packed else [(7,), (5,)]
+    examples = [Example(np.arange(sum(n), dtype=np.int32), np.arange(sum(n)) > 1, n) for n in lengths]
+    with PretendedGpu() as gpu:
+        ids, labels, documents = batch_for(torch.device("cuda", 0), examples, 0)
+        assert ids.is_cuda and not labels.is_cuda and (documents.is_cuda if packed else documents is None)
+        assert not gpu.waits and not gpu.faults
+    for found, expected in zip(
+        (ids, labels, documents), (*collate(examples, 0), document_ids(examples)), strict=True
+    ):
+        assert found is expected is None or torch.equal(found, expected)

@@ -63,6 +63,7 @@ ALLOWED = {
     "a pinned buffer": lambda: torch.empty(4, pin_memory=True).copy_(on("cuda"), non_blocking=True),
     "another dtype": lambda: on("cuda").to(torch.float16) + on("cuda").half(),
     "the device that it has": lambda: on("cuda").to("cuda") + on("cuda").cuda(),
+    "a draw from its own numbers": lambda: on("cuda").bernoulli_(0.5, generator=torch.Generator("cuda")),
     "a view": lambda: on("cuda")[1:].view(3, 1) + on("cuda", 3, 1),
 }
 

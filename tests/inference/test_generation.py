@@ -149,3 +149,20 @@ def test_at_the_least_divisors_sampling_gives_the_most_likely_token(temperature,
 def test_impossible_settings_are_refused_by_name(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         generate(tiny_model(), ids(1, 3), **setting)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 3),
+    temperature=st.floats(0.1, 3.0),
+    p=st.floats(0.05, 1.0),
+)
+def test_a_draw_is_that_of_pytorchs_multinomial(seed, rows, temperature, p):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, 50, generator=generator)
+    state = generator.get_state()
+    found = sample(logits, temperature, 20, p, generator)
+    kept = keep_top_p(keep_top_k(logits / temperature, 20), p)
+    generator.set_state(state)
+    assert torch.equal(found, torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(1))

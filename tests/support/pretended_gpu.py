@@ -31,7 +31,7 @@ import torch
 from support.pretended_kernels import run_kernel, signature_of
 from support.pretended_places import PLACES, Generator
 from support.pretended_streams import Event, Stream
-from support.pretended_tensors import Dispatch, Functions, backward, grad
+from support.pretended_tensors import Dispatch, Functions, backward, grad, grouped
 from support.project import ROOT
 
 PROJECT = tuple(str(ROOT / part) for part in ("minilora", "kernels", "scripts"))
@@ -71,12 +71,16 @@ class PretendedGpu:
 
     @contextlib.contextmanager
     def during(self):
-        """Yield a record whose faults, waits and launches are, in the end, those of the block."""
+        """Yield a record: in the end, the block's faults, waits and launches, and its first-seen variants."""
         before = {name: Counter(getattr(self, name)) for name in ("faults", "waits", "launches")}
-        record = SimpleNamespace()
+        record, known = SimpleNamespace(), self._variants()
         yield record
         for name, counts in before.items():
             setattr(record, name, getattr(self, name) - counts)
+        record.variants = self._variants() - known
+
+    def _variants(self) -> set[tuple]:
+        return {(name, *one) for name, found in self.signatures.items() for one in found}
 
     @contextlib.contextmanager
     def pause(self):
@@ -146,6 +150,8 @@ class PretendedGpu:
             self._patch(torch.Tensor, name, value)
         self._patch(torch.autograd, "grad", grad)
         self._patch(torch, "Generator", Generator)
+        for module in map(sys.modules.get, ("torch.nn.utils.clip_grad", "torch.optim.optimizer")):
+            self._patch(module, "_group_tensors_by_device_and_dtype", grouped)
         self._patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         with contextlib.suppress(ImportError):
             from triton.runtime.jit import JITFunction

@@ -6,6 +6,7 @@ Two of PyTorch's modes see every operation. `Functions` sees the calls from Pyth
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -28,7 +29,7 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, arguments=(), options=None):
         options, name = dict(options or {}), getattr(function, "__name__", "")
         me = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None
-        if self.gpu.paused:
+        if self.gpu.paused or name == "__get__":  # an attribute: no device is chosen there
             return function(*arguments, **options)
         special = getattr(self, f"_{name}", None) if me is not None and not me.is_meta else None
         if special is not None:
@@ -91,7 +92,9 @@ class Functions(TorchFunctionMode):
     # ---- new tensors ---------------------------------------------------------------------------------------
 
     def _made(self, function, name, me, arguments, options):
-        device, pinned = options.get("device"), False
+        device, pinned, generator = options.get("device"), False, options.get("generator")
+        if generator is not None and me is not None and generator.device.type != PLACES.device(me).type:
+            self.gpu.fault(f"{name}: a generator of {generator.device} for a tensor of {PLACES.device(me)}")
         if device is not None and not callable(device):
             device = self.gpu.device(device)
             options["device"] = CPU if device.type == "cuda" else device
@@ -109,6 +112,11 @@ class Functions(TorchFunctionMode):
 
 class Dispatch(TorchDispatchMode):
     """Every operation below autograd: devices, waits, launches."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its compiler to skip it here: three seconds."""
+        return False
 
     def __init__(self, gpu):
         super().__init__()
@@ -128,7 +136,7 @@ class Dispatch(TorchDispatchMode):
         name = operation.overloadpacket.__name__
         self._check(name, arguments, options, tensors, places)
         if any(argument.name == "generator" for argument in operation._schema.arguments):
-            self._choose_generator(name, options, device)
+            options["generator"] = options.get("generator") or self.gpu.generators[device]
         if not operation.is_view and name not in FREE:
             self.gpu.launch(name)
         result = operation(*arguments, **options)
@@ -166,12 +174,6 @@ class Dispatch(TorchDispatchMode):
         if PLACES.device(target).type != PLACES.device(source).type and not (non_blocking and pinned):
             self.gpu.wait("copy_ from one device to another")
 
-    def _choose_generator(self, name, options, device) -> None:
-        if options.get("generator") is None:
-            options["generator"] = self.gpu.generators[device]
-        elif options["generator"].device.type != "cuda":
-            self.gpu.fault(f"{name}: a CPU generator for a tensor on {device}")
-
 
 # As functions of torch, backward() and grad() would switch `Functions` off for all that they call.
 # These two call the engine themselves.
@@ -206,3 +208,9 @@ def _run(outputs, gradients, retain_graph, create_graph, inputs, allow_unused, a
 
 def _tuple(tensors) -> tuple[torch.Tensor, ...]:
     return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+
+
+def grouped(lists, with_indices=False) -> dict:
+    """PyTorch's grouping of tensors, whose C++ would say that they lie on the CPU."""
+    groups = _group_tensors_by_device_and_dtype(lists, with_indices)
+    return {(PLACES.device(found[0][0]), dtype): (found, i) for (_, dtype), (found, i) in groups.items()}

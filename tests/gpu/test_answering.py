@@ -1,0 +1,102 @@
+"""Evaluation, generation, chat and the benchmark on a pretended GPU."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from support.pretended_gpu import PretendedGpu
+from support.recorded_training import recorded_training
+from support.tiny import small_model
+
+from minilora.data.examples import Example
+from minilora.inference.evaluation import evaluate_loss
+from minilora.inference.generation import generate, generate_stream
+from minilora.recompute import POLICIES
+from minilora.system.device import choose_placement
+
+pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
+
+
+@pytest.mark.parametrize(
+    "sampling", [dict(), dict(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.1)]
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation_waits_once_a_token_and_says_what_the_cpu_says(padded, sampling):
+    prompts = torch.arange(2 * 9).view(2, 9) % 97
+    mask = torch.tensor([[0, 0] + [1] * 7, [1] * 9]) if padded else None
+    settings = dict(max_new_tokens=6, eos_token_ids=(), **sampling)
+    model = small_model(layers=2, quantized=True).eval()
+    expected = generate(model, prompts, mask, generator=torch.Generator().manual_seed(1), **settings)
+    with PretendedGpu() as gpu:
+        model.cuda()
+        settings["generator"] = torch.Generator("cuda").manual_seed(1)
+        found = generate(model, prompts.cuda(), mask, **settings).cpu()
+        with gpu.during() as record:
+            tokens = list(
+                generate_stream(model, prompts.pin_memory().to("cuda", non_blocking=True), mask, **settings)
+            )
+    assert torch.equal(found, expected)
+    assert len(tokens) == 6 == sum(record.waits.values()), record.waits
+    assert not gpu.faults
+
+
+def test_decoding_one_row_takes_the_matrix_vector_kernel_in_one_variant():
+    model = small_model(layers=2, quantized=True).eval()
+    with PretendedGpu() as gpu:
+        model.cuda()
+        generate(model, torch.arange(7).view(1, 7).cuda(), max_new_tokens=5, eos_token_ids=())
+    assert gpu.launches["triton gemv_kernel"] == 4 * 2 * 7  # 4 tokens through 7 layers of each of 2
+    assert not gpu.faults and all(len(variants) == 1 for variants in gpu.signatures.values())
+
+
+def test_evaluation_waits_once_and_has_the_loss_of_the_cpu():
+    model = small_model(layers=2, quantized=True)
+    learned = torch.arange(20) >= 5
+    examples = [Example((torch.arange(20) * k % 97).numpy(), learned.numpy(), (20,)) for k in (1, 2, 3, 5)]
+    expected = evaluate_loss(model, examples, batch_size=2)
+    with PretendedGpu() as gpu:
+        model.cuda()
+        evaluate_loss(model, examples, batch_size=2)  # fills the caches of the device
+        with gpu.during() as record:
+            found = evaluate_loss(model, examples, batch_size=2)
+    assert sum(record.waits.values()) == 1 and not gpu.faults and found == expected
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_an_adapter_trained_on_the_gpu_is_evaluated_and_answers_there(
+    capability, train, trainer, monkeypatch, call, dataset
+):
+    keys = dict(max_steps=1, quantization_bit=4, val_size=2, exact_match_samples=2)
+    run = recorded_training(train, trainer, monkeypatch, capability, **keys)
+    assert not run.gpu.faults and "exact answers to 2 held-out prompts" in run.printed
+    common = "--adapter", run.directory
+    with PretendedGpu(capability) as gpu:
+        code, out, error = call(
+            "evaluate", *common, "--dataset", dataset, "--max_samples", 4, "--exact_match_samples", 2
+        )
+        assert code == 0, error
+        code, answer, error = call("chat", *common, "--instruction", "say one two:", "--max_new_tokens", 4)
+    assert code == 0, error
+    assert not gpu.faults and "perplexity" in out
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_benchmark_runs_on_a_gpu(policy, tmp_path):
+    import bench
+
+    options = Namespace(
+        width=64, layers=2, vocab=97, batch=2, tokens=16, steps=1, quantization_bit="4", optim="adamw_8bit",
+        gradient_checkpointing=policy, model=str(tmp_path / "model"), peer=False,
+    )  # fmt: skip
+    bench.write_random_model(options)
+    with PretendedGpu((9, 0)) as gpu:
+        placement = choose_placement()
+        side = bench.load_ours(options, placement)
+        ids = bench.tokens_of_step(0, options).to(placement.device)
+        loss, gradients = side.gradients(ids)
+        side.step(ids)
+        config = bench.read_config(Path(options.model))
+        bench.time_kernels(placement, config)
+        assert bench.describe(options, placement, config)["machine"].startswith("a pretended GPU")
+    assert not gpu.faults and loss > 0 and len(gradients) == 2 * 4  # B's: A's are zero before the first step
