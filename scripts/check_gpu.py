@@ -18,6 +18,7 @@ if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
 
 import argparse
+import os
 import platform
 import re
 import sys
@@ -86,10 +87,18 @@ def parse_options() -> argparse.Namespace:
     options.sections = sections_of(options.only or ",".join(NAMES))
     if not 0 < options.budget <= 3600:
         raise UserError(f"--budget must be above 0 and at most 3600 seconds, not {options.budget:g}")
-    check_writable("--out", options.out / "results.jsonl", parents=True)
+    check_folder("--out", options.out)
     if options.table:
         check_writable("--table", options.table)
     return options
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise UserError if the folder cannot be made, or no file in it. Leaves nothing behind."""
+    for path in (folder, *folder.absolute().parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{name} {folder}: {path} is no folder; choose another place")
+    check_writable(name, folder / "results.jsonl", parents=True)
 
 
 def import_once() -> None:

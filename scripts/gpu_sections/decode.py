@@ -25,7 +25,7 @@ def decode(check: Check) -> None:
     limit = Stopwatch(check.tiny).copy_rate() / weight_bytes(model)
     for batch in (1, 8):
         empty_memory()
-        ids = random_ids(sizes, batch, prompt, check.card)
+        ids = random_ids(sizes, batch, prompt).to(check.card.device)
         for _ in range(2):  # the first time warms up
             first, others = seconds_of_answer(model, ids, new)
         check.row(

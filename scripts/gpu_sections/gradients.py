@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gpu_sections.models import LORA, TINY, documents_of, random_ids, random_model, sum_of_losses
+from gpu_sections.models import LORA, TINY, mean_loss, random_model, random_rows
 from gpu_sections.section import Check
+from minilora.data.examples import batch_for
 from minilora.lora import add_lora, trainable_parameters
 from minilora.model import CausalLM
 from minilora.recompute import POLICIES, set_recompute
@@ -30,17 +31,17 @@ def gradients(check: Check) -> None:
     model.train()
     for parameter in trainable_parameters(model).values():
         nn.init.normal_(parameter, std=0.02)  # B too: behind zeros A has no gradient
-    ids = random_ids(sizes, 2, 32 if check.tiny else 512, check.card)
-    for packed in (False, True):
-        compare_policies(check, model, ids, documents_of(ids, 4) if packed else None)
+    for name, documents in {"causal": 1, "packed": 4}.items():
+        rows = random_rows(sizes, 2, 32 if check.tiny else 512, documents)
+        compare_policies(check, model, name, batch_for(check.card.device, rows, pad_id=0))
 
 
-def compare_policies(check: Check, model: CausalLM, ids: Tensor, documents: Tensor | None) -> None:
+def compare_policies(check: Check, model: CausalLM, rows: str, batch: tuple[Tensor | None, ...]) -> None:
     """Report each policy's difference from `off`."""
-    rows, (loss, wanted) = "causal" if documents is None else "packed", run(model, "off", ids, documents)
+    loss, wanted = run(model, "off", batch)
     repeated, allowed, unlike = "off, again", 0.01, []  # allowed: of the first repetition
     for policy in (repeated, *POLICIES[1:]):
-        value, found = run(model, "off" if policy == repeated else policy, ids, documents)
+        value, found = run(model, "off" if policy == repeated else policy, batch)
         worst = max(relative_difference(a, b) for a, b in zip(found, wanted, strict=True))
         check.row(**{"rows": rows, "policy": policy, "loss": value, "worst relative difference": worst})
         if not (value == loss and worst <= allowed):
@@ -51,13 +52,13 @@ def compare_policies(check: Check, model: CausalLM, ids: Tensor, documents: Tens
     check.claim(text + f"; not so: {'; '.join(unlike)}" * bool(unlike), not unlike)
 
 
-def run(model: CausalLM, policy: str, ids: Tensor, documents: Tensor | None) -> tuple[float, list[Tensor]]:
+def run(model: CausalLM, policy: str, batch: tuple[Tensor | None, ...]) -> tuple[float, list[Tensor]]:
     """Return the loss and every gradient under a policy, with the dropout of one seed."""
     set_recompute(model, policy)
     model.zero_grad(set_to_none=True)
     torch.manual_seed(1)
-    # The mean, times what a float16 run might scale it by: its gradients neither vanish nor overflow.
-    loss = sum_of_losses(model, ids, documents) / ids.numel()
+    loss = mean_loss(model, *batch)
+    # Scaled, as a float16 run does: gradients neither vanish nor overflow.
     (1024 * loss).backward()
     return loss.item(), [p.grad.clone() for p in trainable_parameters(model).values()]
 

@@ -5,21 +5,23 @@ and memory. `random_weights` draws the same ones for minilora and for the usual 
 the same loss.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gpu_sections.card import Card, empty_memory
 from minilora.config import LoraConfig, ModelConfig
+from minilora.data.examples import Example, batch_for, count_supervised
 from minilora.formats.config_json import parse_config
 from minilora.linear import Linear4bit
 from minilora.lora import OUTPUT_HEAD, add_lora, trainable_parameters
-from minilora.loss import IGNORE_INDEX, causal_lm_loss
+from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
 from minilora.optim import make_optimizer
@@ -79,45 +81,44 @@ def random_model(sizes: dict, card: Card) -> CausalLM:
     return model.eval()
 
 
-def random_ids(sizes: dict, batch: int, length: int, card: Card) -> Tensor:
-    """Return token ids, (B, T)."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, sizes["vocab_size"], (batch, length), generator=generator).to(card.device)
+def random_ids(sizes: dict, batch: int, length: int, seed: int = 0) -> Tensor:
+    """Return token ids, (B, T), on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, sizes["vocab_size"], (batch, length), generator=generator)
 
 
-def documents_of(ids: Tensor, count: int) -> Tensor:
-    """Return document ids, (B, T): `count` documents of equal length in a row."""
-    position = torch.arange(ids.shape[1], device=ids.device)
-    return (position // math.ceil(ids.shape[1] / count)).expand_as(ids)
+def random_rows(sizes: dict, batch: int, length: int, documents: int = 1) -> list[Example]:
+    """Return rows of `length` tokens, each of so many packed examples of equal length, all to be learned."""
+    lengths = (length // documents,) * documents
+    learned = np.arange(length) % lengths[0] > 0  # all but the first tokens, which nothing predicts
+    ids = random_ids(sizes, batch, length).to(torch.int32).numpy()
+    return [Example(row, learned, lengths) for row in ids]
 
 
-def sum_of_losses(model: CausalLM, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Return the loss of predicting every token but the first ones of documents, () float32."""
-    labels = ids
-    if documents is not None:
-        first = documents[:, 1:] != documents[:, :-1]
-        labels = torch.cat((ids[:, :1], ids[:, 1:].masked_fill(first, IGNORE_INDEX)), dim=1)
-    return causal_lm_loss(model, ids, labels, documents)
+def mean_loss(model: CausalLM, ids: Tensor, labels: Tensor, documents: Tensor | None) -> Tensor:
+    """Return the mean loss of the supervised tokens, () float32."""
+    return causal_lm_loss(model, ids, labels, documents) / count_supervised(labels)
 
 
 @dataclass(frozen=True)
 class Side:
     """A model ready to train: ours, or the usual stack's."""
 
-    loss_of: Callable[..., Tensor]  # ids (B, T), documents (B, T) or None -> the mean loss
+    loss_of: Callable[..., Tensor]  # ids, labels, documents, each (B, T) -> the mean loss
     trainable: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scale: LossScale
+    device: torch.device
 
-    def step(self, ids: Tensor, documents: Tensor | None) -> tuple[float, float]:
+    def step(self, rows: list[Example]) -> tuple[float, float]:
         """Take a step as scripts/train.py does. Returns the loss, and the host's seconds before it waits."""
         began = time.perf_counter()
-        loss = self.loss_of(ids, documents)
+        loss = self.loss_of(*batch_for(self.device, rows, pad_id=0))
         self.scale.backward(loss)
-        host, value = time.perf_counter() - began, loss.item()
+        host = time.perf_counter() - began
         self.scale.unscale(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trainable, 1.0).item()
-        self.scale.step(self.optimizer, finite=math.isfinite(value) and math.isfinite(norm))
+        norm = nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        value, _ = self.scale.step(self.optimizer, loss.detach(), norm)
         self.optimizer.zero_grad(set_to_none=True)
         return value, host
 
@@ -128,12 +129,11 @@ def our_side(model: CausalLM, card: Card) -> Side:
     add_lora(model, LORA)
     named = trainable_parameters(model.train())
     optimizer = make_optimizer("adamw_8bit", named, **OPTIMIZER)
-    scale = LossScale(card.device, enabled=card.dtype == torch.float16)
+    return Side(partial(mean_loss, model), list(named.values()), optimizer, loss_scale(card), card.device)
 
-    def loss_of(ids: Tensor, documents: Tensor | None) -> Tensor:  # the mean over tokens that have a next one
-        return sum_of_losses(model, ids, documents) / (ids.numel() - len(ids))
 
-    return Side(loss_of, list(named.values()), optimizer, scale)
+def loss_scale(card: Card) -> LossScale:
+    return LossScale(card.device, enabled=card.dtype == torch.float16)
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,12 @@ class Measured:
     reserved: int
 
 
-def measure(side: Side, ids: Tensor, documents: Tensor | None = None, repeat: int = 3) -> Measured | None:
+def measure(side: Side, rows: list[Example], repeat: int = 3) -> Measured | None:
     """Return the median step of `repeat`, after one that warms up; None if memory runs out."""
     empty_memory()
     try:
-        loss, _ = side.step(ids, documents)
-        times = [_timed(side, ids, documents) for _ in range(repeat)]
+        loss, _ = side.step(rows)
+        times = [_timed(side, rows) for _ in range(repeat)]
     except torch.OutOfMemoryError:
         times = None  # The error holds the activations, until this block ends.
     side.optimizer.zero_grad(set_to_none=True)
@@ -164,10 +164,10 @@ def measure(side: Side, ids: Tensor, documents: Tensor | None = None, repeat: in
     return Measured(loss, seconds, host, *peaks)
 
 
-def _timed(side: Side, ids: Tensor, documents: Tensor | None) -> tuple[float, float]:
+def _timed(side: Side, rows: list[Example]) -> tuple[float, float]:
     """Return the seconds of a step, and the host's."""
     torch.cuda.synchronize()
     began = time.perf_counter()
-    _, host = side.step(ids, documents)
+    _, host = side.step(rows)
     torch.cuda.synchronize()
     return time.perf_counter() - began, host

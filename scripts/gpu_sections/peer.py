@@ -19,16 +19,16 @@ from gpu_sections.models import (
     TINY,
     Measured,
     Side,
+    loss_scale,
     measure,
     our_side,
-    random_ids,
     random_model,
+    random_rows,
     random_weights,
 )
 from gpu_sections.section import Check, Skip
 from minilora.config import ModelConfig
 from minilora.formats.config_json import parse_config
-from minilora.loss_scale import LossScale
 from minilora.recompute import set_recompute
 
 OURS, PEER = "minilora", "the usual stack"
@@ -63,11 +63,11 @@ def measure_side(check: Check, name: str, sizes: dict) -> dict[tuple[int, int], 
     side = ours(sizes, check.card) if name == OURS else theirs(sizes, check.card)
     found = {}
     for batch, length in SHAPES:
-        ids = random_ids(sizes, batch, 64 if check.tiny else length, check.card)
-        step = found[batch, length] = measure(side, ids, repeat=1 if check.tiny else 3)
+        rows = random_rows(sizes, batch, 64 if check.tiny else length)
+        step = found[batch, length] = measure(side, rows, repeat=1 if check.tiny else 3)
         row = {"batch": f"{batch} x {length}", "side": name, "tokens/s": "out of memory"}
         if step is not None:
-            row |= {"tokens/s": ids.numel() / step.seconds, "step, ms": 1e3 * step.seconds}
+            row |= {"tokens/s": batch * len(rows[0].input_ids) / step.seconds, "step, ms": 1e3 * step.seconds}
             row |= {"allocated GiB": step.allocated / 2**30, "reserved GiB": step.reserved / 2**30}
             row |= {"loss": step.loss}
         check.row(**row)
@@ -100,11 +100,11 @@ def theirs(sizes: dict, card: Card) -> Side:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = bitsandbytes.optim.AdamW8bit(trainable, **OPTIMIZER)
 
-    def loss_of(ids: Tensor, documents: None) -> Tensor:
+    def loss_of(ids: Tensor, labels: Tensor, documents: None) -> Tensor:
         with torch.autocast(card.device.type, card.dtype):
             return model(input_ids=ids, labels=ids).loss
 
-    return Side(loss_of, trainable, optimizer, LossScale(card.device, enabled=card.dtype == torch.float16))
+    return Side(loss_of, trainable, optimizer, loss_scale(card), card.device)
 
 
 def peer_model(config: ModelConfig, sizes: dict, card: Card) -> nn.Module:

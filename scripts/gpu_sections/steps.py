@@ -5,22 +5,12 @@ products. Nothing that is not a product takes time there. A step that runs out o
 """
 
 import torch
-from torch import Tensor
 
 from gpu_sections.card import Stopwatch
-from gpu_sections.models import (
-    LORA,
-    MISTRAL_7B,
-    TINY,
-    Side,
-    documents_of,
-    measure,
-    our_side,
-    random_ids,
-    random_model,
-)
+from gpu_sections.models import LORA, MISTRAL_7B, TINY, Side, measure, our_side, random_model, random_rows
 from gpu_sections.section import Check
 from minilora.config import QuantConfig
+from minilora.data.examples import Example
 from minilora.memory.ledger import MARGIN, Ledger, memory_ledger
 from minilora.model import CausalLM
 from minilora.recompute import set_recompute
@@ -49,20 +39,20 @@ def measure_steps(check: Check, policies: tuple[str, ...], work: tuple[tuple[int
     side = our_side(model, check.card)
     within = []
     for batch, length, documents in work:
-        ids = random_ids(sizes, batch, length // 64 if check.tiny else length, check.card)
-        packed = documents_of(ids, documents) if documents > 1 else None
+        rows = random_rows(sizes, batch, length // 64 if check.tiny else length, documents)
         for policy in policies:
             if check.left < LEAST_SECONDS:
-                check.note(f"no time was left for {title_of(ids, packed)}, {policy}")
+                check.note(f"no time was left for {title_of(rows)}, {policy}")
             else:
-                within.append(measure_step(check, policy, model, side, ids, packed, product_rate))
+                within.append(measure_step(check, policy, model, side, rows, product_rate))
     # cuBLAS's workspace alone is more than a tiny model.
     if not check.tiny:
         check.claim(f"no step allocated more than {MARGIN} times what the ledger predicts", all(within))
 
 
-def title_of(ids: Tensor, documents: Tensor | None) -> str:
-    return f"{ids.shape[0]} x {ids.shape[1]}{', packed' * (documents is not None)}"
+def title_of(rows: list[Example]) -> str:
+    packed = len(rows[0].document_lengths) > 1
+    return f"{len(rows)} x {len(rows[0].input_ids)}{', packed' * packed}"
 
 
 def measure_step(
@@ -70,20 +60,19 @@ def measure_step(
     policy: str,
     model: CausalLM,
     side: Side,
-    ids: Tensor,
-    documents: Tensor | None,
+    rows: list[Example],
     product_rate: float,
 ) -> bool:
     """Report one step. Returns whether its memory was within the margin of the prediction."""
     set_recompute(model, policy)
-    ledger = ledger_of(model, check.card.dtype, policy, ids.shape)
+    ledger = ledger_of(model, check.card.dtype, policy, rows)
     limit = product_rate / ledger.flop_per_token
-    row = {"batch": title_of(ids, documents), "policy": policy}
-    found = measure(side, ids, documents, repeat=1 if check.tiny else 3)
+    row = {"batch": title_of(rows), "policy": policy}
+    found = measure(side, rows, repeat=1 if check.tiny else 3)
     if found is None:
         check.row(**row, **{"tokens/s": "out of memory", "predicted GiB": ledger.peak / GIB})
         return True
-    speed = ids.numel() / found.seconds
+    speed = sum(len(row.input_ids) for row in rows) / found.seconds
     row |= {"tokens/s": speed, "limit, tokens/s": limit, "share of limit": speed / limit}
     row |= {"step, ms": 1e3 * found.seconds, "host, ms": 1e3 * found.host_seconds}
     row |= {"allocated GiB": found.allocated / GIB, "reserved GiB": found.reserved / GIB}
@@ -91,7 +80,9 @@ def measure_step(
     return found.allocated <= MARGIN * ledger.peak
 
 
-def ledger_of(model: CausalLM, dtype: torch.dtype, policy: str, shape: tuple[int, int]) -> Ledger:
+def ledger_of(model: CausalLM, dtype: torch.dtype, policy: str, rows: list[Example]) -> Ledger:
     """Return what is predicted for a step."""
-    how = dict(batch_size=shape[0], length=shape[1], dtype=dtype, recompute=policy, optim="adamw_8bit")
+    how = dict(
+        batch_size=len(rows), length=len(rows[0].input_ids), dtype=dtype, recompute=policy, optim="adamw_8bit"
+    )
     return memory_ledger(model.config, LORA, QuantConfig(), **how)

@@ -18,6 +18,8 @@ from gpu_sections.section import Check
 from support.project import PROGRAM_ENVIRONMENT, ROOT, SUPPORT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minilora.data.examples import batch_for
+
 CPU = Card("a CPU", (8, 0), 1 << 30, torch.bfloat16, device=torch.device("cpu"))
 
 
@@ -274,20 +276,20 @@ def check(tmp_path):
     return Check(CPU, report, tmp_path, tiny=True, section="gradients")
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("documents", [1, 4])
 @pytest.mark.parametrize("wrong", [None, "selective"])
-def test_a_policy_with_another_gradient_fails_its_claim(check, monkeypatch, packed, wrong):
+def test_a_policy_with_another_gradient_fails_its_claim(check, monkeypatch, documents, wrong):
     model = models.random_model(models.TINY, CPU)
     models.our_side(model, CPU)
-    ids = models.random_ids(models.TINY, 2, 32, CPU)
+    batch = batch_for(CPU.device, models.random_rows(models.TINY, 2, 32, documents), pad_id=0)
     run = gradients.run
 
-    def changed(model, policy, *batch):
-        loss, found = run(model, policy, *batch)
+    def changed(model, policy, batch):
+        loss, found = run(model, policy, batch)
         return loss, [g * 1.001 if policy == wrong else g for g in found]
 
     monkeypatch.setattr(gradients, "run", changed)
-    gradients.compare_policies(check, model, ids, models.documents_of(ids, 4) if packed else None)
+    gradients.compare_policies(check, model, "rows", batch)
     (claim,) = [event for event in check.report.events() if "claim" in event]
     assert claim["holds"] == (wrong is None) and claim["claim"].endswith("selective") == (wrong is not None)
 
@@ -314,10 +316,10 @@ def test_the_attention_that_is_named_is_the_one_that_runs(backend, fused):
 def test_both_sides_have_the_same_weights_and_so_the_same_loss():
     for package in ("transformers", "peft", "accelerate", "bitsandbytes"):
         pytest.importorskip(package)
-    ids = models.random_ids(models.TINY, 2, 64, CPU)
+    rows = models.random_rows(models.TINY, 2, 64)
     ours, theirs = peer.ours(models.TINY, CPU), peer.theirs(models.TINY, CPU)
     assert sum(p.numel() for p in ours.trainable) == sum(p.numel() for p in theirs.trainable)
     for _ in range(2):  # the second after a step
-        (one, _), (other, _) = ours.step(ids, None), theirs.step(ids, None)
+        (one, _), (other, _) = ours.step(rows), theirs.step(rows)
         # bfloat16: 128 tokens, each of whose losses is off by some 2^-9 of 6 at random
         assert abs(one - other) / other < 2e-3
