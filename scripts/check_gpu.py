@@ -21,6 +21,7 @@ import argparse
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -62,7 +63,7 @@ def main() -> None:
     import_once()
     table = table_of(options, card)
     report = Report(options.out / "results.jsonl", table, started)
-    report.begin(card=title_of(options, card), **facts(card))
+    report.begin(card=title_of(options, card), **facts(options, card))
     check = Check(card, report, options.out.absolute(), options.tiny)
     for section in options.sections:
         run_if_time_is_left(section, check, started + options.budget, options.emulate)
@@ -130,15 +131,30 @@ def title_of(options: argparse.Namespace, card: Card) -> str:
     return card.name + " as a T4" * (options.emulate == "t4") + ", a dry run" * options.tiny
 
 
-def facts(card: Card) -> dict[str, str]:
-    """Return what a reader of the table must know besides the card's name."""
+def facts(options: argparse.Namespace, card: Card) -> dict[str, str]:
+    """Return what a reader of the table must know besides the card's name. No path: tables are sent around."""
+    chosen = [
+        f"--only {options.only}" * bool(options.only),
+        f"--emulate {options.emulate}" * bool(options.emulate),
+    ]
+    command = " ".join(["scripts/check_gpu.py", *filter(None, chosen)]) + " --tiny" * options.tiny
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     return {
         "date": date.today().isoformat(),
-        "command": " ".join(["scripts/check_gpu.py", *sys.argv[1:]]),
-        "versions": f"{attention.versions()}, {system}",
+        "command": " ".join(["scripts/check_gpu.py", *words]),
+        "versions": f"minilora {commit()}, {attention.versions()}, {system}",
         "16-bit dtype": attention.name_of(card.dtype),
     }
+
+
+def commit() -> str:
+    """Return the commit of this checkout, or 'of an unknown commit'."""
+    words = ["git", "-C", str(BENCHMARKS), "rev-parse", "--short", "HEAD"]
+    with suppress(OSError):
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return "of an unknown commit"
 
 
 def run_if_time_is_left(section: Section, check: Check, end: float, emulate: str | None) -> None:

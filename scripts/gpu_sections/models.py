@@ -47,6 +47,7 @@ TINY = MISTRAL_7B | dict(
     num_key_value_heads=2,
 )
 LORA = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
+ENOUGH = 5.0  # seconds of steps, on a card that takes seconds for one
 OPTIMIZER = dict(lr=1e-4, weight_decay=0.0)
 
 
@@ -147,16 +148,18 @@ class Measured:
     reserved: int
 
 
-def measure(side: Side, rows: list[Example], repeat: int = 3) -> Measured | None:
-    """Return the median step of `repeat`, after one that warms up; None if memory runs out."""
+def measure(side: Side, rows: list[Example], repeat: int) -> Measured | None:
+    """Return the median step of at most `repeat`, after one that warms up; None if memory runs out."""
     empty_memory()
+    times = []
     try:
         loss, _ = side.step(rows)
-        times = [_timed(side, rows) for _ in range(repeat)]
+        while len(times) < repeat and sum(seconds for seconds, _ in times) < ENOUGH:
+            times.append(_timed(side, rows))
     except torch.OutOfMemoryError:
-        times = None  # The error holds the activations, until this block ends.
+        times = []  # The error holds the activations, until this block ends.
     side.optimizer.zero_grad(set_to_none=True)
-    if times is None:
+    if not times:
         empty_memory()
         return None
     seconds, host = (statistics.median(column) for column in zip(*times, strict=True))

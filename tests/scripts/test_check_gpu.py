@@ -65,6 +65,28 @@ def test_a_wrong_option_is_one_line_that_names_it(call, arguments, named):
     assert re.search(named, err), err
 
 
+TOUCHED = """
+import torch
+
+def touched(*_):
+    raise AssertionError("the card was touched")
+
+torch._C._cuda_getDeviceCount = torch._C._cuda_init = torch._C._cuda_getCurrentRawStream = touched
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = touched
+import check_gpu
+check_gpu.import_once()
+print("imported")
+"""
+
+
+def test_what_is_imported_before_the_forks_does_not_touch_the_card():
+    """A process that has, has children that cannot."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOUCHED], env=PROGRAM_ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.stdout == "imported\n", done.stderr
+
+
 def test_only_a_whole_run_replaces_the_table_of_a_card(tmp_path, monkeypatch):
     monkeypatch.setattr(check_gpu, "BENCHMARKS", tmp_path)
     card = Card("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30, torch.bfloat16)
