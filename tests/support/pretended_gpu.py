@@ -100,17 +100,13 @@ class PretendedGpu:
         given = torch.device(given)
         return self.devices[self.current] if given == torch.device("cuda") else given
 
-    @contextlib.contextmanager
-    def _on(self, device):
-        before = self.current
-        self.set_device(device)
-        try:
-            yield
-        finally:
-            self.current = before
-
     def set_device(self, device) -> None:
         self.current = self.device(device).index or 0
+
+    def _exchange_device(self, index: int) -> int:
+        """Make another GPU the current one, unless the index is -1; return the one that was."""
+        before, self.current = self.current, self.current if index < 0 else index
+        return before
 
     @contextlib.contextmanager
     def _in_stream(self, stream):
@@ -199,7 +195,8 @@ class PretendedGpu:
         return dict(
             is_available=lambda: True, is_initialized=lambda: True, init=nothing, _lazy_init=nothing,
             device_count=lambda: len(self.devices), current_device=lambda: self.current,
-            set_device=self.set_device, device=self._on, get_device_name=lambda device=None: name,
+            set_device=self.set_device, _exchange_device=self._exchange_device,
+            _maybe_exchange_device=self._exchange_device, get_device_name=lambda device=None: name,
             get_device_capability=lambda device=None: self.capability, is_bf16_supported=lambda *_, **__: True,
             get_device_properties=lambda device=None: SimpleNamespace(
                 name=name, total_memory=self.memory, major=self.capability[0], minor=self.capability[1],
