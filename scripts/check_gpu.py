@@ -132,12 +132,9 @@ def title_of(options: argparse.Namespace, card: Card) -> str:
 
 
 def facts(options: argparse.Namespace, card: Card) -> dict[str, str]:
-    """Return what a reader of the table must know besides the card's name. No path: tables are sent around."""
-    chosen = [
-        f"--only {options.only}" * bool(options.only),
-        f"--emulate {options.emulate}" * bool(options.emulate),
-    ]
-    command = " ".join(["scripts/check_gpu.py", *filter(None, chosen)]) + " --tiny" * options.tiny
+    """Return what a reader of the table must know besides the card's name. No path: it is sent around."""
+    chosen = {"only": options.only, "emulate": options.emulate}
+    words = [f"--{name} {value}" for name, value in chosen.items() if value] + ["--tiny"] * options.tiny
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     return {
         "date": date.today().isoformat(),
