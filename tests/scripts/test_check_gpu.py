@@ -5,16 +5,19 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import check_gpu
 import pytest
 import torch
-from gpu_sections import attention, gradients, models, peer
-from gpu_sections.card import Card
-from gpu_sections.report import Report, figure, markdown
+from gpu_sections import attention, gradients, models, peer, steps
+from gpu_sections.card import Card, Stopwatch, as_t4, read_card
+from gpu_sections.report import Report, failures, figure, markdown
 from gpu_sections.section import Check
+from support.pretended_gpu import PretendedGpu
 from support.project import PROGRAM_ENVIRONMENT, ROOT, SUPPORT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,6 +44,12 @@ def rows_of(events: list[dict], section: str) -> list[dict]:
 
 def test_the_planned_seconds_of_all_sections_are_under_eight_minutes():
     assert sum(section.seconds for section in check_gpu.SECTIONS) < 8 * 60 == check_gpu.BUDGET
+
+
+def test_the_documents_name_every_section_with_its_planned_seconds():
+    text = (ROOT / "docs" / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    planned = re.findall(r"^\| (\w+) \| (\d+) \| ", text, re.MULTILINE)
+    assert planned == [(section.name, str(section.seconds)) for section in check_gpu.SECTIONS]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -333,6 +342,60 @@ def test_the_attention_that_is_named_is_the_one_that_runs(backend, fused):
         assert attention.chosen_attention(q, k, v, None) == (
             "flash_attention_for_cpu" if fused else "not fused"
         )
+
+
+@pytest.fixture
+def pretended(check):
+    """The same check on a pretended GPU of 80 GiB."""
+    with PretendedGpu(capability=(9, 0), memory=80 << 30):
+        yield replace(check, card=read_card(), section="steps", deadline=time.perf_counter() + 600)
+
+
+def test_a_step_that_runs_out_of_memory_is_a_result_and_the_next_policy_is_timed(pretended, monkeypatch):
+    step = models.Side.step
+
+    def limited(side, rows):
+        if side.loss_of.args[0].model.recompute == "off":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(side, rows)
+
+    monkeypatch.setattr(models.Side, "step", limited)
+    steps.measure_steps(pretended, ("off", "full"), steps.WORK[:1])
+    off, full = rows_of(pretended.report.events(), "steps")
+    assert off["tokens/s"] == "out of memory" and off["predicted GiB"] > 0
+    assert full["tokens/s"] > 0 and not failures(pretended.report.events())
+
+
+@pytest.mark.parametrize("allocated, holds", [(1, True), (1 << 40, False)])
+def test_a_step_of_more_memory_than_predicted_fails_the_claim(pretended, monkeypatch, allocated, holds):
+    monkeypatch.setattr(steps, "MISTRAL_7B", models.TINY | dict(num_hidden_layers=1))
+    monkeypatch.setattr(Stopwatch, "product_rate", lambda *_: 1e12)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated)
+    steps.measure_steps(replace(pretended, tiny=False), ("full",), [(1, 16, 1)])
+    (claim,) = [event for event in pretended.report.events() if "claim" in event]
+    assert claim["holds"] == holds and "1.1 times" in claim["claim"]
+
+
+def test_no_step_is_begun_when_its_time_has_run_out(pretended):
+    steps.measure_steps(replace(pretended, deadline=time.perf_counter() + 1), ("full",), steps.WORK[:1])
+    assert not rows_of(pretended.report.events(), "steps")
+    assert any(
+        event.get("note") == "no time was left for 4 x 16, full" for event in pretended.report.events()
+    )
+
+
+def test_a_card_used_as_a_t4_has_15_gib_float16_and_no_flash_attention(pretended, monkeypatch):
+    shares = []
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share)
+    )
+    try:
+        card = as_t4(pretended.card)
+        assert not torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert shares == [15 / 80] and (card.memory, card.dtype) == (15 << 30, torch.float16)
 
 
 def test_both_sides_have_the_same_weights_and_so_the_same_loss():
