@@ -17,6 +17,7 @@ from gpu_sections.card import Stopwatch
 from gpu_sections.models import MISTRAL_7B, OPTIMIZER, TINY
 from gpu_sections.section import Check
 from minilora import ops
+from minilora.backend.choice import form_for
 from minilora.optim import AdamW8bit
 from minilora.quantization import gemv_4bit, quantize_4bit
 
@@ -30,7 +31,8 @@ def kernel_rates(check: Check) -> None:
     shape = sizes["intermediate_size"], sizes["hidden_size"]
     stopwatch = Stopwatch(check.tiny)
     copy_rate = stopwatch.copy_rate()
-    check.note(f"this card copies {copy_rate / 1e9:,.0f} GB/s, read and written")
+    form = form_for(torch.empty(0, device=check.card.device), "dequantize")
+    check.note(f"this card copies {copy_rate / 1e9:,.0f} GB/s, read and written; our form is {form}")
     peer = bitsandbytes_or_none(check)
     for title, (ours, moved, theirs) in calls(check, shape, rows, peer).items():
         ms = stopwatch(ours)
@@ -88,8 +90,8 @@ def four_bit_calls(weight: Tensor, peer) -> Calls:
         f, how = peer.functional, dict(blocksize=64, quant_type="nf4", compress_statistics=True)
         packed, state = f.quantize_4bit(weight, **how)
         theirs["quantize"] = lambda: f.quantize_4bit(weight, **how)
-        theirs["dequantize"] = lambda: f.dequantize_4bit(packed, state, out=dense)
-        theirs["gemv"] = lambda: f.gemv_4bit(x.view(1, -1), packed.t(), state=state)
+        theirs["dequantize"] = lambda: f.dequantize_4bit(packed, state)
+        theirs["gemv"] = lambda: f.gemv_4bit(x.view(1, -1), packed, state=state)
     return {
         "quantize": (lambda: quantize_4bit(weight), weight.nbytes + q.nbytes, theirs["quantize"]),
         "dequantize": (lambda: q.dequantize(out=dense), q.nbytes + dense.nbytes, theirs["dequantize"]),

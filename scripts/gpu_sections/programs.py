@@ -122,7 +122,7 @@ def gpu_tests(check: Check) -> None:
     ]
     done = subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment())
     (check.folder / "pytest.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-    lines = done.stdout.splitlines() or ["nothing was printed"]
+    lines = (done.stdout or done.stderr).splitlines() or ["nothing was printed"]
     check.row(log="pytest.log", result=lines[-1].strip("= "))
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):

@@ -80,6 +80,7 @@ def run_fenced(section: Section, check: Check) -> None:
     finally:  # Programs that the section has started end with it.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # It may not have become a group yet.
         process.join()
     tell(section.name, ended=round(time.perf_counter() - began, 1))
 

@@ -67,22 +67,21 @@ def measure_step(
     set_recompute(model, policy)
     ledger = ledger_of(model, check.card.dtype, policy, rows)
     limit = product_rate / ledger.flop_per_token
-    row = {"batch": title_of(rows), "policy": policy}
+    columns = {"batch": title_of(rows), "policy": policy}
     found = measure(side, rows, repeat=1 if check.tiny else 3)
     if found is None:
-        check.row(**row, **{"tokens/s": "out of memory", "predicted GiB": ledger.peak / GIB})
+        check.row(**columns, **{"tokens/s": "out of memory", "predicted GiB": ledger.peak / GIB})
         return True
     speed = sum(len(row.input_ids) for row in rows) / found.seconds
-    row |= {"tokens/s": speed, "limit, tokens/s": limit, "share of limit": speed / limit}
-    row |= {"step, ms": 1e3 * found.seconds, "host, ms": 1e3 * found.host_seconds}
-    row |= {"allocated GiB": found.allocated / GIB, "reserved GiB": found.reserved / GIB}
-    check.row(**row, **{"predicted GiB": ledger.peak / GIB})
+    columns |= {"tokens/s": speed, "limit, tokens/s": limit, "share of limit": speed / limit}
+    columns |= {"step, ms": 1e3 * found.seconds, "host, ms": 1e3 * found.host_seconds}
+    columns |= {"allocated GiB": found.allocated / GIB, "reserved GiB": found.reserved / GIB}
+    check.row(**columns, **{"predicted GiB": ledger.peak / GIB})
     return found.allocated <= MARGIN * ledger.peak
 
 
 def ledger_of(model: CausalLM, dtype: torch.dtype, policy: str, rows: list[Example]) -> Ledger:
     """Return what is predicted for a step."""
-    how = dict(
-        batch_size=len(rows), length=len(rows[0].input_ids), dtype=dtype, recompute=policy, optim="adamw_8bit"
-    )
-    return memory_ledger(model.config, LORA, QuantConfig(), **how)
+    size = dict(batch_size=len(rows), length=len(rows[0].input_ids))
+    how = dict(dtype=dtype, recompute=policy, optim="adamw_8bit")
+    return memory_ledger(model.config, LORA, QuantConfig(), **size, **how)

@@ -13,7 +13,7 @@ from pathlib import Path
 import check_gpu
 import pytest
 import torch
-from gpu_sections import attention, gradients, models, peer, steps
+from gpu_sections import attention, gradients, kernel_rates, models, peer, steps
 from gpu_sections.card import Card, Stopwatch, as_t4, read_card
 from gpu_sections.report import Report, failures, figure, markdown
 from gpu_sections.section import Check
@@ -213,6 +213,18 @@ def test_a_section_that_hangs_is_killed_at_its_deadline(fenced):
     assert ended >= 3  # planned for 1 second, and 2 more
 
 
+def test_ctrl_c_is_one_line_and_ends_the_section_too(tmp_path):
+    command = [sys.executable, str(SUPPORT / "fenced_sections.py"), "hangs", "--out", str(tmp_path)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=PROGRAM_ENVIRONMENT)
+    with subprocess.Popen(command, **pipes) as process:
+        section = next(
+            line.split()[1] for line in process.stdout if line.endswith("hangs\n") and "process" in line
+        )
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n") and not Path(f"/proc/{section}").exists()
+
+
 def test_a_run_that_is_killed_leaves_its_table_so_far(tmp_path):
     arguments = "fine,kills the run,fine", "--out", tmp_path, "--table", tmp_path / "table.md"
     done = run_program(SUPPORT / "fenced_sections.py", *arguments)
@@ -342,6 +354,16 @@ def test_the_attention_that_is_named_is_the_one_that_runs(backend, fused):
         assert attention.chosen_attention(q, k, v, None) == (
             "flash_attention_for_cpu" if fused else "not fused"
         )
+
+
+def test_bitsandbytes_gets_the_same_work_as_our_kernels():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    calls = kernel_rates.four_bit_calls(torch.randn(128, 64), bitsandbytes)
+    (ours, _, theirs), (dense, _, same), _ = calls.values()  # on a CPU its product wants another layout
+    packed, state = theirs()
+    assert torch.equal(ours().packed, packed.view(-1)) and torch.equal(ours().absmax, state.absmax)
+    assert torch.equal(dense().clone(), same())
 
 
 @pytest.fixture
