@@ -8,4 +8,5 @@ amx.c        and on a CPU with AMX: the products with a 4-bit weight
 scratch.py   a buffer that all layers share
 offload.py   layer inputs on their way to CPU memory and back
 rerun.py     what a second run of a layer needs to repeat the first one
+attention_outputs.py  what fused attention gave in the first run, for the second one
 """
