@@ -2,10 +2,12 @@
 cards that matter.
 """
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +36,30 @@ def test_kernels_equal_their_definitions_under_the_interpreter():
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert re.search(r"\d+ passed", run.stdout)
+
+
+def launches(tree: ast.AST, entered: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every launch in a module: the kernel, and whether the device of a tensor is entered for it."""
+    if isinstance(tree, ast.With):
+        entered = any(ast.unparse(item).startswith("torch.cuda.device_of(") for item in tree.items)
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Subscript):
+        yield ast.unparse(tree.func.value), entered
+    for child in ast.iter_child_nodes(tree):
+        yield from launches(child, entered)
+
+
+def test_every_launch_enters_the_device_of_its_tensors():
+    """Triton launches on the current device: with cuda:0 current, tensors on cuda:1 are not there."""
+    found = {}
+    for path in (ROOT / "kernels").glob("*.py"):
+        found |= dict(launches(ast.parse(path.read_text())))
+    kernels = {
+        n
+        for path in (ROOT / "kernels").glob("*.py")
+        for n in re.findall(r"def (\w+_kernel)\(", path.read_text())
+    }
+    assert found.keys() == kernels and all(found.values()), found
+    assert list(launches(ast.parse("kernel[(1,)](x)"))) == [("kernel", False)]
 
 
 def compile_ahead(
