@@ -111,4 +111,5 @@ def adamw_8bit(
     rows = [[*(part.data_ptr() for part in parts), parts[0].numel()] for parts in tensors]
     table = to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), codes[0].device)
     grid = (max(parts[3].numel() for parts in tensors), len(tensors))
-    adamw_8bit_kernel[grid](table, *codes, *nearest, *scalars, BLOCK=BLOCK, enable_fp_fusion=False)
+    with torch.cuda.device_of(codes[0]):
+        adamw_8bit_kernel[grid](table, *codes, *nearest, *scalars, BLOCK=BLOCK, enable_fp_fusion=False)

@@ -185,7 +185,8 @@ def gemv_kernel(
     tl.store(out_ptr + row, tl.sum(total, axis=1).to(out_ptr.dtype.element_ty), mask=row < out_features)
 
 
-# ---- launches. q is a 4-bit tensor with the fields of `minilora.quantization.QuantizedTensor`:
+# ---- launches, each on its tensors' device: Triton launches on the current one.
+#      q is a 4-bit tensor with the fields of `minilora.quantization.QuantizedTensor`:
 #      packed (ceil(n / 2),) uint8; absmax (blocks,) float32, or uint8 with nested_absmax (ceil(blocks /
 #      256),) float32, nested_code (256,) float32 and offset () float32; code (16,) float32; blocksize; shape.
 
@@ -198,10 +199,11 @@ def dequantize(q, out: Tensor) -> None:
     assert out.is_contiguous()
     check(q, n)
     if n:
-        dequantize_kernel[(triton.cdiv(n, TILE),)](
-            q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.offset, out, n, (n + 1) // 2,
-            BLOCKSIZE=q.blocksize, GROUP=16 // out.element_size(), TILE=TILE, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(out):
+            dequantize_kernel[(triton.cdiv(n, TILE),)](
+                q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.offset, out, n, (n + 1) // 2,
+                BLOCKSIZE=q.blocksize, GROUP=16 // out.element_size(), TILE=TILE, enable_fp_fusion=False,
+            )  # fmt: skip
 
 
 def quantize(
@@ -220,9 +222,11 @@ def quantize(
     assert packed.numel() == (n + 1) // 2 and absmax.numel() == triton.cdiv(n, blocksize)
     assert is_block_size(blocksize), f"blocksize {blocksize}: not a power of two in 32..{TILE}"
     if n:
-        quantize_kernel[(triton.cdiv(n, TILE),)](
-            x, bounds, symbols, packed, absmax, n, (n + 1) // 2, BLOCKSIZE=blocksize, TILE=TILE, num_warps=8
-        )
+        constants = dict(BLOCKSIZE=blocksize, TILE=TILE, num_warps=8)
+        with torch.cuda.device_of(x):
+            quantize_kernel[(triton.cdiv(n, TILE),)](
+                x, bounds, symbols, packed, absmax, n, (n + 1) // 2, **constants
+            )
 
 
 def gemv(q, x: Tensor, out: Tensor) -> None:
@@ -235,11 +239,12 @@ def gemv(q, x: Tensor, out: Tensor) -> None:
     assert x.numel() == in_features and out.numel() == out_features
     assert n < 2**34  # groups are counted in 32 bits
     check(q, n)
-    gemv_kernel[(triton.cdiv(out_features, ROWS),)](
-        x, q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.offset, out,
-        out_features, in_features, (n + 1) // 2,
-        BLOCKSIZE=q.blocksize, ALIGNED=in_features % 8 == 0, ROWS=ROWS, GROUPS=GROUPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        gemv_kernel[(triton.cdiv(out_features, ROWS),)](
+            x, q.packed, q.absmax, q.code, q.nested_absmax, q.nested_code, q.offset, out,
+            out_features, in_features, (n + 1) // 2,
+            BLOCKSIZE=q.blocksize, ALIGNED=in_features % 8 == 0, ROWS=ROWS, GROUPS=GROUPS,
+        )  # fmt: skip
 
 
 def check(q, n: int) -> None:

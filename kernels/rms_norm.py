@@ -69,9 +69,10 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         inv_rms = torch.empty(x.numel() // D, dtype=torch.float32, device=x.device)  # (rows,)
         block = triton.next_power_of_2(D)
-        rms_norm_forward_kernel[(len(inv_rms),)](
-            x, weight, y, inv_rms, D, eps, BLOCK=block, num_warps=warps(block)
-        )
+        with torch.cuda.device_of(x):
+            rms_norm_forward_kernel[(len(inv_rms),)](
+                x, weight, y, inv_rms, D, eps, BLOCK=block, num_warps=warps(block)
+            )
         ctx.save_for_backward(x, weight, inv_rms)
         return y
 
@@ -81,9 +82,10 @@ class _RMSNorm(torch.autograd.Function):
         D, dy = x.shape[-1], dy.contiguous()
         dx = torch.empty_like(x)
         block = triton.next_power_of_2(D)
-        rms_norm_backward_kernel[(len(inv_rms),)](
-            x, weight, inv_rms, dy, dx, D, BLOCK=block, num_warps=warps(block)
-        )
+        with torch.cuda.device_of(x):
+            rms_norm_backward_kernel[(len(inv_rms),)](
+                x, weight, inv_rms, dy, dx, D, BLOCK=block, num_warps=warps(block)
+            )
         return dx, None, None
 
 

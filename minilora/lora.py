@@ -172,7 +172,8 @@ class LoraLinear(nn.Module):
         """
         if self.merged is not None:
             weight = self.base_layer.weight
-            weight.copy_(weight.float() / self._merged_factors - self.delta_weight(self.merged))
+            factors = self._merged_factors.to(weight.device)  # the model may have moved since
+            weight.copy_(weight.float() / factors - self.delta_weight(self.merged))
             self.merged = None
 
 

@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from minilora.backend.attention_outputs import AttentionOutputs
 from minilora.backend.offload import OffloadedInputs
 from minilora.backend.rerun import Pattern, State, put_tensors, take_tensors
 from minilora.system.errors import UserError, suggestion
@@ -100,7 +100,7 @@ class _Checkpoint(torch.autograd.Function):
     def forward(ctx, call: _Call, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         arguments, parameters = tensors[: call.count], tensors[call.count :]
         ctx.call, ctx.state = call, State(arguments)
-        recorder = _AttentionOutputs() if call.keep_attention else ExitStack()
+        recorder = AttentionOutputs() if call.keep_attention else ExitStack()
         with recorder:
             outputs = call.function(*put_tensors(call.pattern, arguments))
         attention, ctx.attention = take_tensors(recorder.outputs if call.keep_attention else [])
@@ -122,7 +122,7 @@ class _Checkpoint(torch.autograd.Function):
         )
         arguments = [t.detach().requires_grad_(need) for t, need in zip(arguments, needs, strict=False)]
         recorded = (
-            _AttentionOutputs(put_tensors(ctx.attention, attention)) if call.keep_attention else ExitStack()
+            AttentionOutputs(put_tensors(ctx.attention, attention)) if call.keep_attention else ExitStack()
         )
         with ctx.state.restored(), torch.enable_grad(), recorded:
             outputs = call.rerun(*put_tensors(call.pattern, arguments))
@@ -133,30 +133,6 @@ class _Checkpoint(torch.autograd.Function):
         y, dy = [outputs[i] for i in used], [gradients[i] for i in used]
         found = iter(torch.autograd.grad(y, wanted, dy, allow_unused=True))
         return None, *(next(found) if need else None for need in needs)
-
-
-class _AttentionOutputs(TorchDispatchMode):
-    """First run: record fused attention's outputs. Second run: return them without computing.
-
-    Works below autograd, where PyTorch calls the fused kernels.
-    """
-
-    def __init__(self, recorded: list | None = None):
-        super().__init__()
-        self.outputs: list = []  # for each attention a tuple of tensors and plain numbers
-        self.recorded = None if recorded is None else iter(recorded)
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        options = options or {}
-        name = operation.overloadpacket.__name__
-        if not name.startswith("_scaled_dot_product_") or "backward" in name:
-            return operation(*arguments, **options)
-        if self.recorded is not None:
-            return next(self.recorded)
-        if name == "_scaled_dot_product_efficient_attention":
-            arguments = (*arguments[:4], True, *arguments[5:])  # the fifth: give the log-sum-exps too
-        self.outputs.append(operation(*arguments, **options))
-        return self.outputs[-1]
 
 
 def _check_nothing_is_lost(outputs: tuple[Tensor, ...], wanted: list[Tensor]) -> None:

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from minilora.backend import native
-from minilora.system.device import cpu_bfloat16_feature, requested_backend, triton_is_installed
+from minilora.backend import native, triton_trial
+from minilora.system.device import cpu_bfloat16_feature, requested_backend
 
 
 def form_for(x: Tensor, operation: str) -> str:
@@ -22,7 +22,7 @@ def form_for(x: Tensor, operation: str) -> str:
     if backend := requested_backend(x.device):
         return backend
     if x.is_cuda:
-        return "triton" if triton_is_installed() else "torch"
+        return "triton" if triton_trial.passed(x.device) else "torch"
     return "c" if x.device.type == "cpu" and native.is_trusted(operation, x.dtype) else "torch"
 
 

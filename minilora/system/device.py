@@ -10,20 +10,23 @@ dtype of every run that requests none. MINILORA_BACKEND=torch or =triton chooses
 (backend/choice.py). An empty variable counts as none.
 
 This module does not call `torch.cuda.is_bf16_supported()`: it counts emulation and says yes on a T4.
+
+The Triton kernels need compute capability 7.5 and Triton 3.4. Older cards compute with PyTorch's operations,
+if PyTorch was built for them; if it was not, nothing runs there, and the GPU is refused at once.
 """
 
-import importlib.util
 import os
 import platform
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from minilora.system.errors import UserError
 
+TRITON = (3, 4)  # the first version with tl.gather for every layout, which the 4-bit kernels use
+CAPABILITY = (7, 5)  # the first that Triton compiles for: Turing, a T4
 CPU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # the values of MINILORA_CPU_DTYPE
 
 
@@ -46,11 +49,14 @@ def choose_placement(bf16: bool | None = None, fp16: bool = False) -> Placement:
     bf16=False without fp16 requests float32. With bf16=None and no fp16 the hardware decides; on a CPU
     MINILORA_CPU_DTYPE (float32 or bfloat16) overrides it.
 
-    Raises UserError for bf16 and fp16 together, for float16 on a CPU, for an unknown MINILORA_CPU_DTYPE, and
-    for a MINILORA_BACKEND that cannot run on this device: here, because a run comes here first.
+    Raises UserError for bf16 and fp16 together, for float16 on a CPU, for an unknown MINILORA_CPU_DTYPE, for
+    a GPU that PyTorch was not built for, and for a MINILORA_BACKEND that cannot run on this device: here,
+    because a run comes here first.
     """
     dtype = requested_dtype(bf16, fp16)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        check_gpu(device)
     requested_backend(device)
     if device.type == "cpu" and dtype == torch.float16:
         raise UserError(
@@ -76,10 +82,8 @@ def requested_backend(device: torch.device) -> str:
     backend = os.environ.get("MINILORA_BACKEND", "")
     if backend not in ("", "torch", "triton"):
         raise UserError(f"MINILORA_BACKEND = {backend!r} is not known; choose torch or triton, or unset it")
-    if backend == "triton" and not triton_is_installed():
-        raise UserError(
-            "MINILORA_BACKEND = 'triton', but Triton is not installed; unset it, or install triton"
-        )
+    if backend == "triton" and (problem := triton_problem(device)):
+        raise UserError(f"MINILORA_BACKEND = 'triton', but {problem}; unset it")
     interprets = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
     if backend == "triton" and device.type == "cpu" and not interprets:
         raise UserError(
@@ -89,17 +93,48 @@ def requested_backend(device: torch.device) -> str:
     return backend
 
 
-@lru_cache
-def triton_is_installed() -> bool:
-    """Whether the package of the kernels' compiler can be imported. It is not imported for that."""
-    return importlib.util.find_spec("triton") is not None
+def triton_problem(device: torch.device) -> str:
+    """Return why the Triton kernels cannot be compiled for this device, or ''."""
+    try:
+        from triton import __version__ as version
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < TRITON:
+        needed = ".".join(map(str, TRITON))
+        return f"Triton {version} does not compile them, only {needed} or newer, which comes with PyTorch 2.8"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else CAPABILITY
+    if capability < CAPABILITY:
+        return f"Triton does not compile for compute capability {_dotted(capability)}, only from 7.5 on"
+    return ""
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raise UserError if PyTorch was built without kernels for this GPU.
+
+    sm_75 is machine code for capability 7.5 and for higher minor versions of 7. compute_75 is text that the
+    driver compiles for any GPU from 7.5 on.
+    """
+    built = torch.cuda.get_arch_list()
+    kinds = [(kind, int(number)) for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
+    major, minor = capability = torch.cuda.get_device_capability(device)
+    here = 10 * major + minor
+    if kinds and not any(n <= here and (kind == "compute" or n // 10 == major) for kind, n in kinds):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {_dotted(capability)}, for which "
+            f"this PyTorch was not built ({' '.join(built)}); install a PyTorch that was, or set "
+            "CUDA_VISIBLE_DEVICES=-1 to compute on the CPU"
+        )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _fastest_on_gpu(device: torch.device) -> Placement:
     """Return bfloat16 where the GPU has it in hardware, else float16."""
-    major, minor = torch.cuda.get_device_capability(device)
-    name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-    if major >= 8:
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)}, compute capability {_dotted(capability)}"
+    if capability >= (8, 0):
         return Placement(device, torch.bfloat16, name)
     return Placement(device, torch.float16, name + ", which only emulates bfloat16")
 

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from threading import Thread
 from typing import TypeVar
 
@@ -40,6 +41,7 @@ from minilora.system.errors import UserError
 Item = TypeVar("Item")
 
 START_SECONDS = 300  # how long a process waits for the others to start
+_PATIENCE = timedelta(days=1)  # and later on: NCCL's own 10 minutes are too short for an upload by another
 _MOST_PROCESSES = 100_000
 _MEND = "start the processes with torchrun, or unset WORLD_SIZE to train in one"
 
@@ -105,9 +107,12 @@ class Processes:
         return gathered
 
     def wait_for_all(self) -> None:
-        """Return when every rank has called this."""
+        """Return when every rank has called this.
+
+        A collective operation on a GPU returns at once: it only orders what the GPU does. A barrier waits.
+        """
         if self.count > 1:
-            dist.all_reduce(torch.zeros(1, device=self.device))
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def leave(self) -> None:
         """End communication: from here on, every rank works alone."""
@@ -151,7 +156,8 @@ def join_processes() -> Processes:
             f"torchrun started {local_count} processes on {gpus} GPUs; use --nproc-per-node {gpus}"
         )
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
-    place = dict(store=dist.PrefixStore("minilora", _meet(rank, count)), rank=rank, world_size=count)
+    store = dist.PrefixStore("minilora", _meet(rank, count))
+    place = dict(store=store, rank=rank, world_size=count, timeout=_PATIENCE)
     try:
         if gpus:
             torch.cuda.set_device(device)

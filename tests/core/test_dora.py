@@ -384,6 +384,14 @@ def test_a_row_of_zeros_stays_zero_and_is_not_nan():
     torch.testing.assert_close(layer.base_layer.weight, weight, rtol=1e-5, atol=1e-7)
 
 
+def test_a_merged_layer_may_move_to_another_device_before_it_is_unmerged():
+    layer = decomposed_layer((16, 6, 2), bias=False)
+    layer.merge()
+    layer.to("meta")  # a device that every machine has; an operation with a CPU tensor fails there too
+    layer.unmerge()
+    assert layer.merged is None and layer.base_layer.weight.is_meta
+
+
 def test_norms_that_rounding_would_make_imaginary_are_small_and_real():
     W = torch.randn(5, 8)
     norms = RowNorms().of_sum(W, W, -torch.eye(5), 1.0, torch.float32, keep=False)  # V = 0

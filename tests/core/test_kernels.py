@@ -2,10 +2,13 @@
 cards that matter.
 """
 
+import ast
+import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,7 @@ from support.project import ROOT
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
 from minilora import ops, optim  # noqa: E402
+from minilora.backend import triton_trial  # noqa: E402
 from minilora.quantization import (  # noqa: E402
     dynamic_code,
     four_bit_code,
@@ -24,6 +28,8 @@ from minilora.quantization import (  # noqa: E402
 )
 
 POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+# Before 3.6, Triton's correctly rounded quotients and roots take subnormal numbers for zero.
+FTZ = ".ftz" if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6) else ""
 CARDS = {"T4": 75, "A100": 80, "H100": 90}  # compute capability
 
 
@@ -34,6 +40,36 @@ def test_kernels_equal_their_definitions_under_the_interpreter():
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert re.search(r"\d+ passed", run.stdout)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run here")
+def test_where_kernels_do_not_run_the_trial_says_what_happened():
+    problem = triton_trial._problem_of_a_launch(torch.device("cpu"))
+    assert re.match(r"\w+Error: .*driver", problem) and "\n" not in problem
+
+
+def launches(tree: ast.AST, entered: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every launch in a module: the kernel, and whether the device of a tensor is entered for it."""
+    if isinstance(tree, ast.With):
+        entered = any(ast.unparse(item).startswith("torch.cuda.device_of(") for item in tree.items)
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Subscript):
+        yield ast.unparse(tree.func.value), entered
+    for child in ast.iter_child_nodes(tree):
+        yield from launches(child, entered)
+
+
+def test_every_launch_enters_the_device_of_its_tensors():
+    """Triton launches on the current device: with cuda:0 current, tensors on cuda:1 are not there."""
+    found = {}
+    for path in (ROOT / "kernels").glob("*.py"):
+        found |= dict(launches(ast.parse(path.read_text())))
+    kernels = {
+        n
+        for path in (ROOT / "kernels").glob("*.py")
+        for n in re.findall(r"def (\w+_kernel)\(", path.read_text())
+    }
+    assert found.keys() == kernels and all(found.values()), found
+    assert list(launches(ast.parse("kernel[(1,)](x)"))) == [("kernel", False)]
 
 
 def compile_ahead(
@@ -56,10 +92,9 @@ def compile_ahead(
     divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, divisible)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assembler = get_ptxas(capability)
-    ptxas = (
-        assembler[0] if isinstance(assembler, tuple) else assembler.path
-    )  # Triton 3.6 gives (path, version)
+    for_capability = [capability] if inspect.signature(get_ptxas).parameters else []  # from Triton 3.6 on
+    assembler = get_ptxas(*for_capability)
+    ptxas = assembler[0] if isinstance(assembler, tuple) else assembler.path  # up to 3.6: path, version
     arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     verbose = [ptxas, "-v", f"--gpu-name={arch}", "-o", os.devnull, "/dev/stdin"]
     report = subprocess.run(verbose, input=compiled.asm["ptx"], capture_output=True, text=True)
@@ -192,7 +227,8 @@ def test_4bit_kernels_compile_for_every_card_without_spills(card, dtype, compile
         assert f"ld.global.b{4 * group}" in ptx  # and the bytes of their symbols in one load
         assert "fma" not in ptx  # a scale is rounded twice
     ptx = compile_4bit("quantize", (4096, 4096), dtype, card)
-    assert set(re.findall(r"div\S*f32", ptx)) == {"div.rn.f32"} and "fma" not in ptx  # correctly rounded
+    assert set(re.findall(r"div\S*f32", ptx)) == {f"div.rn{FTZ}.f32"}  # correctly rounded
+    assert "fma" not in ptx
     ptx = compile_4bit("gemv", (4096, 4096), dtype, card, double_quant=True)
     assert "ld.global.v4.b32" in ptx  # of x
     compile_4bit("gemv", (5, 4097), dtype, card)
@@ -227,11 +263,10 @@ def test_8bit_adamw_compiles_for_every_card_without_spills(card):
     assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"], report
     assert compiled.metadata.shared <= 64 * 1024  # all that a T4 has
     ptx = compiled.asm["ptx"]
-    for operation in ("div", "sqrt"):  # correctly rounded, and subnormals are kept
-        assert set(re.findall(rf"{operation}\.\S*f32", ptx)) == {f"{operation}.rn.f32"}
-    assert (
-        "ftz" not in ptx and len(re.findall(r"fma\.rn\.f32", ptx)) == 4 * 256 // 128
-    )  # two moments, two steps an element
+    for operation in ("div", "sqrt"):  # correctly rounded
+        assert set(re.findall(rf"{operation}\.\S*f32", ptx)) == {f"{operation}.rn{FTZ}.f32"}
+    assert FTZ or "ftz" not in ptx  # subnormals are kept
+    assert len(re.findall(r"fma\.rn\.f32", ptx)) == 4 * 256 // 128  # two moments, two steps an element
 
 
 @pytest.mark.gpu

@@ -6,7 +6,10 @@ from support.families import FAMILIES, same_model_here, transformers_model
 from support.pretended_gpu import PretendedGpu
 from support.tiny import adapted
 
+from minilora.inference.generation import generate
+from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
+from minilora.optim import make_optimizer
 from minilora.recompute import POLICIES, set_recompute
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
@@ -22,10 +25,31 @@ def test_a_micro_batch_of_every_family_waits_for_nothing_and_mixes_no_devices(fa
         model.cuda()
         ids_there, documents = ids.cuda(), documents if documents is None else documents.cuda()
         assert set_recompute(model, policy) == policy
-        causal_lm_loss(model, ids_there, ids, documents)  # fills the caches of the device
+        causal_lm_loss(model, ids_there, ids, documents).backward()  # fills the caches of the device
         with gpu.during() as record:
             causal_lm_loss(model, ids_there, ids, documents).backward()
-    assert not record.waits and not gpu.faults
-    for kernel, variants in gpu.signatures.items():
-        # A norm of Qwen3's heads has another width than one of the whole model.
-        assert len(variants) == (2 if "qwen3" in family and "rms_norm" in kernel else 1), kernel
+    assert not record.waits and not gpu.faults and not record.variants
+    assert record.launches["triton dequantize_kernel"] and record.launches["triton rms_norm_backward_kernel"]
+    for kernel in ("rms_norm_forward_kernel", "rms_norm_backward_kernel"):
+        # The norms of Qwen3's heads have another width than those of the whole model.
+        assert len(gpu.signatures[kernel]) == (2 if "qwen3" in family else 1)
+
+
+def test_a_model_on_the_second_gpu_trains_there_while_the_first_is_the_current_one():
+    model = adapted(same_model_here(transformers_model("llama-gqa")), quantized=True)
+    optimizer = make_optimizer("adamw_8bit", trainable_parameters(model), 1e-3, 0.0)
+    for group in optimizer.param_groups:
+        group["min_8bit_size"] = 1
+    ids = torch.arange(2 * 24).view(2, 24) % 97
+    with PretendedGpu(count=2) as gpu:
+        model.to("cuda:1")
+        for policy in POLICIES:
+            set_recompute(model, policy)
+            causal_lm_loss(model, ids.to("cuda:1"), ids).backward()
+        optimizer.step()
+        model.eval()
+        generate(model, ids[:1, :5].to("cuda:1"), max_new_tokens=3)
+        assert torch.cuda.current_device() == 0
+    kernels = {name for name in gpu.launches if name.startswith("triton")}
+    assert {"triton gemv_kernel", "triton adamw_8bit_kernel", "triton rms_norm_backward_kernel"} <= kernels
+    assert not gpu.faults, gpu.faults

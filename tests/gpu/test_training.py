@@ -49,12 +49,12 @@ def check(run, keys: dict) -> None:
         assert not micro_batches.waits
         assert sum(step.waits.values()) == 1, step.waits
         assert not step.variants  # nothing is compiled again
-    for kernel, variants in run.gpu.signatures.items():
-        # DoRA takes the lengths of W's rows in float32.
-        assert len(variants) == 1 or (kernel == "dequantize_kernel" and keys.get("use_dora")), kernel
-    assert ("adamw_8bit_kernel" in run.gpu.signatures) == (keys["optim"] == "adamw_8bit")
-    assert ("dequantize_kernel" in run.gpu.signatures) == (keys["quantization_bit"] == 4)
-    assert "rms_norm_forward_kernel" in run.gpu.signatures
+    kernels = [kernel for kernel, *_ in run.steps[0].variants]
+    assert len(kernels) == len(set(kernels)), kernels  # each is compiled once
+    launched = run.steps[-1].launches
+    assert ("triton adamw_8bit_kernel" in launched) == (keys["optim"] == "adamw_8bit")
+    assert ("triton dequantize_kernel" in launched) == (keys["quantization_bit"] == 4)
+    assert "triton rms_norm_forward_kernel" in launched and "triton rms_norm_backward_kernel" in launched
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,14 +89,13 @@ def test_a_training_in_float32_gives_the_adapter_of_the_cpu_to_the_bit(case, tra
     assert losses[0] == losses[1] and losses[0]
 
 
-@pytest.mark.parametrize("capability", [T4, H100])
-def test_a_run_resumed_on_the_gpu_ends_as_if_it_had_not_been_stopped(capability, train_on_gpu):
-    keys = COMMON | dict(max_steps=4, save_steps=2, gradient_checkpointing="selective")
-    whole = train_on_gpu(capability, name="whole", **keys)
+def test_a_run_resumed_on_the_gpu_ends_as_if_it_had_not_been_stopped(train_on_gpu):
+    keys = COMMON | dict(max_steps=2, save_steps=1, gradient_checkpointing="selective")
+    whole = train_on_gpu(T4, name="whole", **keys)
     halves = whole.directory.with_name("halves")
-    shutil.copytree(whole.directory, halves, ignore=shutil.ignore_patterns("checkpoint-4"))
+    shutil.copytree(whole.directory, halves, ignore=shutil.ignore_patterns("checkpoint-2"))
     (halves / "adapter_model.safetensors").unlink()
-    rest = train_on_gpu(capability, name="halves", **keys, resume_from_checkpoint="latest")
-    assert len(rest.steps) == 2 and not rest.gpu.faults
+    rest = train_on_gpu(T4, name="halves", **keys, resume_from_checkpoint="latest")
+    assert len(rest.steps) == 1 and not rest.gpu.faults
     adapters = [run.directory / "adapter_model.safetensors" for run in (whole, rest)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()

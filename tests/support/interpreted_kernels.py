@@ -13,6 +13,7 @@ from minilora.kernels.adamw_8bit import adamw_8bit as adamw_8bit_kernel
 from minilora.kernels.rms_norm import rms_norm
 
 from minilora import ops, optim
+from minilora.backend import triton_trial
 from minilora.kernels import nf4
 from minilora.quantization import (
     QuantizedTensor,
@@ -210,3 +211,11 @@ def test_8bit_adamw_is_the_definition_to_the_bit():
             assert all(torch.equal(one, two) for one, two in zip(mine, other, strict=True))
     for parts in sides[0]:
         assert all((part.as_strided((4,), (1,), len(part)) == 99).all() for part in parts)
+
+
+def test_kernels_that_run_pass_their_trial_and_wrong_bits_do_not(monkeypatch):
+    here = torch.device("cpu")
+    assert triton_trial._problem_of_a_launch(here) == ""
+    dequantize = nf4.dequantize
+    monkeypatch.setattr(nf4, "dequantize", lambda q, out: (dequantize(q, out), out[7].add_(1e-6)))
+    assert triton_trial._problem_of_a_launch(here) == "a trial gave other bits than PyTorch"

@@ -1,9 +1,13 @@
 """The compute dtype follows the hardware, and the reason is said."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from minilora import UserError
+from minilora.backend import triton_trial
 from minilora.backend.choice import form_for
 from minilora.system import device
 
@@ -18,10 +22,11 @@ def without_the_variables(monkeypatch):
 def gpu(monkeypatch):
     """Pretend that there is a GPU of some name and compute capability."""
 
-    def pretend(name: str, capability: tuple[int, int]):
+    def pretend(name: str, capability: tuple[int, int], built_for: str = ""):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", built_for.split)
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda *_: True
         )  # what PyTorch says of a T4, counting emulation
@@ -131,9 +136,14 @@ def test_instructions_that_onednn_may_not_use_do_not_count(cap, feature, monkeyp
 # ---- MINILORA_BACKEND ------------------------------------------------------------------------------------------------
 
 
+def has_triton(monkeypatch, version: str | None) -> None:
+    """Pretend that this version of Triton is installed, or none."""
+    monkeypatch.setitem(sys.modules, "triton", version and SimpleNamespace(__version__=version))
+
+
 @pytest.fixture
 def triton(monkeypatch):
-    monkeypatch.setattr(device, "triton_is_installed", lambda: True)
+    has_triton(monkeypatch, "3.7.1")
     monkeypatch.setenv("MINILORA_BACKEND", "triton")
 
 
@@ -175,9 +185,93 @@ def test_triton_runs_on_a_gpu_and_only_where_it_is_installed(gpu, triton, monkey
     gpu("A100", (8, 0))
     assert device.choose_placement().device.type == "cuda"
     assert device.requested_backend(torch.device("cuda")) == "triton"
-    monkeypatch.setattr(device, "triton_is_installed", lambda: False)
-    with pytest.raises(UserError, match="Triton is not installed; unset it, or install triton"):
+    has_triton(monkeypatch, None)
+    with pytest.raises(UserError, match="Triton is not installed; unset it"):
         device.choose_placement()
+
+
+@pytest.mark.parametrize(
+    "version, capability, problem",
+    [
+        ("3.7.1", (7, 5), ""),
+        ("3.4.0", (12, 0), ""),
+        ("3.10.0+git123", (8, 6), ""),
+        ("4.0", (9, 0), ""),
+        ("3.3.1", (9, 0), "Triton 3.3.1 does not compile them, only 3.4 or newer"),
+        ("2.9", (9, 0), "Triton 2.9 does not compile them"),
+        ("3.7.1", (7, 0), "does not compile for compute capability 7.0, only from 7.5 on"),
+        ("3.7.1", (6, 1), "does not compile for compute capability 6.1"),
+        (None, (9, 0), "Triton is not installed"),
+    ],
+)
+def test_the_kernels_need_triton_3_4_and_capability_7_5_and_one_line_says_what_is_missing(
+    gpu, monkeypatch, capsys, version, capability, problem
+):
+    gpu("some GPU", capability)
+    has_triton(monkeypatch, version)
+    monkeypatch.setattr(triton_trial, "_problem_of_a_launch", lambda device: "")
+    triton_trial.passed.cache_clear()
+    here = torch.device("cuda", 0)
+    assert problem in device.triton_problem(here) and bool(problem) == bool(device.triton_problem(here))
+    for _ in range(3):
+        assert form_for(Elsewhere(here), "quantize") == ("torch" if problem else "triton")
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(problem) and (problem in said)
+    triton_trial.passed.cache_clear()
+    monkeypatch.setenv("MINILORA_BACKEND", "triton")
+    if problem:
+        with pytest.raises(UserError, match=f"MINILORA_BACKEND = 'triton', but .*{problem}.*; unset it"):
+            device.choose_placement()
+    else:
+        assert device.choose_placement().device.type == "cuda"
+
+
+class Elsewhere:
+    """Stands in for a tensor on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+
+# ---- a GPU that PyTorch was not built for ----------------------------------------------------------------------------
+
+NEW = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"
+
+
+@pytest.mark.parametrize(
+    "capability, built_for",
+    [
+        ((7, 5), NEW),
+        ((8, 9), NEW),  # runs what was made for 8.6
+        ((9, 0), NEW),
+        ((10, 3), NEW),
+        ((12, 1), NEW),
+        ((13, 0), NEW),  # compiled by the driver
+        ((6, 0), "sm_50 sm_60 sm_70 sm_75"),
+        ((9, 0), "sm_80 sm_90a"),
+        ((9, 4), "gfx90a gfx942"),  # AMD's names say nothing about NVIDIA's numbers
+        ((6, 0), ""),
+    ],
+)
+def test_a_gpu_that_pytorch_was_built_for_is_used(gpu, capability, built_for):
+    gpu("some GPU", capability, built_for)
+    assert device.choose_placement().device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "capability, built_for",
+    [((6, 0), NEW), ((7, 0), NEW), ((11, 0), "sm_100 sm_120"), ((8, 0), "sm_86 sm_90")],
+)
+def test_a_gpu_that_pytorch_was_not_built_for_is_refused_in_one_line_before_anything_is_read(
+    gpu, train, capability, built_for
+):
+    gpu("Tesla P100", capability, built_for)
+    directory, err = train(code=2)
+    name = ".".join(map(str, capability))
+    assert err.count("\n") == 1 and f"Tesla P100 has compute capability {name}, for which this PyTorch" in err
+    assert built_for in err and "CUDA_VISIBLE_DEVICES=-1" in err and not directory.exists()
 
 
 @pytest.mark.usefixtures("triton")

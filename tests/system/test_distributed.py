@@ -14,6 +14,7 @@ from support.project import PROGRAM_ENVIRONMENT, ROOT, SUPPORT, adapter, metrics
 
 from minilora import UserError
 from minilora.run.checkpoints import read_checkpoint
+from minilora.system import distributed
 from minilora.system.distributed import Processes, join_processes
 
 ENVIRONMENT = PROGRAM_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
@@ -124,6 +125,48 @@ def test_one_process_sets_up_no_communication(monkeypatch):
     assert alone.sum_gradients([parameter], torch.tensor(3.0), 4, True) == [3.0, 4.0, 1.0]
     assert alone.share([1, 2]) == [1, 2] and alone.mean(0.1, 3.0) == 0.1 and alone.gather({}) == [{}]
     alone.wait_for_all(), alone.leave()
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from minilora.system.distributed import join_processes
+
+processes = join_processes()
+dist.all_reduce = lambda *arguments: None  # as with NCCL, where it returns before the others have come
+late = Path(sys.argv[1])
+if processes.rank == 1:
+    time.sleep(1)
+    late.touch()
+processes.wait_for_all()
+assert late.exists()
+processes.leave()
+"""
+
+
+def test_no_process_goes_on_before_all_have_come(tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "waiting.py"), str(tmp_path / "late")]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_on_gpus_the_processes_talk_through_nccl_each_on_its_own(placed, monkeypatch):
+    calls = {}
+    placed(LOCAL_RANK="1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(current=device))
+    monkeypatch.setattr(distributed, "_meet", lambda rank, count: torch.distributed.HashStore())
+    init = lambda backend, **options: calls.update(options, backend=backend)  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda device_ids: calls.update(barrier=device_ids))
+    processes = join_processes()
+    processes.wait_for_all()
+    assert processes.device == calls["current"] == calls["device_id"] == torch.device("cuda", 1)
+    assert calls["backend"] == "nccl" and calls["barrier"] == [1]
+    assert calls["timeout"].total_seconds() >= 3600  # another process may upload a checkpoint
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
