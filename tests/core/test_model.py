@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, relative_error, same_model_here, transformers_model
+from support.pretended_gpu import PretendedGpu
 
 from minilora import CausalLM, KVCache, ops
 from minilora.formats.config_json import parse_config
@@ -151,3 +152,20 @@ def test_half_precision_logits_stay_close_to_float32():
     # 30 roundings lie between ids and logits, adding up like a random walk: sqrt(30) * 0.2 % = 1 % of the
     # largest logit; three times is allowed.
     assert relative_error(model.bfloat16()(ids).float(), full) < 0.03
+
+
+def test_a_cache_of_padded_rows_asks_for_the_documents_of_new_tokens_and_the_gpu_is_not_asked():
+    model = same_model_here(transformers_model("llama-gqa"))
+    with torch.no_grad(), PretendedGpu() as gpu:
+        model.cuda()
+        padded, plain = (
+            KVCache(model.config, 1, 8, torch.float32, torch.device("cuda", 0)) for _ in range(2)
+        )
+        tokens, token = torch.ones(1, 4, dtype=torch.long).cuda(), torch.ones(1, 1, dtype=torch.long).cuda()
+        model(tokens, document_ids=torch.tensor([[PADDING, 0, 0, 0]]).cuda(), cache=padded)
+        model(tokens, cache=plain)
+        with gpu.during() as record:
+            with pytest.raises(ValueError, match="document_ids"):
+                model(token, cache=padded)
+            model(token, cache=plain)
+        assert plain.length == 5 and not record.waits and not gpu.faults
