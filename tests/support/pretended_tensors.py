@@ -34,7 +34,9 @@ class Functions(TorchFunctionMode):
         special = getattr(self, f"_{name}", None) if me is not None and not me.is_meta else None
         if special is not None:
             return special(function, *arguments, **options)
-        return self._made(function, name, me, arguments, options)
+        if options.keys() & {"device", "generator", "pin_memory"}:
+            return self._made(function, name, me, arguments, options)
+        return function(*arguments, **options)
 
     # ---- copies --------------------------------------------------------------------------------------------
 
