@@ -40,6 +40,7 @@ from minilora.model import CausalLM
 from minilora.optim import make_optimizer, set_learning_rate
 from minilora.recompute import set_recompute
 from minilora.run import checkpoints, report
+from minilora.run.divergence import explain_not_finite
 from minilora.run.plan import Plan, make_plan
 from minilora.run.random_state import random_state, set_random_state
 from minilora.run.settings import TrainConfig, load_train_config, manual
@@ -47,7 +48,7 @@ from minilora.run.stop_signal import StopSignal
 from minilora.run.tracker import StepMetrics, Tracker
 from minilora.system.assets import DEFAULT_RUN
 from minilora.system.distributed import Processes, join_processes
-from minilora.system.errors import UserError, run_script
+from minilora.system.errors import run_script
 
 
 def main() -> None:
@@ -82,6 +83,7 @@ class Run:
     tracker: Tracker  # the records so far
     started: float  # on the clock of time.perf_counter; earlier by the seconds before a resume
     step: int = 0  # finished optimizer steps
+    lost: list[int] = field(default_factory=list)  # steps whose loss was not finite; a resumed run counts anew
     # The lowest held-out loss, its step, and the number of evaluations since.
     best: dict = field(default_factory=lambda: {"loss": math.inf, "step": 0, "waited": 0})
 
@@ -195,16 +197,13 @@ def optimizer_step(plan: Plan, run: Run, stop: StopSignal) -> tuple[StepMetrics,
     norm = nn.utils.clip_grad_norm_(parameters, plan.config.max_grad_norm or math.inf).item()
     # At step 0 only B has a gradient: A's contains the factor B, which is still zero.
     assert run.step or norm != 0, "no gradient has reached the adapter"
-    run.loss_scale.step(run.optimizer, finite=math.isfinite(loss) and math.isfinite(norm))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    run.loss_scale.step(run.optimizer, finite)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    if run.loss_scale.diverged:
-        good = checkpoints.list_checkpoints(plan.output_dir, up_to=run.step - run.loss_scale.skipped_in_a_row)
-        raise UserError(
-            f"loss {loss:g}, gradient norm {norm:g} at step {run.step}: training diverged; "
-            f"lower learning_rate = {plan.config.learning_rate:g} "
-            f"(last good checkpoint: {good[-1] if good else 'none was saved yet'})"
-        )
+    if not finite:
+        again = plan.processes.share(plan.order.batches(run.step - 1))
+        explain_not_finite(plan, run, loss, norm, (load_batch(plan, batch) for batch in again))
     memory, seconds = plan.memory.measure(plan.placement.device), time.perf_counter() - began
     return StepMetrics(run.step, loss, lr, norm, tokens, seconds, memory), bool(stopping)
 
