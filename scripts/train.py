@@ -83,7 +83,7 @@ class Run:
     tracker: Tracker  # the records so far
     started: float  # on the clock of time.perf_counter; earlier by the seconds before a resume
     step: int = 0  # finished optimizer steps
-    lost: list[int] = field(default_factory=list)  # steps whose loss was not finite; a resumed run counts anew
+    lost: list[int] = field(default_factory=list)  # steps whose loss was not finite; not saved
     # The lowest held-out loss, its step, and the number of evaluations since.
     best: dict = field(default_factory=lambda: {"loss": math.inf, "step": 0, "waited": 0})
 

@@ -7,5 +7,6 @@ native.c     its source: quantize, dequantize, AdamW in 8 bits
 amx.c        and on a CPU with AMX: the products with a 4-bit weight
 scratch.py   a buffer that all layers share
 offload.py   layer inputs on their way to CPU memory and back
+attention_mask.py   attention's mask as numbers, once for all layers
 rerun.py     what a second run of a layer needs to repeat the first one
 """
