@@ -205,7 +205,7 @@ def optimizer_step(plan: Plan, run: Run, stop: StopSignal) -> tuple[StepMetrics,
         again = plan.processes.share(plan.order.batches(run.step - 1))
         explain_not_finite(plan, run, loss, norm, (load_batch(plan, batch) for batch in again))
     memory, seconds = plan.memory.measure(plan.placement.device), time.perf_counter() - began
-    return StepMetrics(run.step, loss, lr, norm, tokens, seconds, memory), bool(stopping)
+    return StepMetrics(run.step, loss, lr, norm, tokens, seconds, *memory), bool(stopping)
 
 
 def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
@@ -231,7 +231,7 @@ def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
 def evaluate(plan: Plan, run: Run) -> bool:
     """Log the loss on the held-out examples. Returns whether it is the lowest one so far."""
     share = plan.processes.share(plan.eval_set.examples)
-    batch_size, pad_id = plan.config.per_device_eval_batch_size, plan.tokenizer.pad_id
+    batch_size, pad_id = plan.memory.eval_batch_size, plan.tokenizer.pad_id
     loss = evaluate_loss(run.model, share, batch_size, pad_id) if share else 0.0
     loss = plan.processes.mean(loss, weight=sum(example.supervised for example in share))
     run.tracker.log(step=run.step, eval_loss=loss)
@@ -247,10 +247,10 @@ def evaluate(plan: Plan, run: Run) -> bool:
 
 def compare_answers(plan: Plan, model: CausalLM) -> dict[str, str]:
     """Answer the held-out prompts with and without the adapter. Returns the scores, for the model card."""
-    prompts = plan.prompts
-    after = answers(model, plan.tokenizer, prompts, template=plan.template)
+    prompts, tokenizer, batch_size = plan.prompts, plan.tokenizer, plan.memory.answer_batch_size
+    after = answers(model, tokenizer, prompts, batch_size, template=plan.template)
     set_adapter(model, None)
-    before = answers(model, plan.tokenizer, prompts, template=plan.template)
+    before = answers(model, tokenizer, prompts, batch_size, template=plan.template)
     report.print_answers(prompts, before, after)
     base, adapted = exact_match(before, prompts), exact_match(after, prompts)
     title = f"exact answers to {len(prompts)} held-out prompts"

@@ -146,7 +146,8 @@ def memory_ledger(
     staying = {"process": process} | _staying_bytes(counts, widths, quant, optim, device)
     packed_weights = quant is not None and quant.bits == 4 and _multiplies_packed(dtype, device)
     if packed_weights:
-        rows = max(batch_size, eval_batch_size) * length
+        prompts = answers.batch_size * answers.prompt if answers else 0
+        rows = max(batch_size * length, eval_batch_size * length, prompts)
         staying["scratch"] = _tile_bytes(counts.shapes, rows, lora.use_dora)
     if compiles_kernels(dtype, device):
         staying["compiled kernels"] = compiled_kernel_bytes(lengths, packed_weights)
