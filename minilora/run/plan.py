@@ -287,7 +287,7 @@ def _batches_that_fit(
     more than the training has taken already, or than half of the free memory.
     """
     ledger = ledger_of(eval_batch_size=eval_batch_size)
-    while available is not None and eval_batch_size > 1 and not ledger.fits(available):
+    while ledger.moment == "evaluation" and eval_batch_size > 1 and not ledger.fits(available or math.inf):
         eval_batch_size //= 2
         ledger = ledger_of(eval_batch_size=eval_batch_size)
     answer_batch_size, most = ANSWERS_AT_A_TIME, max(ledger.peak, (available or 0) // 2)

@@ -75,6 +75,9 @@ def test_evaluation_takes_fewer_rows_at_a_time_where_it_would_not_fit_and_never_
     assert 4096 % tight.eval_batch_size == 0 and 1.1 * tight.peak <= 1.2 * alone.peak
     unknown, _ = planned(None, **sizes)
     assert unknown.eval_batch_size == 4096
+    keys = dict(gradient_checkpointing="off", per_device_eval_batch_size=2)
+    too_large, _ = planned(1000, lengths=(250,) * 4, evaluates=True, **keys)
+    assert too_large.eval_batch_size == 2  # the training does not fit either, and fewer rows would not help
 
 
 def test_answers_take_no_more_than_the_training_has_taken_or_half_of_the_free_memory(planned):
