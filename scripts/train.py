@@ -197,8 +197,7 @@ def optimizer_step(plan: Plan, run: Run, stop: StopSignal) -> tuple[StepMetrics,
     norm = nn.utils.clip_grad_norm_(parameters, plan.config.max_grad_norm or math.inf).item()
     # At step 0 only B has a gradient: A's contains the factor B, which is still zero.
     assert run.step or norm != 0, "no gradient has reached the adapter"
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    run.loss_scale.step(run.optimizer, finite)
+    run.loss_scale.step(run.optimizer, finite := math.isfinite(loss) and math.isfinite(norm))
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     if not finite:

@@ -129,6 +129,7 @@ def memory_ledger(
     optim: str = "adamw_torch",
     device: str = "cuda",
     eval_batch_size: int = 0,  # 0: nothing is evaluated
+    eval_length: int = 0,  # of the longest held-out row; 0: the same length
     answers: Answers | None = None,  # after the training
     packing: bool = False,  # rows hold several examples
     process: int = 0,  # bytes in use before the model is loaded: see `process_memory`
@@ -147,7 +148,7 @@ def memory_ledger(
     packed_weights = quant is not None and quant.bits == 4 and _multiplies_packed(dtype, device)
     if packed_weights:
         prompts = answers.batch_size * answers.prompt if answers else 0
-        rows = max(batch_size * length, eval_batch_size * length, prompts)
+        rows = max(batch_size * length, eval_batch_size * (eval_length or length), prompts)
         staying["scratch"] = _tile_bytes(counts.shapes, rows, lora.use_dora)
     if compiles_kernels(dtype, device):
         staying["compiled kernels"] = compiled_kernel_bytes(lengths, packed_weights)
@@ -157,7 +158,8 @@ def memory_ledger(
         head = model_config.vocab_size * model_config.hidden_size
         moments["loss"]["scratch"] = staying["scratch"] + 2 * head
     if eval_batch_size:
-        moments["evaluation"] = {"gradients": 0} | _evaluation_bytes(sizes(eval_batch_size, length, False))
+        held_out = sizes(eval_batch_size, eval_length or length, False)
+        moments["evaluation"] = {"gradients": 0} | _evaluation_bytes(held_out)
     if answers:
         prompts = sizes(answers.batch_size, answers.prompt, answers.batch_size > 1)
         moments["answers"] = {"gradients": 0} | _answer_bytes(prompts, answers)

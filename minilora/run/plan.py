@@ -146,7 +146,8 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     checkpoint, state = find_resumed(config, training, schedule.total_steps, placement.device)
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
-    memory = plan_memory(config, model_config, placement, order, bool(eval_set), lengths)
+    longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
+    memory = plan_memory(config, model_config, placement, order, longest, lengths)
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
@@ -230,7 +231,7 @@ def plan_memory(
     model_config: ModelConfig,
     placement: Placement,
     order: Order,
-    evaluates: bool,
+    eval_length: int,  # tokens of the longest held-out example; 0: there is none
     answers: tuple[int, int] | None = None,  # see `answer_lengths`
 ) -> MemoryPlan:
     """Choose the recompute policy and predict its memory. `auto` is the fastest one that fits.
@@ -242,7 +243,7 @@ def plan_memory(
     device, available = placement.device, available_memory(placement.device)
     rounded = compiles_kernels(placement.dtype, device.type)
     lengths = {padded_length(length) for length in order.lengths} if rounded else {max(order.lengths)}
-    eval_batch_size = config.per_device_eval_batch_size if evaluates else 0
+    eval_batch_size = config.per_device_eval_batch_size if eval_length else 0
     ledger_of = partial(
         memory_ledger,
         model_config,
@@ -254,6 +255,7 @@ def plan_memory(
         optim=config.optim,
         device=device.type,
         packing=config.packing,
+        eval_length=padded_length(eval_length) if rounded and eval_length else eval_length,
         process=process_memory() if device.type == "cpu" else 0,
         lengths=len(lengths),
     )

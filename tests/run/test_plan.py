@@ -26,14 +26,14 @@ def resident_bytes():
 def planned(model_dir, monkeypatch):
     """Plan the memory of a small run with so many free bytes: the plan, and how often memory was told to be freed."""
 
-    def plan(available, dtype=torch.float32, lengths=(20, 100), evaluates=False, answers=None, **settings):
+    def plan(available, dtype=torch.float32, lengths=(20, 100), held_out=0, answers=None, **settings):
         calls = []
         monkeypatch.setattr(plans, "available_memory", lambda _: available)
         monkeypatch.setattr(plans, "return_freed_memory", lambda: calls.append(1))
         order = Order(lengths, batch_size=2, accumulation=1, seed=0)
         placement = Placement(CPU, dtype, "a test")
         config = TrainConfig(quantization_bit=None, **settings)
-        memory = plan_memory(config, read_config(model_dir), placement, order, evaluates, answers)
+        memory = plan_memory(config, read_config(model_dir), placement, order, held_out, answers)
         return memory, len(calls)
 
     return plan
@@ -66,7 +66,7 @@ def test_a_run_that_takes_more_than_predicted_gives_free_memory_back_after_each_
 
 
 def test_evaluation_takes_fewer_rows_at_a_time_where_it_would_not_fit_and_never_chooses_the_policy(planned):
-    sizes = dict(lengths=(250,) * 4, evaluates=True, per_device_eval_batch_size=4096)
+    sizes = dict(lengths=(250,) * 4, held_out=250, per_device_eval_batch_size=4096)
     roomy, _ = planned(1 << 45, **sizes)
     assert roomy.eval_batch_size == 4096 and roomy.recompute == "off"
     alone, _ = planned(1 << 45, lengths=(250,) * 4)
@@ -76,8 +76,14 @@ def test_evaluation_takes_fewer_rows_at_a_time_where_it_would_not_fit_and_never_
     unknown, _ = planned(None, **sizes)
     assert unknown.eval_batch_size == 4096
     keys = dict(gradient_checkpointing="off", per_device_eval_batch_size=2)
-    too_large, _ = planned(1000, lengths=(250,) * 4, evaluates=True, **keys)
+    too_large, _ = planned(1000, lengths=(250,) * 4, held_out=250, **keys)
     assert too_large.eval_batch_size == 2  # the training does not fit either, and fewer rows would not help
+
+
+def test_held_out_rows_that_are_longer_than_those_to_train_on_are_counted(planned):
+    short, long = (planned(None, held_out=n, per_device_eval_batch_size=64)[0].peak for n in (100, 5000))
+    width, number = 64, 4  # of the hidden states alone
+    assert long - short > 64 * 4900 * width * number
 
 
 def test_answers_take_no_more_than_the_training_has_taken_or_half_of_the_free_memory(planned):
