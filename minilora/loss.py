@@ -37,7 +37,7 @@ def causal_lm_loss(
 
     input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE_INDEX. A token is
     predicted from those before it, of its own document where rows are packed. The first token of a document
-    must be IGNORE_INDEX: nothing predicts it. Labels may stay on the CPU: see `_supervised`.
+    must be IGNORE_INDEX: nothing predicts it. Labels best stay on the CPU: the host must count them.
     """
     hidden = model.model(input_ids, document_ids=document_ids)
     labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # of the next token: the last one has none
@@ -64,7 +64,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the hidden states of supervised positions, (N, D), and their labels, (N,).
 
-    The host must know N. Labels on the CPU tell it at once; for labels on a GPU it would wait.
+    The host must know N. Labels on the CPU tell it at once; for labels on a GPU it waits.
     """
     places = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,)
     places, targets = (to_device(t, hidden.device) for t in (places, labels.flatten()[places]))

@@ -9,7 +9,8 @@ So S finds its value by itself, from 65536 down or up. A run often skips its fir
 skipped step is counted and shown. As in the usual stack, it does not advance the learning rate's schedule.
 
 When S falls below 1, gradients overflow without being scaled up at all. Then training has diverged, and every
-later step would be skipped too. From 65536 that takes 17 steps, during which the adapter does not change.
+later step would be skipped too. From 65536 that takes 17 steps, during which the adapter does not change. A
+loss that is not finite itself is another matter, which no S can mend: see run/divergence.py.
 
 bfloat16 has float32's range. There, and in float32, nothing is scaled, and the first step that is not finite
 is a divergence.
@@ -65,7 +66,7 @@ class LossScale:
 
     def summary(self) -> str:
         """Return a remark for people if steps were skipped, else an empty text."""
-        return f"; {self.skipped} skipped, with gradients beyond float16's range" if self.skipped else ""
+        return f"; {self.skipped} skipped, with numbers beyond float16's range" if self.skipped else ""
 
     def state_dict(self) -> dict:
         """Return what a resumed run needs, as JSON."""

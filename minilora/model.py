@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import ops
+from minilora.backend.attention_mask import additive
 from minilora.backend.offload import OffloadedInputs
 from minilora.config import ModelConfig, RopeConfig
 from minilora.linear import rerun_linear
@@ -163,7 +164,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, D)
         cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, 1, T, K)
         windows = self.config.layer_windows
-        masks = {w: attention_mask(T, past + T, w, document_ids, x.device) for w in set(windows)}
+        masks = {w: additive(attention_mask(T, past + T, w, document_ids, x.device), x) for w in set(windows)}
         recompute = self.recompute if cache is None and torch.is_grad_enabled() else "off"
         offload = OffloadedInputs(x.device) if recompute == "offload" else None
         keep = dict(keep_attention=recompute == "selective", offload=offload)

@@ -88,9 +88,9 @@ class _SwiGLU(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v with grouped keys and values, through PyTorch's fused kernels.
 
-    q: (B, H, T, K); k, v: (B, G, S, K); mask: bool (B or 1, 1, T, S), True where a query sees a key -> (B, H,
-    T, K). With `mask=None` every query sees the keys up to its own position. That needs T = S, or T = 1 as
-    the last of S.
+    q: (B, H, T, K); k, v: (B, G, S, K); mask: (B or 1, 1, T, S), True where a query sees a key, or numbers to
+    add to the scores (see backend/attention_mask.py) -> (B, H, T, K). With `mask=None` every query sees the
+    keys up to its own position. That needs T = S, or T = 1 as the last of S.
     """
     # The memory-efficient kernel, the only fused one on a T4, knows no groups: heads are repeated in memory.
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, S, K)

@@ -31,6 +31,7 @@ from minilora.formats.config_json import parse_config, read_config_file
 from minilora.formats.weights import MODEL_CONFIG_FILE, read_config
 from minilora.memory.ledger import (
     CATEGORIES,
+    CUDA_CONTEXT,
     MARGIN,
     Ledger,
     advise,
@@ -47,7 +48,6 @@ from minilora.system.files import check_picture, write_whole
 
 GB = 10**9
 LARGEST_GPU = 1_000_000  # GB
-CUDA_CONTEXT = 0.5 * GB  # a process uses this much of a GPU before its first tensor
 
 
 def _shape(model_type: str, V: int, D: int, F: int, layers: int, H: int, G: int) -> ModelConfig:
@@ -102,6 +102,7 @@ def main() -> None:
         device=target.device,
         eval_batch_size=config.per_device_eval_batch_size if config.eval_dataset or config.val_size else 0,
         process=target.process,
+        packing=config.packing,
     )
     policies = [policy for policy in POLICIES if policy != "offload" or target.device == "cuda"]
     ledgers = [ledger_of(batch_size=batch_size, length=length, recompute=policy) for policy in policies]
@@ -228,6 +229,7 @@ PARTS = {  # of a bar: label -> categories that it sums up, colour
     "scratch": (("scratch",), "#b5cfa8"),
     "layer inputs": (("layer inputs",), "#d1662f"),
     "kept activations": (("kept activations",), "#efa67c"),
+    "attention masks": (("attention masks",), "#c9b79c"),
     "the layer at work": (("live layer",), "#f3cf73"),
     "hidden states and logits": (("hidden and logits",), "#9a6fb0"),
 }

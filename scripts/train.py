@@ -40,6 +40,7 @@ from minilora.model import CausalLM
 from minilora.optim import make_optimizer, set_learning_rate
 from minilora.recompute import set_recompute
 from minilora.run import checkpoints, report
+from minilora.run.divergence import explain_not_finite
 from minilora.run.plan import Plan, make_plan
 from minilora.run.random_state import random_state, set_random_state
 from minilora.run.settings import TrainConfig, load_train_config, manual
@@ -47,7 +48,7 @@ from minilora.run.stop_signal import StopSignal
 from minilora.run.tracker import StepMetrics, Tracker
 from minilora.system.assets import DEFAULT_RUN
 from minilora.system.distributed import Processes, join_processes
-from minilora.system.errors import UserError, run_script
+from minilora.system.errors import run_script
 
 
 def main() -> None:
@@ -82,6 +83,7 @@ class Run:
     tracker: Tracker  # the records so far
     started: float  # on the clock of time.perf_counter; earlier by the seconds before a resume
     step: int = 0  # finished optimizer steps
+    lost: list[int] = field(default_factory=list)  # steps whose loss was not finite; not saved
     # The lowest held-out loss, its step, and the number of evaluations since.
     best: dict = field(default_factory=lambda: {"loss": math.inf, "step": 0, "waited": 0})
 
@@ -196,15 +198,11 @@ def optimizer_step(plan: Plan, run: Run, stop: StopSignal) -> tuple[StepMetrics,
     assert run.step or norm != 0, "no gradient has reached the adapter"
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    if run.loss_scale.diverged:
-        good = checkpoints.list_checkpoints(plan.output_dir, up_to=run.step - run.loss_scale.skipped_in_a_row)
-        raise UserError(
-            f"loss {loss:g}, gradient norm {norm:g} at step {run.step}: training diverged; "
-            f"lower learning_rate = {plan.config.learning_rate:g} "
-            f"(last good checkpoint: {good[-1] if good else 'none was saved yet'})"
-        )
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        again = plan.processes.share(plan.order.batches(run.step - 1))
+        explain_not_finite(plan, run, loss, norm, (load_batch(plan, batch) for batch in again))
     memory, seconds = plan.memory.measure(plan.placement.device), time.perf_counter() - began
-    return StepMetrics(run.step, loss, lr, norm, tokens, seconds, memory), bool(stopping)
+    return StepMetrics(run.step, loss, lr, norm, tokens, seconds, *memory), bool(stopping)
 
 
 def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
@@ -230,7 +228,7 @@ def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
 def evaluate(plan: Plan, run: Run) -> bool:
     """Log the loss on the held-out examples. Returns whether it is the lowest one so far."""
     share = plan.processes.share(plan.eval_set.examples)
-    batch_size, pad_id = plan.config.per_device_eval_batch_size, plan.tokenizer.pad_id
+    batch_size, pad_id = plan.memory.eval_batch_size, plan.tokenizer.pad_id
     loss = evaluate_loss(run.model, share, batch_size, pad_id) if share else 0.0
     loss = plan.processes.mean(loss, weight=sum(example.supervised for example in share))
     run.tracker.log(step=run.step, eval_loss=loss)
@@ -246,10 +244,10 @@ def evaluate(plan: Plan, run: Run) -> bool:
 
 def compare_answers(plan: Plan, model: CausalLM) -> dict[str, str]:
     """Answer the held-out prompts with and without the adapter. Returns the scores, for the model card."""
-    prompts = plan.prompts
-    after = answers(model, plan.tokenizer, prompts, template=plan.template)
+    prompts, tokenizer, batch_size = plan.prompts, plan.tokenizer, plan.memory.answer_batch_size
+    after = answers(model, tokenizer, prompts, batch_size, template=plan.template)
     set_adapter(model, None)
-    before = answers(model, plan.tokenizer, prompts, template=plan.template)
+    before = answers(model, tokenizer, prompts, batch_size, template=plan.template)
     report.print_answers(prompts, before, after)
     base, adapted = exact_match(before, prompts), exact_match(after, prompts)
     title = f"exact answers to {len(prompts)} held-out prompts"

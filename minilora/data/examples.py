@@ -143,6 +143,9 @@ def _encode(
         raise UserError(f"{row.location}: {error}") from error
 
 
+ANSWER_SLACK = 8  # tokens an answer may have beyond the longest expected one, so that it can end by itself
+
+
 def prompt_ids(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> list[int]:
     """Token ids of everything before a row's completion: the input from which a model answers it."""
     if row.messages is None:

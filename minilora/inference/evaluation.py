@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from minilora.data.chat import ChatTemplate
-from minilora.data.examples import Example, Row, batch_for, prompt_ids
+from minilora.data.examples import ANSWER_SLACK, Example, Row, batch_for, prompt_ids
 from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import end_tokens, generate_text
 from minilora.loss import causal_lm_loss
@@ -66,7 +66,7 @@ def answers(
     tokenizer: Tokenizer,
     rows: Sequence[Row],
     batch_size: int = 64,
-    slack: int = 8,
+    slack: int = ANSWER_SLACK,
     template: ChatTemplate | None = None,  # formats rows that are conversations
 ) -> list[str]:
     """The greedy answer to each row's prompt.

@@ -13,7 +13,7 @@ that is 14 D, with dropout in 16 bits 16 D. LoRA-FA keeps no inputs of products,
 
 Backward makes more, and most within SwiGLU's: three tensors of width F, beside gate and up. A layer's forward
 never needs more than its backward. The loss holds the hidden states twice, their gradient, and two chunks of
-float32 logits.
+float32 logits. The mask of packed rows or of a window is there once for all layers.
 
 These are the sizes of what `model.py`, `lora.py`, `ops.py` and `loss.py` create, and at the same time hold;
 the tests compare them with what PyTorch allocates. Every place is taken for a supervised one. Tables of a row
@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from minilora.backend.attention_mask import row_numbers
 from minilora.backend.choice import product_dtype
 from minilora.config import LoraConfig, ModelConfig
 from minilora.loss import _HEAD_ROWS, rows_at_a_time
@@ -92,7 +93,6 @@ def layer_bytes(
     c: ModelConfig,
     lora: LoraConfig,
     adapted: frozenset[str],  # products that have an adapter: q_proj, ...
-    window: int | None,
     batch_size: int,
     length: int,
     widths: Widths,
@@ -114,8 +114,6 @@ def layer_bytes(
     first_half += adapters.kept(HK, dict(o_proj=D), x_is_kept=True)
     if c.qk_norm:
         first_half += HK + GK + (H + G) * row
-    if window is not None and window < length:
-        first_half += length**2 * widths.number  # the mask, as numbers to add to the scores
     # Under dropout DoRA's output is not the product's; without it SwiGLU keeps the same tensor.
     twice = F if lora.lora_dropout else 0
     down = adapters.kept(F, dict(down_proj=D))
@@ -132,8 +130,19 @@ def layer_bytes(
         attention=attention,
         kept=first_half + second_half,
         backward=D + max(at_swiglu, at_down, between),  # D: the gradient of the residual stream
-        alone=2 * D + max(D + 3 * F, at_down),
+        # Without a graph, beside two residual streams: RoPE of queries or keys, SwiGLU, up_proj, down_proj.
+        alone=2 * D + max(4 * HK + 2 * GK, 2 * HK + 5 * GK, D + 3 * F, D + 2 * F + wide_D + wide_F, at_down),
     )
+
+
+def mask_bytes(c: ModelConfig, separated: bool, batch_size: int, length: int, widths: Widths) -> int:
+    """Return the bytes of attention's masks: one for each window, where rows are longer than it.
+
+    separated: rows hold several documents, or padding on the left. Then there is a mask for every row.
+    """
+    masked = {window for window in c.layer_windows if separated or (window is not None and window < length)}
+    rows = length * (batch_size if separated else 1)
+    return len(masked) * rows * row_numbers(length) * widths.number
 
 
 class LossBytes(NamedTuple):
@@ -159,3 +168,21 @@ def loss_bytes(
     alone += chunk * V * widths.product if widths.product == 2 else head_rows * D * widths.wide
     scaled = logits if widths.d_hidden > widths.number else 0  # for float16 the logits' gradient, once more
     return LossBytes(alone + d_hidden + scaled + chunk * D * (4 + widths.product), d_hidden, alone)
+
+
+class AnswerBytes(NamedTuple):
+    """Bytes of answering a batch of prompts."""
+
+    cache: int  # keys and values of all tokens
+    alone: int  # attention over the cache and the logits of one new token a row
+
+
+def answer_bytes(c: ModelConfig, batch_size: int, tokens: int, widths: Widths) -> AnswerBytes:
+    """Return the bytes of rows of `tokens` tokens, prompt and answer together, beside the prompts' pass."""
+    H, G, K, L = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.num_hidden_layers
+    places = batch_size * tokens * K * widths.number
+    repeated = 2 * H * places  # one layer's keys and values, for all heads
+    logits = 4 * batch_size * c.vocab_size
+    narrow = batch_size * c.vocab_size * widths.number if widths.number < 4 else 0  # before they are widened
+    # The last token's logits are still there.
+    return AnswerBytes(2 * L * G * places, logits + max(repeated, logits + narrow))

@@ -13,8 +13,9 @@ moments:
     backward         what forward left; the last layer, run again or not; gradients of earlier micro-batches
     optimizer step   no activations
     evaluation       one layer, or the loss, at a batch size of its own; nothing left, no gradients
+    answers          one layer, or one new token a row; keys and values of all tokens so far
 
-Left out are a CUDA context, cuBLAS's workspace and the holes between blocks of memory: MARGIN is for them.
+What is not a tensor is assumed, not predicted: see MARGIN and CUDA_CONTEXT.
 `docs/memory.md` reads the ledger of a 7B model line by line.
 """
 
@@ -36,7 +37,16 @@ from minilora.backend import native
 from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_parameters
-from minilora.memory.activations import LayerBytes, LossBytes, Widths, layer_bytes, loss_bytes, widths_of
+from minilora.memory.activations import (
+    LayerBytes,
+    LossBytes,
+    Widths,
+    answer_bytes,
+    layer_bytes,
+    loss_bytes,
+    mask_bytes,
+    widths_of,
+)
 from minilora.memory.allocator import HEAP_HOLES, compiled_kernel_bytes, compiles_kernels
 from minilora.model import CausalLM
 from minilora.optim import MOMENT_BLOCK_SIZE, OPTIMIZERS
@@ -44,7 +54,12 @@ from minilora.quantization import NESTED_BLOCK_SIZE
 from minilora.recompute import POLICIES
 from minilora.system.device import memory_used
 
-MARGIN = 1.1  # free memory must be at least this multiple of the predicted peak
+# Assumed, as nothing predicts them. Free memory must be at least MARGIN times the predicted peak: blocks of
+# different sizes leave holes, so PyTorch reserves more of a GPU than it uses.
+MARGIN = 1.1
+# What a process takes of a GPU beside tensors: the context, the code of kernels, the libraries' workspaces.
+# Public guides say 0.3 to 1 GB. CUDA_LATER is the part of it that comes after the free memory was asked for.
+CUDA_CONTEXT, CUDA_LATER = 500_000_000, 100_000_000
 CATEGORIES = (
     "process",  # the program itself, on a CPU
     "linear weights",
@@ -57,10 +72,20 @@ CATEGORIES = (
     "compiled kernels",  # on a CPU with bfloat16 instructions
     "layer inputs",
     "kept activations",  # beside the inputs
+    "attention masks",  # of packed rows, windows or padding on the left
     "live layer",
     "hidden and logits",
+    "keys and values",  # of answers
     "heap holes",  # on a CPU, unless freed memory is returned at once
 )
+
+
+class Answers(NamedTuple):
+    """Prompts that are answered together, in tokens a row."""
+
+    batch_size: int
+    prompt: int
+    new: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +129,9 @@ def memory_ledger(
     optim: str = "adamw_torch",
     device: str = "cuda",
     eval_batch_size: int = 0,  # 0: nothing is evaluated
+    eval_length: int = 0,  # of the longest held-out row; 0: the same length
+    answers: Answers | None = None,  # after the training
+    packing: bool = False,  # rows hold several examples
     process: int = 0,  # bytes in use before the model is loaded: see `process_memory`
     lengths: int = 1,  # how many different lengths rows have: on some CPUs each has compiled kernels
     heap_holes: bool = False,  # on a CPU, unless `allocator.return_freed_memory` was called
@@ -117,19 +145,24 @@ def memory_ledger(
     recompute = "full" if recompute == "offload" and device == "cpu" else recompute  # as `set_recompute` does
     counts, widths = _count(model_config, lora), widths_of(dtype, device)
     staying = {"process": process} | _staying_bytes(counts, widths, quant, optim, device)
-    packed = quant is not None and quant.bits == 4 and _multiplies_packed(dtype, device)
-    if packed:
-        rows = max(batch_size, eval_batch_size) * length
+    packed_weights = quant is not None and quant.bits == 4 and _multiplies_packed(dtype, device)
+    if packed_weights:
+        prompts = answers.batch_size * answers.prompt if answers else 0
+        rows = max(batch_size * length, eval_batch_size * (eval_length or length), prompts)
         staying["scratch"] = _tile_bytes(counts.shapes, rows, lora.use_dora)
     if compiles_kernels(dtype, device):
-        staying["compiled kernels"] = compiled_kernel_bytes(lengths, packed)
-    sizes = partial(_Sizes, model_config, lora, counts, widths, length)
-    moments = _training_moments(sizes(batch_size), recompute)
+        staying["compiled kernels"] = compiled_kernel_bytes(lengths, packed_weights)
+    sizes = partial(_Sizes, model_config, lora, counts, widths)
+    moments = _training_moments(sizes(batch_size, length, packing), recompute)
     if device == "cpu" and widths.product == 4:  # MKL packs about half of the head's weight for its product
         head = model_config.vocab_size * model_config.hidden_size
         moments["loss"]["scratch"] = staying["scratch"] + 2 * head
     if eval_batch_size:
-        moments["evaluation"] = {"gradients": 0} | _evaluation_bytes(sizes(eval_batch_size))
+        held_out = sizes(eval_batch_size, eval_length or length, False)
+        moments["evaluation"] = {"gradients": 0} | _evaluation_bytes(held_out)
+    if answers:
+        prompts = sizes(answers.batch_size, answers.prompt, answers.batch_size > 1)
+        moments["answers"] = {"gradients": 0} | _answer_bytes(prompts, answers)
     for held in moments.values():
         if heap_holes:
             activations = (size for name, size in held.items() if name not in staying)
@@ -186,16 +219,18 @@ class _Sizes:
     lora: LoraConfig
     counts: "_Counts"
     widths: Widths
-    length: int
     batch_size: int
+    length: int
+    separated: bool  # rows hold several documents, or padding on the left
 
     @property
     def layers(self) -> list[LayerBytes]:
-        each = zip(self.counts.adapted, self.model_config.layer_windows, strict=True)
         fixed = self.batch_size, self.length, self.widths
-        return [
-            layer_bytes(self.model_config, self.lora, adapted, window, *fixed) for adapted, window in each
-        ]
+        return [layer_bytes(self.model_config, self.lora, adapted, *fixed) for adapted in self.counts.adapted]
+
+    @property
+    def masks(self) -> int:
+        return mask_bytes(self.model_config, self.separated, self.batch_size, self.length, self.widths)
 
     @property
     def loss(self) -> LossBytes:
@@ -219,7 +254,7 @@ def _training_moments(sizes: _Sizes, recompute: str) -> dict[str, dict[str, int]
             live = [size - attention for size, attention in zip(live, kept, strict=True)]
         case "offload":
             inputs = inputs[:2]  # on the GPU: one in use, one on its way
-    held = {"layer inputs": sum(inputs), "kept activations": sum(kept)}
+    held = {"layer inputs": sum(inputs), "kept activations": sum(kept), "attention masks": sizes.masks}
     return {
         "loss": held | {"layer inputs": sum(inputs) + D, "hidden and logits": loss.peak},
         "backward": held | {"live layer": max(live, default=0), "hidden and logits": loss.d_hidden},
@@ -228,8 +263,21 @@ def _training_moments(sizes: _Sizes, recompute: str) -> dict[str, dict[str, int]
 
 
 def _evaluation_bytes(sizes: _Sizes) -> dict[str, int]:
-    layer, logits = max(layer.alone for layer in sizes.layers), sizes.loss.alone
-    return {"live layer": layer} if layer > logits else {"hidden and logits": logits}
+    layer, logits = max(layer.alone for layer in sizes.layers) + sizes.masks, sizes.loss.alone
+    if layer > logits:
+        return {"live layer": layer - sizes.masks, "attention masks": sizes.masks}
+    return {"hidden and logits": logits}
+
+
+def _answer_bytes(prompts: _Sizes, answers: Answers) -> dict[str, int]:
+    """Return category -> bytes: the pass over the prompts, or a later one over a single token a row."""
+    layer, masks = max(layer.alone for layer in prompts.layers), prompts.masks
+    tokens = answers.prompt + answers.new
+    cache, token = answer_bytes(prompts.model_config, answers.batch_size, tokens, prompts.widths)
+    held = {"keys and values": cache}
+    if layer + masks > token:
+        return held | {"live layer": layer, "attention masks": masks}
+    return held | {"hidden and logits": token}
 
 
 def choose_recompute(memory: float | None, ledger_of: Callable[..., Ledger]) -> tuple[str, str]:
@@ -275,9 +323,9 @@ def advise(memory: float, ledger_of: Callable[..., Ledger], batch_size: int, len
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes of the GPU's or the main memory that are free. None: the system does not tell."""
+    """Bytes of the GPU's or the main memory that are free for tensors. None: the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] - CUDA_LATER
     meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if not meminfo.is_file():  # macOS tells how much there is, Windows nothing
         return (

@@ -6,6 +6,7 @@ plan.py          every decision that needs no weights; datasets.py: the examples
 output_dir.py    the directory of results: is it writable, and which files of an earlier run are deleted?
 checkpoints.py   everything that a resumed run needs; no kill leaves an incomplete checkpoint
 saved_state.py   what a checkpoint's state may hold, checked before use; random_state.py: generators
+divergence.py    a loss that is not finite: float16's range or the training, and the layer where it begins
 stop_signal.py   Ctrl-C and other signals: the training saves first
 tracker.py       progress and metrics.jsonl; plots.py: pictures
 report.py        summary, model card, uploads; describe.py: weights and optimizer in words

@@ -14,7 +14,7 @@ import torch
 
 from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
-from minilora.data.examples import Dataset, Order
+from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids
 from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,7 +26,14 @@ from minilora.memory.allocator import (
     return_freed_memory,
     return_holes,
 )
-from minilora.memory.ledger import Ledger, available_memory, choose_recompute, memory_ledger, process_memory
+from minilora.memory.ledger import (
+    Answers,
+    Ledger,
+    available_memory,
+    choose_recompute,
+    memory_ledger,
+    process_memory,
+)
 from minilora.optim import Schedule
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.datasets import load_datasets, token_settings
@@ -35,7 +42,7 @@ from minilora.run.reporters import Reporter, make_reporters
 from minilora.run.settings import TrainConfig
 from minilora.run.sharing import Destination, make_destinations
 from minilora.system.assets import EMBEDDED_MODEL
-from minilora.system.device import Placement, choose_placement, memory_used
+from minilora.system.device import Placement, choose_placement, memory_reserved, memory_used
 from minilora.system.distributed import Processes
 from minilora.system.errors import UserError
 from minilora.system.files import fingerprint
@@ -43,22 +50,29 @@ from minilora.system.hub import resolve_model
 from minilora.system.locks import check_unlocked
 from minilora.system.redaction import without_secrets
 
+ANSWERS_AT_A_TIME = 64  # at most
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The recompute policy of a run and its predicted memory."""
+    """The recompute policy of a run, its predicted memory, and the batches that fit beside it."""
 
     recompute: str  # what layers keep for backward; see minilora.recompute
     reason: str
     peak: int  # predicted bytes
+    eval_batch_size: int  # held-out examples in one pass
+    answer_batch_size: int  # prompts answered together
     rounded: bool  # round the lengths of rows up, so that few kernels are compiled
 
-    def measure(self, device: torch.device) -> int:
-        """Return the peak bytes so far. Beyond the prediction, a CPU's heap gives its free pages back."""
+    def measure(self, device: torch.device) -> tuple[int, int | None]:
+        """Return the peak bytes so far, in use and reserved (see `system/device.py`).
+
+        Beyond the prediction, a CPU's heap gives its free pages back.
+        """
         used = memory_used(device)
         if device.type == "cpu" and used > self.peak:
             return_holes()
-        return used
+        return used, memory_reserved(device)
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,7 @@ class Plan:
     @property
     def prompts(self) -> list[Row]:
         """The held-out rows that the model answers before and after training."""
-        return self.eval_set.rows[: self.config.exact_match_samples] if self.eval_set else []
+        return answered_rows(self.config, self.eval_set)
 
 
 def make_plan(config: TrainConfig, processes: Processes) -> Plan:
@@ -131,7 +145,9 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     }
     checkpoint, state = find_resumed(config, training, schedule.total_steps, placement.device)
     check_output_dir(config, checkpoint)
-    memory = plan_memory(config, model_config, placement, order, evaluates=bool(eval_set))
+    lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
+    longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
+    memory = plan_memory(config, model_config, placement, order, longest, lengths)
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
@@ -149,11 +165,26 @@ def load_examples(
     train_set, eval_set = load_datasets(config, model_config, tokenizer, template)
     if config.packing:
         train_set = pack(train_set, token_settings(config, model_config)["cutoff_len"], config.seed)
-    if eval_set and any(row.prompt is None for row in eval_set.rows[: config.exact_match_samples]):
+    if any(row.prompt is None for row in answered_rows(config, eval_set)):
         raise UserError(
             "exact_match_samples needs prompts, but the held-out examples are plain text; set it to 0"
         )
     return train_set, eval_set
+
+
+def answered_rows(config: TrainConfig, eval_set: Dataset | None) -> list[Row]:
+    """Return the held-out rows that the model will answer."""
+    return eval_set.rows[: config.exact_match_samples] if eval_set else []
+
+
+def answer_lengths(
+    rows: list[Row], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[int, int] | None:
+    """Return the tokens of the longest prompt and of the longest answer that is waited for. No rows: None."""
+    if not rows:
+        return None
+    prompt = max(len(prompt_ids(row, tokenizer, template)) for row in rows)
+    return prompt, max(len(tokenizer.encode(row.completion, bos=False)) for row in rows) + ANSWER_SLACK
 
 
 def make_order(config: TrainConfig, train_set: Dataset, processes: Processes) -> Order:
@@ -196,16 +227,23 @@ def open_services(config: TrainConfig) -> tuple[list[Destination], list[Reporter
 
 
 def plan_memory(
-    config: TrainConfig, model_config: ModelConfig, placement: Placement, order: Order, evaluates: bool
+    config: TrainConfig,
+    model_config: ModelConfig,
+    placement: Placement,
+    order: Order,
+    eval_length: int,  # tokens of the longest held-out example; 0: there is none
+    answers: tuple[int, int] | None = None,  # see `answer_lengths`
 ) -> MemoryPlan:
     """Choose the recompute policy and predict its memory. `auto` is the fastest one that fits.
 
     On a CPU the heap's holes are counted too. Where they do not fit, glibc is told to return freed memory at
-    once: that leaves no holes and is slower.
+    once: that leaves no holes and is slower. Evaluation and answers take the same under every policy, so they
+    do not choose it: their batches follow.
     """
     device, available = placement.device, available_memory(placement.device)
     rounded = compiles_kernels(placement.dtype, device.type)
     lengths = {padded_length(length) for length in order.lengths} if rounded else {max(order.lengths)}
+    eval_batch_size = config.per_device_eval_batch_size if eval_length else 0
     ledger_of = partial(
         memory_ledger,
         model_config,
@@ -216,22 +254,52 @@ def plan_memory(
         dtype=placement.dtype,
         optim=config.optim,
         device=device.type,
-        eval_batch_size=config.per_device_eval_batch_size if evaluates else 0,
+        packing=config.packing,
+        eval_length=padded_length(eval_length) if rounded and eval_length else eval_length,
         process=process_memory() if device.type == "cpu" else 0,
         lengths=len(lengths),
     )
     if device.type == "cpu":
         with_holes = partial(ledger_of, heap_holes=True)
         policy, _ = choose_policy(config, with_holes, available)
-        if available is None or with_holes(recompute=policy).fits(available):
+        ledger = with_holes(recompute=policy, eval_batch_size=eval_batch_size)
+        if available is None or ledger.fits(available):
             ledger_of = with_holes
         else:
             return_freed_memory()
     policy, reason = choose_policy(config, ledger_of, available)
-    ledger = ledger_of(recompute=policy)
-    if ledger.recompute != policy:
+    ledger_of = partial(ledger_of, recompute=policy)
+    if (effective := ledger_of().recompute) != policy:
         reason = f"{policy} needs a GPU"
-    return MemoryPlan(ledger.recompute, reason, ledger.peak, rounded)
+    return MemoryPlan(
+        effective, reason, *_batches_that_fit(ledger_of, available, eval_batch_size, answers), rounded=rounded
+    )
+
+
+def _batches_that_fit(
+    ledger_of: Callable[..., Ledger],
+    available: int | None,
+    eval_batch_size: int,
+    answers: tuple[int, int] | None,
+) -> tuple[int, int, int]:
+    """Return the predicted peak, and how many examples to evaluate and how many prompts to answer at a time.
+
+    Evaluation keeps to the settings as long as that fits into the free memory. No key chooses the number of
+    answers, and their texts do not depend on it. They come last, when a failure costs most: so they take no
+    more than the training has taken already, or than half of the free memory.
+    """
+    ledger = ledger_of(eval_batch_size=eval_batch_size)
+    while ledger.moment == "evaluation" and eval_batch_size > 1 and not ledger.fits(available or math.inf):
+        eval_batch_size //= 2
+        ledger = ledger_of(eval_batch_size=eval_batch_size)
+    answer_batch_size, most = ANSWERS_AT_A_TIME, max(ledger.peak, (available or 0) // 2)
+    while answers:
+        wanted = Answers(answer_batch_size, *answers)
+        ledger = ledger_of(eval_batch_size=eval_batch_size, answers=wanted)
+        if answer_batch_size == 1 or sum(ledger.moments["answers"].values()) <= most:
+            break
+        answer_batch_size //= 2
+    return ledger.peak, eval_batch_size, answer_batch_size
 
 
 def choose_policy(

@@ -12,11 +12,10 @@ from minilora.model import CausalLM
 from minilora.run.checkpoints import best_checkpoint, copy_checkpoint
 from minilora.run.describe import count_parameters, describe_optimizer, describe_weights
 from minilora.run.output_dir import files_of_a_run, open_output_dir
-from minilora.run.plan import Plan
+from minilora.run.plan import ANSWERS_AT_A_TIME, Plan
 from minilora.run.plots import plot_loss, plot_training
 from minilora.run.sharing import files_to_share, send_to_all
 from minilora.run.tracker import Tracker, minutes
-from minilora.system.device import memory_used
 from minilora.system.errors import UserError
 from minilora.system.files import write_whole
 from minilora.system.terminal import visible
@@ -56,8 +55,18 @@ def print_plan(plan: Plan) -> None:
         "output": config.output_dir,
         "padding": f"{order.padding_share(plan.memory.rounded):.1%} of all tokens that go through the model",
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
-        "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak",
+        "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak" + _smaller_batches(plan),
     })  # fmt: skip
+
+
+def _smaller_batches(plan: Plan) -> str:
+    """Return which batches are smaller than usual to fit, else an empty text."""
+    said, memory = "", plan.memory
+    if plan.eval_set and memory.eval_batch_size < plan.config.per_device_eval_batch_size:
+        said += f"; {memory.eval_batch_size} held-out examples at a time"
+    if plan.prompts and memory.answer_batch_size < ANSWERS_AT_A_TIME:
+        said += f"; {memory.answer_batch_size} answers at a time"
+    return said
 
 
 def print_model(model: CausalLM) -> None:
@@ -107,7 +116,7 @@ def training_figures(plan: Plan, run: Run) -> dict[str, str]:
     """The rows of the model card's table, as of the current step."""
     losses = [record["loss"] for record in run.tracker.records if "loss" in record]
     held_out = [record["eval_loss"] for record in run.tracker.records if "eval_loss" in record]
-    used, predicted = memory_used(plan.placement.device), plan.memory.peak
+    (used, reserved), predicted = plan.memory.measure(plan.placement.device), plan.memory.peak
     first_step = sum(len(batch) for batch in plan.order.batches(0))
     figures = {
         "examples": f"{len(plan.train_set):,}",
@@ -119,6 +128,8 @@ def training_figures(plan: Plan, run: Run) -> dict[str, str]:
         "peak memory": f"{used / 2**30:.2f} GiB ({predicted / 2**30:.2f} GiB predicted)",
         "training time": minutes(run.seconds),
     }
+    if reserved is not None:
+        figures["peak memory reserved of the GPU"] = f"{reserved / 2**30:.2f} GiB"
     if held_out:
         figures["held-out loss, base model"] = f"{held_out[0]:.4f}"
         figures["held-out loss, lowest"] = f"{run.best['loss']:.4f} (step {run.best['step']})"

@@ -3,6 +3,8 @@
 A terminal shows one bar, redrawn in place. Output to a file gets one line every `logging_steps`. Both show
 
     step 120/360  loss 0.412  lr 2.1e-03  18.2k tok/s  0.9 GiB  0:14 left
+
+On a GPU the memory in use stands beside what PyTorch has reserved of it: 5.9 of 6.4 GiB.
 """
 
 import json
@@ -33,6 +35,7 @@ class StepMetrics(NamedTuple):
     tokens: float  # that went through the model, padding included
     seconds: float
     memory: int  # peak bytes so far
+    reserved: int | None = None  # on a GPU the peak of what PyTorch has taken of it, holes included
 
 
 class Tracker:
@@ -107,6 +110,8 @@ class Tracker:
             record = dict(step=metrics.step, epoch=round(metrics.step / self.epoch_steps, 4), loss=loss)
             record |= dict(lr=metrics.lr, grad_norm=metrics.grad_norm, tokens_per_second=speed)
             record |= dict(memory=metrics.memory, seconds=round(self.seconds, 3))
+            if metrics.reserved is not None:
+                record |= dict(memory_reserved=metrics.reserved)
             if loss_scale.enabled:
                 record |= dict(loss_scale=loss_scale.scale, skipped_steps=loss_scale.skipped)
             self.log(**record)
@@ -115,9 +120,10 @@ class Tracker:
     def _line(self, metrics: StepMetrics, loss: float, speed: float, loss_scale: LossScale) -> str:
         seconds_per_step = (time.perf_counter() - self.started) / self.own_steps
         left = seconds_per_step * (self.total_steps - metrics.step)
+        reserved = "" if metrics.reserved is None else f" of {metrics.reserved / 2**30:.2f}"
         line = (
             f"step {metrics.step}/{self.total_steps}  loss {loss:.4f}  lr {metrics.lr:.1e}  "
-            f"{short_number(speed)} tok/s  {metrics.memory / 2**30:.2f} GiB  {minutes(left)} left"
+            f"{short_number(speed)} tok/s  {metrics.memory / 2**30:.2f}{reserved} GiB  {minutes(left)} left"
         )
         if loss_scale.skipped:
             line += f"  {loss_scale.skipped} skipped, loss scale {loss_scale.scale:g}"

@@ -183,3 +183,8 @@ def memory_used(device: torch.device) -> int:
     import resource  # macOS, where the figure is in bytes; Windows has no such module
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def memory_reserved(device: torch.device) -> int | None:
+    """Return the peak bytes that PyTorch has taken of a GPU: in use, and holes between. On a CPU None."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None

@@ -77,8 +77,10 @@ class Processes:
             return list(numbers)
         parameters = list(parameters)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        tail = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=self.device) for n in numbers])
-        message = torch.cat([g.to(self.device).flatten() for g in gradients] + [tail])
+        float32 = dict(dtype=torch.float32, device=self.device)
+        # A GPU is told a number of the host by an order to fill; it would be waited for at a copy.
+        tail = [n.to(**float32) if isinstance(n, Tensor) else torch.full((), n, **float32) for n in numbers]
+        message = torch.cat([g.to(self.device).flatten() for g in gradients] + [torch.stack(tail)])
         dist.all_reduce(message)
         *sums, tail = message.split([p.numel() for p in parameters] + [len(numbers)])
         for parameter, total in zip(parameters, sums, strict=True):

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, relative_error, same_model_here, transformers_model
+from support.pretended_gpu import PretendedGpu
 
 from minilora import CausalLM, KVCache, ops
+from minilora.backend.attention_mask import additive
 from minilora.formats.config_json import parse_config
 from minilora.model import PADDING, attention_mask, positions_in_documents
 
@@ -151,3 +153,61 @@ def test_half_precision_logits_stay_close_to_float32():
     # 30 roundings lie between ids and logits, adding up like a random walk: sqrt(30) * 0.2 % = 1 % of the
     # largest logit; three times is allowed.
     assert relative_error(model.bfloat16()(ids).float(), full) < 0.03
+
+
+def test_a_cache_of_padded_rows_asks_for_the_documents_of_new_tokens_and_the_gpu_is_not_asked():
+    model = same_model_here(transformers_model("llama-gqa"))
+    with torch.no_grad(), PretendedGpu() as gpu:
+        model.cuda()
+        padded, plain = (
+            KVCache(model.config, 1, 8, torch.float32, torch.device("cuda", 0)) for _ in range(2)
+        )
+        tokens, token = torch.ones(1, 4, dtype=torch.long).cuda(), torch.ones(1, 1, dtype=torch.long).cuda()
+        model(tokens, document_ids=torch.tensor([[PADDING, 0, 0, 0]]).cuda(), cache=padded)
+        model(tokens, cache=plain)
+        with gpu.during() as record:
+            with pytest.raises(ValueError, match="document_ids"):
+                model(token, cache=padded)
+            model(token, cache=plain)
+        assert plain.length == 5 and not record.waits and not gpu.faults
+
+
+MASKED = {
+    "packed": (dict(), torch.tensor([[0] * 4 + [1] * 5 + [2] * 4])),
+    "windowed": (dict(model_type="mistral", sliding_window=3), None),
+    "both": (dict(model_type="mistral", sliding_window=3), torch.tensor([[0] * 4 + [1] * 5 + [2] * 4])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", MASKED)
+def test_a_mask_is_kept_once_for_all_layers_and_changes_no_bit(case, dtype, monkeypatch):
+    changes, documents = MASKED[case]
+    model = small_model(num_hidden_layers=3, **changes).to(dtype)
+    input_ids = torch.arange(13).unsqueeze(0)
+    kept, found = {}, {}
+
+    def keep(tensor):
+        if tensor.shape[-2:] == (13, 13):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for form in ("added", "boolean"):
+        if form == "boolean":  # as PyTorch is given it by most models
+            monkeypatch.setattr("minilora.model.additive", lambda mask, _: mask)
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(input_ids, document_ids=documents)
+        logits.float().sum().backward()
+        found[form] = [logits, *(p.grad for p in model.parameters())]
+        if form == "added":  # 13 rows of 16 numbers
+            assert list(kept.values()) == [13 * 16 * dtype.itemsize]
+    assert len(kept) == 4  # PyTorch makes and keeps one a layer
+    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
+
+
+def test_the_rows_of_a_mask_begin_at_multiples_of_8_numbers():
+    mask = torch.rand(2, 1, 5, 11) < 0.5
+    added = additive(mask, torch.empty(0, dtype=torch.bfloat16))
+    assert added.stride() == (80, 80, 16, 1) and added.dtype == torch.bfloat16
+    assert torch.equal(added.float().exp(), mask.float()) and additive(None, added) is None

@@ -24,6 +24,7 @@ MIXED = {
     "a product into a CPU tensor": lambda: torch.mm(on("cuda", 2, 2), on("cuda", 2, 2), out=on("cpu", 2, 2)),
     "a list of tensors": lambda: torch._foreach_add_([on("cuda"), on("cuda")], [on("cuda"), on("cpu")]),
     "a look-up": lambda: torch.nn.functional.embedding(torch.tensor([1]), on("cuda", 4, 4)),
+    "a copy to the host that is not waited for": lambda: on("cuda").to("cpu", non_blocking=True),
     "numpy": lambda: on("cuda").detach().numpy(),
     "a CPU generator": lambda: on("cuda").bernoulli_(0.5, generator=torch.Generator().manual_seed(0)),
 }
@@ -61,6 +62,7 @@ ALLOWED = {
     "an index on the same GPU": lambda: on("cuda")[torch.arange(2, device="cuda")],
     "memory that is pinned": lambda: on("cpu").pin_memory().to("cuda", non_blocking=True) + on("cuda"),
     "a pinned buffer": lambda: torch.empty(4, pin_memory=True).copy_(on("cuda"), non_blocking=True),
+    "a mask that is filled with a number": lambda: on("cuda").__setitem__(on("cuda") > 0, 2.0),
     "another dtype": lambda: on("cuda").to(torch.float16) + on("cuda").half(),
     "the device that it has": lambda: on("cuda").to("cuda") + on("cuda").cuda(),
     "a draw from its own numbers": lambda: on("cuda").bernoulli_(0.5, generator=torch.Generator("cuda")),
@@ -114,8 +116,9 @@ def test_a_wait_names_the_line_of_the_project_that_it_comes_from(gpu):
 def test_launches_are_counted_and_views_are_none(gpu):
     x = on("cuda", 4, 4)
     with gpu.during() as record:
-        (x.T[1:] @ x).view(-1).relu_()
-    assert record.launches == {"mm": 1, "relu_": 1}
+        (x.T[1:] @ x).view(-1).relu_().cpu()
+        torch.empty(2, device="cuda"), torch.zeros(2, device="cuda"), torch.zeros_like(x)
+    assert record.launches == {"mm": 1, "relu_": 1, "copy": 1, "zeros": 1, "zeros_like": 1}
 
 
 def test_the_gpu_has_random_numbers_of_its_own(gpu):

@@ -29,6 +29,7 @@ from minilora import (
     QuantConfig,
     UserError,
     add_lora,
+    generate,
     load_model,
     save_model,
 )
@@ -38,7 +39,14 @@ from minilora.linear import QuantizedLinear
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.memory.allocator import HEAP_HOLES, compiled_kernel_bytes, padded_length
-from minilora.memory.ledger import CATEGORIES, advise, available_memory, choose_recompute, memory_ledger
+from minilora.memory.ledger import (
+    CATEGORIES,
+    Answers,
+    advise,
+    available_memory,
+    choose_recompute,
+    memory_ledger,
+)
 from minilora.optim import make_optimizer
 from minilora.recompute import POLICIES, set_recompute
 from minilora.system.device import cpu_bfloat16_feature
@@ -195,8 +203,10 @@ def training(draw):
     """A model, an adapter, a way to store weights, a shape of batches."""
     H, K = draw(st.sampled_from([4, 8])), 16
     G = draw(st.sampled_from([2, H]))
+    model_type = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
+    window = dict(sliding_window=draw(st.sampled_from([None, 20]))) if model_type == "mistral" else {}
     config = shape(
-        draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])),
+        model_type,
         vocab_size=draw(st.sampled_from([64, 500, 5000])),
         hidden_size=64 * draw(st.integers(1, 2)),
         intermediate_size=64 * draw(st.integers(3, 5)),
@@ -204,6 +214,7 @@ def training(draw):
         num_attention_heads=H,
         num_key_value_heads=G,
         head_dim=K,
+        **window,
     )
     lora = LoraConfig(
         r=draw(st.integers(1, 16)),
@@ -211,7 +222,8 @@ def training(draw):
         target_modules=draw(st.sampled_from([QKVO, ALL_SEVEN, ("q_proj", "v_proj")])),
         **draw(st.sampled_from([dict(), dict(use_dora=True), dict(lora_fa=True)])),
     )
-    return config, lora, dict(batch_size=draw(st.integers(2, 4)), length=draw(st.integers(48, 96)))
+    sizes = dict(batch_size=draw(st.integers(2, 4)), length=draw(st.integers(48, 96)))
+    return config, lora, sizes | dict(packing=draw(st.booleans()))
 
 
 @settings(max_examples=10, deadline=None)
@@ -235,12 +247,13 @@ def compare_with_allocations(config, lora, sizes, recompute, dtype):
     add_lora(model, lora)
     set_recompute(model.train(), recompute)
     input_ids = torch.randint(0, config.vocab_size, (sizes["batch_size"], sizes["length"]))
+    documents = torch.arange(sizes["length"]).expand_as(input_ids) // 16 if sizes.get("packing") else None
     causal_lm_loss(
-        model, input_ids, input_ids
+        model, input_ids, input_ids, documents
     ).backward()  # now there are gradients, as in all micro-batches but the first
     with Allocations() as allocations:
         allocations.phase = "forward"
-        loss = causal_lm_loss(model, input_ids, input_ids)
+        loss = causal_lm_loss(model, input_ids, input_ids, documents)
         allocations.phase = "backward"
         loss.backward()
     ledger = memory_ledger(
@@ -252,6 +265,71 @@ def compare_with_allocations(config, lora, sizes, recompute, dtype):
     }
     assert predicted["backward"] == pytest.approx(allocations.peaks["backward"], rel=0.1)
     assert max(predicted.values()) == pytest.approx(max(allocations.peaks.values()), rel=0.1)
+
+
+def test_the_mask_of_packed_rows_is_counted_once_for_all_layers():
+    kind = dict(batch_size=1, length=4096, dtype=torch.float16)
+    for policy in POLICIES:
+        plain, packed = (
+            memory_ledger(MISTRAL, LoraConfig(), QuantConfig(), recompute=policy, packing=packing, **kind)
+            for packing in (False, True)
+        )
+        more = packed.moments["backward"]["attention masks"] - plain.moments["backward"]["attention masks"]
+        assert more == 4096 * 4096 * 2 and packed.peak - plain.peak == more
+
+
+def test_each_window_that_is_shorter_than_the_rows_has_a_mask():
+    config = replace(FAMILIES["mistral"], layer_windows=(7, None))
+    kind = dict(dtype=torch.bfloat16, recompute="full")
+
+    def masks(**sizes):
+        ledger = memory_ledger(config, LoraConfig(), None, **kind | sizes)
+        return ledger.moments["backward"]["attention masks"]
+
+    assert masks(batch_size=3, length=7) == 0 and masks(batch_size=3, length=8) == 8 * 8 * 2
+    assert masks(batch_size=3, length=9) == 9 * 16 * 2  # rows have room for a multiple of 8 numbers
+    assert masks(batch_size=3, length=9, packing=True) == 2 * 3 * 9 * 16 * 2
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    training(),
+    st.sampled_from(["float32", "bfloat16"]),
+    st.sampled_from([1, 16]),
+    st.integers(1, 60),
+    st.booleans(),
+)
+def test_answers_allocate_what_the_ledger_says(training, dtype, shorter, new, multiplies_bfloat16):
+    # As above; seen in 300 such cases: 5 % below to 4 % above. After a short prompt a layer's keys and values
+    # and the logits are the peak, in a long one the layer itself.
+    (config, lora, sizes), dtype = training, getattr(torch, dtype)
+    batch_size, prompt = 2 * sizes["batch_size"], sizes["length"] // shorter
+    with mock.patch.object(choice, "_cpu_multiplies_bfloat16", lambda: multiplies_bfloat16):
+        model = random_model(config, dtype)
+        add_lora(model, lora)
+        input_ids = torch.randint(0, config.vocab_size, (batch_size, prompt))
+        attention_mask = torch.ones_like(input_ids)
+        attention_mask[1, :2] = 0
+        answer = partial(generate, model.eval(), input_ids, attention_mask, eos_token_ids=())
+        answer(max_new_tokens=1)  # now there is a scratch buffer, as after training
+        with Allocations() as allocations:
+            answer(max_new_tokens=new)
+        kind = dict(batch_size=1, length=8, dtype=dtype, recompute="off", device="cpu")
+        answers = Answers(batch_size, prompt, new)
+        ledger = memory_ledger(config, lora, QuantConfig(), answers=answers, **kind)
+    activations = CATEGORIES[CATEGORIES.index("layer inputs") :]
+    predicted = sum(ledger.moments["answers"][category] for category in activations)
+    assert predicted == pytest.approx(max(allocations.peaks.values()), rel=0.1)
+
+
+def test_64_answers_of_mistral_7b_take_more_than_its_training():
+    kind = dict(batch_size=4, length=1024, dtype=torch.float16, recompute="full")
+    ledger = memory_ledger(MISTRAL, LoraConfig(), QuantConfig(), answers=Answers(64, 1024, 128), **kind)
+    keys_and_values = (
+        2 * 32 * 64 * (1024 + 128) * 8 * 128 * 2
+    )  # layers, rows, tokens, heads, their size, bytes
+    assert ledger.bytes["keys and values"] == keys_and_values > 9.6e9
+    assert ledger.moment == "answers" and ledger.bytes["gradients"] == 0
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -288,13 +366,13 @@ MEASURED = {  # tensors of a megabyte and more, as in training a real model: bel
 }  # fmt: skip
 
 
-def measured_ratios(case: str, dtype: str) -> dict[str, float]:
+def measured_ratios(case: str, dtype: str, **environment: str) -> dict[str, float]:
     """Policy -> predicted over measured peak. PyTorch itself, 0.4 GB, is measured and taken off both."""
     config, lora, sizes = MEASURED[case]
     sizes = sizes | dict(dtype=dtype)
     arguments = json.dumps(dict(config=to_config_json(config), lora=lora) | sizes)
     script = [sys.executable, str(SUPPORT / "measured_training.py"), arguments]
-    environment = PROGRAM_ENVIRONMENT | {"OMP_NUM_THREADS": "2"}
+    environment = PROGRAM_ENVIRONMENT | {"OMP_NUM_THREADS": "2"} | environment
     done = subprocess.run(script, capture_output=True, text=True, check=True, env=environment)
     peaks = json.loads(done.stdout)
     process = peaks.pop("process")
@@ -322,6 +400,14 @@ def test_the_peak_of_training_in_bfloat16_is_predicted_with_the_compiled_kernels
     # That is up to a quarter of the activations of `full` here. Seen: 26 % above to 5 % below.
     ratios = measured_ratios(case, "bfloat16")
     assert all(0.9 <= ratio <= 1.3 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
+def test_the_peak_of_training_in_bfloat16_is_predicted_where_products_are_widened(monkeypatch):
+    # Seen: 6 % above to 2 % below.
+    monkeypatch.setattr(choice, "_cpu_multiplies_bfloat16", lambda: False)
+    ratios = measured_ratios("llama", "bfloat16", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios.values()), ratios
 
 
 def test_compiled_kernels_are_bounded_however_many_lengths_rows_have():

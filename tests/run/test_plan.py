@@ -26,14 +26,15 @@ def resident_bytes():
 def planned(model_dir, monkeypatch):
     """Plan the memory of a small run with so many free bytes: the plan, and how often memory was told to be freed."""
 
-    def plan(available, dtype=torch.float32, lengths=(20, 100), **settings):
+    def plan(available, dtype=torch.float32, lengths=(20, 100), held_out=0, answers=None, **settings):
         calls = []
         monkeypatch.setattr(plans, "available_memory", lambda _: available)
         monkeypatch.setattr(plans, "return_freed_memory", lambda: calls.append(1))
         order = Order(lengths, batch_size=2, accumulation=1, seed=0)
         placement = Placement(CPU, dtype, "a test")
         config = TrainConfig(quantization_bit=None, **settings)
-        return plan_memory(config, read_config(model_dir), placement, order, evaluates=False), len(calls)
+        memory = plan_memory(config, read_config(model_dir), placement, order, held_out, answers)
+        return memory, len(calls)
 
     return plan
 
@@ -58,8 +59,44 @@ def test_a_run_that_takes_more_than_predicted_gives_free_memory_back_after_each_
     monkeypatch.setattr(plans, "return_holes", lambda: calls.append(1))
     for used, count in ((memory.peak, 0), (memory.peak + 1, 1), (memory.peak + 2, 2)):
         monkeypatch.setattr(plans, "memory_used", lambda device, used=used: used)
-        assert memory.measure(CPU) == used and len(calls) == count
-    assert memory.measure(torch.device("cuda")) == memory.peak + 2 and len(calls) == 2  # there is no heap
+        assert memory.measure(CPU) == (used, None) and len(calls) == count
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: memory.peak + 9)
+    on_gpu = memory.measure(torch.device("cuda"))
+    assert on_gpu == (memory.peak + 2, memory.peak + 9) and len(calls) == 2  # there is no heap
+
+
+def test_evaluation_takes_fewer_rows_at_a_time_where_it_would_not_fit_and_never_chooses_the_policy(planned):
+    sizes = dict(lengths=(250,) * 4, held_out=250, per_device_eval_batch_size=4096)
+    roomy, _ = planned(1 << 45, **sizes)
+    assert roomy.eval_batch_size == 4096 and roomy.recompute == "off"
+    alone, _ = planned(1 << 45, lengths=(250,) * 4)
+    tight, _ = planned(int(1.2 * alone.peak), **sizes)
+    assert tight.recompute == "off" and 1 < tight.eval_batch_size < 4096
+    assert 4096 % tight.eval_batch_size == 0 and 1.1 * tight.peak <= 1.2 * alone.peak
+    unknown, _ = planned(None, **sizes)
+    assert unknown.eval_batch_size == 4096
+    keys = dict(gradient_checkpointing="off", per_device_eval_batch_size=2)
+    too_large, _ = planned(1000, lengths=(250,) * 4, held_out=250, **keys)
+    assert too_large.eval_batch_size == 2  # the training does not fit either, and fewer rows would not help
+
+
+def test_held_out_rows_that_are_longer_than_those_to_train_on_are_counted(planned):
+    short, long = (planned(None, held_out=n, per_device_eval_batch_size=64)[0].peak for n in (100, 5000))
+    width, number = 64, 4  # of the hidden states alone
+    assert long - short > 64 * 4900 * width * number
+
+
+def test_answers_take_no_more_than_the_training_has_taken_or_half_of_the_free_memory(planned):
+    alone, _ = planned(None)
+    roomy, _ = planned(1 << 45, answers=(2000, 500))
+    assert roomy.answer_batch_size == 64 and roomy.peak > 2 * alone.peak
+    tight, _ = planned(None, answers=(2000, 500))
+    assert tight.answer_batch_size < 16 and abs(tight.peak - alone.peak) < 10e6  # the process grows a little
+    free = int(1.4 * roomy.peak)
+    half, _ = planned(free, answers=(2000, 500))
+    assert tight.answer_batch_size < half.answer_batch_size == 32 and half.peak <= free / 2 < roomy.peak
+    one, _ = planned(None, answers=(500_000, 10))
+    assert one.answer_batch_size == 1 and one.peak > 2 * alone.peak  # and the prediction says so
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to")

@@ -176,6 +176,15 @@ def test_the_time_left_counts_steps_and_not_the_evaluation_before_them(tmp_path,
     assert capsys.readouterr().out.endswith("0:10 left\n")  # five more steps of two seconds
 
 
+def test_on_a_gpu_the_reserved_memory_stands_beside_the_memory_in_use(tmp_path, capsys):
+    tracker = tracker_of(tmp_path)
+    tracker.step(StepMetrics(1, 1.0, 1e-3, 2.0, 100, 2.0, 3 << 30, 7 << 29), NO_SCALE)
+    assert "  3.00 of 3.50 GiB  " in capsys.readouterr().out
+    assert metrics(tmp_path)[0]["memory_reserved"] == 7 << 29
+    tracker.step(StepMetrics(2, 1.0, 1e-3, 2.0, 100, 2.0, 3 << 30), NO_SCALE)
+    assert "memory_reserved" not in metrics(tmp_path)[-1]  # a CPU has no such figure
+
+
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_the_line_beside_the_bar_is_whole_on_every_terminal_it_fits_on(tmp_path, monkeypatch, columns):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

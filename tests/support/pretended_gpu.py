@@ -12,7 +12,7 @@ is checked, and recorded with the project's line that it comes from:
                 a GPU that is not the current one; numpy() of a GPU's tensor; a CPU generator for a GPU's draw
     waits       the host waits until the GPU is done: .item(), bool(), .tolist(), .cpu(), nonzero(), a boolean
                 mask as an index, copies from memory that is not pinned, synchronize()
-    launches    operations and kernels that a GPU would run
+    launches    operations, copies and kernels that a GPU would run; an operation counts as one
     signatures  the variants of each Triton kernel that would be compiled
 
 What it cannot see: how fast anything is; memory, and when it is used again; the order of streams, which all

@@ -34,7 +34,9 @@ class Functions(TorchFunctionMode):
         special = getattr(self, f"_{name}", None) if me is not None and not me.is_meta else None
         if special is not None:
             return special(function, *arguments, **options)
-        return self._made(function, name, me, arguments, options)
+        if options.keys() & {"device", "generator", "pin_memory"}:
+            return self._made(function, name, me, arguments, options)
+        return function(*arguments, **options)
 
     # ---- copies --------------------------------------------------------------------------------------------
 
@@ -66,8 +68,12 @@ class Functions(TorchFunctionMode):
         if device == here:
             result = tensor.to(dtype, copy=copy)
             return PLACES.put(result, device) if result is not tensor else result
-        if not (non_blocking and (PLACES.is_pinned(tensor) or here.type == "cuda")):
-            self.gpu.wait(f"a copy {here.type} -> {device.type} of {tuple(tensor.shape)}")
+        what = f"a copy {here.type} -> {device.type} of {tuple(tensor.shape)}"
+        if non_blocking and device.type == "cpu":
+            self.gpu.fault(f"{what}, read before it has come")
+        elif not (non_blocking and PLACES.is_pinned(tensor)):
+            self.gpu.wait(what)
+        self.gpu.launch("copy")
         with self.gpu.pause():
             return PLACES.put(tensor.to(dtype, copy=True), device)
 
@@ -92,21 +98,22 @@ class Functions(TorchFunctionMode):
     # ---- new tensors ---------------------------------------------------------------------------------------
 
     def _made(self, function, name, me, arguments, options):
-        device, pinned, generator = options.get("device"), False, options.get("generator")
-        if generator is not None and me is not None and generator.device.type != PLACES.device(me).type:
-            self.gpu.fault(f"{name}: a generator of {generator.device} for a tensor of {PLACES.device(me)}")
-        if device is not None and not callable(device):
+        here, generator = CPU if me is None else PLACES.device(me), options.get("generator")
+        if generator is not None and me is not None and generator.device.type != here.type:
+            self.gpu.fault(f"{name}: a generator of {generator.device} for a tensor of {here}")
+        device, pinned = options.get("device"), options.pop("pin_memory", False)
+        if device is not None:
             device = self.gpu.device(device)
             options["device"] = CPU if device.type == "cuda" else device
-        if isinstance(options.get("pin_memory"), bool):
-            pinned = options.pop("pin_memory")
         result = function(*arguments, **options)
-        new = [t for t in tree_iter(result) if isinstance(t, torch.Tensor) and t is not me]
-        if isinstance(device, torch.device) and device.type in ("cuda", "cpu"):
-            if device.type == "cuda" and name in ("tensor", "as_tensor", "asarray", "new_tensor"):
+        if device is not None and device.type in ("cuda", "cpu"):
+            for tensor in tree_iter(result):
+                if isinstance(tensor, torch.Tensor) and tensor is not me:
+                    PLACES.put(tensor, device)
+            if name in ("tensor", "as_tensor", "asarray", "new_tensor") and device.type == "cuda":
                 self.gpu.wait(f"torch.{name}: a copy cpu -> cuda of {tuple(result.shape)}")
-            for tensor in new:
-                PLACES.put(tensor, device)
+            if device.type == "cuda" and here.type == "cpu" and name not in FREE:
+                self.gpu.launch(name)
         return PLACES.pin(result) if pinned else result
 
 
@@ -163,8 +170,9 @@ class Dispatch(TorchDispatchMode):
 
     def _check_index(self, name, arguments) -> None:
         here = PLACES.device(arguments[0])
+        fills = len(arguments) > 2 and arguments[2].numel() == 1 and PLACES.device(arguments[2]) == CPU
         for index in (i for i in arguments[1] if i is not None):
-            if index.dtype in (torch.bool, torch.uint8):
+            if index.dtype in (torch.bool, torch.uint8) and not fills:
                 self.gpu.wait(f"{name} with a boolean mask")
             if PLACES.device(index) != here:
                 self.gpu.wait(f"{name} with an index that lies elsewhere")

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import relative_error
+from support.pretended_gpu import PretendedGpu
 from support.project import PROGRAM_ENVIRONMENT, ROOT, SUPPORT, adapter, metrics
 
 from minilora import UserError
@@ -125,6 +126,19 @@ def test_one_process_sets_up_no_communication(monkeypatch):
     assert alone.sum_gradients([parameter], torch.tensor(3.0), 4, True) == [3.0, 4.0, 1.0]
     assert alone.share([1, 2]) == [1, 2] and alone.mean(0.1, 3.0) == 0.1 and alone.gather({}) == [{}]
     alone.wait_for_all(), alone.leave()
+
+
+def test_processes_on_gpus_wait_once_for_the_sum_of_a_step(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda message: message.mul_(2))  # another like it
+    with PretendedGpu() as gpu:
+        device = torch.device("cuda", 0)
+        parameters = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
+        parameters[0].grad = torch.full((3,), 0.5, device=device)  # the other has none
+        loss = torch.full((), 1.25, device=device)
+        sums = Processes(0, 2, device).sum_gradients(parameters, loss, 7, True)
+        assert sum(gpu.waits.values()) == 1 and not gpu.faults
+    assert sums == [2.5, 14.0, 2.0]
+    assert [p.grad.tolist() for p in parameters] == [[1.0] * 3, [0.0] * 3]
 
 
 WAITING = """
