@@ -49,8 +49,8 @@ def _noted(calls: list[str], name: str, function: Callable) -> Callable:
 def _dispatcher(choose: Callable[[bool], str]) -> Callable:
     def scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
         asks = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-        bias = None
-        if attn_mask is not None:
+        bias = attn_mask
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
             bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, -math.inf)
         kernel = choose(asks)
         if kernel == "flash" and bias is None:

@@ -206,6 +206,7 @@ class PretendedGpu:
             current_stream=lambda device=None: self.streams[self.device(device)],
             default_stream=lambda device=None: self.default_streams[self.device(device)],
             stream=self._in_stream, synchronize=lambda device=None: self.wait("synchronize() of a GPU"),
+            is_current_stream_capturing=lambda: False,
             mem_get_info=lambda device=None: (self.memory, self.memory),
             max_memory_allocated=lambda device=None: 1 << 20, memory_allocated=lambda device=None: 1 << 20,
             max_memory_reserved=lambda device=None: 2 << 20, memory_reserved=lambda device=None: 2 << 20,
