@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu_sections.card import Card, Stopwatch
 from gpu_sections.section import Check
 from minilora import ops
+from minilora.backend.attention_mask import additive
 from minilora.backend.choice import form_for
 from minilora.model import attention_mask
 
@@ -93,7 +94,7 @@ def _cases(check: Check, length: int, dtype: torch.dtype) -> dict[str, tuple[Ten
     """Return queries, keys, values and mask of Mistral-7B's shape, by the name of the mask."""
     q, k, v = _queries_keys_values(check, length, dtype)
     documents = torch.arange(length, device=check.card.device).expand(len(q), -1) // (length // 4)
-    packed = attention_mask(length, length, None, documents, check.card.device)
+    packed = additive(attention_mask(length, length, None, documents, check.card.device), q)
     return {"causal": (q, k, v, None), "packed": (q, k, v, packed), "decoding": (q[:, :, -1:], k, v, None)}
 
 

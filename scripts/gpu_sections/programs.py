@@ -18,27 +18,22 @@ def trainer(check: Check) -> None:
     """Train the small model that comes with minilora: once to the end, and once stopped and resumed."""
     whole, again, stopped = (check.folder / name for name in ("whole", "again", "stopped"))
     run_trainer(check, whole)
-    losses = [
-        record["eval_loss"] for record in read_json_lines(whole / "metrics.jsonl") if "eval_loss" in record
-    ]
+    records = read_json_lines(whole / "metrics.jsonl")
+    losses = [record["eval_loss"] for record in records if "eval_loss" in record]
     check.row(**{"run": "in one go", "held-out loss before": losses[0], "after": losses[-1]})
     check.claim("the held-out loss fell", losses[-1] < losses[0])
     stop_trainer(check, stopped)
-    check.row(
-        run="stopped", checkpoints=", ".join(sorted(path.name for path in stopped.glob("checkpoint-*")))
-    )
+    saved = sorted(path.name for path in stopped.glob("checkpoint-*"))
+    check.row(run="stopped", checkpoints=", ".join(saved))
     run_trainer(check, stopped, "--resume_from_checkpoint", "latest")
+    text = "a run that was stopped and resumed has the adapter of one in one go"
     if same_adapter(whole, stopped):
-        check.claim(
-            "a run that was stopped and resumed has the adapter of one in one go, byte for byte", True
-        )
+        check.claim(f"{text}, byte for byte", True)
         return
     run_trainer(check, again)
     repeats = same_adapter(whole, again)
-    check.note(
-        f"two runs in one go have {'the same adapter' if repeats else 'different adapters'} on this card"
-    )
-    check.claim("a run that was stopped and resumed has the adapter of one in one go", not repeats)
+    check.note(f"two runs in one go have {'the same adapter' if repeats else 'different ones'} on this card")
+    check.claim(text, not repeats)
 
 
 def command(check: Check, output_dir: Path, *words: str) -> list[str]:
@@ -48,35 +43,26 @@ def command(check: Check, output_dir: Path, *words: str) -> list[str]:
         keys |= dict(max_steps=12, max_samples=48, exact_match_samples=0)
     keys |= dict(output_dir=output_dir) | (dict(fp16="true") if check.card.emulates_t4 else {})
     options = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-    return [
-        sys.executable,
-        "-u",
-        str(ROOT / "scripts" / "train.py"),
-        "--config",
-        str(DEFAULT_RUN),
-        *options,
-        *words,
-    ]
+    trainer = str(ROOT / "scripts" / "train.py")
+    return [sys.executable, "-u", trainer, "--config", str(DEFAULT_RUN), *options, *words]
 
 
 def run_trainer(check: Check, output_dir: Path, *words: str) -> None:
     """Run the trainer to its end. Raises RuntimeError with its last line if it fails."""
-    done = subprocess.run(command(check, output_dir, *words), capture_output=True, text=True, cwd=ROOT)
+    where = dict(cwd=ROOT, env=environment())
+    done = subprocess.run(command(check, output_dir, *words), capture_output=True, text=True, **where)
     with (check.folder / "trainer.log").open("a", encoding="utf-8") as log:
         log.write(done.stdout + done.stderr)
     if done.returncode:
-        raise RuntimeError(
-            f"train.py ended with code {done.returncode}: {(done.stderr.splitlines() or ['?'])[-1]}"
-        )
+        last = (done.stderr.splitlines() or ["it printed nothing"])[-1]
+        raise RuntimeError(f"train.py ended with code {done.returncode}: {last}")
 
 
 def stop_trainer(check: Check, output_dir: Path) -> None:
     """Start the trainer, and stop it with SIGTERM as soon as its loop runs: it saves a checkpoint."""
-    words, pipes = (
-        command(check, output_dir),
-        dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True),
-    )
-    with subprocess.Popen(words, cwd=ROOT, **pipes) as process:
+    words = command(check, output_dir)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(words, cwd=ROOT, env=environment(), **pipes) as process:
         seen = []
         for line in process.stdout:
             seen.append(line)
@@ -85,9 +71,8 @@ def stop_trainer(check: Check, output_dir: Path) -> None:
     with (check.folder / "trainer.log").open("a", encoding="utf-8") as log:
         log.writelines(seen)
     if process.returncode != 130:
-        raise RuntimeError(
-            f"train.py, stopped by SIGTERM, ended with {process.returncode}: {''.join(seen[-1:])}"
-        )
+        last = "".join(seen[-1:])
+        raise RuntimeError(f"train.py, stopped by SIGTERM, ended with {process.returncode}: {last}")
 
 
 def same_adapter(one: Path, other: Path) -> bool:
@@ -96,30 +81,15 @@ def same_adapter(one: Path, other: Path) -> bool:
 
 def gpu_tests(check: Check) -> None:
     """Run the tests that need a GPU."""
-    files = [
-        path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")
-    ]
-    if (
-        not files
-        or importlib.util.find_spec("pytest") is None
-        or importlib.util.find_spec("hypothesis") is None
-    ):
-        raise Skip("pytest, hypothesis or the tests are not here")
+    tests = (ROOT / "tests").rglob("test_*.py")
+    files = [path for path in tests if "mark.gpu" in path.read_text(encoding="utf-8")]
+    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing or not files:
+        raise Skip(f"{' and '.join(missing) or 'the tests'} cannot be found")
     if check.card.emulates_t4:
         raise Skip("the tests know nothing of an emulated card")
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-W",
-        "default",
-        "-p",
-        "no:cacheprovider",
-        *files,
-    ]
+    options = "-m pytest -q -m gpu -W default -p no:cacheprovider".split()
+    words = [sys.executable, *options, *files]
     done = subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment())
     (check.folder / "pytest.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     lines = (done.stdout or done.stderr).splitlines() or ["nothing was printed"]
