@@ -51,6 +51,7 @@ from minilora import (
     trainable_parameters,
 )
 from minilora.backend.choice import product_dtype
+from minilora.backend.copies import to_device
 from minilora.formats.config_json import parse_config
 from minilora.formats.weights import read_config
 from minilora.loss import causal_lm_loss
@@ -213,7 +214,7 @@ def compare(losses: dict[str, float], gradients: dict[str, dict[str, Tensor]], d
 class Side:
     """A loaded model, ready to train."""
 
-    loss_of: Callable[[Tensor], Tensor]  # (B, T) token ids -> the mean loss
+    loss_of: Callable[[Tensor], Tensor]  # (B, T) token ids on the CPU -> the mean loss
     trainable: dict[str, nn.Parameter]  # by the same names on both sides
     optimizer: torch.optim.Optimizer
 
@@ -246,11 +247,11 @@ def serve(connection: Connection, load: Callable, options: argparse.Namespace, p
                 side = load(options, placement)
                 connection.send(now(device) - start)
             elif isinstance(message, Path):
-                loss, found = side.gradients(tokens_of_step(0, options).to(device))
+                loss, found = side.gradients(tokens_of_step(0, options))
                 save_file(found, message)
                 connection.send(loss)
             else:
-                ids = tokens_of_step(message, options).to(device)
+                ids = tokens_of_step(message, options)
                 start = now(device)
                 side.step(ids)
                 connection.send((now(device) - start, memory_used(device)))
@@ -273,8 +274,12 @@ def load_ours(options: argparse.Namespace, placement: Placement) -> Side:
     set_recompute(model, options.gradient_checkpointing)
     named = trainable_parameters(model.train())
     optimizer = make_optimizer(options.optim, named, lr=2e-4, weight_decay=0.0)
-    # transformers takes the mean over the tokens that have a next one.
-    mean_loss = lambda ids: causal_lm_loss(model, ids, ids) / (ids.shape[0] * (ids.shape[1] - 1))  # noqa: E731
+
+    def mean_loss(ids: Tensor) -> Tensor:
+        # transformers takes the mean over the tokens that have a next one.
+        tokens = ids.shape[0] * (ids.shape[1] - 1)
+        return causal_lm_loss(model, to_device(ids, placement.device), ids) / tokens
+
     return Side(mean_loss, named, optimizer)
 
 
@@ -300,7 +305,12 @@ def load_peer(options: argparse.Namespace, placement: Placement) -> Side:
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(parameter, a=5**0.5)
     optimizer = peer_optimizer(options.optim)(named.values(), lr=2e-4, weight_decay=0.0)
-    return Side(lambda ids: model(input_ids=ids, labels=ids).loss, named, optimizer)
+
+    def mean_loss(ids: Tensor) -> Tensor:
+        ids = to_device(ids, placement.device)
+        return model(input_ids=ids, labels=ids).loss
+
+    return Side(mean_loss, named, optimizer)
 
 
 def load_in_transformers(options: argparse.Namespace, placement: Placement) -> nn.Module:

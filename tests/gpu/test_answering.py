@@ -92,10 +92,12 @@ def test_the_benchmark_runs_on_a_gpu(policy, tmp_path):
     with PretendedGpu((9, 0)) as gpu:
         placement = choose_placement()
         side = bench.load_ours(options, placement)
-        ids = bench.tokens_of_step(0, options).to(placement.device)
+        ids = bench.tokens_of_step(0, options)
         loss, gradients = side.gradients(ids)
-        side.step(ids)
+        with gpu.during() as record:
+            side.step(ids)
         config = bench.read_config(Path(options.model))
         bench.time_kernels(placement, config)
         assert bench.describe(options, placement, config)["machine"].startswith("a pretended GPU")
+    assert not record.waits
     assert not gpu.faults and loss > 0 and len(gradients) == 2 * 4  # B's: A's are zero before the first step
