@@ -27,8 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora.backend.copies import to_device
-
 BLOCK = 256  # elements that share an absmax
 
 
@@ -109,7 +107,9 @@ def adamw_8bit(
 ) -> None:
     """One step on all tensors, which are contiguous and on one device, in one launch."""
     rows = [[*(part.data_ptr() for part in parts), parts[0].numel()] for parts in tensors]
-    table = to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), codes[0].device)
+    table, device = torch.tensor(rows, dtype=torch.int64, device="cpu"), codes[0].device
+    if device.type == "cuda":  # from pinned memory, so that the host does not wait for the copy
+        table = table.pin_memory().to(device, non_blocking=True)
     grid = (max(parts[3].numel() for parts in tensors), len(tensors))
     with torch.cuda.device_of(codes[0]):
         adamw_8bit_kernel[grid](table, *codes, *nearest, *scalars, BLOCK=BLOCK, enable_fp_fusion=False)
