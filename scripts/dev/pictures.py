@@ -12,7 +12,12 @@ device, which has no memory.
 """
 
 if __name__ == "__main__":
-    import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    import minilora.system.interrupts  # noqa: F401, I001  first, for Ctrl-C during the other imports
+
+    import sys
+    from pathlib import Path
+
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # for memory.py, a script of the users
 
 import io
 import math
@@ -21,7 +26,7 @@ from types import SimpleNamespace
 
 import matplotlib
 import torch
-from memory import CUDA_CONTEXT, draw_bars
+from memory import draw_bars
 from torch import Tensor
 
 from minilora import (
@@ -34,7 +39,7 @@ from minilora import (
     trainable_parameters,
 )
 from minilora.formats.config_json import parse_config
-from minilora.memory.ledger import MARGIN, memory_ledger
+from minilora.memory.ledger import CUDA_CONTEXT, MARGIN, memory_ledger
 from minilora.model import CausalLM
 from minilora.quantization import (
     dequantize_definition,

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support.project import ROOT
+from support.project import PROGRAM_ENVIRONMENT, ROOT
 
 WITHOUT_PATH = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
@@ -66,6 +66,15 @@ def test_the_kernels_import_nothing_of_minilora():
         lines = [line for line in path.read_text().splitlines() if line.startswith(("import", "from"))]
         assert "minilora" not in [line.split()[1].split(".")[0] for line in lines]
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts" / "dev").glob("*.py")))
+def test_a_tool_of_the_maintainers_starts_from_any_folder(script, tmp_path):
+    """By its path alone: the tests' own paths would hide that it finds no script beside its folder."""
+    command = [sys.executable, str(ROOT / "scripts" / "dev" / script), "--help"]
+    alone = PROGRAM_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_no_file_is_a_link():
