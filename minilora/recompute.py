@@ -104,7 +104,7 @@ class _Checkpoint(torch.autograd.Function):
         with recorder:
             outputs = call.function(*put_tensors(call.pattern, arguments))
         attention, ctx.attention = take_tensors(recorder.outputs if call.keep_attention else [])
-        if call.offload is not None:
+        if call.offload is not None and any(ctx.needs_input_grad):  # else there is no backward
             ctx.offload_index, arguments = call.offload.put(arguments[0]), arguments[1:]
         ctx.save_for_backward(*arguments, *parameters, *attention)
         return outputs

@@ -25,6 +25,7 @@ class OffloadedInputs:
 
     def __init__(self, device: torch.device):
         self.device, self.copies = device, copy_stream(device)
+        self.compute = torch.cuda.current_stream(device)
         self.inputs: list[Tensor] = []  # pinned, in the order of the layers
         self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # on the GPU until the event has come
         self.returning: dict[int, tuple[Tensor, torch.cuda.Event]] = {}  # there from the event on
@@ -44,14 +45,19 @@ class OffloadedInputs:
             self._let_go()
         self._start_return(index)
         x, arrived = self.returning.pop(index)
-        torch.cuda.current_stream(self.device).wait_event(arrived)
+        self.compute.wait_event(arrived)
         if index > 0:
             self._start_return(index - 1)
         return x
 
+    def __del__(self):
+        """A backward may end early, with a copy still on its way."""
+        for _, done in (*self.leaving, *self.returning.values()):
+            self.compute.wait_event(done)
+
     def _let_go(self) -> None:
         _, left = self.leaving.popleft()
-        torch.cuda.current_stream(self.device).wait_event(left)
+        self.compute.wait_event(left)
 
     def _start_return(self, index: int) -> None:
         if index not in self.returning:
@@ -61,7 +67,7 @@ class OffloadedInputs:
 
     def _copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
         """Copy once the computing stream has done what it was given so far. Returns the copy's end."""
-        self.copies.wait_stream(torch.cuda.current_stream(self.device))
+        self.copies.wait_stream(self.compute)
         with torch.cuda.stream(self.copies):
             target.copy_(source, non_blocking=True)
             return self.copies.record_event()

@@ -134,6 +134,16 @@ def test_every_input_comes_back_and_no_memory_is_used_while_it_is_copied(machine
     assert len(machine.streams) == 2  # one for all passes
 
 
+@given(layers=st.integers(2, 9), taken=st.integers(0, 8))
+def test_a_backward_that_ends_early_frees_no_memory_that_is_still_copied(machines, layers, taken):
+    machine = machines()
+    inputs = forward(machine, layers)
+    for layer in reversed(range(max(1, layers - taken), layers)):
+        machine.compute.run(inputs.take(layer))
+    del inputs  # with the input of the next layer on its way, or the last ones still leaving
+    assert not machine.races and not machine.on_gpu
+
+
 def test_the_machine_of_these_tests_sees_a_race(machines):
     machine = machines()
     inputs = offload.OffloadedInputs("cuda:0")

@@ -1,5 +1,7 @@
 """Gradient checkpointing: the same bits as without it, for less memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,6 +263,19 @@ def test_a_gradient_that_would_be_lost_is_an_error_and_not_a_silence():
         RuntimeError, match=r"uses a tensor \(3,\) that needs a gradient and is neither an argument nor"
     ):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_only_inputs_that_backward_will_ask_for_are_offloaded(needed):
+    """Below the lowest adapter, no layer has a backward."""
+    offloaded = []
+    offload = SimpleNamespace(put=lambda x: offloaded.append(x) or 0, take=lambda index: offloaded[index])
+    x = torch.ones(3, requires_grad=needed)
+    y = checkpoint(torch.exp, x, offload=offload)
+    assert len(offloaded) == needed and y.requires_grad == needed
+    if needed:
+        y.sum().backward()
+        assert torch.equal(x.grad, x.detach().exp())
 
 
 def test_without_gradients_it_is_a_plain_call():
