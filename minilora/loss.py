@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minilora.backend.choice import product_dtype
+from minilora.backend.choice import fastest, product_dtype
 from minilora.backend.copies import to_device
 from minilora.model import CausalLM
 from minilora.recompute import checkpoint
@@ -80,6 +80,18 @@ def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
+def cross_entropy_definition(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return each row's log sum exp(z) - z_target; the logits become its gradient, softmax(z) - onehot.
+
+    logits: (n, V) float32, contiguous, targets: (n,) int64 -> (n,) float32.
+    """
+    logits -= logits.amax(1, keepdim=True)
+    picked = logits.gather(1, targets.unsqueeze(1))  # (n, 1)
+    sums = logits.exp_().sum(1, keepdim=True)
+    logits.div_(sums).scatter_add_(1, targets.unsqueeze(1), torch.full_like(picked, -1.0))
+    return (sums.log() - picked).squeeze(1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """hidden: (N, D), weight: (V, D), targets: (N,) -> ()."""
 
@@ -93,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Without widening, the head in one piece.
         parts = [weight] if weight.dtype == dtype else weight.split(_HEAD_ROWS)
         columns = len(parts[0])
-        buffers = torch.empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=device)
+        buffer = torch.empty(min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=device)
         d_hidden = d_weight = None
         if needs_hidden:
             d_hidden = torch.empty_like(hidden, dtype=torch.float32 if scale > 1 else hidden.dtype)
@@ -101,20 +113,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=device)
         for start in range(0, len(hidden), chunk):
-            h, target = hidden[start : start + chunk].to(dtype), targets[start : start + chunk].unsqueeze(1)
-            logits, z = buffers[:, : len(h)]  # (n, V) each
+            h, target = hidden[start : start + chunk].to(dtype), targets[start : start + chunk]
+            logits = buffer[: len(h)]  # (n, V); then their gradient
             for part, part_logits in zip(parts, logits.split(columns, dim=1), strict=True):
                 if dtype == torch.float32:
                     torch.mm(h, part.to(dtype).T, out=part_logits)
                 else:
                     part_logits.copy_(h @ part.T)
-            torch.log_softmax(logits, dim=1, out=z)
-            total -= z.gather(1, target).sum()
+            total += fastest("cross_entropy", logits, cross_entropy_definition)(logits, target).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            z.exp_().scatter_add_(1, target, z.new_full(target.shape, -1.0))  # dloss/dz
             dh = torch.zeros(h.shape, dtype=torch.float32, device=device)  # a sum over V, in float32
-            for i, (part, part_dz) in enumerate(zip(parts, z.split(columns, dim=1), strict=True)):
+            for i, (part, part_dz) in enumerate(zip(parts, logits.split(columns, dim=1), strict=True)):
                 dz = (part_dz * scale if scale > 1 else part_dz).to(dtype)
                 if needs_hidden:
                     dh += dz @ part.to(dtype)

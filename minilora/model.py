@@ -58,6 +58,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def after_sum(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return x + y, or x alone, and its norm: two of (..., size)."""
+        return ops.add_norm(x, y, self.weight, self.eps)
+
 
 class Attention(nn.Module):
     """Grouped-query attention (arXiv:2305.13245) with RoPE: H query heads share G key/value heads."""
@@ -78,10 +82,9 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, K)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, K)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, K)
-        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = ops.rope(self.q_norm(q), self.k_norm(k), cos, sin)  # (B, T, H, K), (B, T, G, K)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, G, S, K)
         y = ops.attention(q, k, v, mask)  # (B, H, T, K)
@@ -117,13 +120,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)  # (B, T, D)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.input_layernorm.after_sum(x)  # (B, T, D) each
+        y = self.self_attn(normed, cos, sin, mask, cache)
+        x, normed = self.post_attention_layernorm.after_sum(x, y)
+        return x + self.mlp(normed)
 
     def rerun_for_backward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """Run again for backward, which reads every value but the output: down_proj is skipped."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, None)  # (B, T, D)
-        return x + self.mlp.rerun_for_backward(self.post_attention_layernorm(x))
+        x, normed = self.input_layernorm.after_sum(x)
+        y = self.self_attn(normed, cos, sin, mask, None)
+        x, normed = self.post_attention_layernorm.after_sum(x, y)
+        return x + self.mlp.rerun_for_backward(normed)
 
 
 class Decoder(nn.Module):
@@ -162,7 +169,7 @@ class Decoder(nn.Module):
             else:
                 position_ids = positions_in_documents(document_ids)[:, past:]
         x = self.embed_tokens(input_ids)  # (B, T, D)
-        cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, 1, T, K)
+        cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, T, K)
         windows = self.config.layer_windows
         masks = {w: additive(attention_mask(T, past + T, w, document_ids, x.device), x) for w in set(windows)}
         recompute = self.recompute if cache is None and torch.is_grad_enabled() else "off"
@@ -245,9 +252,9 @@ def attention_mask(
 
 
 def rope_angles(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position * frequency: (B, T) -> two float32 (B, 1, T, K), both halves alike."""
+    """Return cos and sin of position * frequency: (B, T) -> two float32 (B, T, K), both halves alike."""
     frequencies = rope_frequencies(config.rope, config.head_dim, position_ids.device)  # (K/2,)
-    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, K/2)
+    angles = position_ids[:, :, None].float() * frequencies  # (B, T, K/2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -1,9 +1,10 @@
 """The operations of the decoder between its matrix products: RMSNorm, RoPE, SwiGLU, attention.
 
-These functions say what the numbers are. They run on a CPU, and the Triton kernels in kernels/ are tested
-against them. Statistics are taken in float32 whatever the dtype of the activations, as in Hugging Face's
-models. RMSNorm and SwiGLU have hand-written backwards, because PyTorch's autograd would keep several tensors
-of each, some in float32.
+Each is an autograd function with a backward by hand, because PyTorch's autograd would keep several tensors of
+each, some in float32. Forward and backward themselves are the plain functions `..._definition`: they say what
+the numbers are. C and Triton have the same functions, one pass over memory each, and `fastest` takes them
+where they agree with the definition (backend/choice.py). Statistics are taken in float32 whatever the dtype
+of the activations, as in Hugging Face's models.
 
 Legend, here and everywhere: B batch, T tokens, S keys (cached ones included), D model width, H query heads, G
 key/value heads, K head size, F feed-forward width, V vocabulary, r rank.
@@ -14,55 +15,122 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.backend.choice import form_for
+from minilora.backend.choice import fastest
+
+# ---- RMSNorm, with the sum before it -----------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467, equation 4).
 
-    x: (..., D), weight: (D,) -> (..., D) in x's dtype. The root mean square is taken in float32. The kernel
-    has no gradient for the weight, which LoRA keeps frozen; training from scratch takes the definition.
+    x: (..., D), weight: (D,) -> (..., D) in x's dtype. The root mean square is taken in float32.
     """
-    if form_for(x, "rms_norm") == "triton" and not weight.requires_grad:
-        from minilora.kernels.rms_norm import rms_norm as kernel
-
-        return kernel(x, weight, eps)
-    return _RmsNorm.apply(x, weight, eps)
+    return _AddNorm.apply(x, None, weight, eps)[1]
 
 
-class _RmsNorm(torch.autograd.Function):
-    """Keeps x and one number a row, where PyTorch's autograd would keep x, x / rms(x) and more in float32.
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return h = x + y and rms_norm(h). Without y, h is x: backward then adds up the gradients of both.
 
-    With n = x / rms(x) and g = w dy:  dx = (g - n mean(n g)) / rms(x),  dw = the sum of n dy over the rows.
+    x, y: (..., D), weight: (D,) -> two of (..., D).
     """
+    return _AddNorm.apply(x, y, weight, eps)
+
+
+def add_norm_definition(
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y: (rows, D), weight: (D,) -> h, its norm, and 1 / rms(h), (rows,) float32."""
+    h = x if y is None else x + y
+    inverse = torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True) + eps)  # (rows, 1)
+    return h, weight * (h.float() * inverse).to(h.dtype), inverse.squeeze(-1)
+
+
+def add_norm_backward_definition(
+    h: Tensor, weight: Tensor, inverse: Tensor, dn: Tensor, dh: Tensor | None
+) -> Tensor:
+    """With n = h / rms(h) and g = w dn:  dx = dh + (g - n mean(n g)) / rms(h).
+
+    h, dn, dh: (rows, D), weight: (D,), inverse: (rows,) -> (rows, D). It is x's gradient, and y's.
+    """
+    inverse = inverse.unsqueeze(-1)
+    normed, g = h.float() * inverse, dn.float() * weight.float()
+    dx = g.sub_(normed * (normed * g).mean(-1, keepdim=True)).mul_(inverse)
+    return (dx if dh is None else dx.add_(dh)).to(h.dtype)
+
+
+class _AddNorm(torch.autograd.Function):
+    """Keeps h and one number a row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
-        ctx.save_for_backward(x, weight, inverse)
-        return weight * (x.float() * inverse).to(x.dtype)
+    def forward(ctx, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        form = fastest("add_norm", x, add_norm_definition)
+        rows = None if y is None else _rows(y)
+        h, normed, inverse = (t.view_as(x) if t.dim() > 1 else t for t in form(_rows(x), rows, weight, eps))
+        ctx.save_for_backward(h, weight, inverse)
+        ctx.set_materialize_grads(False)
+        return x if y is None else h, normed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        normed, dy = x.float() * inverse, dy.float()
-        g = dy * weight.float()
-        dx = g.sub_(normed * (normed * g).mean(-1, keepdim=True)).mul_(inverse)
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = (normed * dy).reshape(-1, len(weight)).sum(0).to(weight.dtype)
-        return dx.to(x.dtype), dw, None
+    def backward(ctx, dh: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
+        h, weight, inverse = ctx.saved_tensors
+        needs_dx, needs_dy, needs_dw, _ = ctx.needs_input_grad
+        if dn is None:
+            return dh, dh if needs_dy else None, None, None
+        dx = dw = None
+        if needs_dx or needs_dy:
+            form = fastest("add_norm_backward", h, add_norm_backward_definition)
+            dx = form(_rows(h), weight, inverse, _rows(dn), None if dh is None else _rows(dh)).view_as(h)
+        if needs_dw:
+            normed = _rows(h).float() * inverse.unsqueeze(-1)
+            dw = (normed * _rows(dn).float()).sum(0).to(weight.dtype)
+        return dx, dx if needs_dy else None, dw, None
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+# ---- RoPE --------------------------------------------------------------------------------------------------
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the pairs (x_i, x_{i + K/2}) of every head by the angle of its position (arXiv:2104.09864,
     3.2.2).
 
-    x: (B, heads, T, K); cos, sin: (B or 1, 1, T, K), both halves of K alike -> (B, heads, T, K).
+    q: (B, T, H, K), k: (B, T, G, K); cos, sin: (B or 1, T, K), both halves of K alike -> q and k, rotated.
     """
-    left, right = x.chunk(2, dim=-1)  # (B, heads, T, K/2) each
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return _Rope.apply(q, k, cos, sin)
+
+
+def rope_definition(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`rope`; with `back` by the opposite angles, which is its backward."""
+    cos, sin = cos.unsqueeze(2), (-sin if back else sin).unsqueeze(2)  # (B or 1, T, 1, K)
+
+    def rotated(x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+    return rotated(q), rotated(k)
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation. Its gradient is rotated back, and reads neither q nor k."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return fastest("rope", q, rope_definition)(q, k, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *fastest("rope", dq, rope_definition)(dq, dk, *ctx.saved_tensors, back=True), None, None
+
+
+# ---- SwiGLU ------------------------------------------------------------------------------------------------
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -70,19 +138,33 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
+def swiglu_definition(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(x) = x / (1 + exp(-x))."""
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward_definition(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """With s = 1 / (1 + exp(-gate)):  dgate = dy up s (1 + gate (1 - s))   dup = dy gate s."""
+    return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
 class _SwiGLU(torch.autograd.Function):
     """Keeps gate and up, but not silu(gate), which is cheap to compute again."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return fastest("swiglu", gate, swiglu_definition)(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+        form = fastest("swiglu_backward", dy, swiglu_backward_definition)
+        return form(dy.contiguous(), *ctx.saved_tensors)
+
+
+# ---- attention ---------------------------------------------------------------------------------------------
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

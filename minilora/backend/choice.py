@@ -5,6 +5,7 @@ All three compute the same numbers. The definition says what they are, and the o
 it. MINILORA_BACKEND=torch or =triton overrides the choice.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -24,6 +25,13 @@ def form_for(x: Tensor, operation: str) -> str:
     if x.is_cuda:
         return "triton" if triton_trial.passed(x.device) else "torch"
     return "c" if x.device.type == "cpu" and native.is_trusted(operation, x.dtype) else "torch"
+
+
+def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
+    """Return the function to run an operation of `minilora.ops` on tensors like x: its definition, or another
+    form.
+    """
+    return definition
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
