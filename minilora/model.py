@@ -21,7 +21,7 @@ from minilora import ops
 from minilora.backend.attention_mask import additive
 from minilora.backend.offload import OffloadedInputs
 from minilora.config import ModelConfig, RopeConfig
-from minilora.linear import rerun_linear
+from minilora.linear import apply_each
 from minilora.recompute import checkpoint
 
 PADDING = -1  # the document id of tokens that only fill a row
@@ -82,7 +82,8 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        products = apply_each(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in products)
         q, k = ops.rope(self.q_norm(q), self.k_norm(k), cos, sin)  # (B, T, H, K), (B, T, G, K)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
@@ -102,11 +103,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.swiglu(*apply_each(x, self.gate_proj, self.up_proj)))
 
     def rerun_for_backward(self, x: Tensor) -> Tensor:
         """Return an output with forward's gradient and arbitrary values (see DecoderLayer)."""
-        return rerun_linear(self.down_proj, ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        h = ops.swiglu(*apply_each(x, self.gate_proj, self.up_proj))
+        return apply_each(h, self.down_proj, values=False)[0]
 
 
 class DecoderLayer(nn.Module):

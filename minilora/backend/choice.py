@@ -34,6 +34,20 @@ def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
     return definition
 
 
+_fused = True
+
+
+def set_fused(on: bool) -> None:
+    """Choose for this process whether operations may run in fused forms, or all by their plain definitions."""
+    global _fused
+    _fused = on
+
+
+def fusing(x: Tensor) -> bool:
+    """Whether LoRA runs inside its products for x, (..., in). A single row is decoding, which reads W once."""
+    return _fused and x.numel() > x.shape[-1]
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a matrix product with x is fastest and at least as exact: nearly always x's
     own.

@@ -74,25 +74,35 @@ def multiplies(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and all(n % 32 == 0 for n in shape)
 
 
-def matmul(q, x: Tensor, out: Tensor, backward: bool = False, bias: Tensor | None = None) -> None:
-    """Fill `out` with x W^T + bias, or with x W: the products of `linear._FrozenLinear`, see amx.c.
-
-    q: W, (out, in), a `quantization.QuantizedTensor`; x: (rows, in) -> (rows, out), or backward (rows, out)
-    -> (rows, in), contiguous bfloat16; bias: (out,) float32. On a CPU with AMX.
-    """
-    numbers, *at_once = tile_numbers(q.shape, len(x), backward)
+def matmul(
+    q,  # W, (out, in), a `quantization.QuantizedTensor`
+    x: Tensor,  # (rows, in), or backward (rows, out); contiguous bfloat16, as `out` is
+    out: Tensor,  # (rows, out), or backward (rows, in)
+    bias: Tensor | None = None,  # (out,) float32
+    update: tuple[Tensor, Tensor] | None = None,  # n (rows, r) and B (out, r), or g (rows, r) and A (r, in)
+    backward: bool = False,
+    add: bool = False,  # backward: to what is in `out`
+) -> None:
+    """Fill `out` with x W^T + bias + n B^T, or with x W + g A: see products.py and amx.c. On a CPU with AMX."""
+    rank, narrow, stride, matrix = 0, None, 0, None
+    if update is not None:
+        assert update[0].dtype == update[1].dtype == torch.bfloat16 and update[0].stride(1) == 1
+        rank, stride = update[0].shape[1], update[0].stride(0)
+        narrow, matrix = update[0].data_ptr(), _at(update[1])
+    numbers, *at_once = tile_numbers(q.shape, len(x), backward, rank)
     tiles = scratch((numbers,), torch.bfloat16, x.device)
     weight = _at(q.packed), _at(q.absmax), _at(q.code), q.blocksize, *_nested(q)
-    addresses = None if bias is None else _at(bias), _at(out), _at(tiles)
+    addresses = None if bias is None else _at(bias), rank, stride, narrow, matrix, _at(out), _at(tiles)
     function, threads = _functions()["matmul_bf16"], _threads(q.shape.numel())
-    function(backward, len(x), *q.shape, _at(x), *weight, *addresses, *at_once, threads)
+    function(backward, add, len(x), *q.shape, _at(x), *weight, *addresses, *at_once, threads)
 
 
-def tile_numbers(shape: tuple[int, int], rows: int, backward: bool) -> tuple[int, int, int]:
+def tile_numbers(shape: tuple[int, int], rows: int, backward: bool, rank: int = 0) -> tuple[int, int, int]:
     """Return the bfloat16 numbers that `matmul` keeps beside its operands; and the rows of x and, for each
     thread, the features of W, that are among them at a time.
     """
     features, summed = reversed(shape) if backward else shape
+    summed += -(-rank // 32) * 32
     threads = _threads(math.prod(shape))
     chunk = 32 * max(1, min(_W_AT_ONCE // summed // 32, -(-features // threads // 32)))
     rows_at_once = min(-(-rows // 32) * 32, _ROWS_AT_ONCE)
@@ -158,7 +168,8 @@ def _arguments() -> dict[str, list]:
     quantized = [*[pointer] * 3, count, pointer, pointer, number]
     arguments = {
         "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, integer],
-        "matmul_bf16": [integer, *[count] * 3, pointer, *quantized, *[pointer] * 3, *[count] * 2, integer],
+        "matmul_bf16": [*[integer] * 2, *[count] * 3, pointer, *quantized, pointer, *[count] * 2]
+        + [*[pointer] * 4, *[count] * 2, integer],
     }
     for dtype in _NAMES.values():
         arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, integer]
@@ -210,7 +221,7 @@ KNOWN_BITS = {
     "dequantize_bf16": "0bc8628c230cb6e5",
     "quantize_fp16": "f68cc60a8cfc891f",
     "dequantize_fp16": "863573001beb814f",
-    "matmul_bf16": "ceff2eca1b09da3c",
+    "matmul_bf16": "bcfdd7e6434cda63",
     "adamw_8bit": "c2f8a9f6e37017df",
 }
 
@@ -257,20 +268,28 @@ def dequantize_trial(dequantize: Callable, dtype: torch.dtype) -> list[Tensor]:
 
 
 def matmul_trial(matmul: Callable, dtype: torch.dtype) -> list[Tensor]:
-    """Multiply 33 rows with a W of (64, 96), forward, with a bias, and backward; return both results.
+    """Multiply 33 rows with a W of (64, 96), forward, with a bias, and backward, twice into the same result;
+    each with an update of rank 3. Return both results.
 
     All numbers are small and whole, so every order of summation gives the same bits.
     """
-    rows, out, in_ = 33, 64, 96
+    rows, out, in_, rank = 33, 64, 96, 3
     packed = ((torch.arange(out * in_ // 2, device="cpu") * 73) % 256).byte()
     code = torch.arange(-8.0, 8.0, device="cpu")
     absmax = 1.0 + torch.arange(out * in_ // 64, device="cpu") % 3
     q = SimpleNamespace(packed=packed, code=code, blocksize=64, absmax=absmax, nested_absmax=None)
     q.shape = torch.Size((out, in_))
-    x, dy = (((torch.arange(rows * n, device="cpu") * 37) % 15 - 7).view(rows, n) for n in (in_, out))
+
+    def numbers(*shape: int) -> Tensor:
+        count = math.prod(shape)
+        return (((torch.arange(count, device="cpu") * 37) % 15 - 7).view(shape)).to(dtype)
+
+    narrow = numbers(rows, 2 * rank)[:, rank:]  # a part of a wider one
     y, dx = (torch.zeros(rows, n, dtype=dtype, device="cpu") for n in (out, in_))
-    matmul(q, x.to(dtype), y, bias=torch.arange(float(out), device="cpu"))
-    matmul(q, dy.to(dtype), dx, backward=True)
+    bias = torch.arange(float(out), device="cpu")
+    matmul(q, numbers(rows, in_), y, bias, (narrow, numbers(out, rank)))
+    matmul(q, numbers(rows, out), dx, update=(narrow, numbers(rank, in_)), backward=True)
+    matmul(q, numbers(rows, out), dx, backward=True, add=True)
     return [y, dx]
 
 
