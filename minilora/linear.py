@@ -33,24 +33,35 @@ def apply_each(x: Tensor, *layers: nn.Module, values: bool = True) -> Sequence[T
     x: (..., in) -> (..., out) each. values: without them the outputs have the right gradients and arbitrary
     values, for a second run whose output nobody reads (see recompute.py).
     """
-    seed = draw_seed() if any(getattr(layer, "drops", False) for layer in layers) else 0
+    seed = seed_for(layers)
+    outputs = apply_fused(x, layers, seed, values)
+    if outputs is not None:
+        return outputs
+    product = frozen_linear if values else rerun_linear
+    return [
+        layer(x, (seed, i), product) if hasattr(layer, "part") else layer(x) if values else product(layer, x)
+        for i, layer in enumerate(layers)
+    ]
+
+
+def seed_for(layers: Sequence[nn.Module]) -> int:
+    """Return a new seed for layers that share their input, 0 where nothing is dropped."""
+    return draw_seed() if any(getattr(layer, "drops", False) for layer in layers) else 0
+
+
+def apply_fused(
+    x: Tensor, layers: Sequence[nn.Module], seed: int, values: bool = True
+) -> Sequence[Tensor] | None:
+    """Return what `apply_each` returns, from one function. None: these layers need the plain path."""
     parts = [_part_of(layer) for layer in layers] if fusing(x) else [None]
-    if can_fuse(parts):
-        return fused(x, parts, seed, values)
-    outputs = []
-    for stream, layer in enumerate(layers):
-        if hasattr(layer, "plain"):
-            outputs.append(layer.plain(x, seed, stream, frozen_linear if values else rerun_linear))
-        else:
-            outputs.append(layer(x) if values else rerun_linear(layer, x))
-    return outputs
+    return fused(x, parts, seed, values) if can_fuse(parts) else None
 
 
 def _part_of(layer: nn.Module) -> Part | None:
     """Return what `fused` needs of a layer. None: it trains its weight, or somebody watches it."""
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return None
-    if hasattr(layer, "plain"):
+    if hasattr(layer, "part"):
         return layer.part()
     if any(p.requires_grad for p in layer.parameters()):
         return None

@@ -34,7 +34,7 @@ from minilora.backend.choice import product_dtype
 from minilora.backend.dropout import gain_of, kept, threshold_of
 from minilora.backend.fused_lora import Adapter, Part
 from minilora.config import LoraConfig
-from minilora.linear import QuantizedLinear, apply_each
+from minilora.linear import QuantizedLinear, apply_fused, frozen_linear, seed_for
 from minilora.system.errors import UserError, suggestion
 
 OUTPUT_HEAD = "lm_head"
@@ -120,9 +120,6 @@ class LoraLinear(nn.Module):
         kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
         return {kind: getattr(self, kind)[name] for kind in kinds if name in getattr(self, kind)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return apply_each(x, self)[0]
-
     @property
     def drops(self) -> bool:
         """Whether the active adapter drops elements of x."""
@@ -140,16 +137,27 @@ class LoraLinear(nn.Module):
         A, B, scaling = self.lora_A[self.active], self.lora_B[self.active], config.scaling
         return Part(base.weight, base.bias, Adapter(A, B, scaling * gain_of(threshold), threshold))
 
-    def plain(
-        self, x: Tensor, seed: int, stream: int, product: Callable[[nn.Module, Tensor], Tensor]
+    def forward(
+        self,
+        x: Tensor,  # (..., in)
+        draws: tuple[int, int] | None = None,  # of dropout: a seed and a stream
+        product: Callable[[nn.Module, Tensor], Tensor] = frozen_linear,  # or rerun_linear
     ) -> Tensor:
-        """Return product(base_layer, x) plus the active adapter's update; x drops by a stream of the seed."""
+        """Return product(base_layer, x) plus the active adapter's update, (..., out).
+
+        Called alone, it draws a seed, and takes the fused form where there is one. `linear.apply_each` does
+        both for several layers, and asks each for the plain form if it must.
+        """
+        if draws is None:
+            draws = seed_for([self]), 0
+            outputs = apply_fused(x, [self], draws[0])
+            if outputs is not None:
+                return outputs[0]
         if self.active is None or self.merged is not None:
             return product(self.base_layer, x)
         config, threshold, mask = self.configs[self.active], self._threshold, None
         if threshold:
-            rows = x.shape[:-1].numel()
-            mask = kept(rows, x.shape[-1], seed, stream, threshold, x.device).view(x.shape)
+            mask = kept(x.shape[:-1].numel(), x.shape[-1], *draws, threshold, x.device).view(x.shape)
         gain = gain_of(threshold)
         if config.use_dora:
             return dora.adapted(self, x, mask, gain, product, LowRankUpdate.apply)

@@ -38,13 +38,13 @@ _fused = True
 
 
 def set_fused(on: bool) -> None:
-    """Choose for this process whether operations may run in fused forms, or all by their plain definitions."""
+    """Choose for this process whether operations may run in fused forms, or only in their plain ones."""
     global _fused
     _fused = on
 
 
 def fusing(x: Tensor) -> bool:
-    """Whether LoRA runs inside its products for x, (..., in). A single row is decoding, which reads W once."""
+    """Whether LoRA runs inside its products for x, (..., in). One row is decoding, with forms of its own."""
     return _fused and x.numel() > x.shape[-1]
 
 

@@ -83,7 +83,7 @@ def matmul(
     backward: bool = False,
     add: bool = False,  # backward: to what is in `out`
 ) -> None:
-    """Fill `out` with x W^T + bias + n B^T, or with x W + g A: see products.py and amx.c. On a CPU with AMX."""
+    """Fill `out` with x W^T + bias + n B^T, or x W + g A: see products.py and amx.c. On a CPU with AMX."""
     rank, narrow, stride, matrix = 0, None, 0, None
     if update is not None:
         assert update[0].dtype == update[1].dtype == torch.bfloat16 and update[0].stride(1) == 1

@@ -21,6 +21,7 @@ from minilora import (
     set_adapter,
 )
 from minilora.backend import choice
+from minilora.backend.scratch import scratch
 from minilora.int8 import quantize_int8
 from minilora.linear import Linear4bit, Linear8bit
 from minilora.lora import lora_layers
