@@ -116,9 +116,9 @@ def adamw_8bit(
     scalars: tuple[float, ...],
 ) -> None:
     """Take one step on all tensors in one call: see `optim.adamw_8bit`."""
-    table = [[*map(_at, parts), len(parts[0])] for parts in tensors]
+    table = [[*(part.data_ptr() for part in parts), parts[0].numel()] for parts in tensors]
     addresses = torch.tensor(table, dtype=torch.int64, device="cpu")
-    blocks = sum(len(parts[3]) for parts in tensors)
+    blocks = sum(parts[3].numel() for parts in tensors)
     threads = _threads(256 * blocks)
     _functions()["adamw_8bit"](
         _at(addresses), blocks, *map(_at, codes), *map(_at, nearest), *scalars, threads
