@@ -60,6 +60,8 @@ def fused(x: Tensor, parts: Sequence[Part], seed: int, values: bool = True) -> t
 
 
 class _Call(NamedTuple):
+    """What a pair of passes needs beside tensors. Tensors of all adapters stand one after the other."""
+
     parts: tuple[Part, ...]
     seed: int
     values: bool
@@ -72,11 +74,7 @@ class _Call(NamedTuple):
     @property
     def adapter(self) -> Adapter:
         """Return an adapter that has the scaling and the threshold of all."""
-        return self.parts[self.adapted[0]].adapter
-
-    def columns(self, n: Tensor) -> tuple[Tensor, ...]:
-        """Split (rows, r of all) into (rows, r) of each adapter."""
-        return n.tensor_split(len(self.adapted), 1)
+        return next(part.adapter for part in self.parts if part.adapter)
 
     def draws(self, i: int) -> tuple[int, int, int]:
         """Return what decides which elements part i drops."""
@@ -90,12 +88,12 @@ class _FusedLora(torch.autograd.Function):
     def forward(ctx, x: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         plain = all(isinstance(part.weight, Tensor) for part in call.parts)
         dtype = x.dtype if plain else product_dtype(x)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        rows = _rows(x).to(dtype)
         A, *Bs = cast(tensors, dtype)
         narrow, updates = None, {}
         if Bs:
-            narrow = thin_products(rows, A, call)  # (rows, r of all)
-            updates = dict(zip(call.adapted, zip(call.columns(narrow), Bs, strict=True), strict=True))
+            narrow = thin_products(rows, A, call)  # (rows, k r)
+            updates = dict(zip(call.adapted, zip(_columns(narrow, len(Bs)), Bs, strict=True), strict=True))
         ys = [_output(x, rows, part, updates.get(i), call.values) for i, part in enumerate(call.parts)]
         ctx.call, ctx.shape, ctx.dtypes = call, x.shape, (x.dtype, dtype)
         ctx.save_for_backward(x if any(ctx.needs_input_grad[2::2]) else None, A, narrow, *Bs)
@@ -107,59 +105,68 @@ class _FusedLora(torch.autograd.Function):
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, A, narrow, *Bs = ctx.saved_tensors
         call, (x_dtype, dtype), needs = ctx.call, ctx.dtypes, ctx.needs_input_grad
-        dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]).to(dtype) for dy in dys]
-        gradients = [None] * (len(needs) - 2)
-        g = None
+        dys = [None if dy is None else _rows(dy).to(dtype) for dy in dys]
+        g, gradients, dx = None, [], None
         if Bs:
-            g = gradients_of_narrow(dys, Bs, call, narrow)
-            gradients = parameter_gradients(x, dys, g, narrow, Bs, call, needs[2:])
-        dx = None
+            g = gradient_of_narrow(dys, Bs, call)
+            dAs = [None] * len(Bs) if x is None else gradients_of_A(_rows(x).to(dtype), g, call)
+            dBs = gradients_of_B(dys, narrow, Bs, call)
+            found = [t for pair in zip(dAs, dBs, strict=True) for t in pair]
+            gradients = [t if need else None for t, need in zip(found, needs[2:], strict=True)]
         if needs[0]:
             dx = gradient_of_input(dys, g, A, call)
             dx = None if dx is None else dx.to(x_dtype).view(ctx.shape)
         return dx, None, *gradients
 
 
-def _output(
-    x: Tensor, rows: Tensor, part: Part, update: tuple[Tensor, Tensor] | None, values: bool
-) -> Tensor:
-    """Return a part's y, (..., out), from x, (..., in), as rows in the product's dtype."""
-    out_features = part.weight.shape[0]
-    if not values:
-        return x.new_zeros(()).expand(*x.shape[:-1], out_features)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    multiply(rows, part.weight, y.view(-1, out_features), part.bias, update)
-    return y
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _columns(x: Tensor, k: int) -> Sequence[Tensor]:
+    """Split (rows, k r) into k tensors (rows, r)."""
+    return [x] if k == 1 else x.view(len(x), k, -1).unbind(1)
 
 
 def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
-    """Return [A_1; A_2; ...], (r of all, in), and each B, in a dtype: one copy, one launch."""
-    As, Bs = tensors[::2], list(tensors[1::2])
+    """Return [A_1; A_2; ...], (k r, in), and each B, (out, r), in a dtype: one copy, one launch."""
+    As, Bs = tensors[::2], tensors[1::2]
     if len(As) <= 1 and all(t.dtype == dtype for t in tensors):
         return [*As, *Bs] or [None]
-    ranks, width = sum(map(len, As)), As[0].shape[1]
-    flat = torch.empty(sum(t.numel() for t in tensors), dtype=dtype, device=As[0].device)
-    cast_As, cast_Bs = _slots(flat, ranks, width, Bs)
-    torch._foreach_copy_([*cast_As, *cast_Bs], [*As, *Bs])
-    return [flat[: ranks * width].view(ranks, width), *cast_Bs]
+    A = As[0].new_empty(len(As), *As[0].shape, dtype=dtype)
+    narrow_Bs = [torch.empty_like(B, dtype=dtype) for B in Bs]
+    torch._foreach_copy_([*A.unbind(), *narrow_Bs], [*As, *Bs])
+    return [A.view(-1, A.shape[-1]), *narrow_Bs]
 
 
 def thin_products(x: Tensor, A: Tensor, call: _Call) -> Tensor:
-    """Return n, (rows, r of all): scaling * dropout(x) A^T."""
-    scaling, threshold = call.adapter.scaling, call.adapter.threshold
-    n = x.new_empty(len(x), len(A))
-    if threshold == 0:
+    """Return n, (rows, k r): scaling * dropout(x) A^T. x: (rows, in), A: (k r, in)."""
+    n, scaling, k = x.new_empty(len(x), len(A)), call.adapter.scaling, len(call.adapted)
+    if call.adapter.threshold == 0:
         return torch.addmm(n, x, A.T, beta=0, alpha=scaling, out=n)
     product = fastest("dropped_product", x, dropout.dropped_product_definition)
-    for i, part, a in zip(call.adapted, call.columns(n), A.tensor_split(len(call.adapted)), strict=True):
+    for i, part, a in zip(call.adapted, _columns(n, k), A.view(k, -1, A.shape[1]), strict=True):
         torch.mul(product(x, a, *call.draws(i)), scaling, out=part)
     return n
 
 
-def gradients_of_narrow(dys: list[Tensor | None], Bs: list[Tensor], call: _Call, narrow: Tensor) -> Tensor:
-    """Return g, (rows, r of all): scaling * dy B."""
-    g = torch.empty_like(narrow)
-    for i, B, part in zip(call.adapted, Bs, call.columns(g), strict=True):
+def _output(
+    x: Tensor, rows: Tensor, part: Part, update: tuple[Tensor, Tensor] | None, values: bool
+) -> Tensor:
+    """Return a part's y, (..., out), from x, (..., in), which `rows` is in the product's dtype."""
+    shape = *x.shape[:-1], part.weight.shape[0]
+    if not values:
+        return x.new_zeros(()).expand(shape)
+    y = x.new_empty(shape)
+    multiply(rows, part.weight, _rows(y), part.bias, update)
+    return y
+
+
+def gradient_of_narrow(dys: Sequence[Tensor | None], Bs: Sequence[Tensor], call: _Call) -> Tensor:
+    """Return g, (rows, k r): scaling * dy B of each adapter."""
+    rows = next(len(dy) for dy in dys if dy is not None)
+    g = Bs[0].new_empty(rows, sum(B.shape[1] for B in Bs))
+    for i, B, part in zip(call.adapted, Bs, _columns(g, len(Bs)), strict=True):
         if dys[i] is None:
             part.zero_()
         else:
@@ -167,53 +174,47 @@ def gradients_of_narrow(dys: list[Tensor | None], Bs: list[Tensor], call: _Call,
     return g
 
 
-def parameter_gradients(
-    x: Tensor | None,
-    dys: list[Tensor | None],
-    g: Tensor,
-    narrow: Tensor,
-    Bs: list[Tensor],
-    call: _Call,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Return float32 gradients of A and B of each adapter in turn; None where none is needed."""
-    ranks, width = g.shape[1], 0 if x is None else x.shape[-1]
-    flat = g.new_empty(ranks * width + sum(B.numel() for B in Bs))
-    dAs, dBs = _slots(flat, ranks, width, Bs)
-    for i, n, dB in zip(call.adapted, call.columns(narrow), dBs, strict=True):
-        dB.zero_() if dys[i] is None else torch.mm(dys[i].T, n, out=dB)
-    if x is not None and call.adapter.threshold == 0:
-        torch.mm(g.T, x.reshape(-1, width).to(g.dtype), out=flat[: ranks * width].view(ranks, width))
-    elif x is not None:
-        rows = x.reshape(-1, width).to(g.dtype)
-        product = fastest("product_with_dropped", rows, dropout.product_with_dropped_definition)
-        for i, part, dA in zip(call.adapted, call.columns(g), dAs, strict=True):
-            dA.copy_(product(part, rows, *call.draws(i)))
-    dAs, dBs = _slots(flat.float(), ranks, width, Bs)  # one launch for all
-    found = [t for pair in zip(dAs, dBs, strict=True) for t in pair]
-    return [t if need else None for t, need in zip(found, needs, strict=True)]
+def gradients_of_A(x: Tensor, g: Tensor, call: _Call) -> Sequence[Tensor]:
+    """Return g^T dropout(x) of each adapter, (r, in) float32. x: (rows, in), g: (rows, k r)."""
+    k = len(call.adapted)
+    if call.adapter.threshold:
+        product = fastest("product_with_dropped", x, dropout.product_with_dropped_definition)
+        parts = zip(call.adapted, _columns(g, k), strict=True)
+        return [product(part, x, *call.draws(i)).float() for i, part in parts]
+    dA = _wide_product(g.T, x)  # (k r, in)
+    return [dA] if k == 1 else dA.view(k, -1, x.shape[1]).unbind()
 
 
-def _slots(
-    flat: Tensor, ranks: int, width: int, Bs: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], list[Tensor]]:
-    """Return the places of each A, (r, width), and of each B in one block of memory."""
-    A, rest = flat[: ranks * width].view(ranks, width), flat[ranks * width :]
-    parts = rest.split([B.numel() for B in Bs])
-    return A.tensor_split(len(Bs)), [part.view_as(B) for part, B in zip(parts, Bs, strict=True)]
+def gradients_of_B(
+    dys: Sequence[Tensor | None], narrow: Tensor, Bs: Sequence[Tensor], call: _Call
+) -> list[Tensor]:
+    """Return dy^T n of each adapter, (out, r) float32."""
+    parts = zip(call.adapted, _columns(narrow, len(Bs)), Bs, strict=True)
+    return [
+        torch.zeros_like(B, dtype=torch.float32) if dys[i] is None else _wide_product(dys[i].T, n)
+        for i, n, B in parts
+    ]
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b in float32. A GPU multiplies 16 bits into float32 without rounding the sums."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).float()
 
 
 def gradient_of_input(
-    dys: list[Tensor | None], g: Tensor | None, A: Tensor | None, call: _Call
+    dys: Sequence[Tensor | None], g: Tensor | None, A: Tensor | None, call: _Call
 ) -> Tensor | None:
     """Return dx, (rows, in), in the product's dtype: one buffer that every part adds to."""
     there = [i for i, dy in enumerate(dys) if dy is not None]
     inside = g is not None and call.adapter.threshold == 0
     dx = None
     for i in there:
-        dx = multiply_back(dys[i], call.parts[i].weight, dx, (g, A) if inside and i == there[-1] else None)
+        update = (g, A) if inside and i == there[-1] else None
+        dx = multiply_back(dys[i], call.parts[i].weight, dx, update)
     if dx is not None and g is not None and not inside:
-        add = fastest("add_dropped_product", dx, dropout.add_dropped_product_definition)
-        for i, part, a in zip(call.adapted, call.columns(g), A.tensor_split(len(call.adapted)), strict=True):
+        k, add = len(call.adapted), fastest("add_dropped_product", dx, dropout.add_dropped_product_definition)
+        for i, part, a in zip(call.adapted, _columns(g, k), A.view(k, -1, A.shape[1]), strict=True):
             add(dx, part, a, *call.draws(i))
     return dx
