@@ -1,9 +1,9 @@
-"""Do the C forms of elementwise.py compute the numbers of their definitions? Each tries once, and its bits are
+"""Do the C forms of elementwise.py give the numbers of their definitions? Each tries once, and its bits are
 compared.
 
 A trial must give the same bits by every right way of computing. Where a sum may have any order, its terms are
-whole numbers. Where exp may be off by a unit, results are rounded to bfloat16, and no number of the trial lies
-so near to the middle between two of bfloat16 that the unit could decide.
+whole numbers. Where exp may be off by a unit, results are rounded to bfloat16, and none of them lies so
+near to the middle between two numbers of bfloat16 that the unit could decide.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ A CPU is limited by memory here, and every PyTorch operation reads and writes th
 reads a block of weights, scales, compares, packs and forgets it while it is in a register: one pass where
 PyTorch needs a dozen.
 
-The machine's own C compiler builds `native.c` on first use, in a second or two, never on import: library.py.
+The machine's own C compiler builds `native.c` on first use, in a few seconds, never on import: library.py.
 Nothing depends on it. The PyTorch definitions in `quantization.py` and `optim.py` run without a compiler, and
 where the library cannot be had or does not give known bits on trial tensors. One line says so in the last two
 cases.
