@@ -34,6 +34,8 @@ enum { SECTION = 1024, SPAN = 4096 };   /* numbers that are summed in float32; a
 
 typedef enum dtype { FP32, BF16, FP16 } dtype;          /* as in elementwise.py */
 
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* to nearest, ties to even; a NaN, which is a quiet one after any arithmetic, is cut: rounding could end in a number */
 INLINE uint16_t nearest_bf16(float x) {
     uint32_t bits = as_bits(x), is_nan = (bits & 0x7fffffff) > 0x7f800000;
@@ -122,7 +124,7 @@ typedef struct norm {
 INLINE float sum_of_squares(const void *h, int64_t first, int64_t last, dtype d) {
     double sum = 0;
     while (first < last) {
-        int64_t end = last - first < SECTION ? last : first + SECTION;
+        int64_t end = smaller(last, first + SECTION);
         float lanes[LANES] = {0};
         for (; first + LANES <= end; first += LANES)
             for (int i = 0; i < LANES; i++)
@@ -153,50 +155,48 @@ INLINE void add_norm_rows(const task *t, dtype d) {
 }
 FOR_EACH_DTYPE(add_norm_rows)
 
-/* the terms of mean(n g), n = h / rms(h), g = w dn; and then of dx */
-INLINE float normed_gradient(const norm *o, int64_t i, int64_t first, float inverse, dtype d, float *normed) {
-    *normed = load(d, o->x, i) * inverse;
-    return load(d, o->dn, i) * load(d, o->weight, i - first);
+/* with g = w dn and n = h / rms(h): g, n g, and (g - n mean(n g)) / rms(h), of element i in the row that begins at `start` */
+INLINE float weighted(const norm *o, int64_t start, int64_t i, dtype d) {
+    return load(d, o->dn, i) * load(d, o->weight, i - start);
 }
 
-INLINE float sum_of_products(const norm *o, int64_t row, dtype d) {
-    int64_t start = row * o->width, last = start + o->width;
-    float normed, g, inverse = o->inverse[row];
+INLINE float term_of_mean(const norm *o, int64_t start, int64_t i, float inverse, dtype d) {
+    return load(d, o->x, i) * inverse * weighted(o, start, i, d);
+}
+
+INLINE float gradient(const norm *o, int64_t start, int64_t i, float inverse, float mean, dtype d) {
+    return (weighted(o, start, i, d) - load(d, o->x, i) * inverse * mean) * inverse;
+}
+
+INLINE float mean_of_products(const norm *o, int64_t start, float inverse, dtype d) {
+    int64_t first = start, last = start + o->width;
     double sum = 0;
-    for (int64_t first = start; first < last;) {
-        int64_t end = last - first < SECTION ? last : first + SECTION;
+    while (first < last) {
+        int64_t end = smaller(last, first + SECTION);
         float lanes[LANES] = {0};
         for (; first + LANES <= end; first += LANES)
-            for (int i = 0; i < LANES; i++) {
-                g = normed_gradient(o, first + i, start, inverse, d, &normed);
-                lanes[i] += normed * g;
-            }
-        for (int i = 0; first < end; first++, i++) {
-            g = normed_gradient(o, first, start, inverse, d, &normed);
-            lanes[i] += normed * g;
-        }
+            for (int i = 0; i < LANES; i++)
+                lanes[i] += term_of_mean(o, start, first + i, inverse, d);
+        for (int i = 0; first < end; first++, i++)
+            lanes[i] += term_of_mean(o, start, first, inverse, d);
         sum += sum_of_lanes(lanes);
     }
-    return (float)sum;
+    return (float)sum / (float)o->width;
 }
 
 INLINE void add_norm_backward_rows(const task *t, dtype d) {
     const norm o = *(const norm *)t->operands;
     for (int64_t row = t->first; row < t->last; row++) {
         int64_t first = row * o.width, last = first + o.width;
-        float normed, inverse = o.inverse[row], mean = sum_of_products(&o, row, d) / (float)o.width;
+        float inverse = o.inverse[row], mean = mean_of_products(&o, first, inverse, d);
         if (o.dh) {
 #pragma GCC ivdep
-            for (int64_t i = first; i < last; i++) {
-                float g = normed_gradient(&o, i, first, inverse, d, &normed);
-                store(d, o.dx, i, (g - normed * mean) * inverse + load(d, o.dh, i));
-            }
+            for (int64_t i = first; i < last; i++)
+                store(d, o.dx, i, gradient(&o, first, i, inverse, mean, d) + load(d, o.dh, i));
         } else {
 #pragma GCC ivdep
-            for (int64_t i = first; i < last; i++) {
-                float g = normed_gradient(&o, i, first, inverse, d, &normed);
-                store(d, o.dx, i, (g - normed * mean) * inverse);
-            }
+            for (int64_t i = first; i < last; i++)
+                store(d, o.dx, i, gradient(&o, first, i, inverse, mean, d));
         }
     }
 }
@@ -277,8 +277,6 @@ typedef struct gated {
     const void *gate, *up, *dy;         /* (n,) */
     void *y, *dgate, *dup;              /* (n,) */
 } gated;
-
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE void swiglu_spans(const task *t, dtype d) {
     const gated o = *(const gated *)t->operands;

@@ -3,7 +3,7 @@ moments.
 
 A CPU is limited by memory here, and every PyTorch operation reads and writes the whole tensor once more. C
 reads a block of weights, scales, compares, packs and forgets it while it is in a register: one pass where
-PyTorch needs a dozen.
+PyTorch needs a dozen. The same library holds the operations of elementwise.py.
 
 The machine's own C compiler builds `native.c` on first use, in a few seconds, never on import: library.py.
 Nothing depends on it. The PyTorch definitions in `quantization.py` and `optim.py` run without a compiler, and
