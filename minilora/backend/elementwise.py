@@ -8,6 +8,10 @@ reads each operand once and writes each result once, 8 bytes a number: elementwi
 Each function here has the signature and the meaning of its definition in ops.py, loss.py or dropout.py, and
 rounds where the definition rounds. RoPE and dropout give its bits. In the others a sum has another order, or
 exp is another polynomial: the results differ by a few units of float32 before they are rounded.
+
+The C forms run for tensors of every size, so that a token's numbers do not change with the size of its batch.
+A call costs 8 to 20 microseconds, which is less than the definition's chain of operations. SwiGLU's
+definition is the exception, two operations and 6 microseconds faster below some 20,000 numbers.
 """
 
 import ctypes
