@@ -11,12 +11,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from minilora.backend import native, triton_trial
+from minilora.backend import elementwise, elementwise_trial, native, triton_trial
 from minilora.system.device import cpu_bfloat16_feature, requested_backend
 
 
 def form_for(x: Tensor, operation: str) -> str:
-    """Return 'triton', 'c' or 'torch'. operation: quantize, dequantize, adamw_8bit; others have no C form.
+    """Return 'triton', 'c' or 'torch' for one of the operations of native.TRIALS or elementwise.FORMS.
 
     Raises UserError for a MINILORA_BACKEND that is unknown or cannot run there.
     """
@@ -24,14 +24,15 @@ def form_for(x: Tensor, operation: str) -> str:
         return backend
     if x.is_cuda:
         return "triton" if triton_trial.passed(x.device) else "torch"
-    return "c" if x.device.type == "cpu" and native.is_trusted(operation, x.dtype) else "torch"
+    trials = elementwise_trial if operation in elementwise.FORMS else native
+    return "c" if x.is_cpu and trials.is_trusted(operation, x.dtype) else "torch"
 
 
 def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
     """Return the function to run an operation of `minilora.ops` on tensors like x: its definition, or another
     form.
     """
-    return definition
+    return elementwise.form_of(operation, definition) if form_for(x, operation) == "c" else definition
 
 
 _fused = True

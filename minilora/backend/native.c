@@ -28,6 +28,8 @@ typedef struct task {
     void *out;                          /* (n,) */
     const struct adamw *adamw;
     const struct product *product;
+    int dtype;                          /* of elementwise.c, whose operations have operands of their own */
+    const void *operands;
 } task;
 
 static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -293,6 +295,8 @@ void adamw_8bit(const int64_t *tensors, int64_t blocks, const float *code1, cons
     task t = {.run = run_adamw_8bit, .blocksize = MOMENT_BLOCK, .n = blocks * MOMENT_BLOCK, .adamw = &a};
     share(t, threads);
 }
+
+#include "elementwise.c"
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "amx.c"
