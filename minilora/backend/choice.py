@@ -32,6 +32,8 @@ def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
     """Return the function to run an operation of `minilora.ops` on tensors like x: its definition, or another
     form.
     """
+    if not _fused or (x.is_cpu and operation not in elementwise.FORMS):
+        return definition
     return elementwise.form_of(operation, definition) if form_for(x, operation) == "c" else definition
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import dropout, loss, ops
-from minilora.backend import choice, elementwise, elementwise_trial, native
+from minilora import loss, ops
+from minilora.backend import choice, dropout, elementwise, elementwise_trial, native
 
 needs_c = pytest.mark.skipif(
     not native._functions(), reason="no C compiler: the definitions are all there is"
