@@ -228,7 +228,7 @@ def _by_heads(x: Tensor, heads: int) -> Tensor:
     return repeat_heads(x, heads).transpose(0, 1).float()
 
 
-_DEFINITION = Form(document_attention_definition, document_attention_backward_definition)
+DEFINITION = Form("definition", document_attention_definition, document_attention_backward_definition)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -239,7 +239,7 @@ class _DocumentAttention(torch.autograd.Function):
         rows = [documents.take(t) for t in (q, k, v)]
 
         def compute() -> tuple[Form, Tensor, Tensor]:
-            form = (fused_form(rows[0]) if documents.tokens else None) or _DEFINITION
+            form = fused_form(*rows[:2], DEFINITION) if documents.tokens else DEFINITION
             return form, *form.forward(*rows, documents)
 
         ctx.form, y, lse = compute() if kept is None else kept.get(compute)

@@ -15,7 +15,8 @@ it do neither:
     C            CPUs with AMX, bfloat16 (cpu_attention.py)
     PyTorch's    other CPUs: one call for documents of one length; heads are repeated
 
-Where none of them can be used, the caller computes its definition. The forms keep k and v as they come, and
+Where none of them can be used, the definition runs. A GPU's kernels get a trial first (attention_trial.py).
+The forms keep k and v as they come, and
 repeat them once more in backward: 2 (H - G) K fewer numbers a token between the two.
 
 On a CPU with bfloat16 instructions PyTorch compiles its kernel for every new length, 8 MB each, and never
@@ -24,15 +25,16 @@ token sees them, and their own gradient is zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minilora.backend.choice import form_for, padded_length, product_dtype
+from minilora.backend import attention_trial
+from minilora.backend.choice import padded_length, product_dtype
 from minilora.backend.documents import Documents
+from minilora.system.device import requested_backend
 
 try:
     from minilora.backend import cpu_attention
@@ -46,33 +48,38 @@ aten = torch.ops.aten
 class Form(NamedTuple):
     """One way to compute attention. See the module's docstring for what the two take and return."""
 
+    name: str  # for people
     forward: Callable
     backward: Callable
 
 
-def fused_form(q: Tensor) -> Form | None:
-    """Return the fused kernel for queries like q, (N, H, K), or None where there is none."""
-    K = q.shape[-1]
+def fused_form(q: Tensor, k: Tensor, definition: Form) -> Form:
+    """Return the fused kernel for tensors like q, (N, H, K), and k, (N, G, K), or the definition."""
     if q.is_cuda:
-        return _gpu_form(q.device, q.dtype, K)
-    if q.device.type != "cpu" or not q.dtype.is_floating_point:
-        return None
-    if cpu_attention is not None and K % 32 == 0 and form_for(q, "attention") == "c":
-        return Form(_c_forward, _c_backward)
-    return Form(_cpu_forward, _cpu_backward)
+        form = _gpu_form(q.device, q.dtype, q.shape[-1])
+        usable = form is not None and attention_trial.passed(form, definition, q.device, q.dtype, q.shape[-1])
+        return form if usable else definition
+    if q.device.type != "cpu":
+        return definition
+    if cpu_attention is not None and not requested_backend(q.device) and cpu_attention.takes(q, k):
+        return Form("C", _c_forward, _c_backward)
+    return Form("PyTorch's of a CPU", _cpu_forward, _cpu_backward)
 
 
-@lru_cache
 def _gpu_form(device: torch.device, dtype: torch.dtype, head_size: int) -> Form | None:
     if head_size % 8:  # rows begin at multiples of 16 bytes
         return None
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
-    flash = modern and dtype in (torch.float16, torch.bfloat16) and head_size <= FLASH_HEAD_SIZE
-    if flash and torch.backends.cuda.is_flash_attention_available():
-        return Form(_flash_forward, _flash_backward)
+    if dtype in (torch.float16, torch.bfloat16) and head_size <= FLASH_HEAD_SIZE and modern and _has_flash():
+        return Form("flash", _flash_forward, _flash_backward)
     if dtype in (torch.float16, torch.float32) or (modern and dtype == torch.bfloat16):
-        return Form(_efficient_forward, _efficient_backward)
+        return Form("efficient", _efficient_forward, _efficient_backward)
     return None
+
+
+def _has_flash() -> bool:
+    """Whether PyTorch was built with flash attention, and nobody has switched it off."""
+    return torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
 
 
 class KeptAttention:
@@ -97,13 +104,13 @@ class KeptAttention:
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Return each head of x as often as query heads read it: (N, G, K) -> (N, H, K)."""
-    return x.repeat_interleave(heads // x.shape[1], dim=1)
+    """Return each head of x as often as query heads read it: (N, G, ...) -> (N, H, ...)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def sum_heads(dx: Tensor, groups: int) -> Tensor:
-    """Return the gradient of the heads that were repeated: (N, H, K) -> (N, G, K)."""
-    return dx.unflatten(1, (groups, -1)).sum(2)
+    """Return the gradient of the heads that were repeated: (N, H, ...) -> (N, G, ...)."""
+    return dx if dx.shape[1] == groups else dx.unflatten(1, (groups, -1)).sum(2)
 
 
 # ---- GPU: flash attention ----------------------------------------------------------------------------------
@@ -161,10 +168,10 @@ def _efficient_backward(dy, q, k, v, y, lse, documents: Documents) -> tuple[Tens
 
 
 def _c_forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-    y, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-    rows = (t.contiguous() for t in (q, k, v))
+    rows = [t.contiguous() for t in (q, k, v)]
+    y, lse = torch.empty_like(rows[0]), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
     cpu_attention.attention(*rows, documents.ends, documents.window, y, lse)
-    return y, lse  # lse: (N, H)
+    return y, lse  # lse: (H, N)
 
 
 def _c_backward(dy, q, k, v, y, lse, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,11 +187,10 @@ def _c_backward(dy, q, k, v, y, lse, documents: Documents) -> tuple[Tensor, Tens
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     outputs = []
     for piece in _pieces(q, documents):
         y, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            *map(piece.take, (q, k, v)), is_causal=True, attn_mask=piece.mask(q.dtype)
+            *piece.take_heads(q, k, v), is_causal=True, attn_mask=piece.mask(q.dtype)
         )
         outputs.append((piece.rows(y), piece.rows(lse)))
     y, lse = map(_joined, zip(*outputs, strict=True))
@@ -192,15 +198,14 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple
 
 
 def _cpu_backward(dy, q, k, v, y, lse, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:
-    k, v, G = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), k.shape[1]
-    gradients = []
+    gradients, G = [], k.shape[1]
     for piece in _pieces(q, documents):
-        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *map(piece.take, (dy, q, k, v, y, lse)), 0.0, True, attn_mask=piece.mask(q.dtype)
+        tensors = piece.take(dy), *piece.take_heads(q, k, v), piece.take(y), piece.take(lse)
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *tensors, 0.0, True, attn_mask=piece.mask(q.dtype)
         )
-        gradients.append(map(piece.rows, found))
-    dq, dk, dv = map(_joined, zip(*gradients, strict=True))
-    return dq, sum_heads(dk, G), sum_heads(dv, G)
+        gradients.append(map(piece.rows, (dq, sum_heads(dk, G), sum_heads(dv, G))))
+    return tuple(map(_joined, zip(*gradients, strict=True)))
 
 
 class _Piece(NamedTuple):
@@ -220,6 +225,10 @@ class _Piece(NamedTuple):
         for row, document in zip(padded, x.split(self.lengths), strict=True):
             row[: len(document)] = document
         return padded.transpose(1, 2)
+
+    def take_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the documents' queries, keys and values, these for all heads."""
+        return self.take(q), repeat_heads(self.take(k), q.shape[1]), repeat_heads(self.take(v), q.shape[1])
 
     def rows(self, x: Tensor) -> Tensor:
         """Return the tokens of the documents in a list: (documents, H, length, ...) -> (tokens, H, ...)."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fused_attentions import EMULATED
+from support import fused_attentions
 from support.pretended_gpu import PretendedGpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +18,7 @@ from minilora.backend.choice import padded_length
 from minilora.backend.documents import PADDING, Documents, documents_of_ids, documents_of_rows
 from minilora.model import attention_mask
 
+EMULATED = dict(fused_attentions.EMULATED)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # Both sides sum in float32, in another order. A gradient sums over at most 14 tokens and 4 heads, and each
 # term has passed a product over K = 16, an exponential and another sum: sqrt(56) + 3 sqrt(16) + 3 roundings
@@ -94,7 +95,7 @@ def test_attention_over_documents_is_attention_with_a_dense_mask(ids, heads, win
 def test_so_is_its_definition(ids, heads, window):
     given_tensors = tensors(*ids.shape, *heads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "fused_form", lambda q: None)
+        patch.setattr(ops, "fused_form", lambda q, k, definition: definition)
         found = attended(*given_tensors, documents_of_ids(ids, CPU).within(window))
     assert_equal(found, masked(*given_tensors, ids, window), FLOAT32)
 
@@ -116,6 +117,7 @@ def test_so_are_the_fused_attentions_of_a_gpu(case, ids, heads, window):
     expected = masked(*given_tensors, ids, window)
     with PretendedGpu(capability) as gpu:
         there = [t.cuda() for t in given_tensors]
+        forms.fused_form(there[0][0], there[1][0], ops.DEFINITION)  # its trial
         with gpu.during() as record:
             found = attended(*there, documents_of_ids(ids, GPU).within(window))
         assert not gpu.faults and not record.waits
@@ -132,7 +134,7 @@ def test_rows_that_are_one_document_each_take_the_same_path(case):
     expected = masked(*given_tensors, torch.zeros(3, 40, dtype=torch.long), None)
     with PretendedGpu(capability) as gpu:
         found = attended(*(t.cuda() for t in given_tensors), documents_of_rows(3, 40, GPU))
-        assert gpu.launches[f"{kernel}_attention_forward"] == 1 and not gpu.faults
+        assert gpu.launches[f"{kernel}_attention_forward"] == 2 and not gpu.faults  # one of them a trial
     assert_equal(found, expected, unit(dtype))
     assert_equal(attended(*given_tensors, documents_of_rows(3, 40, CPU)), expected, unit(dtype))
 
@@ -159,7 +161,43 @@ def test_heads_too_wide_for_flash_attention_take_the_efficient_one():
     given_tensors = tensors(1, 9, 2, 1, 200, dtype=torch.bfloat16)
     with PretendedGpu((9, 0)) as gpu:
         attended(*(t.cuda() for t in given_tensors), documents_of_rows(1, 9, GPU))
-    assert gpu.launches["_efficient_attention_forward"] == 1 and not gpu.launches["_flash_attention_forward"]
+    assert gpu.launches["_efficient_attention_forward"] == 2 and not gpu.launches["_flash_attention_forward"]
+
+
+def test_flash_attention_that_is_switched_off_is_not_called():
+    given_tensors = tensors(1, 9, 2, 1, dtype=torch.float16)
+    with PretendedGpu((9, 0)) as gpu:
+        torch.backends.cuda.enable_flash_sdp(False)
+        try:
+            attended(*(t.cuda() for t in given_tensors), documents_of_rows(1, 9, GPU))
+        finally:
+            torch.backends.cuda.enable_flash_sdp(True)
+    assert gpu.launches["_efficient_attention_forward"] == 2 and not gpu.launches["_flash_attention_forward"]
+
+
+WRONG = {
+    "fails": lambda *arguments, **options: 1 / 0,
+    "knows no window": lambda *arguments, window_size_left, **options: EMULATED["_flash_attention_forward"](
+        *arguments[:8], True, False, window_size_left=-1, window_size_right=0
+    ),
+    "sees a key too many": lambda *arguments, window_size_left, **options: EMULATED[
+        "_flash_attention_forward"
+    ](*arguments, window_size_left=window_size_left + 1, **options),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_kernel_that_does_not_pass_its_trial_is_not_used_and_one_line_says_so(wrong, monkeypatch, capfd):
+    ids = torch.tensor([[0] * 5 + [1] * 30])
+    given_tensors = tensors(*ids.shape, 4, 2, dtype=torch.bfloat16)
+    monkeypatch.setitem(fused_attentions.EMULATED, "_flash_attention_forward", WRONG[wrong])
+    with PretendedGpu((9, 0)) as gpu:
+        for _ in range(2):
+            found = attended(*(t.cuda() for t in given_tensors), documents_of_ids(ids, GPU).within(3))
+    assert gpu.launches["_flash_attention_forward"] == 1  # the trial's
+    assert_equal(found, masked(*given_tensors, ids, 3), unit(torch.bfloat16))
+    said = [line for line in capfd.readouterr().err.splitlines() if "attention is slower" in line]
+    assert len(said) == 1 and "'flash'" in said[0]
 
 
 # ---- a CPU -------------------------------------------------------------------------------------------------
@@ -297,7 +335,7 @@ def test_a_second_run_reads_the_log_sum_exps_of_the_first_whatever_form_is_chose
         kept = KeptAttention()
         with torch.no_grad():  # as the first run of a checkpointed layer
             first = ops.document_attention(q, k, v, documents, kept)
-        monkeypatch.setattr(ops, "fused_form", lambda q: None)
+        monkeypatch.setattr(ops, "fused_form", lambda q, k, definition: definition)
         leaves = [t.requires_grad_() for t in (q, k, v)]
         with gpu.during() as record:
             again = ops.document_attention(*leaves, documents, KeptAttention(kept.outputs))
@@ -354,7 +392,7 @@ def test_a_longest_length_that_is_too_small_would_leave_tokens_unwritten(case):
         right = documents_of_rows(1, 8, GPU)
         short = Documents((5,), right.cumulative, right.positions, None)
         rows = [t[0] for t in (q, k, v)]
-        y, _ = forms.fused_form(rows[0]).forward(*rows, short)
+        y, _ = forms.fused_form(*rows[:2], ops.DEFINITION).forward(*rows, short)
         assert y[5:].isnan().all() and not y[:5].isnan().any()
 
 
