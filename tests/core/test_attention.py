@@ -92,6 +92,14 @@ def test_attention_over_documents_is_attention_with_a_dense_mask(ids, heads, win
 
 @settings(max_examples=20)
 @given(rows_of_documents(), HEADS, WINDOWS)
+def test_so_it_is_in_bfloat16_on_a_cpu(ids, heads, window):
+    given_tensors = tensors(*ids.shape, *heads, K=32, dtype=torch.bfloat16)
+    found = attended(*given_tensors, documents_of_ids(ids, CPU).within(window))
+    assert_equal(found, masked(*given_tensors, ids, window), unit(torch.bfloat16))
+
+
+@settings(max_examples=20)
+@given(rows_of_documents(), HEADS, WINDOWS)
 def test_so_is_its_definition(ids, heads, window):
     given_tensors = tensors(*ids.shape, *heads)
     with pytest.MonkeyPatch.context() as patch:
