@@ -12,7 +12,9 @@ triton_trial.py  whether the Triton kernels run on a GPU, found out once
 scratch.py   a buffer that all layers share
 copies.py    numbers on their way to a GPU and back, with few waits
 offload.py   layer inputs on their way to CPU memory and back
-attention_mask.py   attention's mask as numbers, once for all layers
+documents.py     where the documents of a batch lie
+attention.py     attention over documents, in the fused kernels at hand
+attention_trial.py  whether a GPU's kernels of attention compute its definition, found out once
+attention_mask.py   attention's mask over a cache, as numbers, once for all layers
 rerun.py     what a second run of a layer needs to repeat the first one
-attention_outputs.py  what fused attention gave in the first run, for the second one
 """

@@ -66,3 +66,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
 @lru_cache
 def _cpu_multiplies_bfloat16() -> bool:
     return cpu_bfloat16_feature() is not None
+
+
+def padded_length(tokens: int) -> int:
+    """Round a number of tokens up: to multiples of 16 up to 256, of 32 up to 512, of 64 up to 1024, and so
+    on.
+
+    Padding is at most a sixteenth of a long row, and up to 1024 tokens there are 32 different lengths.
+    """
+    multiple = max(16, (1 << (tokens - 1).bit_length()) // 16)
+    return -(-tokens // multiple) * multiple

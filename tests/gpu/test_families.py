@@ -23,7 +23,7 @@ def test_a_micro_batch_of_every_family_waits_for_nothing_and_mixes_no_devices(fa
     documents = torch.tensor([[0] * 10 + [1] * 14] * 2) if packed else None
     with PretendedGpu() as gpu:
         model.cuda()
-        ids_there, documents = ids.cuda(), documents if documents is None else documents.cuda()
+        ids_there = ids.cuda()
         assert set_recompute(model, policy) == policy
         causal_lm_loss(model, ids_there, ids, documents).backward()  # fills the caches of the device
         with gpu.during() as record:
