@@ -28,6 +28,7 @@ typedef struct task {
     void *out;                          /* (n,) */
     const struct adamw *adamw;
     const struct product *product;
+    const struct attention *attention;
 } task;
 
 static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -296,4 +297,5 @@ void adamw_8bit(const int64_t *tensors, int64_t blocks, const float *code1, cons
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "amx.c"
+#include "attention.c"
 #endif

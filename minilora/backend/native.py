@@ -37,7 +37,8 @@ from minilora.backend.scratch import scratch
 from minilora.system.errors import UserError
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_INCLUDED = _SOURCE.with_name("amx.c")
+_INCLUDED = _SOURCE.with_name("amx.c"), _SOURCE.with_name("attention.c")
+_NEED_AMX = {"matmul_bf16", "attention_bf16", "attention_backward_bf16"}
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
@@ -134,16 +135,15 @@ def _functions() -> dict:
         return {}
     arguments = _arguments()
     try:
-        library = load_library([_SOURCE, _INCLUDED], ["use_openmp", *arguments.keys() - {"matmul_bf16"}])
+        library = load_library([_SOURCE, *_INCLUDED], ["use_openmp", *arguments.keys() - _NEED_AMX])
     except (UserError, OSError) as error:
         _warn_once(str(error))
         return {}
     if library is None:
         return {}
-    has_amx = hasattr(library, "matmul_bf16") and hasattr(library, "amx_permission")
-    if not has_amx or library.amx_permission() != 0:
-        del arguments["matmul_bf16"]
-    functions = {name: getattr(library, name) for name in arguments}
+    has_amx = all(hasattr(library, name) for name in (*_NEED_AMX, "amx_permission"))
+    missing = set() if has_amx and library.amx_permission() == 0 else _NEED_AMX
+    functions = {name: getattr(library, name) for name in arguments.keys() - missing}
     for name, function in functions.items():
         function.argtypes, function.restype = arguments[name], None
     library.use_openmp.argtypes, library.use_openmp.restype = [ctypes.c_void_p], None
@@ -158,6 +158,8 @@ def _arguments() -> dict[str, list]:
     quantized = [*[pointer] * 3, count, pointer, pointer, number]
     arguments = {
         "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, integer],
+        "attention_bf16": [*[pointer] * 4, *[count] * 6, *[pointer] * 4, integer],
+        "attention_backward_bf16": [*[pointer] * 7, *[count] * 6, *[pointer] * 6, integer],
         "matmul_bf16": [integer, *[count] * 3, pointer, *quantized, *[pointer] * 3, *[count] * 2, integer],
     }
     for dtype in _NAMES.values():
