@@ -5,6 +5,8 @@ native.py    the C functions, trusted after a trial, called through ctypes
 library.py   the C library as a file: compiled on first use, kept in a private cache
 native.c     its source: quantize, dequantize, AdamW in 8 bits
 amx.c        and on a CPU with AMX: the products with a 4-bit weight
+cpu_attention.py  attention over the documents of a row, on a CPU with AMX
+attention.c  its source
 triton_trial.py  whether the Triton kernels run on a GPU, found out once
 scratch.py   a buffer that all layers share
 copies.py    numbers on their way to a GPU and back, with few waits

@@ -55,15 +55,16 @@ static inline void use_tiles(void) {
     _tile_loadconfig(&tiles);
 }
 
-/* (16, 16) words of 32 bits, in place: halves of rows s apart change places, s = 1, 2, 4, 8 */
+/* (16, 16) words of 32 bits, in place: halves of rows s apart change places, s = 1, 2, 4, 8. Unrolled, the rows stay in
+   registers. */
 static inline void transpose(__m512i row[16]) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 4
     for (int s = 1; s < 16; s *= 2) {
-        int32_t first[16], second[16];
-        for (int j = 0; j < 16; j++) {
-            first[j] = j & s ? 16 + j - s : j;
-            second[j] = j & s ? 16 + j : j + s;
-        }
-        __m512i to_first = _mm512_loadu_si512(first), to_second = _mm512_loadu_si512(second);
+        __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
+        __m512i to_first = _mm512_mask_add_epi32(lane, odd, lane, _mm512_set1_epi32(16 - s));
+        __m512i to_second = _mm512_add_epi32(to_first, _mm512_set1_epi32(s));
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
             if (i & s)
                 continue;

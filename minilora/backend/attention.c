@@ -26,7 +26,7 @@ enum {
     SIDE = 32,                          /* of a square */
     SQUARE = SIDE * SIDE,               /* its numbers: two tiles of A or B */
     MAX_SIZE = 256,                     /* of a head */
-    FORWARD_KEYS = 128,                 /* between two looks at the maximum */
+    FORWARD_KEYS = 256,                 /* between two looks at the maximum */
     KEYS = 128, QUERIES = 128,          /* of a step of backward */
     HEADS = 4,                          /* query heads whose dK and dV are summed one after another, by one thread */
 };
@@ -210,15 +210,24 @@ typedef struct state {                  /* of 32 queries */
     uint16_t q[MAX_SIZE * SIDE], p[FORWARD_KEYS * SIDE];
 } state;
 
+/* The largest of x and of one column of scores. Four are compared first: a chain of single ones would wait for each. */
+static inline __m512 largest(__m512 x, const float *scores, int64_t keys) {
+    for (int64_t key = 0; key < keys; key += 4, scores += 4 * SIDE) {
+        __m512 a = _mm512_max_ps(_mm512_load_ps(scores), _mm512_load_ps(scores + SIDE));
+        __m512 b = _mm512_max_ps(_mm512_load_ps(scores + 2 * SIDE), _mm512_load_ps(scores + 3 * SIDE));
+        x = _mm512_max_ps(x, _mm512_max_ps(a, b));
+    }
+    return x;
+}
+
 /* scores of `keys` keys -> p, total; y and total are scaled down where the maximum rises */
 static inline void add_exponentials(state *s, int64_t keys, int64_t size, float scale) {
+    const __m512 to_2 = _mm512_set1_ps(scale * LOG2_E);
     for (int half = 0; half < 2; half++) {
         const float *scores = s->scores + 16 * half;
-        __m512 most = s->most[half], total = s->total[half], to_2 = _mm512_set1_ps(scale * LOG2_E);
-        for (int64_t key = 0; key < keys; key++)
-            most = _mm512_max_ps(most, _mm512_load_ps(scores + key * SIDE));
+        __m512 most = largest(s->most[half], scores, keys), total = s->total[half], shift = _mm512_mul_ps(most, to_2);
         if (_mm512_cmp_ps_mask(most, s->most[half], _CMP_NEQ_UQ)) {
-            __m512 factor = exp2_16(_mm512_mul_ps(_mm512_sub_ps(s->most[half], most), to_2));
+            __m512 factor = exp2_16(_mm512_fmsub_ps(s->most[half], to_2, shift));
             total = _mm512_mul_ps(total, factor);
             for (int64_t i = 0; i < size; i++) {
                 float *y = s->y + i * SIDE + 16 * half;
@@ -226,10 +235,8 @@ static inline void add_exponentials(state *s, int64_t keys, int64_t size, float 
             }
         }
         for (int64_t key = 0; key < keys; key += 2) {
-            __m512 a = _mm512_sub_ps(_mm512_load_ps(scores + key * SIDE), most);
-            __m512 b = _mm512_sub_ps(_mm512_load_ps(scores + (key + 1) * SIDE), most);
-            a = exp2_16(_mm512_mul_ps(a, to_2));
-            b = exp2_16(_mm512_mul_ps(b, to_2));
+            __m512 a = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(scores + key * SIDE), to_2, shift));
+            __m512 b = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(scores + (key + 1) * SIDE), to_2, shift));
             total = _mm512_add_ps(total, _mm512_add_ps(a, b));
             _mm512_store_si512(s->p + (key / 32 * 2 + half) * TILE + key % 32 * 16, pairs(a, b));
         }

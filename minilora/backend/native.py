@@ -37,7 +37,7 @@ from minilora.backend.scratch import scratch
 from minilora.system.errors import UserError
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_INCLUDED = _SOURCE.with_name("amx.c"), _SOURCE.with_name("attention.c")
+_INCLUDED = [_SOURCE.with_name(name) for name in ("amx.c", "attention.c")]
 _NEED_AMX = {"matmul_bf16", "attention_bf16", "attention_backward_bf16"}
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

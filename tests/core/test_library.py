@@ -19,7 +19,7 @@ from minilora.backend import library, native
 
 C_COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 pytestmark = pytest.mark.skipif(os.name != "posix" or not C_COMPILER, reason="there is no C compiler")
-SOURCES, FUNCTIONS = [native._SOURCE, native._INCLUDED], ["use_openmp", "quantize_fp32"]
+SOURCES, FUNCTIONS = [native._SOURCE, *native._INCLUDED], ["use_openmp", "quantize_fp32"]
 
 
 @pytest.fixture(scope="module")
