@@ -26,9 +26,9 @@ typedef struct task {
     const float *nested_absmax, *nested_code;   /* (blocks / 256,) and (256,), or NULL */
     float offset;
     void *out;                          /* (n,) */
+    const struct attention *attention;
     const struct adamw *adamw;
     const struct product *product;
-    const struct attention *attention;
 } task;
 
 static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }

@@ -38,11 +38,11 @@ from minilora.system.errors import UserError
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _INCLUDED = [_SOURCE.with_name(name) for name in ("amx.c", "attention.c")]
-_NEED_AMX = {"matmul_bf16", "attention_bf16", "attention_backward_bf16"}
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
 _ROWS_AT_ONCE, _W_AT_ONCE = 1024, 384 * 1024  # rows of x; weights of a chunk, 768 kB of a core's cache
+_NEED_AMX = {"matmul_bf16", "attention_bf16", "attention_backward_bf16"}
 
 
 def quantize(
@@ -157,9 +157,9 @@ def _arguments() -> dict[str, list]:
     pointer, count, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     quantized = [*[pointer] * 3, count, pointer, pointer, number]
     arguments = {
-        "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, integer],
         "attention_bf16": [*[pointer] * 4, *[count] * 6, *[pointer] * 4, integer],
         "attention_backward_bf16": [*[pointer] * 7, *[count] * 6, *[pointer] * 6, integer],
+        "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, integer],
         "matmul_bf16": [integer, *[count] * 3, pointer, *quantized, *[pointer] * 3, *[count] * 2, integer],
     }
     for dtype in _NAMES.values():
