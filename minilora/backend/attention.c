@@ -168,7 +168,7 @@ static inline uint16_t *square(const attention *a, uint16_t *tiles, int64_t grou
     return tiles + (group * a->blocks + block) * SIDE * a->size;
 }
 
-static inline int64_t smaller(int64_t a, int64_t b) {
+static inline int64_t minimum(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
@@ -211,7 +211,7 @@ typedef struct state {                  /* of 32 queries */
 } state;
 
 /* The largest of x and of one column of scores. Four are compared first: a chain of single ones would wait for each. */
-static inline __m512 largest(__m512 x, const float *scores, int64_t keys) {
+static inline __m512 largest_score(__m512 x, const float *scores, int64_t keys) {
     for (int64_t key = 0; key < keys; key += 4, scores += 4 * SIDE) {
         __m512 a = _mm512_max_ps(_mm512_load_ps(scores), _mm512_load_ps(scores + SIDE));
         __m512 b = _mm512_max_ps(_mm512_load_ps(scores + 2 * SIDE), _mm512_load_ps(scores + 3 * SIDE));
@@ -225,7 +225,7 @@ static inline void add_exponentials(state *s, int64_t keys, int64_t size, float 
     const __m512 to_2 = _mm512_set1_ps(scale * LOG2_E);
     for (int half = 0; half < 2; half++) {
         const float *scores = s->scores + 16 * half;
-        __m512 most = largest(s->most[half], scores, keys), total = s->total[half], shift = _mm512_mul_ps(most, to_2);
+        __m512 most = largest_score(s->most[half], scores, keys), total = s->total[half], shift = _mm512_mul_ps(most, to_2);
         if (_mm512_cmp_ps_mask(most, s->most[half], _CMP_NEQ_UQ)) {
             __m512 factor = exp2_16(_mm512_fmsub_ps(s->most[half], to_2, shift));
             total = _mm512_mul_ps(total, factor);
@@ -257,7 +257,7 @@ static void attend(const attention *a, state *s, const document *d, int64_t head
         s->total[half] = _mm512_setzero_ps();
     }
     for (int64_t key = first_key(a, query), keys; key < query + SIDE; key += keys) {
-        keys = smaller(FORWARD_KEYS, query + SIDE - key);
+        keys = minimum(FORWARD_KEYS, query + SIDE - key);
         for (int64_t i = 0; i < keys; i += SIDE) {
             add_product(k + (key + i) * a->size, SQUARE, s->q, SQUARE, squares, s->scores + i * SIDE, SIDE, 0);
             hide(s->scores + i * SIDE, key + i - query, a->window);
@@ -357,8 +357,8 @@ static inline void differentiate(const step *s, int64_t query, float scale, uint
 /* the gradients of all pairs of up to KEYS keys and the step's queries */
 static void add_gradients(const attention *a, step *s, int64_t group, const document *d, float *sums, int64_t query, int64_t key) {
     int64_t squares = a->size / SIDE, row = squares * SQUARE;    /* numbers of 32 packed rows */
-    int64_t queries = smaller(QUERIES, (d->length - query + SIDE - 1) / SIDE * SIDE);
-    int64_t keys = smaller(KEYS, query + queries - key);
+    int64_t queries = minimum(QUERIES, (d->length - query + SIDE - 1) / SIDE * SIDE);
+    int64_t keys = minimum(KEYS, query + queries - key);
     for (int64_t i = 0; i < keys; i += SIDE) {
         int64_t block = d->block + (key + i) / SIDE, ahead = key + i - query;
         const uint16_t *k = square(a, a->key_rows, group, block), *v = square(a, a->value_rows, group, block);
@@ -377,7 +377,7 @@ static void add_gradients(const attention *a, step *s, int64_t group, const docu
         }
     }
     for (int64_t i = 0; i < queries; i += SIDE) {
-        int64_t from = first_key(a, query + i) - key, to = smaller(query + i + SIDE - key, keys);
+        int64_t from = first_key(a, query + i) - key, to = minimum(query + i + SIDE - key, keys);
         from = from > 0 ? from : 0;
         const uint16_t *k = square(a, a->key_columns, group, d->block + (key + from) / SIDE);
         for (int64_t f = 0; f < squares && to > from; f++)
@@ -402,10 +402,10 @@ static void run_attention_backward(const task *t) {
         int64_t part = i % parts, group = part % a->groups, first = part / a->groups * HEADS;
         float *sums = a->sums + (part * a->blocks + d->block) * 2 * SIDE * a->size;
         memset(sums, 0, sizeof(float) * 2 * a->size * ((d->length + SIDE - 1) / SIDE * SIDE));
-        for (int64_t head = group * heads + first; head < group * heads + smaller(first + HEADS, heads); head++) {
+        for (int64_t head = group * heads + first; head < group * heads + minimum(first + HEADS, heads); head++) {
             for (int64_t query = 0; query < d->length; query += QUERIES) {
                 load_queries(a, &s, d, head, query);
-                for (int64_t key = first_key(a, query); key < smaller(query + QUERIES, d->length); key += KEYS)
+                for (int64_t key = first_key(a, query); key < minimum(query + QUERIES, d->length); key += KEYS)
                     add_gradients(a, &s, group, d, sums, query, key);
                 for (int64_t j = 0; j < QUERIES && query + j < d->length; j += SIDE)
                     write_transposed(s.dq + j, QUERIES, scale, d->length - query - j, a->size,
