@@ -37,11 +37,12 @@ from minilora.backend.scratch import scratch
 from minilora.system.errors import UserError
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_INCLUDED = [_SOURCE.with_name(name) for name in ("amx.c", "elementwise.c")]
+_INCLUDED = [_SOURCE.with_name(name) for name in ("elementwise.c", "amx.c", "attention.c")]
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
 _ROWS_AT_ONCE, _W_AT_ONCE = 1024, 384 * 1024  # rows of x; weights of a chunk, 768 kB of a core's cache
+_NEED_AMX = {"matmul_bf16", "attention_bf16", "attention_backward_bf16"}
 
 
 def quantize(
@@ -149,16 +150,15 @@ def _functions() -> dict:
         return {}
     arguments = _arguments()
     try:
-        library = load_library([_SOURCE, *_INCLUDED], ["use_openmp", *arguments.keys() - {"matmul_bf16"}])
+        library = load_library([_SOURCE, *_INCLUDED], ["use_openmp", *arguments.keys() - _NEED_AMX])
     except (UserError, OSError) as error:
         _warn_once(str(error))
         return {}
     if library is None:
         return {}
-    has_amx = hasattr(library, "matmul_bf16") and hasattr(library, "amx_permission")
-    if not has_amx or library.amx_permission() != 0:
-        del arguments["matmul_bf16"]
-    functions = {name: getattr(library, name) for name in arguments}
+    has_amx = all(hasattr(library, name) for name in (*_NEED_AMX, "amx_permission"))
+    missing = set() if has_amx and library.amx_permission() == 0 else _NEED_AMX
+    functions = {name: getattr(library, name) for name in arguments.keys() - missing}
     for name, function in functions.items():
         function.argtypes, function.restype = arguments[name], None
     library.use_openmp.argtypes, library.use_openmp.restype = [ctypes.c_void_p], None
@@ -172,6 +172,8 @@ def _arguments() -> dict[str, list]:
     pointer, count, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     quantized = [*[pointer] * 3, count, pointer, pointer, number]
     arguments = {
+        "attention_bf16": [*[pointer] * 4, *[count] * 6, *[pointer] * 4, integer],
+        "attention_backward_bf16": [*[pointer] * 7, *[count] * 6, *[pointer] * 6, integer],
         "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, integer],
         "matmul_bf16": [*[integer] * 2, *[count] * 3, pointer, *quantized, pointer, *[count] * 2]
         + [*[pointer] * 4, *[count] * 2, integer],
