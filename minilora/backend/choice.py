@@ -31,7 +31,21 @@ def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
     """Return the function to run an operation of `minilora.ops` on tensors like x: its definition, or another
     form.
     """
+    if form_for(x, operation) == "triton" and _triton_computes(operation, x):
+        from minilora.kernels import operations
+
+        return getattr(operations, operation, definition)
     return definition
+
+
+def _triton_computes(operation: str, x: Tensor) -> bool:
+    """Whether the kernel is for tensors like x. Products with dropout inside need tensor cores, which Triton
+    uses for 16 bits, and from compute capability 8.0 on.
+    """
+    if operation in ("dropped_product", "add_dropped_product", "product_with_dropped"):
+        tensor_cores = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return tensor_cores and x.element_size() == 2
+    return x.dtype != torch.float64
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
