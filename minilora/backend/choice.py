@@ -34,7 +34,25 @@ def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
     """
     if not _fused or (x.is_cpu and operation not in elementwise.FORMS):
         return definition
-    return elementwise.form_of(operation, definition) if form_for(x, operation) == "c" else definition
+    match form_for(x, operation):
+        case "c":
+            return elementwise.form_of(operation, definition)
+        case "triton" if _triton_computes(operation, x):
+            from minilora.kernels import operations
+
+            return getattr(operations, operation, definition)
+        case _:
+            return definition
+
+
+def _triton_computes(operation: str, x: Tensor) -> bool:
+    """Whether the kernel is for tensors like x. Products with dropout inside need tensor cores, which Triton
+    uses for 16 bits, and from compute capability 8.0 on.
+    """
+    if operation in ("dropped_product", "add_dropped_product", "product_with_dropped"):
+        tensor_cores = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return tensor_cores and x.element_size() == 2
+    return x.dtype != torch.float64
 
 
 _fused = True
