@@ -18,9 +18,10 @@
        Y^T = V^T P^T   dQ^T = K^T dS^T    C (32 features, 32 queries)
        dV = P^T dY     dK = dS^T Q        C (32 keys, 32 features)
 
-   A product takes A in rows and B in pairs of neighbouring rows, see amx.c. `pack_rows` writes each matrix once in the orders that its
-   products want. All of it is done in squares of 32 keys and 32 queries; squares that no query sees are skipped. A document is
-   packed from a square's edge on, so its numbers do not depend on its neighbours, nor on the number of threads. */
+   A product takes A in rows and B in pairs of neighbouring rows, see amx.c. `pack_rows` writes a matrix in the orders that its
+   products want. Scores are made in squares of 32 keys and 32 queries, and squares that no query sees are skipped. A document is
+   packed from a square's edge on, so its numbers do not depend on its neighbours. One thread makes all sums of a number, in one
+   order, so they do not depend on the number of threads. */
 
 enum {
     SIDE = 32,                          /* of a square */
@@ -58,7 +59,8 @@ typedef struct attention {
        yes         no         B = X^T    the same, transposed: pairs of columns of X
        no          yes        B = X      pairs of rows: of even columns, of odd columns
        yes         yes        A = X^T    the same, transposed: even columns of X, odd columns of X */
-static void pack_rows(const uint16_t *x, int64_t stride, int64_t count, int64_t size, int in_pairs, int transposed, uint16_t *tiles) {
+static void pack_rows(const uint16_t *x, int64_t stride, int64_t count, int64_t size, int in_pairs, int transposed,
+                      uint16_t *tiles) {
     const __m512i low = _mm512_set1_epi32(0xffff);
     __m512i row[32], tile[2][16];
     for (int64_t column = 0; column < size; column += 32, tiles += SQUARE) {
@@ -109,7 +111,7 @@ static inline void add_product(const uint16_t *a, int64_t a_step, const uint16_t
     _tile_stored(3, c + 16 * stride + 16, 4 * stride);
 }
 
-/* c: (K, queries), rows in the order of pack_rows's even and odd columns; times factor, of each of 32 queries -> 32 rows of y */
+/* c (K, queries), of every 32 rows the even and then the odd ones, times a factor of each of 32 queries -> 32 rows of y */
 static void write_transposed(const float *c, int64_t queries, const __m512 factor[2], int64_t count, int64_t size, uint16_t *y,
                              int64_t stride) {
     __m512i even[16], odd[16];
@@ -172,6 +174,7 @@ static inline int64_t minimum(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+/* the last document that begins at or before a block: those without tokens come before it */
 static inline const document *document_of(const attention *a, int64_t block) {
     int64_t low = 0, high = a->documents - 1;
     while (low < high) {
@@ -441,13 +444,11 @@ static void run_add_parts(const task *t) {
 
 /* ---- called from Python ------------------------------------------------------------------------------------------------- */
 
-/* Fill the documents that have tokens, and the number of their blocks; return the token at which the last one ends. */
-static int64_t find_documents(attention *a, const int64_t *ends, int64_t count) {
+/* Fill the documents and count their blocks; return the token at which the last one ends. */
+static int64_t find_documents(attention *a, const int64_t *ends) {
     int64_t first = 0;
-    for (int64_t i = 0; i < count; first = ends[i], i++) {
-        if (ends[i] == first)
-            continue;
-        a->document[a->documents++] = (document){.first = first, .length = ends[i] - first, .block = a->blocks};
+    for (int64_t i = 0; i < a->documents; first = ends[i], i++) {
+        a->document[i] = (document){.first = first, .length = ends[i] - first, .block = a->blocks};
         a->blocks += (ends[i] - first + SIDE - 1) / SIDE;
     }
     return first;
@@ -461,8 +462,8 @@ void attention_bf16(const uint16_t *q, const uint16_t *k, const uint16_t *v, con
                     int64_t tokens, int64_t heads, int64_t groups, int64_t size, int64_t window, uint16_t *y, float *lse,
                     void *document, uint16_t *tiles, int threads) {
     attention a = {.q = q, .k = k, .v = v, .y = y, .lse = lse, .tokens = tokens, .heads = heads, .groups = groups, .size = size,
-                   .window = window, .document = document, .scale = 1 / sqrtf((float)size)};
-    int64_t end = find_documents(&a, ends, documents), numbers = groups * a.blocks * SIDE * size;
+                   .window = window, .documents = documents, .document = document, .scale = 1 / sqrtf((float)size)};
+    int64_t end = find_documents(&a, ends), numbers = groups * a.blocks * SIDE * size;
     a.key_rows = tiles;
     a.value_columns = tiles + numbers;
     task t = {.run = run_pack_keys, .attention = &a};
@@ -479,9 +480,9 @@ void attention_backward_bf16(const uint16_t *dy, const uint16_t *q, const uint16
                              int64_t size, int64_t window, uint16_t *dq, uint16_t *dk, uint16_t *dv, void *document,
                              uint16_t *tiles, float *sums, int threads) {
     attention a = {.dy = dy, .q = q, .k = k, .v = v, .y = y, .lse = lse, .dq = dq, .dk = dk, .dv = dv, .tokens = tokens,
-                   .heads = heads, .groups = groups, .size = size, .window = window, .document = document, .sums = sums,
-                   .scale = 1 / sqrtf((float)size)};
-    int64_t end = find_documents(&a, ends, documents), numbers = groups * a.blocks * SIDE * size;
+                   .heads = heads, .groups = groups, .size = size, .window = window, .documents = documents, .document = document,
+                   .sums = sums, .scale = 1 / sqrtf((float)size)};
+    int64_t end = find_documents(&a, ends), numbers = groups * a.blocks * SIDE * size;
     a.key_rows = tiles;
     a.key_columns = tiles + numbers;
     a.value_rows = tiles + 2 * numbers;
