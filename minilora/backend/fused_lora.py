@@ -115,7 +115,8 @@ class _FusedLora(torch.autograd.Function):
             gradients = [t if need else None for t, need in zip(found, needs[2:], strict=True)]
         if needs[0]:
             dx = gradient_of_input(dys, g, A, call)
-            dx = None if dx is None else dx.to(x_dtype).view(ctx.shape)
+            dx = None if dx is None else dx.to(x_dtype)
+            dx = dx if dx is None or len(ctx.shape) == 2 else dx.view(ctx.shape)
         return dx, None, *gradients
 
 
@@ -128,15 +129,21 @@ def _columns(x: Tensor, k: int) -> Sequence[Tensor]:
     return [x] if k == 1 else x.view(len(x), k, -1).unbind(1)
 
 
+def _pieces(A: Tensor, k: int) -> Sequence[Tensor]:
+    """Split (k r, in) into k tensors (r, in)."""
+    return [A] if k == 1 else A.view(k, -1, A.shape[1]).unbind()
+
+
 def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
     """Return [A_1; A_2; ...], (k r, in), and each B, (out, r), in a dtype: one copy, one launch."""
     As, Bs = tensors[::2], tensors[1::2]
     if len(As) <= 1 and all(t.dtype == dtype for t in tensors):
         return [*As, *Bs] or [None]
-    A = As[0].new_empty(len(As), *As[0].shape, dtype=dtype)
-    narrow_Bs = [torch.empty_like(B, dtype=dtype) for B in Bs]
-    torch._foreach_copy_([*A.unbind(), *narrow_Bs], [*As, *Bs])
-    return [A.view(-1, A.shape[-1]), *narrow_Bs]
+    k, (r, width) = len(As), As[0].shape
+    A = As[0].new_empty(k * r, width, dtype=dtype)
+    cast_Bs = [torch.empty_like(B, dtype=dtype) for B in Bs]
+    torch._foreach_copy_([*_pieces(A, k), *cast_Bs], [*As, *Bs])
+    return [A, *cast_Bs]
 
 
 def thin_products(x: Tensor, A: Tensor, call: _Call) -> Tensor:
@@ -145,7 +152,7 @@ def thin_products(x: Tensor, A: Tensor, call: _Call) -> Tensor:
     if call.adapter.threshold == 0:
         return torch.addmm(n, x, A.T, beta=0, alpha=scaling, out=n)
     product = fastest("dropped_product", x, dropout.dropped_product_definition)
-    for i, part, a in zip(call.adapted, _columns(n, k), A.view(k, -1, A.shape[1]), strict=True):
+    for i, part, a in zip(call.adapted, _columns(n, k), _pieces(A, k), strict=True):
         torch.mul(product(x, a, *call.draws(i)), scaling, out=part)
     return n
 
@@ -182,7 +189,7 @@ def gradients_of_A(x: Tensor, g: Tensor, call: _Call) -> Sequence[Tensor]:
         parts = zip(call.adapted, _columns(g, k), strict=True)
         return [product(part, x, *call.draws(i)).float() for i, part in parts]
     dA = _wide_product(g.T, x)  # (k r, in)
-    return [dA] if k == 1 else dA.view(k, -1, x.shape[1]).unbind()
+    return _pieces(dA, k)
 
 
 def gradients_of_B(
@@ -215,6 +222,6 @@ def gradient_of_input(
         dx = multiply_back(dys[i], call.parts[i].weight, dx, update)
     if dx is not None and g is not None and not inside:
         k, add = len(call.adapted), fastest("add_dropped_product", dx, dropout.add_dropped_product_definition)
-        for i, part, a in zip(call.adapted, _columns(g, k), A.view(k, -1, A.shape[1]), strict=True):
+        for i, part, a in zip(call.adapted, _columns(g, k), _pieces(A, k), strict=True):
             add(dx, part, a, *call.draws(i))
     return dx
