@@ -66,7 +66,9 @@ class Documents:
     def take(self, x: Tensor) -> Tensor:
         """Return the documents' tokens, one document after the other: (B, T, ...) -> (N, ...)."""
         x = x.flatten(0, 1)
-        return x[: self.tokens] if self.places is None else x.index_select(0, self.places)
+        if self.places is not None:
+            return x.index_select(0, self.places)
+        return x if self.tokens == len(x) else x[: self.tokens]
 
     def put(self, x: Tensor, B: int, T: int) -> Tensor:
         """Return tokens at their places in the batch, zeros elsewhere: (N, ...) -> (B, T, ...)."""
