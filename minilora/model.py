@@ -30,7 +30,7 @@ from minilora.backend.documents import (
 )
 from minilora.backend.offload import OffloadedInputs
 from minilora.config import ModelConfig, RopeConfig
-from minilora.linear import rerun_linear
+from minilora.linear import apply_each
 from minilora.recompute import checkpoint
 
 Sight = Documents | Tensor | None  # what tokens see: their documents, or with a cache a mask or all before
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         super().__init__()
         H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         D = config.hidden_size
-        self.layer, self.head_dim = layer, K
+        self.layer = layer
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
@@ -103,22 +103,23 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (B, T, D)
-        cos: Tensor,
+        x: Tensor,  # (N, D)
+        cos: Tensor,  # (B or 1, T, K)
         sin: Tensor,
         seen: Sight,
         cache: KVCache | None = None,
         kept: KeptAttention | None = None,
     ) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        T, K = cos.shape[1:]
+        products = apply_each(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(-1, T, y.shape[-1] // K, K) for y in products)
         q, k = ops.rope(self.q_norm(q), self.k_norm(k), cos, sin)  # (B, T, H, K), (B, T, G, K)
         if cache is None:
             y = ops.document_attention(q, k, v, seen, kept)  # (B, T, H, K)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             y = ops.attention(q, *cache.update(self.layer, k, v), seen).transpose(1, 2)
-        return self.o_proj(y.reshape(B, T, -1))  # (B, T, D)
+        return self.o_proj(y.reshape(len(x), -1))  # (N, D)
 
 
 class MLP(nn.Module):
@@ -131,16 +132,20 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, F, bias=config.mlp_bias)
         self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+        return self.down_proj(ops.swiglu(*apply_each(x, self.gate_proj, self.up_proj)))
 
     def rerun_for_backward(self, x: Tensor) -> Tensor:
         """Return an output with forward's gradient and arbitrary values (see DecoderLayer)."""
-        return rerun_linear(self.down_proj, ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        h = ops.swiglu(*apply_each(x, self.gate_proj, self.up_proj))
+        return apply_each(h, self.down_proj, values=False)[0]
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each on a normed copy of the residual stream."""
+    """Attention and feed-forward, each on a normed copy of the residual stream.
+
+    The N = B T tokens of a batch are rows, (N, D): only attention tells their documents apart.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -150,7 +155,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Sight, cache=None, kept=None) -> Tensor:
-        x, normed = self.input_layernorm.after_sum(x)  # (B, T, D) each
+        x, normed = self.input_layernorm.after_sum(x)  # (N, D) each
         y = self.self_attn(normed, cos, sin, seen, cache, kept)
         x, normed = self.post_attention_layernorm.after_sum(x, y)
         return x + self.mlp(normed)
@@ -189,6 +194,7 @@ class Decoder(nn.Module):
         positions, sights = self._sights(x, document_ids, cache)
         position_ids = positions if position_ids is None else position_ids
         cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, T, K)
+        x = x.flatten(0, 1)  # (N, D)
         recompute = self.recompute if cache is None and torch.is_grad_enabled() else "off"
         offload = OffloadedInputs(x.device) if recompute == "offload" else None
         keep = dict(keep_attention=recompute == "selective", offload=offload)
@@ -199,7 +205,7 @@ class Decoder(nn.Module):
                 x = checkpoint(layer, x, cos, sin, sights[window], rerun=layer.rerun_for_backward, **keep)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        return self.norm(x)
+        return self.norm(x).view(*input_ids.shape, -1)
 
     def _sights(
         self, x: Tensor, document_ids: Tensor | None, cache: KVCache | None

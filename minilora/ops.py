@@ -66,8 +66,9 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         form = fastest("add_norm", x, add_norm_definition)
-        rows = None if y is None else _rows(y)
-        h, normed, inverse = (t.view_as(x) if t.dim() > 1 else t for t in form(_rows(x), rows, weight, eps))
+        h, normed, inverse = form(_rows(x), None if y is None else _rows(y), weight, eps)
+        if x.dim() != 2:
+            h, normed = h.view_as(x), normed.view_as(x)
         ctx.save_for_backward(h, weight, inverse)
         ctx.set_materialize_grads(False)
         return x if y is None else h, normed
@@ -82,7 +83,8 @@ class _AddNorm(torch.autograd.Function):
         dx = dw = None
         if needs_dx or needs_dy:
             form = fastest("add_norm_backward", h, add_norm_backward_definition)
-            dx = form(_rows(h), weight, inverse, _rows(dn), None if dh is None else _rows(dh)).view_as(h)
+            dx = form(_rows(h), weight, inverse, _rows(dn), None if dh is None else _rows(dh))
+            dx = dx if h.dim() == 2 else dx.view_as(h)
         if needs_dw:
             normed = _rows(h).float() * inverse.unsqueeze(-1)
             dw = (normed * _rows(dn).float()).sum(0).to(weight.dtype)
@@ -90,7 +92,7 @@ class _AddNorm(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
 
 
 # ---- RoPE --------------------------------------------------------------------------------------------------

@@ -31,15 +31,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minilora.backend import cpu_attention
 from minilora.backend.attention_trial import Form, passed
 from minilora.backend.choice import padded_length, product_dtype
 from minilora.backend.documents import Documents
 from minilora.system.device import requested_backend
-
-try:
-    from minilora.backend import cpu_attention
-except ImportError:
-    cpu_attention = None
 
 FLASH_HEAD_SIZE = 192  # beyond it flash attention's backward does not run on every card
 aten = torch.ops.aten
@@ -53,7 +49,7 @@ def fused_form(q: Tensor, k: Tensor, definition: Form) -> Form:
         return form if usable else definition
     if q.device.type != "cpu":
         return definition
-    if cpu_attention is not None and not requested_backend(q.device) and cpu_attention.takes(q, k):
+    if not requested_backend(q.device) and cpu_attention.takes(q, k):
         return Form("C", _c_forward, _c_backward)
     return Form("PyTorch's of a CPU", _cpu_forward, _cpu_backward)
 

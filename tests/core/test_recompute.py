@@ -13,9 +13,10 @@ from support.tiny import adapted, gradients, small_model
 from torch import nn
 
 from minilora import CausalLM, LoraConfig, UserError, ops, trainable_parameters
+from minilora.backend import fused_lora, products
 from minilora.backend.documents import PADDING
 from minilora.formats.config_json import parse_config
-from minilora.linear import Linear4bit, QuantizedLinear, rerun_linear
+from minilora.linear import Linear4bit, apply_each
 from minilora.lora import LoraLinear
 from minilora.loss import causal_lm_loss
 from minilora.quantization import quantize_4bit
@@ -101,12 +102,14 @@ def test_full_grows_with_the_layers_by_one_layer_input_each():
 
 
 def test_the_last_product_of_a_layer_is_not_computed_again(monkeypatch):
-    counts = {"products": 0}
+    counts, multiply = {"products": 0}, products.multiply
+
+    def counted(*arguments):
+        counts["products"] += 1
+        multiply(*arguments)
+
+    monkeypatch.setattr(fused_lora, "multiply", counted)
     model = small_model(layers=2, quantized=True)
-    forward = QuantizedLinear.forward
-    monkeypatch.setattr(
-        QuantizedLinear, "forward", lambda *a: counts.update(products=counts["products"] + 1) or forward(*a)
-    )
     gradients(model, "off")
     assert counts["products"] == 2 * 7
     gradients(model, "full")
@@ -313,7 +316,7 @@ def test_a_replayed_layer_has_the_gradients_of_the_layer_and_no_values(kind):
     wanted = [torch.randn(5, 64, requires_grad=True), *(p for p in layer.parameters() if p.requires_grad)]
     dy = torch.randn(5, 32)
     expected = torch.autograd.grad(layer(wanted[0]), wanted, dy)
-    replayed = rerun_linear(layer, wanted[0])
+    (replayed,) = apply_each(wanted[0], layer, values=False)
     assert all(map(torch.equal, torch.autograd.grad(replayed, wanted, dy), expected))
     if kind in ("plain", "4-bit"):
         assert not replayed.any()

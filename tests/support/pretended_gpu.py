@@ -134,7 +134,7 @@ class PretendedGpu:
             elif device.index != self.current:
                 self.fault(f"{name} launched for {device} while cuda:{self.current} is the current device")
         self.launch(f"triton {name}")
-        self.signatures[name].add(signature_of(arguments, options))
+        self.signatures[name].add(signature_of(kernel, arguments, options))
         with self.pause():
             run_kernel(kernel, grid, arguments, options, self.interpreted)
 
