@@ -68,7 +68,7 @@ class Documents:
         x = x.flatten(0, 1)
         if self.places is not None:
             return x.index_select(0, self.places)
-        return x if self.tokens == len(x) else x[: self.tokens]
+        return x if len(x) == self.tokens else x[: self.tokens]
 
     def put(self, x: Tensor, B: int, T: int) -> Tensor:
         """Return tokens at their places in the batch, zeros elsewhere: (N, ...) -> (B, T, ...)."""
