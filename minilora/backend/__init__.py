@@ -10,7 +10,11 @@ elementwise_trial.py   whether they give known bits, found out once
 amx.c        and on a CPU with AMX: the products with a 4-bit weight
 cpu_attention.py  attention over the documents of a row, on a CPU with AMX
 attention.c  its source
+products.py      the products with a frozen weight, and an update added to them
+fused_lora.py    LoRA inside the products of all layers that share an input
+dropout.py       dropout from a seed, without a mask
 triton_trial.py  whether the Triton kernels run on a GPU, found out once
+kernel_trial.py  whether each of them computes its definition there, found out once
 scratch.py   a buffer that all layers share
 copies.py    numbers on their way to a GPU and back, with few waits
 offload.py   layer inputs on their way to CPU memory and back

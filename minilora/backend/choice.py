@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from minilora.backend import elementwise, elementwise_trial, native, triton_trial
+from minilora.backend import elementwise, elementwise_trial, kernel_trial, native, triton_trial
 from minilora.system.device import cpu_bfloat16_feature, requested_backend
 
 
@@ -40,7 +40,8 @@ def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
         case "triton" if _triton_computes(operation, x):
             from minilora.kernels import operations
 
-            return getattr(operations, operation, definition)
+            form = getattr(operations, operation)
+            return form if kernel_trial.passed(operation, form, definition, x.device, x.dtype) else definition
         case _:
             return definition
 

@@ -55,8 +55,8 @@ def check(run, keys: dict) -> None:
         "add_norm_kernel",
         "add_norm_backward_kernel",
         "rope_kernel",
-    }  # with a sum and without; forward, back
-    assert all(count <= (2 if kernel in twice else 1) for kernel, count in compiled.items()), compiled
+    }  # with a sum and without; forward, back; and each in its trial
+    assert all(count <= 2 * (2 if kernel in twice else 1) for kernel, count in compiled.items()), compiled
     launched = run.steps[-1].launches
     assert ("triton adamw_8bit_kernel" in launched) == (keys["optim"] == "adamw_8bit")
     assert ("triton dequantize_kernel" in launched) == (keys["quantization_bit"] == 4)
