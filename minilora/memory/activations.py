@@ -3,29 +3,33 @@
 For its backward a decoder layer needs, in numbers a token,
 
     2 D      its input, and the sum after attention
-    4 HK     q, and k and v repeated to H heads, and attention's output
+    2 HK     q and attention's output
+    2 GK     k and v
     2 F      gate and up
-    D        after each norm, if a product with it is adapted; under dropout also a mask, a byte a number,
-             for every adapted product
+    D        after each norm, if a product with it is adapted
 
 and a few single ones: 1 / rms a norm, log-sum-exp a head, x A^T. For Mistral-7B with LoRA on q, k, v and o
-that is 14 D, with dropout in 16 bits 16 D. LoRA-FA keeps no inputs of products, DoRA outputs too.
+that is 12.5 D. LoRA-FA keeps no inputs of products, DoRA outputs too. Dropout keeps a seed and no mask; all
+layers share one scratch buffer for an input with its zeros.
 
-Backward makes more, and most within SwiGLU's: three tensors of width F, beside gate and up. A layer's forward
-never needs more than its backward. The loss holds the hidden states twice, their gradient, and two chunks of
-float32 logits. The mask of packed rows or of a window is there once for all layers.
+Backward makes more, and most within SwiGLU's: the gradients of gate and up beside these and their product's.
+While attention runs, k and v are there for H heads too, unless its kernel knows groups. A layer's forward
+never needs more than its backward. The loss holds the hidden states twice, their gradient, and one chunk of
+float32 logits, which becomes its own gradient. Documents need no mask. A CPU's attention makes one where a
+window is shorter than a document.
 
 These are the sizes of what `model.py`, `lora.py`, `ops.py` and `loss.py` create, and at the same time hold;
 the tests compare them with what PyTorch allocates. Every place is taken for a supervised one. Tables of a row
 or a token are left out.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from minilora.backend.attention_mask import row_numbers
-from minilora.backend.choice import product_dtype
+from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig
 from minilora.loss import _HEAD_ROWS, rows_at_a_time
 
@@ -39,6 +43,7 @@ class Widths(NamedTuple):
     d_hidden: int  # the gradient of the hidden states
     sums: int  # in float32, of operands that are not
     attention_sums: int  # the same of attention's gradients, which a GPU's kernels have in memory
+    groups: bool  # attention reads keys and values of G heads; elsewhere they are repeated while it runs
 
 
 def widths_of(dtype: torch.dtype, device: str) -> Widths:
@@ -54,7 +59,18 @@ def widths_of(dtype: torch.dtype, device: str) -> Widths:
         d_hidden=4 if dtype == torch.float16 else number,
         sums=sums,
         attention_sums=sums if device == "cuda" else 0,
+        groups=_knows_groups(dtype, device),
     )
+
+
+def _knows_groups(dtype: torch.dtype, device: str) -> bool:
+    """Whether attention runs in a kernel that knows groups: flash attention on GPUs that compute in bfloat16,
+    and the C kernel on CPUs that do.
+    """
+    if device == "cuda":
+        return dtype == torch.bfloat16
+    like = torch.empty(0, dtype=dtype, device="cpu")
+    return form_for(like.to(product_dtype(like)), "attention") == "c"
 
 
 class LayerBytes(NamedTuple):
@@ -82,8 +98,6 @@ class _Adapters(NamedTuple):
         """
         names = self.adapted & outputs.keys()
         kept = len(names) * self.tokens * self.lora.r * self.widths.product  # x A^T
-        if self.lora.lora_dropout:
-            kept += len(names) * x // self.widths.number  # the masks
         if names and not (self.lora.lora_fa or x_is_kept):
             kept += x
         return kept + (sum(outputs[name] for name in names) if self.lora.use_dora else 0)
@@ -93,12 +107,10 @@ def layer_bytes(
     c: ModelConfig,
     lora: LoraConfig,
     adapted: frozenset[str],  # products that have an adapter: q_proj, ...
-    batch_size: int,
-    length: int,
+    tokens: int,
     widths: Widths,
 ) -> LayerBytes:
-    """Return the bytes of a decoder layer on (batch_size, length) tokens."""
-    tokens = batch_size * length
+    """Return the bytes of a decoder layer on so many tokens, of however many rows and documents."""
     row = 4 * tokens  # a float32 a token
     H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     D, HK, GK, F = (tokens * n * widths.number for n in (c.hidden_size, H * K, G * K, c.intermediate_size))
@@ -107,7 +119,8 @@ def layer_bytes(
     adapters = _Adapters(lora, adapted, tokens, widths)
 
     attention = HK + H * row
-    first_half = attention + 3 * HK + row
+    repeated = 0 if widths.groups or G == H else 2 * HK
+    first_half = attention + HK + 2 * GK + row
     # Without dropout DoRA's output is the tensor that the norm of queries or keys keeps.
     q, k = (0, 0) if c.qk_norm and not lora.lora_dropout else (HK, GK)
     first_half += adapters.kept(D, dict(q_proj=q, k_proj=k, v_proj=GK))
@@ -124,25 +137,39 @@ def layer_bytes(
         at_swiglu = max(at_swiglu, 2 * (F - twice) + (2 * sums_F or F) - down)
     at_down = F + wide_F + D + wide_D + (D + (twice if lora.use_dora else 0) if down else 0)
     # After the second half: dy, dq, dk and dv of attention; the norm's input, dy, and what it makes of them.
-    between = max(4 * HK + 3 * tokens * H * K * widths.attention_sums, 2 * D + 4 * sums_D) - second_half
+    in_attention = 4 * HK + repeated + 3 * tokens * H * K * widths.attention_sums
+    between = max(in_attention, 2 * D + 4 * sums_D) - second_half
     return LayerBytes(
         input=D,
         attention=attention,
         kept=first_half + second_half,
         backward=D + max(at_swiglu, at_down, between),  # D: the gradient of the residual stream
-        # Without a graph, beside two residual streams: RoPE of queries or keys, SwiGLU, up_proj, down_proj.
+        # Without a graph, beside two residual streams: RoPE or attention, SwiGLU, up_proj, down_proj.
         alone=2 * D + max(4 * HK + 2 * GK, 2 * HK + 5 * GK, D + 3 * F, D + 2 * F + wide_D + wide_F, at_down),
     )
 
 
-def mask_bytes(c: ModelConfig, separated: bool, batch_size: int, length: int, widths: Widths) -> int:
-    """Return the bytes of attention's masks: one for each window, where rows are longer than it.
+def dropped_bytes(c: ModelConfig, adapted: Iterable[frozenset[str]], tokens: int, widths: Widths) -> int:
+    """Return the bytes of the scratch buffer for dropout(x), of the widest x that an adapter reads."""
+    reads = dict(o_proj=c.num_attention_heads * c.head_dim, down_proj=c.intermediate_size)
+    widest = max((reads.get(name, c.hidden_size) for names in adapted for name in names), default=0)
+    return tokens * widest * widths.product
 
-    separated: rows hold several documents, or padding on the left. Then there is a mask for every row.
+
+def attention_buffer_bytes(c: ModelConfig, tokens: int) -> int:
+    """Return the bytes of the buffers of the C attention: see backend/cpu_attention.py."""
+    G, K = c.num_key_value_heads, c.head_dim
+    parts = G * -(-c.num_attention_heads // G // 4)
+    return tokens * K * (3 * 2 * G + 2 * 4 * parts)
+
+
+def mask_bytes(c: ModelConfig, rows: int, length: int, widths: Widths) -> int:
+    """Return the bytes of attention's masks: one for each window that is shorter than `length` tokens.
+
+    rows: of a batch with padding on the left, which needs a mask for every row. 0: there is none.
     """
-    masked = {window for window in c.layer_windows if separated or (window is not None and window < length)}
-    rows = length * (batch_size if separated else 1)
-    return len(masked) * rows * row_numbers(length) * widths.number
+    masked = {window for window in c.layer_windows if rows or (window is not None and window < length)}
+    return len(masked) * max(rows, 1) * length * row_numbers(length) * widths.number
 
 
 class LossBytes(NamedTuple):
@@ -153,17 +180,15 @@ class LossBytes(NamedTuple):
     alone: int  # without gradients
 
 
-def loss_bytes(
-    c: ModelConfig, head_is_adapted: bool, batch_size: int, length: int, widths: Widths
-) -> LossBytes:
-    """Return the bytes of the loss of (batch_size, length) tokens, the hidden states included."""
-    V, D, rows = c.vocab_size, c.hidden_size, batch_size * (length - 1)
+def loss_bytes(c: ModelConfig, head_is_adapted: bool, rows: int, widths: Widths) -> LossBytes:
+    """Return the bytes of the loss of so many supervised tokens, the hidden states included."""
+    V, D = c.vocab_size, c.hidden_size
     chunk, head_rows = min(rows, rows_at_a_time(V)), min(V, _HEAD_ROWS)
     hidden, d_hidden = rows * D * widths.number, rows * D * widths.d_hidden
     logits = 4 * chunk * V
     if head_is_adapted:  # log-softmax, its gradient, and the gradient of the logits
         return LossBytes(2 * hidden + 3 * logits, hidden, 2 * hidden + 3 * logits)
-    alone = 2 * hidden + 2 * logits + chunk * D * widths.wide
+    alone = 2 * hidden + logits + chunk * D * widths.wide
     # Logits or weights in another dtype.
     alone += chunk * V * widths.product if widths.product == 2 else head_rows * D * widths.wide
     scaled = logits if widths.d_hidden > widths.number else 0  # for float16 the logits' gradient, once more

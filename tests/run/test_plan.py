@@ -88,7 +88,7 @@ def test_held_out_rows_that_are_longer_than_those_to_train_on_are_counted(planne
 
 def test_answers_take_no_more_than_the_training_has_taken_or_half_of_the_free_memory(planned, monkeypatch):
     monkeypatch.setattr(plans, "process_memory", lambda: 0)  # not that of all tests before
-    rows = dict(lengths=(20, 4000))
+    rows = dict(lengths=(4000, 4000))
     alone, _ = planned(None, **rows)
     roomy, _ = planned(1 << 45, answers=(2000, 500), **rows)
     assert roomy.answer_batch_size == 64 and roomy.peak > 2 * alone.peak
