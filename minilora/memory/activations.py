@@ -9,8 +9,9 @@ For its backward a decoder layer needs, in numbers a token,
     D        after each norm, if a product with it is adapted
 
 and a few single ones: 1 / rms a norm, log-sum-exp a head, x A^T. For Mistral-7B with LoRA on q, k, v and o
-that is 12.5 D. LoRA-FA keeps no inputs of products, DoRA outputs too. Dropout keeps a seed and no mask; all
-layers share one scratch buffer for an input with its zeros.
+that is 12.5 D. A and B are there once more, in the dtype of products. LoRA-FA keeps no inputs of products.
+Dropout keeps a seed and no mask; all layers share one scratch buffer for an input with its zeros. DoRA has
+its own way: it keeps outputs too and masks of a byte a number, and no copies of A and B.
 
 Backward makes more, and most within SwiGLU's: the gradients of gate and up beside these and their product's.
 While attention runs, k and v are there for H heads too, unless its kernel knows groups. A layer's forward
@@ -98,9 +99,21 @@ class _Adapters(NamedTuple):
         """
         names = self.adapted & outputs.keys()
         kept = len(names) * self.tokens * self.lora.r * self.widths.product  # x A^T
+        if self.lora.use_dora and self.lora.lora_dropout:
+            kept += len(names) * x // self.widths.number  # the masks
         if names and not (self.lora.lora_fa or x_is_kept):
             kept += x
         return kept + (sum(outputs[name] for name in names) if self.lora.use_dora else 0)
+
+    def copies(self, c: ModelConfig) -> int:
+        """Return the bytes of A and B in the dtype of products."""
+        if self.lora.use_dora:
+            return 0
+        D, F = c.hidden_size, c.intermediate_size
+        HK, GK = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        sizes = dict(q_proj=D + HK, k_proj=D + GK, v_proj=D + GK, o_proj=HK + D)  # in + out
+        sizes |= dict(gate_proj=D + F, up_proj=D + F, down_proj=F + D)
+        return self.lora.r * self.widths.product * sum(sizes[name] for name in self.adapted)
 
 
 def layer_bytes(
@@ -142,7 +155,7 @@ def layer_bytes(
     return LayerBytes(
         input=D,
         attention=attention,
-        kept=first_half + second_half,
+        kept=first_half + second_half + adapters.copies(c),
         backward=D + max(at_swiglu, at_down, between),  # D: the gradient of the residual stream
         # Without a graph, beside two residual streams: RoPE or attention, SwiGLU, up_proj, down_proj.
         alone=2 * D + max(4 * HK + 2 * GK, 2 * HK + 5 * GK, D + 3 * F, D + 2 * F + wide_D + wide_F, at_down),
@@ -156,11 +169,13 @@ def dropped_bytes(c: ModelConfig, adapted: Iterable[frozenset[str]], tokens: int
     return tokens * widest * widths.product
 
 
-def attention_buffer_bytes(c: ModelConfig, tokens: int) -> int:
-    """Return the bytes of the buffers of the C attention: see backend/cpu_attention.py."""
+def attention_buffer_bytes(c: ModelConfig, tokens: int) -> tuple[int, int]:
+    """Return the bytes of the buffers of the C attention, in 16 bits and in float32: see
+    backend/cpu_attention.py.
+    """
     G, K = c.num_key_value_heads, c.head_dim
     parts = G * -(-c.num_attention_heads // G // 4)
-    return tokens * K * (3 * 2 * G + 2 * 4 * parts)
+    return 2 * 3 * tokens * G * K, 4 * 2 * tokens * parts * K
 
 
 def mask_bytes(c: ModelConfig, rows: int, length: int, widths: Widths) -> int:
@@ -202,12 +217,12 @@ class AnswerBytes(NamedTuple):
     alone: int  # attention over the cache and the logits of one new token a row
 
 
-def answer_bytes(c: ModelConfig, batch_size: int, tokens: int, widths: Widths) -> AnswerBytes:
-    """Return the bytes of rows of `tokens` tokens, prompt and answer together, beside the prompts' pass."""
+def answer_bytes(c: ModelConfig, batch_size: int, tokens: int, new: int, widths: Widths) -> AnswerBytes:
+    """Return the bytes of rows of `tokens` tokens, `new` of them an answer, beside the prompts' pass."""
     H, G, K, L = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.num_hidden_layers
     places = batch_size * tokens * K * widths.number
     repeated = 2 * H * places  # one layer's keys and values, for all heads
     logits = 4 * batch_size * c.vocab_size
     narrow = batch_size * c.vocab_size * widths.number if widths.number < 4 else 0  # before they are widened
-    # The last token's logits are still there.
-    return AnswerBytes(2 * L * G * places, logits + max(repeated, logits + narrow))
+    before = logits if new > 1 else 0  # the last token's logits are still there
+    return AnswerBytes(2 * L * G * places, before + max(repeated, logits + narrow))

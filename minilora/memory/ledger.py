@@ -167,7 +167,7 @@ def memory_ledger(
         staying["scratch"] = _tile_bytes(counts.shapes, rows, lora.use_dora)
     sizes = partial(_Sizes, model_config, lora, counts, widths, device)
     batch = sizes(batch_size, length, tokens)
-    staying["scratch"] += _buffer_bytes(batch)
+    staying["scratch"] = _scratch_bytes(batch, staying["scratch"])
     if compiles_kernels(dtype, device):
         attention_lengths = 0 if widths.groups else document_lengths  # a kernel of our own is none of these
         staying["compiled kernels"] = compiled_kernel_bytes(row_lengths, attention_lengths, packed_weights)
@@ -275,16 +275,20 @@ class _Sizes:
         return loss_bytes(self.model_config, self.counts.head_is_adapted, supervised, self.widths)
 
 
-def _buffer_bytes(batch: _Sizes) -> int:
-    """Return the bytes of the buffers that layers share, beside the one that they dequantize into."""
-    c, widths, on_cpu, total = batch.model_config, batch.widths, batch.device == "cpu", 0
-    if batch.lora.lora_dropout:
-        total += dropped_bytes(c, batch.counts.adapted, batch.tokens, widths)
-    if on_cpu and widths.groups:
-        total += attention_buffer_bytes(c, batch.tokens)
-    if on_cpu and widths.product == 4:  # MKL packs about half of the head's weight for its product
-        total += 2 * c.vocab_size * c.hidden_size
-    return total
+def _scratch_bytes(batch: _Sizes, dequantized: int) -> int:
+    """Return the bytes of the buffers that layers share: one for a dequantized weight, an input with its
+    zeros and what attention packs, one after the other; and what comes beside it.
+    """
+    c, on_cpu, beside = batch.model_config, batch.device == "cpu", 0
+    largest = [dequantized]
+    if batch.lora.lora_dropout and not batch.lora.use_dora:
+        largest.append(dropped_bytes(c, batch.counts.adapted, batch.tokens, batch.widths))
+    if on_cpu and batch.widths.groups:
+        packed, beside = attention_buffer_bytes(c, batch.tokens)
+        largest.append(packed)
+    if on_cpu and batch.widths.product == 4:  # MKL packs about half of the head's weight for its product
+        beside += 2 * c.vocab_size * c.hidden_size
+    return max(largest) + beside
 
 
 def _training_moments(sizes: _Sizes, policies: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -328,7 +332,8 @@ def _answer_bytes(prompts: _Sizes, answers: Answers) -> dict[str, int]:
     """Return category -> bytes: the pass over the prompts, or a later one over a single token a row."""
     layer, masks = max(layer.alone for layer in prompts.layers), prompts.prompt_masks
     tokens = answers.prompt + answers.new
-    cache, token = answer_bytes(prompts.model_config, answers.batch_size, tokens, prompts.widths)
+    sizes = answers.batch_size, tokens, answers.new
+    cache, token = answer_bytes(prompts.model_config, *sizes, prompts.widths)
     held = {"keys and values": cache}
     if layer + masks > token:
         return held | {"live layer": layer, "attention masks": masks}
