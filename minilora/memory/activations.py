@@ -152,13 +152,15 @@ def layer_bytes(
     # After the second half: dy, dq, dk and dv of attention; the norm's input, dy, and what it makes of them.
     in_attention = 4 * HK + repeated + 3 * tokens * H * K * widths.attention_sums
     between = max(in_attention, 2 * D + 4 * sums_D) - second_half
+    # Without a graph: the residual stream, its norm and RoPE or attention; then both streams, attention's
+    # output, a norm, and SwiGLU, up_proj or down_proj.
+    alone_in_mlp = 4 * D + max(3 * F, 2 * F + wide_D + wide_F, at_down)
     return LayerBytes(
         input=D,
         attention=attention,
         kept=first_half + second_half + adapters.copies(c),
         backward=D + max(at_swiglu, at_down, between),  # D: the gradient of the residual stream
-        # Without a graph, beside two residual streams: RoPE or attention, SwiGLU, up_proj, down_proj.
-        alone=2 * D + max(4 * HK + 2 * GK, 2 * HK + 5 * GK, D + 3 * F, D + 2 * F + wide_D + wide_F, at_down),
+        alone=max(2 * D + 4 * HK + 2 * GK, 2 * D + 2 * HK + 5 * GK, alone_in_mlp),
     )
 
 
