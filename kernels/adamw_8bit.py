@@ -4,9 +4,13 @@
     m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
     p = p (1 - lr weight_decay) - lr / (1 - beta1^t)  m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-A block of 256 elements is a program: its moments exist in float32 only there, in registers. An element moves
-16 bytes: p is read and written, g read, and two indices are read and written. AdamW with float32 moments
-moves 28.
+A block of 256 elements is a program: its moments exist in float32 only there, in registers.
+
+Bytes an element: 16. p is read and written, g read, and two indices are read and written; the scales add
+4 * 4 / 256. AdamW with float32 moments moves 28.
+
+Floor: an adapter of 21 million numbers (rank 8 on all layers of a 7B model) moves 0.34 GB, 0.1 ms at 3.35
+TB/s and 1.1 ms at a T4's 320 GB/s.
 
 An adapter is hundreds of tensors of some ten thousand elements, and a launch for each would cost more than
 its work. So the kernel gets a table of addresses, one row a tensor, and a grid of (blocks of the longest,
@@ -98,7 +102,7 @@ def adamw_8bit_kernel(
 def adamw_8bit(
     tensors: list[
         tuple[Tensor, ...]
-    ],  # each: p, g (n,) float32; of m and of v, indices (n,) uint8, absmax (ceil(n / 256),) float32
+    ],  # each: p, g of n float32; of m and of v, n indices uint8, absmax (ceil(n / 256),) float32
     codes: tuple[Tensor, Tensor],  # (256,) float32 each: of m and of v
     nearest: tuple[Tensor, Tensor],  # (65536,) uint8 each
     scalars: tuple[

@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora.backend.choice import product_dtype
-from minilora.linear import Weight, dequantized, frozen_linear
+from minilora.backend.products import dequantized
+from minilora.linear import Weight, frozen_linear
 
 _EPS, _TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 

@@ -12,23 +12,60 @@ than the arithmetic. On a CPU with AMX W is never whole: it is dequantized in th
 A product is taken in the activations' dtype (see backend/choice.py), not in the one that was quantized.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from minilora.backend import native
-from minilora.backend.choice import form_for, product_dtype
-from minilora.backend.scratch import scratch
+from minilora.backend.choice import form_for, fusing
+from minilora.backend.dropout import draw_seed
+from minilora.backend.fused_lora import Part, can_fuse, fused
+from minilora.backend.products import multiply, multiply_back
 from minilora.int8 import Int8Tensor
 from minilora.quantization import QuantizedTensor, gemv_4bit
 
 Weight = QuantizedTensor | Int8Tensor | Tensor
 
 
-def dequantized(weight: Weight, like: Tensor) -> Tensor:
-    """Return W in the dtype of `like`, (out, in); a quantized weight is written to the scratch buffer."""
-    if isinstance(weight, Tensor):
-        return weight.to(like.dtype)
-    return weight.dequantize(out=scratch(tuple(weight.shape), like.dtype, like.device))
+def apply_each(x: Tensor, *layers: nn.Module, values: bool = True) -> Sequence[Tensor]:
+    """Return layer(x) of layers that share their input; adapted ones do it together, in one function.
+
+    x: (..., in) -> (..., out) each. values: without them the outputs have the right gradients and arbitrary
+    values, for a second run whose output nobody reads (see recompute.py).
+    """
+    seed = seed_for(layers)
+    outputs = apply_fused(x, layers, seed, values)
+    if outputs is not None:
+        return outputs
+    product = frozen_linear if values else rerun_linear
+    return [
+        layer(x, (seed, i), product) if hasattr(layer, "part") else layer(x) if values else product(layer, x)
+        for i, layer in enumerate(layers)
+    ]
+
+
+def seed_for(layers: Sequence[nn.Module]) -> int:
+    """Return a new seed for layers that share their input, 0 where nothing is dropped."""
+    return draw_seed() if any(getattr(layer, "drops", False) for layer in layers) else 0
+
+
+def apply_fused(
+    x: Tensor, layers: Sequence[nn.Module], seed: int, values: bool = True
+) -> Sequence[Tensor] | None:
+    """Return what `apply_each` returns, from one function. None: these layers need the plain path."""
+    parts = [_part_of(layer) for layer in layers] if fusing(x) else [None]
+    return fused(x, parts, seed, values) if can_fuse(parts) else None
+
+
+def _part_of(layer: nn.Module) -> Part | None:
+    """Return what `fused` needs of a layer. None: it trains its weight, or somebody watches it."""
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return None
+    if hasattr(layer, "part"):
+        return layer.part()
+    if any(p.requires_grad for p in layer.parameters()):
+        return None
+    return Part(layer.weight, layer.bias, None)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -37,32 +74,14 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        rows = _widened(x, weight).reshape(-1, x.shape[-1])  # (rows, in)
-        y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=rows.dtype, device=x.device)  # (..., out)
-        out = y.view(len(rows), weight.shape[0])
-        if _multiplies_packed(weight, rows):
-            native.matmul(weight, rows.contiguous(), out, bias=None if bias is None else bias.float())
-        elif bias is None:
-            torch.mm(rows, dequantized(weight, rows).T, out=out)
-        else:
-            torch.addmm(bias.to(y.dtype), rows, dequantized(weight, rows).T, out=out)
-        return y.to(x.dtype)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # (..., out): no view, so that it may be written to
+        multiply(x.reshape(-1, x.shape[-1]), weight, y.view(-1, weight.shape[0]), bias)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-        weight, dy_wide = ctx.weight, _widened(dy, ctx.weight)
-        if not _multiplies_packed(weight, dy_wide):
-            return (dy_wide @ dequantized(weight, dy_wide)).to(dy.dtype), None, None  # (..., in)
-        dx = torch.empty(*dy.shape[:-1], weight.shape[1], dtype=dy.dtype, device=dy.device)  # (..., in)
-        rows = dy.reshape(-1, dy.shape[-1]).contiguous()
-        native.matmul(weight, rows, dx.view(len(rows), weight.shape[1]), backward=True)
-        return dx, None, None
-
-
-def _multiplies_packed(weight: Weight, rows: Tensor) -> bool:
-    """Whether a C kernel takes the weight as it is stored: it dequantizes it in the cache, chunk by chunk."""
-    is_four_bit = isinstance(weight, QuantizedTensor)
-    return is_four_bit and form_for(rows, "matmul") == "c" and native.multiplies(weight.shape)
+        dx = multiply_back(dy.reshape(-1, dy.shape[-1]), ctx.weight)
+        return dx.to(dy.dtype).view(*dy.shape[:-1], ctx.weight.shape[1]), None, None  # (..., in)
 
 
 class _GradientOnly(torch.autograd.Function):
@@ -78,11 +97,6 @@ class _GradientOnly(torch.autograd.Function):
         return _FrozenLinear.backward(ctx, dy)[:2]
 
 
-def _widened(x: Tensor, weight: Weight) -> Tensor:
-    """Return x in its product's dtype. A plain weight keeps its own, to agree with nn.Linear's bits."""
-    return x if isinstance(weight, Tensor) else x.to(product_dtype(x))
-
-
 def frozen_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """Return layer(x) in a tensor that may be overwritten. (..., in) -> (..., out)"""
     if isinstance(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters()):
@@ -94,13 +108,13 @@ def rerun_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """Return an output with layer(x)'s gradient; its values are computed only if something is trained on
     them.
 
-    For a second run whose output nobody reads (see recompute.py). (..., in) -> (..., out)
+    (..., in) -> (..., out)
     """
     if isinstance(layer, nn.Linear) and any(p.requires_grad for p in layer.parameters()):
         return layer(x)
     if isinstance(layer, (nn.Linear, QuantizedLinear)):
         return _GradientOnly.apply(x, layer.weight)
-    return layer.rerun_for_backward(x)
+    raise TypeError(f"{type(layer).__name__} is no frozen linear layer")
 
 
 class QuantizedLinear(nn.Module):

@@ -31,8 +31,10 @@ from torch.autograd.function import once_differentiable
 
 from minilora import dora
 from minilora.backend.choice import product_dtype
+from minilora.backend.dropout import gain_of, kept, threshold_of
+from minilora.backend.fused_lora import Adapter, Part
 from minilora.config import LoraConfig
-from minilora.linear import QuantizedLinear, frozen_linear, rerun_linear
+from minilora.linear import QuantizedLinear, apply_fused, frozen_linear, seed_for
 from minilora.system.errors import UserError, suggestion
 
 OUTPUT_HEAD = "lm_head"
@@ -118,34 +120,53 @@ class LoraLinear(nn.Module):
         kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
         return {kind: getattr(self, kind)[name] for kind in kinds if name in getattr(self, kind)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._adapted(x, frozen_linear)
+    @property
+    def drops(self) -> bool:
+        """Whether the active adapter drops elements of x."""
+        active = self.active is not None and self.merged is None
+        return active and self.training and self.configs[self.active].lora_dropout > 0
 
-    def rerun_for_backward(self, x: Tensor) -> Tensor:
-        """Return an output with forward's gradient and arbitrary values (see `linear.rerun_linear`)."""
-        return self._adapted(x, rerun_linear)
+    def part(self) -> Part | None:
+        """Return what the fused form needs (backend/fused_lora.py). None: it does not know DoRA."""
+        base = self.base_layer
+        if self.active is None or self.merged is not None:
+            return Part(base.weight, base.bias, None)
+        config, threshold = self.configs[self.active], self._threshold
+        if config.use_dora:
+            return None
+        A, B, scaling = self.lora_A[self.active], self.lora_B[self.active], config.scaling
+        return Part(base.weight, base.bias, Adapter(A, B, scaling * gain_of(threshold), threshold))
 
-    def _adapted(self, x: Tensor, product: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """Return product(base_layer, x) plus the active adapter's update."""
+    def forward(
+        self,
+        x: Tensor,  # (..., in)
+        draws: tuple[int, int] | None = None,  # of dropout: a seed and a stream
+        product: Callable[[nn.Module, Tensor], Tensor] = frozen_linear,  # or rerun_linear
+    ) -> Tensor:
+        """Return product(base_layer, x) plus the active adapter's update, (..., out).
+
+        Called alone, it draws a seed, and takes the fused form where there is one. `linear.apply_each` does
+        both for several layers, and asks each for the plain form if it must.
+        """
+        if draws is None:
+            draws = seed_for([self]), 0
+            outputs = apply_fused(x, [self], draws[0])
+            if outputs is not None:
+                return outputs[0]
         if self.active is None or self.merged is not None:
             return product(self.base_layer, x)
-        config = self.configs[self.active]
-        mask, gain = self._dropout(x)
+        config, threshold, mask = self.configs[self.active], self._threshold, None
+        if threshold:
+            mask = kept(x.shape[:-1].numel(), x.shape[-1], *draws, threshold, x.device).view(x.shape)
+        gain = gain_of(threshold)
         if config.use_dora:
             return dora.adapted(self, x, mask, gain, product, LowRankUpdate.apply)
         y, A, B = product(self.base_layer, x), self.lora_A[self.active], self.lora_B[self.active]
         return LowRankUpdate.apply(y, x, A, B, config.scaling * gain, mask)
 
-    def _dropout(self, x: Tensor) -> tuple[Tensor | None, float]:
-        """Return dropout(x) / x in two parts: a mask of ones and zeros, (..., in), and the gain 1 / (1 - p).
-
-        Without dropout: None and 1.
-        """
-        p = self.configs[self.active].lora_dropout if self.training else 0.0
-        if p == 0:
-            return None, 1.0
-        # The draws are F.dropout's on a CPU. Bytes: PyTorch multiplies with booleans at half the speed.
-        return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - p), 1 / (1 - p)
+    @property
+    def _threshold(self) -> int:
+        return threshold_of(self.configs[self.active].lora_dropout) if self.drops else 0
 
     def delta_weight(self, name: str) -> Tensor:
         """Return scaling * B A, float32 (out, in): merging adds it to the weight."""

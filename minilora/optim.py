@@ -143,6 +143,12 @@ class AdamW8bit(torch.optim.Optimizer):
             )
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size)
         super().__init__(params, settings)
+        self._checked: dict[nn.Parameter, tuple[int, ...]] = {}  # size and addresses of the checked tensors
+
+    def __setstate__(self, state: dict) -> None:
+        """Go on with a copied or loaded state: its tensors are unchecked."""
+        super().__setstate__(state)
+        self._checked = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -160,9 +166,12 @@ class AdamW8bit(torch.optim.Optimizer):
                 if not state:
                     state.update(_zero_state(parameter, group["min_8bit_size"]))
                 state["step"] += 1
-                moments = [state[name].view(-1) for name in _MOMENTS if name in state]
-                tensors = parameter.view(-1), parameter.grad.reshape(-1), *moments
-                batches["exp_avg_absmax" in state, parameter.device, state["step"]].append(tensors)
+                moments = [state[name] for name in _MOMENTS if name in state]
+                tensors = parameter, parameter.grad.contiguous(), *moments
+                quantized = "exp_avg_absmax" in state
+                if quantized:
+                    self._check(*tensors)
+                batches[quantized, parameter.device, state["step"]].append(tensors)
             settings = group["lr"], group["betas"], group["eps"], group["weight_decay"]
             for (quantized, _, step), tensors in batches.items():
                 if quantized:
@@ -170,6 +179,16 @@ class AdamW8bit(torch.optim.Optimizer):
                 else:
                     adamw(*map(list, zip(*tensors, strict=True)), *settings, step)
         return loss
+
+    def _check(self, parameter: nn.Parameter, gradient: Tensor, *moments: Tensor) -> None:
+        """Check what the kernels take for granted, unless it was checked at the same addresses.
+
+        PyTorch itself holds a gradient to the shape, dtype and device of its parameter.
+        """
+        found = parameter.numel(), parameter.data_ptr(), *(moment.data_ptr() for moment in moments)
+        if self._checked.get(parameter) != found:
+            _check_parts(parameter, gradient, *moments)
+            self._checked[parameter] = found
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state bit for bit; PyTorch's method would convert the indices to the parameter's dtype."""
@@ -243,14 +262,16 @@ def adamw_8bit(
 ) -> None:
     """Take one step of `adamw` with moments in 8 bits, in place (arXiv:2110.02861, section 2).
 
-    A tensor of n elements and its gradient are (n,) float32. Each moment has indices (n,) uint8 and absmax
-    (ceil(n / 256),) float32, zeros at first.
+    A tensor of n elements and its gradient are float32, contiguous, of any shape. Each moment has n indices,
+    uint8, and absmax (ceil(n / 256),) float32, zeros at first.
 
     An adapter is hundreds of small tensors. The kernels take all of them at once, as a table of addresses,
-    (tensors, 7) int64: each row says where the six parts of a tensor begin, and n.
+    (tensors, 7) int64: each row says where the six parts of a tensor begin, and n. Every step reads all
+    addresses anew. Nothing can be out of date then, and to ask which ones have changed would cost as much.
+
+    PyTorch does not see writes through an address, so it is told of them. A later backward that needs the
+    parameters as they were is then an error, as after any other optimizer.
     """
-    for parts in tensors:
-        _check_parts(*parts)
     scalars = _scalars(lr, betas, eps, weight_decay, step)
     arguments = tensors, *_codes_and_tables(tensors[0][0].device), scalars
     match form_for(tensors[0][0], "adamw_8bit"):
@@ -262,11 +283,13 @@ def adamw_8bit(
             native.adamw_8bit(*arguments)
         case _:
             adamw_8bit_definition(tensors, arguments[1], lr, betas, eps, weight_decay, step)
+    torch.autograd.graph.increment_version([parts[0] for parts in tensors])
 
 
 def adamw_8bit_definition(tensors, codes, lr, betas, eps, weight_decay, step) -> None:
     """Dequantize, take a step, quantize again. codes: (256,) float32 each, of m and of v."""
-    for parameter, gradient, *moments in tensors:
+    for parts in tensors:
+        parameter, gradient, *moments = (part.view(-1) for part in parts)
         states = [(*moments[:2], codes[0]), (*moments[2:], codes[1])]
         m, v = (dequantize_dynamic(*state, MOMENT_BLOCK_SIZE) for state in states)  # (n,) each
         adamw([parameter], [gradient], [m], [v], lr, betas, eps, weight_decay, step)
@@ -290,10 +313,10 @@ def _scalars(lr: float, betas, eps: float, weight_decay: float, step: int) -> tu
 
 def _check_parts(parameter: Tensor, gradient: Tensor, *moments: Tensor) -> None:
     """Assert what the kernels take for granted behind each address."""
-    n = len(parameter)
+    n = parameter.numel()
     blocks = -(-n // MOMENT_BLOCK_SIZE)
     expected = [(parameter, n, torch.float32), (gradient, n, torch.float32)]
     expected += zip(moments, (n, blocks) * 2, (torch.uint8, torch.float32) * 2, strict=True)
     for part, size, dtype in expected:
-        assert part.shape == (size,) and part.dtype == dtype
+        assert part.numel() == size and part.dtype == dtype
         assert part.is_contiguous() and part.device == parameter.device

@@ -1,7 +1,7 @@
 /* The two products of a frozen layer in 4 bits, on a CPU with AMX, for native.py:
 
-       y  = x W^T + b      (rows, in)  x (out, in) -> (rows, out)
-       dx = dy W           (rows, out) x (out, in) -> (rows, in)
+       y  = x W^T + b + n B^T      (rows, in)  x (out, in) + (rows, r) x (out, r) -> (rows, out)
+       dx = dx + dy W + g A        (rows, out) x (out, in) + (rows, r) x (r, in)  -> (rows, in)
 
    x, y, dy, dx in bfloat16, sums in float32, rounded once. W is dequantized to bfloat16 by the definition's arithmetic.
 
@@ -20,6 +20,8 @@
    32 numbers that are summed over are a "step". Tiles stand in pairs, matrix[pair][step][2][512], so that the kernel reads
    memory straight on.
 
+   A low-rank update is r more columns to sum over: n stands behind x, and B behind W.
+
    Forward, A is W as it is packed, and B is x in pairs of columns, that is, 16 rows of x transposed; C is a piece of y^T.
    Backward, A is dy, B is W in pairs of rows; C is a piece of dx. */
 
@@ -34,9 +36,13 @@ enum {
 
 typedef struct product {
     int backward;
-    int64_t rows, features, steps;      /* of x or dy; of the result; summed over, by 32 */
+    int add;                            /* backward: whether dx adds to what is there */
+    int64_t rows, features, steps;      /* of x or dy; of the result; summed over, by 32, the update's included */
     int64_t in;                         /* of W (out, in) */
-    const uint16_t *x;                  /* (rows, 32 * steps): x or dy */
+    const uint16_t *x;                  /* (rows, summed over W): x or dy */
+    const uint16_t *narrow;             /* (rows, rank): n or g */
+    const uint16_t *update;             /* B (features, rank), or A (rank, features) */
+    int64_t rank, narrow_stride;        /* rank 0: there is no update */
     const float *bias;                  /* (features,) or NULL */
     uint16_t *y;                        /* (rows, features): y or dx */
     uint16_t *x_tiles;                  /* (rows / 32, steps, 2, TILE), the last rows filled with zeros */
@@ -44,15 +50,27 @@ typedef struct product {
     int64_t chunk;                      /* features for which W is dequantized at a time */
 } product;
 
-/* (16, 16) words of 32 bits, in place: halves of rows s apart change places, s = 1, 2, 4, 8 */
+/* eight tiles of 16 rows of 64 bytes, for this thread, until _tile_release */
+static inline void use_tiles(void) {
+    struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        tiles.row_bytes[i] = 64;
+        tiles.rows[i] = 16;
+    }
+    __asm__ volatile("" ::: "memory");  /* GCC does not know that all of it is read */
+    _tile_loadconfig(&tiles);
+}
+
+/* (16, 16) words of 32 bits, in place: halves of rows s apart change places, s = 1, 2, 4, 8. Unrolled, the rows stay in
+   registers. */
 static inline void transpose(__m512i row[16]) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 4
     for (int s = 1; s < 16; s *= 2) {
-        int32_t first[16], second[16];
-        for (int j = 0; j < 16; j++) {
-            first[j] = j & s ? 16 + j - s : j;
-            second[j] = j & s ? 16 + j : j + s;
-        }
-        __m512i to_first = _mm512_loadu_si512(first), to_second = _mm512_loadu_si512(second);
+        __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
+        __m512i to_first = _mm512_mask_add_epi32(lane, odd, lane, _mm512_set1_epi32(16 - s));
+        __m512i to_second = _mm512_add_epi32(to_first, _mm512_set1_epi32(s));
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
             if (i & s)
                 continue;
@@ -78,15 +96,29 @@ static inline void dequantize_32(const task *t, __m512 code, int64_t first, __m5
     *odd = _mm512_mul_ps(_mm512_permutexvar_ps(bytes, code), scale);
 }
 
-/* x -> x_tiles; a block is 16 rows */
+static inline int64_t weight_steps(const product *p) { return p->steps - (p->rank + STEP - 1) / STEP; }
+
+/* 32 numbers of a row of n, B or A, from a column on; zeros from `count` on */
+static inline __m512i load_columns(const uint16_t *row, int64_t column, int64_t count) {
+    int64_t left = count - column;
+    return _mm512_maskz_loadu_epi16(left >= STEP ? ~(__mmask32)0 : ((__mmask32)1 << left) - 1, row + column);
+}
+
+/* x, then n -> x_tiles; a block is 16 rows */
 static void run_pack(const task *t) {
     const product *p = t->product;
+    int64_t of_weight = weight_steps(p);
     __m512i row[16];
     for (int64_t block = t->first; block < t->last; block++) {
         for (int64_t step = 0; step < p->steps; step++) {
             for (int i = 0; i < 16; i++) {
                 int64_t r = 16 * block + i;
-                row[i] = r < p->rows ? _mm512_loadu_si512(p->x + (r * p->steps + step) * STEP) : _mm512_setzero_si512();
+                if (r >= p->rows)
+                    row[i] = _mm512_setzero_si512();
+                else if (step < of_weight)
+                    row[i] = _mm512_loadu_si512(p->x + (r * of_weight + step) * STEP);
+                else
+                    row[i] = load_columns(p->narrow + r * p->narrow_stride, (step - of_weight) * STEP, p->rank);
             }
             if (!p->backward)
                 transpose(row);
@@ -101,11 +133,16 @@ static void run_pack(const task *t) {
 static void fill_with_rows(const task *t, int64_t first, int64_t count, uint16_t *w_tiles) {
     const product *p = t->product;
     __m512 code = _mm512_loadu_ps(t->code), even, odd;
+    int64_t of_weight = weight_steps(p);
     for (int64_t i = 0; i < count; i++) {
-        for (int64_t step = 0; step < p->steps; step++) {
+        uint16_t *line = w_tiles + (i / 32 * p->steps * 2 + i / 16 % 2) * TILE + i % 16 * 32;
+        for (int64_t step = 0; step < of_weight; step++) {
             dequantize_32(t, code, (first + i) * p->in + step * STEP, &even, &odd);
-            uint16_t *tile = w_tiles + ((i / 32 * p->steps + step) * 2 + i / 16 % 2) * TILE;
-            _mm512_store_si512(tile + i % 16 * 32, pairs(even, odd));
+            _mm512_store_si512(line + step * 2 * TILE, pairs(even, odd));
+        }
+        for (int64_t step = of_weight; step < p->steps; step++) {
+            const uint16_t *row = p->update + (first + i) * p->rank;
+            _mm512_store_si512(line + step * 2 * TILE, load_columns(row, (step - of_weight) * STEP, p->rank));
         }
     }
 }
@@ -114,13 +151,26 @@ static void fill_with_rows(const task *t, int64_t first, int64_t count, uint16_t
 static void fill_with_columns(const task *t, int64_t first, int64_t count, uint16_t *w_tiles) {
     const product *p = t->product;
     __m512 code = _mm512_loadu_ps(t->code), even[2], odd[2];
-    for (int64_t row = 0; row < p->steps * STEP; row += 2) {
+    int64_t of_weight = weight_steps(p) * STEP;
+    for (int64_t row = 0; row < of_weight; row += 2) {
         for (int64_t i = 0; i < count; i += 32) {
             for (int r = 0; r < 2; r++)
                 dequantize_32(t, code, (row + r) * p->in + first + i, &even[r], &odd[r]);
             uint16_t *tile = w_tiles + (i / 32 * p->steps + row / STEP) * 2 * TILE + row % STEP / 2 * 32;
             _mm512_store_si512(tile, pairs(even[0], even[1]));
             _mm512_store_si512(tile + TILE, pairs(odd[0], odd[1]));
+        }
+    }
+    for (int64_t row = 0; row < p->steps * STEP - of_weight; row += 2) {
+        for (int64_t i = 0; i < count; i += 32) {
+            __m512i two[2];             /* rows of A; beyond the last one zeros */
+            for (int r = 0; r < 2; r++) {
+                const uint16_t *at = p->update + (row + r) * p->features + first + i;
+                two[r] = row + r < p->rank ? _mm512_loadu_si512(at) : _mm512_setzero_si512();
+            }
+            uint16_t *tile = w_tiles + (i / 32 * p->steps + (of_weight + row) / STEP) * 2 * TILE + row % STEP / 2 * 32;
+            _mm512_store_si512(tile, _mm512_mask_blend_epi16(0xaaaaaaaa, two[0], _mm512_slli_epi32(two[1], 16)));
+            _mm512_store_si512(tile + TILE, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(two[0], 16), two[1]));
         }
     }
 }
@@ -173,22 +223,22 @@ static inline void write_rows(const product *p, const float *left, const float *
             u = _mm512_add_ps(u, _mm512_loadu_ps(p->bias + feature));
             v = _mm512_add_ps(v, _mm512_loadu_ps(p->bias + feature + 16));
         }
-        __m512i out = p->backward ? pairs(u, v) : (__m512i)_mm512_cvtne2ps_pbh(v, u);
-        _mm512_storeu_si512(p->y + (row + i) * p->features + feature, out);
+        uint16_t *at = p->y + (row + i) * p->features + feature;
+        if (p->add) {
+            __m512i there = _mm512_loadu_si512(at);
+            u = _mm512_add_ps(u, (__m512)_mm512_slli_epi32(there, 16));
+            v = _mm512_add_ps(v, (__m512)_mm512_and_si512(there, _mm512_set1_epi32((int)0xffff0000)));
+        }
+        _mm512_storeu_si512(at, p->backward ? pairs(u, v) : (__m512i)_mm512_cvtne2ps_pbh(v, u));
     }
 }
 
 /* a block is a chunk of features */
 static void run_product(const task *t) {
     const product *p = t->product;
-    struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
     _Alignas(64) float sums[2][2][256];
     uint16_t *w_tiles = p->w_tiles + t->member * p->chunk * p->steps * STEP;
-    for (int i = 0; i < 8; i++) {
-        tiles.row_bytes[i] = 64;
-        tiles.rows[i] = 16;
-    }
-    _tile_loadconfig(&tiles);
+    use_tiles();
     for (int64_t first = t->first * p->chunk; first < t->last * p->chunk && first < p->features; first += p->chunk) {
         int64_t count = p->features - first < p->chunk ? p->features - first : p->chunk;
         (p->backward ? fill_with_columns : fill_with_rows)(t, first, count, w_tiles);
@@ -208,19 +258,22 @@ static void run_product(const task *t) {
 }
 
 /* in, out, rows_at_once and chunk are multiples of 32. tiles, aligned to 64 bytes, holds rows_at_once rows of x, then `chunk`
-   features of W for each thread. */
-void matmul_bf16(int backward, int64_t rows, int64_t out, int64_t in, const uint16_t *x, uint8_t *packed, const void *absmax,
-                 const float *code, int64_t blocksize, const float *nested_absmax, const float *nested_code, float offset,
-                 const float *bias, uint16_t *y, uint16_t *tiles, int64_t rows_at_once, int64_t chunk,
-                 int threads) {
-    int64_t features = backward ? in : out, summed = backward ? out : in;
-    product p = {.backward = backward, .features = features, .steps = summed / STEP, .in = in, .bias = bias, .chunk = chunk,
-                 .x_tiles = tiles, .w_tiles = tiles + rows_at_once * summed};
+   features of W for each thread, both with the update's columns. */
+void matmul_bf16(int backward, int add, int64_t rows, int64_t out, int64_t in, const uint16_t *x, uint8_t *packed,
+                 const void *absmax, const float *code, int64_t blocksize, const float *nested_absmax,
+                 const float *nested_code, float offset, const float *bias, int64_t rank, int64_t narrow_stride,
+                 const uint16_t *narrow, const uint16_t *update, uint16_t *y, uint16_t *tiles, int64_t rows_at_once,
+                 int64_t chunk, int threads) {
+    int64_t features = backward ? in : out, summed = backward ? out : in, steps = summed / STEP + (rank + STEP - 1) / STEP;
+    product p = {.backward = backward, .add = add, .features = features, .steps = steps, .in = in, .bias = bias,
+                 .chunk = chunk, .update = update, .rank = rank, .narrow_stride = narrow_stride,
+                 .x_tiles = tiles, .w_tiles = tiles + rows_at_once * steps * STEP};
     task t = {.blocksize = blocksize, .packed = packed, .absmax = absmax, .code = code, .nested_absmax = nested_absmax,
               .nested_code = nested_code, .offset = offset, .product = &p};
     for (int64_t row = 0; row < rows; row += rows_at_once) {
         p.rows = rows - row < rows_at_once ? rows - row : rows_at_once;
         p.x = x + row * summed;
+        p.narrow = narrow + row * narrow_stride;
         p.y = y + row * features;
         t.run = run_pack;
         share_blocks(t, (p.rows + 31) / 32 * 2, threads);

@@ -3,9 +3,9 @@ moments.
 
 A CPU is limited by memory here, and every PyTorch operation reads and writes the whole tensor once more. C
 reads a block of weights, scales, compares, packs and forgets it while it is in a register: one pass where
-PyTorch needs a dozen.
+PyTorch needs a dozen. The same library holds the operations of elementwise.py.
 
-The machine's own C compiler builds `native.c` on first use, in a second or two, never on import: library.py.
+The machine's own C compiler builds `native.c` on first use, in a few seconds, never on import: library.py.
 Nothing depends on it. The PyTorch definitions in `quantization.py` and `optim.py` run without a compiler, and
 where the library cannot be had or does not give known bits on trial tensors. One line says so in the last two
 cases.
@@ -37,11 +37,12 @@ from minilora.backend.scratch import scratch
 from minilora.system.errors import UserError
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_INCLUDED = _SOURCE.with_name("amx.c")
+_INCLUDED = [_SOURCE.with_name(name) for name in ("elementwise.c", "amx.c", "attention.c")]
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
 _ROWS_AT_ONCE, _W_AT_ONCE = 1024, 384 * 1024  # rows of x; weights of a chunk, 768 kB of a core's cache
+_NEED_AMX = {"matmul_bf16", "attention_bf16", "attention_backward_bf16"}
 
 
 def quantize(
@@ -74,25 +75,35 @@ def multiplies(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and all(n % 32 == 0 for n in shape)
 
 
-def matmul(q, x: Tensor, out: Tensor, backward: bool = False, bias: Tensor | None = None) -> None:
-    """Fill `out` with x W^T + bias, or with x W: the products of `linear._FrozenLinear`, see amx.c.
-
-    q: W, (out, in), a `quantization.QuantizedTensor`; x: (rows, in) -> (rows, out), or backward (rows, out)
-    -> (rows, in), contiguous bfloat16; bias: (out,) float32. On a CPU with AMX.
-    """
-    numbers, *at_once = tile_numbers(q.shape, len(x), backward)
+def matmul(
+    q,  # W, (out, in), a `quantization.QuantizedTensor`
+    x: Tensor,  # (rows, in), or backward (rows, out); contiguous bfloat16, as `out` is
+    out: Tensor,  # (rows, out), or backward (rows, in)
+    bias: Tensor | None = None,  # (out,) float32
+    update: tuple[Tensor, Tensor] | None = None,  # n (rows, r) and B (out, r), or g (rows, r) and A (r, in)
+    backward: bool = False,
+    add: bool = False,  # backward: to what is in `out`
+) -> None:
+    """Fill `out` with x W^T + bias + n B^T, or x W + g A: see products.py and amx.c. On a CPU with AMX."""
+    rank, narrow, stride, matrix = 0, None, 0, None
+    if update is not None:
+        assert update[0].dtype == update[1].dtype == torch.bfloat16 and update[0].stride(1) == 1
+        rank, stride = update[0].shape[1], update[0].stride(0)
+        narrow, matrix = update[0].data_ptr(), _at(update[1])
+    numbers, *at_once = tile_numbers(q.shape, len(x), backward, rank)
     tiles = scratch((numbers,), torch.bfloat16, x.device)
     weight = _at(q.packed), _at(q.absmax), _at(q.code), q.blocksize, *_nested(q)
-    addresses = None if bias is None else _at(bias), _at(out), _at(tiles)
+    addresses = None if bias is None else _at(bias), rank, stride, narrow, matrix, _at(out), _at(tiles)
     function, threads = _functions()["matmul_bf16"], _threads(q.shape.numel())
-    function(backward, len(x), *q.shape, _at(x), *weight, *addresses, *at_once, threads)
+    function(backward, add, len(x), *q.shape, _at(x), *weight, *addresses, *at_once, threads)
 
 
-def tile_numbers(shape: tuple[int, int], rows: int, backward: bool) -> tuple[int, int, int]:
+def tile_numbers(shape: tuple[int, int], rows: int, backward: bool, rank: int = 0) -> tuple[int, int, int]:
     """Return the bfloat16 numbers that `matmul` keeps beside its operands; and the rows of x and, for each
     thread, the features of W, that are among them at a time.
     """
     features, summed = reversed(shape) if backward else shape
+    summed += -(-rank // 32) * 32
     threads = _threads(math.prod(shape))
     chunk = 32 * max(1, min(_W_AT_ONCE // summed // 32, -(-features // threads // 32)))
     rows_at_once = min(-(-rows // 32) * 32, _ROWS_AT_ONCE)
@@ -106,17 +117,22 @@ def adamw_8bit(
     scalars: tuple[float, ...],
 ) -> None:
     """Take one step on all tensors in one call: see `optim.adamw_8bit`."""
-    table = [[*map(_at, parts), len(parts[0])] for parts in tensors]
+    table = [[*(part.data_ptr() for part in parts), parts[0].numel()] for parts in tensors]
     addresses = torch.tensor(table, dtype=torch.int64, device="cpu")
-    blocks = sum(len(parts[3]) for parts in tensors)
+    blocks = sum(parts[3].numel() for parts in tensors)
     threads = _threads(256 * blocks)
     _functions()["adamw_8bit"](
         _at(addresses), blocks, *map(_at, codes), *map(_at, nearest), *scalars, threads
     )
 
 
+def call(name: str, n: int, *arguments) -> None:
+    """Call a C function whose last argument is a number of threads, with as many as n values are worth."""
+    _functions()[name](*arguments, _threads(n))
+
+
 def _at(x: Tensor) -> int:
-    assert x.is_contiguous() and x.device.type == "cpu"
+    assert x.is_contiguous() and x.is_cpu
     return x.data_ptr()
 
 
@@ -134,16 +150,15 @@ def _functions() -> dict:
         return {}
     arguments = _arguments()
     try:
-        library = load_library([_SOURCE, _INCLUDED], ["use_openmp", *arguments.keys() - {"matmul_bf16"}])
+        library = load_library([_SOURCE, *_INCLUDED], ["use_openmp", *arguments.keys() - _NEED_AMX])
     except (UserError, OSError) as error:
         _warn_once(str(error))
         return {}
     if library is None:
         return {}
-    has_amx = hasattr(library, "matmul_bf16") and hasattr(library, "amx_permission")
-    if not has_amx or library.amx_permission() != 0:
-        del arguments["matmul_bf16"]
-    functions = {name: getattr(library, name) for name in arguments}
+    has_amx = all(hasattr(library, name) for name in (*_NEED_AMX, "amx_permission"))
+    missing = set() if has_amx and library.amx_permission() == 0 else _NEED_AMX
+    functions = {name: getattr(library, name) for name in arguments.keys() - missing}
     for name, function in functions.items():
         function.argtypes, function.restype = arguments[name], None
     library.use_openmp.argtypes, library.use_openmp.restype = [ctypes.c_void_p], None
@@ -157,19 +172,39 @@ def _arguments() -> dict[str, list]:
     pointer, count, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     quantized = [*[pointer] * 3, count, pointer, pointer, number]
     arguments = {
+        "attention_bf16": [*[pointer] * 4, *[count] * 6, *[pointer] * 4, integer],
+        "attention_backward_bf16": [*[pointer] * 7, *[count] * 6, *[pointer] * 6, integer],
         "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, integer],
-        "matmul_bf16": [integer, *[count] * 3, pointer, *quantized, *[pointer] * 3, *[count] * 2, integer],
+        "matmul_bf16": [*[integer] * 2, *[count] * 3, pointer, *quantized, pointer, *[count] * 2]
+        + [*[pointer] * 4, *[count] * 2, integer],
     }
+    arguments |= _elementwise_arguments()
     for dtype in _NAMES.values():
         arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, integer]
         arguments[f"dequantize_{dtype}"] = [*quantized, count, pointer, integer]
     return arguments
 
 
+def _elementwise_arguments() -> dict[str, list]:
+    """Return them for elementwise.c. All but cross_entropy start with the number of a dtype."""
+    pointer, count, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    draws = [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32]
+    return {
+        "add_norm": [integer, count, count, *[pointer] * 3, number, *[pointer] * 3, integer],
+        "add_norm_backward": [integer, count, count, *[pointer] * 6, integer],
+        "rope": [integer, *[count] * 3, *[pointer] * 6, count, number, pointer, pointer, integer],
+        "swiglu": [integer, count, *[pointer] * 3, integer],
+        "swiglu_backward": [integer, count, *[pointer] * 5, integer],
+        "cross_entropy": [count, count, *[pointer] * 3, integer],
+        "dropout": [integer, count, count, pointer, *draws, pointer, integer],
+        "add_dropped": [integer, count, count, pointer, pointer, *draws, integer],
+    }
+
+
 @lru_cache
 def _warn_once(reason: str) -> None:
     """Say once that PyTorch's definitions run instead of the C library, and why."""
-    warn(f"4-bit weights and 8-bit AdamW are slower on this CPU, without the C library: {reason}")
+    warn(f"training is slower on this CPU, without the C library: {reason}")
 
 
 def _gomp_parallel() -> int | None:
@@ -210,7 +245,7 @@ KNOWN_BITS = {
     "dequantize_bf16": "0bc8628c230cb6e5",
     "quantize_fp16": "f68cc60a8cfc891f",
     "dequantize_fp16": "863573001beb814f",
-    "matmul_bf16": "ceff2eca1b09da3c",
+    "matmul_bf16": "bcfdd7e6434cda63",
     "adamw_8bit": "c2f8a9f6e37017df",
 }
 
@@ -257,20 +292,28 @@ def dequantize_trial(dequantize: Callable, dtype: torch.dtype) -> list[Tensor]:
 
 
 def matmul_trial(matmul: Callable, dtype: torch.dtype) -> list[Tensor]:
-    """Multiply 33 rows with a W of (64, 96), forward, with a bias, and backward; return both results.
+    """Multiply 33 rows with a W of (64, 96), forward, with a bias, and backward, twice into the same result;
+    each with an update of rank 3. Return both results.
 
     All numbers are small and whole, so every order of summation gives the same bits.
     """
-    rows, out, in_ = 33, 64, 96
+    rows, out, in_, rank = 33, 64, 96, 3
     packed = ((torch.arange(out * in_ // 2, device="cpu") * 73) % 256).byte()
     code = torch.arange(-8.0, 8.0, device="cpu")
     absmax = 1.0 + torch.arange(out * in_ // 64, device="cpu") % 3
     q = SimpleNamespace(packed=packed, code=code, blocksize=64, absmax=absmax, nested_absmax=None)
     q.shape = torch.Size((out, in_))
-    x, dy = (((torch.arange(rows * n, device="cpu") * 37) % 15 - 7).view(rows, n) for n in (in_, out))
+
+    def numbers(*shape: int) -> Tensor:
+        count = math.prod(shape)
+        return (((torch.arange(count, device="cpu") * 37) % 15 - 7).view(shape)).to(dtype)
+
+    narrow = numbers(rows, 2 * rank)[:, rank:]  # a part of a wider one
     y, dx = (torch.zeros(rows, n, dtype=dtype, device="cpu") for n in (out, in_))
-    matmul(q, x.to(dtype), y, bias=torch.arange(float(out), device="cpu"))
-    matmul(q, dy.to(dtype), dx, backward=True)
+    bias = torch.arange(float(out), device="cpu")
+    matmul(q, numbers(rows, in_), y, bias, (narrow, numbers(out, rank)))
+    matmul(q, numbers(rows, out), dx, update=(narrow, numbers(rank, in_)), backward=True)
+    matmul(q, numbers(rows, out), dx, backward=True, add=True)
     return [y, dx]
 
 

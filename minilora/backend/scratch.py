@@ -5,10 +5,13 @@ product has read its own. On two streams one layer would overwrite what another 
 stream is refused. Other tensors may move on streams of their own, as those of offloading do.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_views: dict[tuple, Tensor] = {}  # of the buffers, made once: a model has a handful of shapes
 _streams: dict[torch.device, torch.cuda.Stream] = {}  # the one stream of each GPU that uses its buffers
 
 
@@ -17,14 +20,20 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
         assert _streams.setdefault(device, stream) == stream, "layers share a buffer: compute on one stream"
-    count = torch.Size(shape).numel()
-    buffer = _buffers.get((device, dtype))
-    if buffer is None or buffer.numel() < count:
-        buffer = _buffers[device, dtype] = torch.empty(count, dtype=dtype, device=device)
-    return buffer[:count].view(shape)
+    key = device, dtype, shape
+    if key not in _views:
+        count = math.prod(shape)
+        buffer = _buffers.get((device, dtype))
+        if buffer is None or buffer.numel() < count:
+            for other in [other for other in _views if other[:2] == (device, dtype)]:
+                del _views[other]
+            buffer = _buffers[device, dtype] = torch.empty(count, dtype=dtype, device=device)
+        _views[key] = buffer[:count].view(shape)
+    return _views[key]
 
 
 def release() -> None:
     """Free the buffers."""
     _buffers.clear()
+    _views.clear()
     _streams.clear()

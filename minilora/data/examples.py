@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from minilora.backend.copies import to_device
+from minilora.backend.documents import PADDING
 from minilora.data.chat import ChatTemplate
 from minilora.data.rows import Row
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import Tokenizer
 from minilora.loss import IGNORE_INDEX
 from minilora.memory.allocator import padded_length
-from minilora.model import PADDING
 from minilora.system.errors import UserError, raise_error
 from minilora.system.files import fingerprint
 
@@ -214,15 +214,12 @@ def batch_for(
     """Return input_ids, labels and document_ids for `causal_lm_loss` on a device: all examples in one row,
     (1, N) each, or with `padding_free=False` a row for each example, (B, T).
 
-    Labels stay on the CPU, and nothing of this waits for a GPU. `rounded` fills the row up to a length that
-    comes often (see `padded_length`): only compiled kernels want that.
+    Labels and document_ids stay on the CPU, and nothing of this waits for a GPU. `rounded` fills the row up
+    to a length that comes often (see `padded_length`): only compiled kernels want that.
     """
     rows = [end_to_end(examples)] if padding_free else examples
     input_ids, labels = collate(rows, pad_id, rounded)
-    documents = document_ids(rows, rounded)
-    if documents is not None:
-        documents = to_device(documents, device)  # until the model takes lengths from the CPU: leave it there
-    return to_device(input_ids, device), labels, documents
+    return to_device(input_ids, device), labels, document_ids(rows, rounded)
 
 
 def count_supervised(labels: Tensor) -> int:

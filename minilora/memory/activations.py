@@ -29,10 +29,12 @@ from typing import NamedTuple
 
 import torch
 
+from minilora.backend import cpu_attention
 from minilora.backend.attention_mask import row_numbers
-from minilora.backend.choice import form_for, product_dtype
+from minilora.backend.choice import product_dtype
 from minilora.config import LoraConfig, ModelConfig
 from minilora.loss import _HEAD_ROWS, rows_at_a_time
+from minilora.system.device import requested_backend
 
 
 class Widths(NamedTuple):
@@ -47,7 +49,7 @@ class Widths(NamedTuple):
     groups: bool  # attention reads keys and values of G heads; elsewhere they are repeated while it runs
 
 
-def widths_of(dtype: torch.dtype, device: str) -> Widths:
+def widths_of(c: ModelConfig, dtype: torch.dtype, device: str) -> Widths:
     """device: `cuda` or `cpu`."""
     number = product = dtype.itemsize
     if device == "cpu":
@@ -60,18 +62,19 @@ def widths_of(dtype: torch.dtype, device: str) -> Widths:
         d_hidden=4 if dtype == torch.float16 else number,
         sums=sums,
         attention_sums=sums if device == "cuda" else 0,
-        groups=_knows_groups(dtype, device),
+        groups=_knows_groups(c, dtype, device),
     )
 
 
-def _knows_groups(dtype: torch.dtype, device: str) -> bool:
+def _knows_groups(c: ModelConfig, dtype: torch.dtype, device: str) -> bool:
     """Whether attention runs in a kernel that knows groups: flash attention on GPUs that compute in bfloat16,
-    and the C kernel on CPUs that do.
+    and the C kernel on a CPU (see `attention.fused_form`).
     """
     if device == "cuda":
         return dtype == torch.bfloat16
-    like = torch.empty(0, dtype=dtype, device="cpu")
-    return form_for(like.to(product_dtype(like)), "attention") == "c"
+    heads = c.num_attention_heads, c.num_key_value_heads
+    q, k = (torch.empty(0, count, c.head_dim, dtype=dtype, device="cpu") for count in heads)
+    return not requested_backend(q.device) and cpu_attention.takes(q, k)
 
 
 class LayerBytes(NamedTuple):

@@ -157,7 +157,7 @@ def memory_ledger(
     Raises UserError for an adapter that names layers which the model does not have.
     """
     policies = _policies_in_effect(recompute, model_config.num_hidden_layers, device)
-    counts, widths = _count(model_config, lora), widths_of(dtype, device)
+    counts, widths = _count(model_config, lora), widths_of(model_config, dtype, device)
     tokens = tokens or batch_size * length
     staying = {"process": process} | _staying_bytes(counts, widths, quant, optim, device)
     packed_weights = quant is not None and quant.bits == 4 and _multiplies_packed(dtype, device)

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import (
@@ -16,6 +15,7 @@ from support.families import (
     transformers_in_4_bits,
     transformers_model,
 )
+from support.same_dropout import draw_as_we_do, mask_of
 from support.tiny import AFTER_20_STEPS, ALL_SEVEN, TOLERANCE, gradients, ids, tiny_model
 from torch import nn
 
@@ -34,6 +34,7 @@ from minilora import (
     trainable_parameters,
     unmerge_lora,
 )
+from minilora.backend import choice
 from minilora.dora import RowNorms, row_factors
 from minilora.formats.weights import StoredTensors
 from minilora.linear import Linear4bit
@@ -75,6 +76,7 @@ def adapt_both(ours, theirs, **lora):
     theirs = peft.get_peft_model(
         theirs, peft.LoraConfig(task_type="CAUSAL_LM", **lora | dict(target_modules=list(ALL_SEVEN)))
     )
+    draw_as_we_do(theirs, lora.get("lora_dropout", 0))
     add_lora(ours, LoraConfig(**lora))
     randomize(ours)
     with torch.no_grad():
@@ -282,7 +284,7 @@ def test_values_and_gradients_are_those_of_the_equation(shape, dropout, bias, qu
     y = layer(x)
     found = torch.autograd.grad(y, tensors, dy)
     torch.manual_seed(9)
-    mask = F.dropout(torch.ones_like(x), dropout).double()  # the same draws
+    mask = mask_of(x, dropout)  # the same draws
     wide = [t.detach().double().requires_grad_() for t in tensors]
     expected = equation(layer, wide[0], wide[0] * mask, *wide[1:])
     # Sums of at most 80 products in float32, relative to the largest: 80 * 2^-24 = 5e-6, with the two or
@@ -440,7 +442,8 @@ def kept_numbers(model, **lora) -> int:
     )
 
 
-def test_dora_keeps_the_outputs_of_its_layers_and_of_gate_and_up_none_that_swiglu_does_not_keep():
+def test_dora_keeps_the_outputs_of_its_layers_and_of_gate_and_up_none_that_swiglu_does_not_keep(monkeypatch):
+    monkeypatch.setattr(choice, "_fused", False)  # DoRA has no fused form: plain beside plain
     model, tokens, (D, HK, GK) = tiny_model(), 20, (24, 24, 12)
     lora = kept_numbers(model, r=2, target_modules=ALL_SEVEN)
     dora = kept_numbers(model, r=2, target_modules=ALL_SEVEN, use_dora=True)

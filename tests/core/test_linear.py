@@ -21,8 +21,9 @@ from minilora import (
     set_adapter,
 )
 from minilora.backend import choice
+from minilora.backend.scratch import scratch
 from minilora.int8 import quantize_int8
-from minilora.linear import Linear4bit, Linear8bit, scratch
+from minilora.linear import Linear4bit, Linear8bit
 from minilora.lora import lora_layers
 from minilora.loss import causal_lm_loss
 from minilora.quantization import gemv_4bit, quantize_4bit

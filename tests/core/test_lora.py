@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, relative_error, same_model_here, transformers_model
+from support.same_dropout import draw_as_we_do, mask_of
 from support.tiny import (
     AFTER_20_STEPS,
     CASES,
@@ -277,7 +277,7 @@ def test_under_dropout_values_and_gradients_are_those_of_autograd_through_the_sa
     torch.manual_seed(9)
     y = layer(x)
     torch.manual_seed(9)
-    mask = F.dropout(torch.ones(3, 7, 48), 0.5).double()  # the same draws, times 1 / (1 - p)
+    mask = mask_of(x, 0.5)  # the same draws, times 1 / (1 - p)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     expected = wide[0] @ layer.base_layer.weight.double().T + 2.0 * (wide[0] * mask) @ wide[1].T @ wide[2].T
     found = torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, wide, dy.double())
@@ -287,6 +287,7 @@ def test_under_dropout_values_and_gradients_are_those_of_autograd_through_the_sa
 
 def test_under_dropout_every_gradient_equals_pefts_with_the_same_draws():
     ours, theirs = pair_with_peft("llama-gqa", **CASES["all-linear"], lora_dropout=0.3)
+    draw_as_we_do(theirs, 0.3)
     batch = ids(2, 20, vocab=97)
     for model in (ours.train(), theirs.train()):
         torch.manual_seed(5)
@@ -296,28 +297,6 @@ def test_under_dropout_every_gradient_equals_pefts_with_the_same_draws():
             model(input_ids=batch, labels=batch).loss.backward()
     for name, mine, other in adapter_pairs(ours, theirs):
         assert other.grad.any() and relative_error(mine.grad, other.grad) <= TOLERANCE, name
-
-
-@pytest.mark.parametrize("lora_fa", [False, True])
-def test_under_dropout_neighbours_keep_one_x_and_a_byte_a_number_each(lora_fa):
-    x = torch.randn(5, 48, requires_grad=True)
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = []
-        for seed in range(2):
-            layer = adapted_layer(48, 20, 4, 8.0, False, torch.float32, seed=2 * seed).train()
-            layer.configs["a"] = replace(layer.configs["a"], lora_dropout=0.5, lora_fa=lora_fa)
-            layer.lora_A["a"].requires_grad_(not lora_fa)
-            layer.base_layer.requires_grad_(False)
-            outputs.append(layer(x))
-    of_the_size = [tensor for tensor in kept.values() if tensor.shape == x.shape]
-    assert sorted(t.element_size() for t in of_the_size) == [1, 1] + [4] * (not lora_fa)
-    assert lora_fa or any(t.data_ptr() == x.data_ptr() for t in of_the_size)
 
 
 def test_targets_by_leaf_name_full_name_suffix_regex_and_all_linear():

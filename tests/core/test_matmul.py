@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import linear
-from minilora.backend import choice, native
+from minilora.backend import choice, native, products
 from minilora.linear import Linear4bit
 from minilora.quantization import BLOCK_SIZES, quantize_4bit
 
@@ -18,19 +17,24 @@ needs_amx = pytest.mark.skipif(
 )
 
 
-def product(q, x, backward=False, bias=None):
+def product(q, x, backward=False, bias=None, update=None):
     out = torch.full((len(x), q.shape[1 if backward else 0]), torch.nan, dtype=torch.bfloat16)
-    native.matmul(q, x, out, backward, bias)
+    native.matmul(q, x, out, bias, update, backward)
     return out
 
 
-def whole_number_product(q, x, out, backward=False, bias=None):
+def whole_number_product(q, x, out, bias=None, update=None, backward=False, add=False):
     """What `native.matmul_trial` asks for, in whole numbers."""
     symbols = torch.stack([q.packed >> 4, q.packed & 15], dim=1).view(-1, q.blocksize).long()
     W = (q.code.long()[symbols] * q.absmax.long().view(-1, 1)).view(q.shape)
     y = x.long() @ (W if backward else W.T)
     if bias is not None:
         y = y + bias.long()
+    if update is not None:
+        narrow, matrix = (t.long() for t in update)
+        y = y + narrow @ (matrix if backward else matrix.T)
+    if add:
+        y = y + out.long()
     assert y.abs().max() < 2**24  # float32 holds it, and so rounds it to bfloat16 only once
     out.copy_(y.float())
 
@@ -51,10 +55,11 @@ def test_the_known_bits_of_the_product_are_those_of_whole_numbers():
     quant_type=st.sampled_from(["nf4", "fp4"]),
     double_quant=st.booleans(),
     biased=st.booleans(),
+    rank=st.sampled_from([0, 1, 8, 31, 32, 33, 70]),
     seed=st.integers(0, 2**16),
 )
 def test_products_are_those_of_the_dequantized_weight_summed_in_float32_and_rounded_once(
-    rows, out, in_, blocksize, quant_type, double_quant, biased, seed
+    rows, out, in_, blocksize, quant_type, double_quant, biased, rank, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     q = quantize_4bit(torch.randn(out, in_, generator=generator), quant_type, blocksize, double_quant)
@@ -62,12 +67,21 @@ def test_products_are_those_of_the_dequantized_weight_summed_in_float32_and_roun
     bias = torch.randn(out, generator=generator) if biased else None
     x = torch.randn(rows, in_, generator=generator).bfloat16()
     dy = torch.randn(rows, out, generator=generator).bfloat16()
-    y, dx = product(q, x, bias=bias), product(q, dy, backward=True)
-    exact_y = x.double() @ W.T + (0 if bias is None else bias.double())
+    n = torch.randn(rows, rank + 5, generator=generator).bfloat16()[:, 5:]  # a part of a wider one
+    B, A = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((out, rank), (rank, in_)))
+    forward, back = ((n, B), (n, A)) if rank else (None, None)
+    y, dx = product(q, x, bias=bias, update=forward), product(q, dy, backward=True, update=back)
+    exact_y = x.double() @ W.T + n.double() @ B.double().T + (0 if bias is None else bias.double())
     terms = x.double().abs() @ W.abs().T + (0 if bias is None else bias.double().abs())
+    terms += n.double().abs() @ B.double().abs().T
+    exact_dx, terms_dx = dy.double() @ W + n.double() @ A.double(), dy.double().abs() @ W.abs()
+    terms_dx += n.double().abs() @ A.double().abs()
+    twice = dx.clone()
+    native.matmul(q, dy, twice, backward=True, add=True)
     for result, exact, terms, summed in (  # noqa: B020
-        (y, exact_y, terms, in_),
-        (dx, dy.double() @ W, dy.double().abs() @ W.abs(), out),
+        (y, exact_y, terms, in_ + rank),
+        (dx, exact_dx, terms_dx, out + rank),
+        (twice, dx.double() + dy.double() @ W, dx.double().abs() + dy.double().abs() @ W.abs(), out + 1),
     ):
         # 2^-8: one rounding to bfloat16. 2^-24 a term: the worst of any order of float32 sums.
         bound = 2**-8 * exact.abs() + (1 + 2**-8) * summed * 2**-24 * terms
@@ -140,7 +154,7 @@ def test_packed_and_dequantized_products_agree_in_a_layer(monkeypatch):
     dy = torch.randn(2, 64, 5).bfloat16().transpose(1, 2)
     results = []
     for takes in (True, False):
-        monkeypatch.setattr(linear, "_multiplies_packed", lambda weight, rows, takes=takes: takes)
+        monkeypatch.setattr(products, "multiplies_packed", lambda weight, rows, takes=takes: takes)
         y = layer(x)
         (dx,) = torch.autograd.grad(y, x, dy)
         results.append((y, dx))

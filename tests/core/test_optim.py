@@ -2,7 +2,9 @@
 is PEFT's.
 """
 
+import copy
 import json
+import shutil
 import sys
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
+from support.pretended_gpu import PretendedGpu
 from support.tiny import state_bytes
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora import UserError
 from minilora.backend import native
@@ -281,6 +285,8 @@ def test_a_compiled_adamw_with_other_bits_is_not_used(monkeypatch, tmp_path):
     if not native.is_trusted("adamw_8bit"):
         pytest.skip("no C compiler: the definition is all there is")
     spoilt = tmp_path / "native.c"
+    for included in native._INCLUDED:
+        shutil.copy(included, tmp_path)
     spoilt.write_text(native._SOURCE.read_text().replace("fmaf(a.rest1, g, ", "(a.rest1 * g + "))
     assert spoilt.read_text() != native._SOURCE.read_text()
     caches = native._functions, native.is_trusted
@@ -294,6 +300,175 @@ def test_a_compiled_adamw_with_other_bits_is_not_used(monkeypatch, tmp_path):
     finally:
         for cache in caches:
             cache.cache_clear()
+
+
+# ---- kernels write through addresses ---------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of PyTorch that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def operations_of_a_step(tensors: int) -> int:
+    parameters = random_parameters([(8, 512)] * tensors)
+    optimizer = AdamW8bit(parameters)
+    for step in range(2):
+        for i, parameter in enumerate(parameters):
+            parameter.grad = gradient((8, 512), step, i)
+        with Operations() as operations:
+            optimizer.step()
+    return operations.count
+
+
+def test_a_compiled_step_runs_as_many_operations_for_two_tensors_as_for_six():
+    if not native.is_trusted("adamw_8bit"):
+        pytest.skip("no C compiler: the definition loops over tensors")
+    assert operations_of_a_step(2) == operations_of_a_step(6)
+
+
+def test_a_step_on_a_gpu_is_one_launch_and_one_copy_for_any_number_of_tensors():
+    pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
+    with PretendedGpu() as gpu:
+        parameters = [nn.Parameter(torch.ones(8, 512, device="cuda")) for _ in range(5)]
+        optimizer = AdamW8bit(parameters)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()  # makes the states and the tables of codes
+        with gpu.during() as record:
+            optimizer.step()
+    assert record.launches == {"triton adamw_8bit_kernel": 1, "copy": 1}
+    assert not record.waits and not gpu.faults
+
+
+def replace_parameters(parameters, optimizer):
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
+
+
+def replace_moments(parameters, optimizer):
+    for state in optimizer.state.values():
+        state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
+
+
+def load_a_state(parameters, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def lose_a_gradient(parameters, optimizer):
+    parameters[1].grad = None
+
+
+def turn_a_gradient(parameters, optimizer):
+    """The same numbers, column by column in memory."""
+    parameters[1].grad = parameters[1].grad.T.contiguous().T
+
+
+def move_to_a_second_group(parameters, optimizer):
+    group = optimizer.param_groups[0]
+    optimizer.param_groups.append(group | dict(lr=3e-3, params=group["params"][1:]))
+    group["params"] = group["params"][:1]
+
+
+CHANGES = [
+    replace_parameters,
+    replace_moments,
+    load_a_state,
+    lose_a_gradient,
+    turn_a_gradient,
+    move_to_a_second_group,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_after_a_change_is_the_definitions_and_leaves_what_was_replaced(change, monkeypatch):
+    if not (native.is_trusted("adamw_8bit") and CPU_HAS_FMA):
+        pytest.skip("no C compiler, or a CPU without FMA: the definition is all there is")
+    sides = []
+    for backend in (None, "torch"):
+        if backend:
+            monkeypatch.setenv("MINILORA_BACKEND", backend)
+        parameters = random_parameters([(8, 520), (41, 100), (5000,)])
+        optimizer = AdamW8bit(parameters, lr=1e-3)
+        for step in range(4):
+            for i, parameter in enumerate(parameters):
+                parameter.grad = gradient(tuple(parameter.shape), step, i)
+            if step == 2:
+                old = [p.detach() for p in parameters]
+                states = [optimizer.state[p] for p in parameters]
+                old += [value for s in states for value in s.values() if isinstance(value, Tensor)]
+                kept = [tensor.clone() for tensor in old]
+                change(parameters, optimizer)
+                now = [p.data_ptr() for p in parameters]
+                now += [
+                    v.data_ptr()
+                    for p in parameters
+                    for v in optimizer.state[p].values()
+                    if isinstance(v, Tensor)
+                ]
+                replaced = [
+                    i for i, (tensor, at) in enumerate(zip(old, now, strict=True)) if tensor.data_ptr() != at
+                ]
+            optimizer.step()
+        assert all(torch.equal(old[i], kept[i]) for i in replaced)
+        assert len(replaced) == {replace_parameters: 3, replace_moments: 12, load_a_state: 12}.get(change, 0)
+        sides.append([*parameters, *(v for p in parameters for v in optimizer.state[p].values())])
+    for one, two in zip(*sides, strict=True):
+        assert torch.equal(one, two) if isinstance(one, Tensor) else one == two
+
+
+def test_a_copied_optimizer_trains_the_copied_parameters(path):
+    parameters = random_parameters([(4096,)])
+    optimizer = AdamW8bit(parameters)
+    parameters[0].grad = torch.ones(4096)
+    optimizer.step()
+    before = parameters[0].clone()
+    copied_parameters, copied = copy.deepcopy((parameters, optimizer))
+    copied_parameters[0].grad = torch.ones(4096)
+    copied.step()
+    assert torch.equal(parameters[0], before) and not torch.equal(copied_parameters[0], before)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq_absmax"])
+def test_a_moment_that_is_replaced_by_a_shorter_one_is_not_written_past(name):
+    (parameter,) = random_parameters([(4096,)])
+    optimizer = AdamW8bit([parameter])
+    parameter.grad = torch.ones(4096)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    state[name] = state[name][1:].clone()
+    with pytest.raises(AssertionError):
+        optimizer.step()
+
+
+def test_a_parameter_that_shrank_in_its_place_is_not_written_past():
+    (parameter,) = random_parameters([(8192,)])
+    optimizer = AdamW8bit([parameter])
+    parameter.grad = torch.ones(8192)
+    optimizer.step()
+    parameter.data = parameter.data[:4096]
+    with pytest.raises(AssertionError):
+        optimizer.step()
+
+
+def test_pytorch_knows_that_a_step_wrote_to_the_parameters(path):
+    still, small, large = parameters = random_parameters([(4096,), (100,), (4096,)])
+    optimizer = AdamW8bit(parameters)
+    small.grad, large.grad = torch.ones(100), torch.ones(4096)
+    versions, loss = [p._version for p in parameters], large.square().sum()
+    optimizer.step()
+    assert [p._version > before for p, before in zip(parameters, versions, strict=True)] == [
+        False,
+        True,
+        True,
+    ]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # ---- states in files -------------------------------------------------------------------------------------------------

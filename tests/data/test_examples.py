@@ -318,7 +318,7 @@ def test_a_split_divides_the_rows_and_depends_only_on_the_seed(count, share, see
 
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_batch_for_the_gpu_is_that_of_the_cpu_with_its_labels_left_there_and_nothing_waits(
+def test_a_batch_for_the_gpu_is_that_of_the_cpu_with_all_but_its_ids_left_there_and_nothing_waits(
     packed, padding_free
 ):
     lengths = [(3, 4), (5,)] if packed else [(7,), (5,)]
@@ -326,7 +326,7 @@ def test_a_batch_for_the_gpu_is_that_of_the_cpu_with_its_labels_left_there_and_n
     with PretendedGpu() as gpu:
         ids, labels, documents = batch_for(torch.device("cuda", 0), examples, 0, padding_free=padding_free)
         assert ids.is_cuda and not labels.is_cuda
-        assert (documents is not None) == (packed or padding_free)
+        assert not documents.is_cuda if packed or padding_free else documents is None
         assert not gpu.waits and not gpu.faults
     on_cpu = batch_for(CPU, examples, 0, padding_free=padding_free)
     for found, expected in zip((ids, labels, documents), on_cpu, strict=True):

@@ -83,21 +83,24 @@ def test_an_adapter_trained_on_the_gpu_is_evaluated_and_answers_there(
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_benchmark_runs_on_a_gpu(policy, tmp_path):
     import bench
+    import bench_work
+    from bench_sides import load_ours
 
     options = Namespace(
         width=64, layers=2, vocab=97, batch=2, tokens=16, steps=1, quantization_bit="4", optim="adamw_8bit",
         gradient_checkpointing=policy, model=str(tmp_path / "model"), peer=False,
+        data=None,
     )  # fmt: skip
     bench.write_random_model(options)
     with PretendedGpu((9, 0)) as gpu:
         placement = choose_placement()
-        side = bench.load_ours(options, placement)
-        ids = bench.tokens_of_step(0, options)
-        loss, gradients = side.gradients(ids)
+        side, config = load_ours(options, placement), bench.read_config(Path(options.model))
+        (examples,) = steps = bench_work.steps_of(options, config)
+        loss, gradients = side.gradients(examples)
         with gpu.during() as record:
-            side.step(ids)
-        config = bench.read_config(Path(options.model))
-        bench.time_kernels(placement, config)
-        assert bench.describe(options, placement, config)["machine"].startswith("a pretended GPU")
+            side.step(examples)
+        bench_work.time_products(steps, config, policy, placement)
+        bench_work.dequantized_bytes_per_second(config, placement)
+        assert bench.describe(options, placement, config, steps)["machine"].startswith("a pretended GPU")
     assert not record.waits
     assert not gpu.faults and loss > 0 and len(gradients) == 2 * 4  # B's: A's are zero before the first step

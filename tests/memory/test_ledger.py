@@ -163,15 +163,6 @@ def test_an_adapter_that_the_model_cannot_have_is_refused():
         memory_ledger(FAMILIES["llama"], LoraConfig(target_modules=("v_porj",)), None, **kind)
 
 
-# ---- what the model does not do yet ------------------------------------------------------------------------------------------
-
-# The ledger counts attention that keeps G heads of keys and values and no masks of documents, and fused adapters
-# that keep copies of A and B and no masks of dropout. Until the model is so, its batches here have no documents,
-# all its heads keys and values of their own, and its adapters no dropout and a low rank. Then: True.
-ATTENTION_OVER_DOCUMENTS = FUSED_ADAPTERS = False
-DROPOUTS = [0.0, 0.1] if FUSED_ADAPTERS else [0.0]
-
-
 # ---- activations, by what the allocator is asked for -----------------------------------------------------------------------
 
 
@@ -179,7 +170,7 @@ DROPOUTS = [0.0, 0.1] if FUSED_ADAPTERS else [0.0]
 def training(draw):
     """A model, an adapter, a way to store weights, a shape of batches."""
     H, K = draw(st.sampled_from([4, 8])), 16
-    G = draw(st.sampled_from([2, H] if ATTENTION_OVER_DOCUMENTS else [H]))
+    G = draw(st.sampled_from([2, H]))
     model_type = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
     window = dict(sliding_window=draw(st.sampled_from([None, 20]))) if model_type == "mistral" else {}
     config = shape(
@@ -194,8 +185,8 @@ def training(draw):
         **window,
     )
     lora = LoraConfig(
-        r=draw(st.integers(1, 16 if FUSED_ADAPTERS else 2)),
-        lora_dropout=draw(st.sampled_from(DROPOUTS)),
+        r=draw(st.integers(1, 16)),
+        lora_dropout=draw(st.sampled_from([0.0, 0.1])),
         target_modules=draw(st.sampled_from([QKVO, ALL_SEVEN, ("q_proj", "v_proj")])),
         **draw(st.sampled_from([dict(), dict(use_dora=True), dict(lora_fa=True)])),
     )
@@ -227,10 +218,8 @@ def compare_with_allocations(config, lora, sizes, recompute, dtype):
     add_lora(model, lora)
     set_recompute(model.train(), recompute)
     batch_size, length = sizes["batch_size"], sizes["length"]
-    input_ids, documents = torch.randint(0, config.vocab_size, (batch_size, length)), None
-    if ATTENTION_OVER_DOCUMENTS:
-        input_ids = input_ids.view(1, -1)
-        documents = torch.arange(batch_size).repeat_interleave(length).view(1, -1)
+    input_ids = torch.randint(0, config.vocab_size, (1, batch_size * length))
+    documents = torch.arange(batch_size).repeat_interleave(length).view(1, -1)
     causal_lm_loss(
         model, input_ids, input_ids, documents
     ).backward()  # now there are gradients, as in all micro-batches but the first
@@ -340,7 +329,7 @@ def test_64_answers_of_mistral_7b_take_more_than_its_training():
     assert ledger.moment == "answers" and ledger.bytes["gradients"] == 0
 
 
-@pytest.mark.parametrize("dropout", DROPOUTS)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("recompute", ["off", "full"])
 def test_doras_outputs_and_the_norms_of_queries_and_keys_share_their_tensors(recompute, dropout):
     sizes = dict(
@@ -357,19 +346,18 @@ EIGHT_HEADS = dict(num_attention_heads=8, num_key_value_heads=8)
 MEASURED = {  # tensors of a megabyte and more, as in training a real model: below, the heap's holes count
     "llama": (
         shape("llama", vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, **EIGHT_HEADS),
-        dict(lora_dropout=max(DROPOUTS) / 2, target_modules=QKVO),
+        dict(lora_dropout=0.05, target_modules=QKVO),
         dict(dtype="float32", batch_size=2, length=512),
     ),
     "mistral, q and v": (
-        shape("mistral", vocab_size=8000, hidden_size=768, intermediate_size=2688, num_hidden_layers=3, num_attention_heads=12,
-              num_key_value_heads=2 if ATTENTION_OVER_DOCUMENTS else 12),
+        shape("mistral", vocab_size=8000, hidden_size=768, intermediate_size=2688, num_hidden_layers=3, num_attention_heads=12),
         dict(target_modules=("q_proj", "v_proj")),
         dict(dtype="float32", batch_size=1, length=1024),
     ),
     "qwen3, all seven": (
         shape("qwen3", vocab_size=4000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
-              num_key_value_heads=2 if ATTENTION_OVER_DOCUMENTS else 8, head_dim=128, tie_word_embeddings=True),
-        dict(r=16 if FUSED_ADAPTERS else 4, target_modules=ALL_SEVEN),
+              head_dim=128, tie_word_embeddings=True),
+        dict(r=16, target_modules=ALL_SEVEN),
         dict(dtype="float32", batch_size=4, length=256),
     ),
 }  # fmt: skip

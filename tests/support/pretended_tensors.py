@@ -146,6 +146,9 @@ class Dispatch(TorchDispatchMode):
             options["generator"] = options.get("generator") or self.gpu.generators[device]
         if not operation.is_view and name not in FREE:
             self.gpu.launch(name)
+        if operation == torch.ops.aten.mm.dtype:  # a GPU's alone: sums of 16-bit products in another dtype
+            a, b, dtype = arguments
+            operation, arguments = torch.ops.aten.mm.default, (a.to(dtype), b.to(dtype))
         result = operation(*arguments, **options)
         if name not in ("copy_", "_local_scalar_dense"):
             for tensor in tree_iter(result):

@@ -16,6 +16,9 @@ for it, and whoever restores that generator's state repeats the draws.
 import torch
 from torch import Tensor
 
+from minilora.backend.choice import fastest
+from minilora.backend.scratch import scratch
+
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85
@@ -70,3 +73,29 @@ def dropout_definition(x: Tensor, seed: int, stream: int, threshold: int) -> Ten
 def add_dropped_definition(x: Tensor, y: Tensor, seed: int, stream: int, threshold: int) -> None:
     """x += dropout(y): its backward, added to what is there. x, y: (rows, columns)."""
     x += y * kept(*x.shape, seed, stream, threshold, x.device)
+
+
+# ---- with the thin products beside it, which a kernel may do in one pass -----------------------------------
+
+
+def dropped_product_definition(x: Tensor, A: Tensor, seed: int, stream: int, threshold: int) -> Tensor:
+    """Return dropout(x) A^T, (rows, r). x: (rows, in), A: (r, in)."""
+    return _dropped(x, seed, stream, threshold) @ A.T
+
+
+def product_with_dropped_definition(g: Tensor, x: Tensor, seed: int, stream: int, threshold: int) -> Tensor:
+    """Return g^T dropout(x), (r, in). g: (rows, r), x: (rows, in)."""
+    return g.T @ _dropped(x, seed, stream, threshold)
+
+
+def add_dropped_product_definition(
+    dx: Tensor, g: Tensor, A: Tensor, seed: int, stream: int, threshold: int
+) -> None:
+    """dx += dropout(g A), in place. dx: (rows, in), g: (rows, r), A: (r, in)."""
+    update = torch.mm(g, A, out=scratch(tuple(dx.shape), dx.dtype, dx.device))
+    fastest("add_dropped", dx, add_dropped_definition)(dx, update, seed, stream, threshold)
+
+
+def _dropped(x: Tensor, seed: int, stream: int, threshold: int) -> Tensor:
+    """Return dropout(x), in the scratch buffer if a kernel writes it there."""
+    return fastest("dropout", x, dropout_definition)(x, seed, stream, threshold)
