@@ -560,7 +560,7 @@ class Products(TorchDispatchMode):
         self.flop = 0
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+        if operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             (rows, inner), (_, columns) = (t.shape for t in arguments[-2:])
             self.flop += 2 * rows * inner * columns
         assert operation.overloadpacket not in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
