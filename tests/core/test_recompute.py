@@ -66,7 +66,9 @@ def test_a_layer_is_run_again_if_its_own_policy_says_so(monkeypatch):
     model, runs = small_model(layers=4), []
     for i, layer in enumerate(model.model.layers):
         original = layer.rerun_for_backward
-        monkeypatch.setattr(layer, "rerun_for_backward", lambda *a, i=i, run=original: runs.append(i) or run(*a))
+        monkeypatch.setattr(
+            layer, "rerun_for_backward", lambda *a, i=i, run=original, **kind: runs.append(i) or run(*a, **kind)
+        )
     gradients(model, ("full", "off", "selective", "off"))
     assert runs == [2, 0]
 
