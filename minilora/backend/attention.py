@@ -16,8 +16,8 @@ it do neither:
     PyTorch's    other CPUs: one call for documents of one length; heads are repeated
 
 Where none of them can be used, the definition runs. A GPU's kernels get a trial first (attention_trial.py).
-The forms keep k and v as they come, and
-repeat them once more in backward: 2 (H - G) K fewer numbers a token between the two.
+k and v are kept as they come, and repeated once more in backward: 2 (H - G) K fewer numbers a token between
+the two.
 
 On a CPU with bfloat16 instructions PyTorch compiles its kernel for every new length, 8 MB each, and never
 drops one. There documents are computed at rounded lengths. The rows added to a document come after it, so no
@@ -31,7 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.backend import attention_trial, cpu_attention
+from minilora.backend import cpu_attention
+from minilora.backend.attention_trial import Form, passed
 from minilora.backend.choice import padded_length, product_dtype
 from minilora.backend.documents import Documents
 from minilora.system.device import requested_backend
@@ -40,19 +41,11 @@ FLASH_HEAD_SIZE = 192  # beyond it flash attention's backward does not run on ev
 aten = torch.ops.aten
 
 
-class Form(NamedTuple):
-    """One way to compute attention. See the module's docstring for what the two take and return."""
-
-    name: str  # for people
-    forward: Callable
-    backward: Callable
-
-
 def fused_form(q: Tensor, k: Tensor, definition: Form) -> Form:
     """Return the fused kernel for tensors like q, (N, H, K), and k, (N, G, K), or the definition."""
     if q.is_cuda:
         form = _gpu_form(q.device, q.dtype, q.shape[-1])
-        usable = form is not None and attention_trial.passed(form, definition, q.device, q.dtype, q.shape[-1])
+        usable = form is not None and passed(form, definition, q.device, q.dtype, q.shape[-1])
         return form if usable else definition
     if q.device.type != "cpu":
         return definition

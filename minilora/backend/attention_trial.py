@@ -6,8 +6,9 @@ grouped heads, and output and gradients are compared. If they fail, one line say
 runs: right, and slow for long documents.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,17 +17,20 @@ from minilora.backend.documents import Documents, documents_of_ids
 from minilora.backend.library import warn
 from minilora.system.errors import one_line
 
-if TYPE_CHECKING:
-    from minilora.backend.attention import Form
-
 LENGTHS, WINDOW = (40, 1, 23), 17
 BOUND = 2**-5  # eight roundings to bfloat16. A key too many or too few for a window changes a fifth.
 
 
+class Form(NamedTuple):
+    """One way to compute attention. See attention.py for what the two functions take and return."""
+
+    name: str  # for people
+    forward: Callable
+    backward: Callable
+
+
 @lru_cache
-def passed(
-    form: "Form", definition: "Form", device: torch.device, dtype: torch.dtype, head_size: int
-) -> bool:
+def passed(form: Form, definition: Form, device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     """Whether a form can be used there."""
     problem = _problem(form, definition, device, dtype, head_size)
     if problem:
@@ -34,7 +38,7 @@ def passed(
     return not problem
 
 
-def _problem(form: "Form", definition: "Form", device: torch.device, dtype: torch.dtype, K: int) -> str:
+def _problem(form: Form, definition: Form, device: torch.device, dtype: torch.dtype, K: int) -> str:
     """Attend. Return '' if the results are the definition's, else what happened."""
     ids = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)).unsqueeze(0)
     documents, generator = documents_of_ids(ids, device).within(WINDOW), torch.Generator().manual_seed(0)
@@ -49,6 +53,6 @@ def _problem(form: "Form", definition: "Form", device: torch.device, dtype: torc
     return "" if right else "a trial gave other numbers than the definition"
 
 
-def _results(form: "Form", q: Tensor, k: Tensor, v: Tensor, dy: Tensor, documents: Documents) -> list[Tensor]:
+def _results(form: Form, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, documents: Documents) -> list[Tensor]:
     y, lse = form.forward(q, k, v, documents)
     return [t.float() for t in (y, *form.backward(dy, q, k, v, y, lse, documents))]

@@ -245,7 +245,7 @@ PACKED = [3, 20, 20, 17, 31, 40]
 def calls(dtype: torch.dtype, compiled: bool, monkeypatch) -> tuple[list[tuple], list[Tensor]]:
     """What is called, and the results, where a CPU compiles bfloat16's attention or not."""
     monkeypatch.setattr(forms, "product_dtype", lambda q: q.dtype if compiled else torch.float32)
-    monkeypatch.setattr(forms, "cpu_attention", None)
+    monkeypatch.setattr(forms.cpu_attention, "takes", lambda q, k: False)
     ids = torch.arange(len(PACKED)).repeat_interleave(torch.tensor(PACKED)).unsqueeze(0)
     given_tensors = tensors(*ids.shape, 4, 2, dtype=dtype)
     with Operators() as seen:

@@ -38,15 +38,15 @@ from minilora.quantization import (  # noqa: E402
 
 # Before 3.6, Triton's correctly rounded quotients and roots take subnormal numbers for zero.
 FTZ = ".ftz" if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6) else ""
+OPERATIONS = "tests/support/kernels_of_operations.py"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def run_tests_of_kernels(*files: str, **environment: str) -> None:
+def run_tests_of_kernels(*arguments: str, **environment: str) -> None:
     """Run tests in a process of their own: TRITON_INTERPRET must be set before Triton is first imported."""
-    paths = [f"tests/support/{file}" for file in files]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MINILORA_BACKEND": "torch"} | environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -54,13 +54,14 @@ def run_tests_of_kernels(*files: str, **environment: str) -> None:
 
 
 def test_kernels_equal_their_definitions_under_the_interpreter():
-    run_tests_of_kernels("interpreted_kernels.py", "kernels_of_operations.py", TRITON_INTERPRET="1")
+    files = "tests/support/interpreted_kernels.py", OPERATIONS
+    run_tests_of_kernels(*files, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_kernels_of_operations_equal_their_definitions_on_the_gpu():
-    run_tests_of_kernels("kernels_of_operations.py")
+    run_tests_of_kernels("-W", "default", OPERATIONS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run here")

@@ -1,4 +1,4 @@
-"""Every Triton kernel against its PyTorch definition, run by Triton's interpreter on the CPU.
+"""The kernels of weights and of the optimizer against their definitions, run by Triton's interpreter.
 
 Collected by test_kernels.py in a process of its own, because TRITON_INTERPRET must be set before Triton is
 first imported.
@@ -10,9 +10,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-import triton
 from minilora.kernels.adamw_8bit import adamw_8bit as adamw_8bit_kernel
-from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from minilora import optim
@@ -26,52 +24,13 @@ from minilora.quantization import (
     nearest_of_steps,
     quantize_4bit,
 )
+from support.kernel_tests import ROUNDING, bfloat16_as_on_a_gpu, bits, randn
 
 assert (
     os.environ["TRITON_INTERPRET"] == "1" and os.environ["MINILORA_BACKEND"] == "torch"
 )  # or ops would call the kernels too
-
-ROUNDING = {
-    torch.float32: 2**-24,
-    torch.bfloat16: 2**-8,
-    torch.float16: 2**-11,
-}  # of one rounding, relative: half of eps
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_as_on_a_gpu(monkeypatch):
-    """Triton's interpreter truncates to bfloat16, where a GPU rounds to the nearest, and multiplies the bits
-    of bfloat16 matrices as if they were whole numbers.
-    """
-    convert, dot = interpreter._convert_float, InterpreterBuilder.create_dot
-
-    def as_float32(bits: numpy.ndarray) -> numpy.ndarray:
-        return (bits.astype(numpy.uint32) << 16).view(numpy.float32)
-
-    def convert_float(x, before, after, rounding):
-        if before == triton.language.bfloat16:
-            return as_float32(x)
-        if after == triton.language.bfloat16:
-            rounded = torch.from_numpy(numpy.array(x, dtype=numpy.float32)).bfloat16()
-            return rounded.view(torch.int16).numpy().view(numpy.uint16)
-        return convert(x, before, after, rounding)
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype == triton.language.bfloat16:
-            a, b = (TensorHandle(as_float32(t.data), triton.language.float32) for t in (a, b))
-        return dot(self, a, b, *rest)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
-
-def randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    """The bits of floats, so that equality tells -0 from 0 and holds for NaN."""
-    return x.view({4: torch.int32, 2: torch.int16}[x.element_size()])
+__all__ = ["bfloat16_as_on_a_gpu"]
+pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

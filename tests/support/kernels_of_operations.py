@@ -8,21 +8,21 @@ import os
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from minilora import loss, ops
 from minilora.backend import dropout
 from minilora.kernels import dropped_products, operations
-from support import interpreted_kernels
-from support.interpreted_kernels import ROUNDING, bits
+from support import kernel_tests
+from support.kernel_tests import ROUNDING, bfloat16_as_on_a_gpu, bits
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TENSOR_CORES = INTERPRETED or torch.cuda.get_device_capability() >= (8, 0)
-if INTERPRETED:
-    bfloat16_as_on_a_gpu = interpreted_kernels.bfloat16_as_on_a_gpu
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*encountered in:RuntimeWarning"
-)  # numpy's: exp(104), inf - inf
+__all__ = ["bfloat16_as_on_a_gpu"]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]  # numpy's: exp(104)
+pytestmark += [pytest.mark.usefixtures("bfloat16_as_on_a_gpu")] if INTERPRETED else []
 needs_tensor_cores = pytest.mark.skipif(not TENSOR_CORES, reason="needs compute capability 8.0")
 
 DRAW = dict(seed=2**40 + 12345, stream=7, threshold=20000)  # three in ten are dropped
@@ -38,7 +38,7 @@ ADDED = 2**-23
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return interpreted_kernels.randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
+    return kernel_tests.randn(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
 
 def smallest(dtype: torch.dtype) -> float:
@@ -53,11 +53,21 @@ def assert_close(result: torch.Tensor, expected: torch.Tensor, bound: torch.Tens
     assert (excess <= 0).all(), excess.max()
 
 
+def assert_rounded_alike(result: torch.Tensor, expected: torch.Tensor) -> None:
+    """Assert that 16-bit numbers are mostly the same: that no rounding is left out, which would change a third.
+
+    What float32 gets wrong, 2^-17 at most, moves a number over a rounding's border once in 2^5 cases.
+    """
+    if expected.element_size() == 2 and expected.numel() >= 100:
+        assert (result == expected).float().mean() > 1 - 2**-4
+
+
 def same_bits(results, expected) -> bool:
     return all(torch.equal(bits(one), bits(two)) for one, two in zip(results, expected, strict=True))
 
 
 SHAPES = [(1, 1), (3, 1), (6, 64), (5, 100), (2, 1000), (3, 4097)]  # powers of two, and one past one
+SHAPES = SHAPES if INTERPRETED else SHAPES[1::2]  # a GPU compiles each anew
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -72,6 +82,7 @@ def test_add_norm_is_the_definition(shape, dtype, summed):
     assert_close(inverse, expected_inverse, SUM * expected_inverse)
     # Both round twice in the same places; what differs before a rounding may go to the next number, 2 u off.
     assert_close(n, expected_n, (5 * ROUNDING[dtype] + SUM) * expected_n.abs().double())
+    assert_rounded_alike(n, expected_n)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -130,7 +141,9 @@ def test_swiglu_is_the_definition(n, dtype):
     expected = ops.swiglu_definition(gate, up)
     # Two roundings in the same places, as in add_norm. Where silu is subnormal, up enlarges the spacing.
     bound = (5 * ROUNDING[dtype] + FUNCTIONS) * expected.abs() + smallest(dtype) * up.abs()
-    assert_close(operations.swiglu(gate, up), expected, bound)
+    y = operations.swiglu(gate, up)
+    assert_close(y, expected, bound)
+    assert_rounded_alike(y, expected)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -144,6 +157,8 @@ def test_the_gradients_of_swiglu_are_the_definition(n, dtype):
     assert_close(dgate, expected_dgate, 2 * ROUNDING[dtype] * expected_dgate.abs() + FUNCTIONS * terms)
     bound = (5 * ROUNDING[dtype] + FUNCTIONS) * expected_dup.abs() + smallest(dtype) * dy.abs()
     assert_close(dup, expected_dup, bound)
+    assert_rounded_alike(dup, expected_dup)
+    assert_rounded_alike(dgate, expected_dgate)
 
 
 def test_swiglu_gives_what_is_not_finite_as_the_definition_does():
@@ -208,14 +223,22 @@ def test_dropout_is_the_definition_to_the_bit(shape, dtype):
     assert same_bits([x], [summed])
 
 
-@pytest.mark.parametrize(
-    ("seed", "stream"), [(0, 0), (1, 1), (2**31 - 1, 2), (2**31, 1), (2**32 + 1, 2**31 - 1), (2**63 - 1, 16)]
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 70),
+    seed=st.integers(0, 2**63 - 1),
+    stream=st.integers(0, 2**31 - 1),
+    threshold=st.integers(0, 65535),
 )
-def test_every_seed_and_stream_drops_what_the_definition_drops(seed, stream):
-    x = torch.ones(3, 40, device=DEVICE)
-    for threshold in (0, 1, 40000, 65535):
-        expected = dropout.dropout_definition(x, seed, stream, threshold)
-        assert torch.equal(operations.dropout(x, seed, stream, threshold), expected)
+@example(rows=3, columns=40, seed=0, stream=0, threshold=0)
+@example(rows=3, columns=40, seed=1, stream=1, threshold=1)
+@example(rows=3, columns=40, seed=2**31, stream=1, threshold=40000)
+@example(rows=3, columns=40, seed=2**63 - 1, stream=2**31 - 1, threshold=65535)
+def test_every_draw_drops_what_the_definition_drops(rows, columns, seed, stream, threshold):
+    x = torch.ones(rows, columns, device=DEVICE)
+    expected = dropout.dropout_definition(x, seed, stream, threshold)
+    assert torch.equal(operations.dropout(x, seed, stream, threshold), expected)
 
 
 def test_a_nan_that_is_dropped_is_still_seen():

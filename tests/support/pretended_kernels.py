@@ -148,7 +148,8 @@ def _dropped_product(given) -> None:
 
 
 def _add_dropped_product(given) -> None:
-    given.dx_ptr.add_(_dropped(given.g_ptr @ given.a_ptr, given))
+    product = given.g_ptr.float() @ given.a_ptr.float()  # the sum is rounded once
+    given.dx_ptr.copy_(given.dx_ptr.float() + _dropped(product, given))
 
 
 def _product_with_dropped(given) -> None:
