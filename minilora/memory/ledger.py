@@ -39,6 +39,7 @@ from minilora.backend import native
 from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_parameters
+from minilora.loss import _HEAD_ROWS
 from minilora.memory.activations import (
     LayerBytes,
     LossBytes,
@@ -286,8 +287,8 @@ def _scratch_bytes(batch: _Sizes, dequantized: int) -> int:
     if on_cpu and batch.widths.groups:
         packed, beside = attention_buffer_bytes(c, batch.tokens)
         largest.append(packed)
-    if on_cpu and batch.widths.product == 4:  # MKL packs about half of the head's weight for its product
-        beside += 2 * c.vocab_size * c.hidden_size
+    if on_cpu and batch.widths.product == 4:  # MKL packs about half of what the head multiplies at a time
+        beside += 2 * (min(c.vocab_size, _HEAD_ROWS) if batch.widths.wide else c.vocab_size) * c.hidden_size
     return max(largest) + beside
 
 

@@ -67,8 +67,9 @@ def peaks(config: dict, lora: dict, dtype: str, batch_size: int, length: int) ->
     optimizer.zero_grad(set_to_none=True)
     for name, policy in recompute_policies(config["num_hidden_layers"]).items():
         set_recompute(model, policy)
-        input_ids = torch.randint(0, config["vocab_size"], (batch_size, length))
-        (causal_lm_loss(model, input_ids, input_ids) / input_ids.numel()).backward()
+        for _ in range(2):  # the second micro-batch finds the gradients of the first
+            input_ids = torch.randint(0, config["vocab_size"], (batch_size, length))
+            (causal_lm_loss(model, input_ids, input_ids) / input_ids.numel()).backward()
         nn.utils.clip_grad_norm_(trainable.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
