@@ -180,7 +180,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = "off"  # what layers keep for backward: see minilora.recompute.set_recompute
+        # What each layer keeps for backward: see minilora.recompute.set_recompute.
+        self.recompute = ("off",) * config.num_hidden_layers
 
     def forward(
         self,
@@ -195,13 +196,15 @@ class Decoder(nn.Module):
         position_ids = positions if position_ids is None else position_ids
         cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, T, K)
         x = x.flatten(0, 1)  # (N, D)
-        recompute = self.recompute if cache is None and torch.is_grad_enabled() else "off"
-        offload = OffloadedInputs(x.device) if recompute == "offload" else None
-        keep = dict(keep_attention=recompute == "selective", offload=offload)
-        for layer, window in zip(self.layers, self.config.layer_windows, strict=True):
-            if recompute == "off":
+        has_backward = cache is None and torch.is_grad_enabled()
+        policies = self.recompute if has_backward else ("off",) * len(self.layers)
+        offloaded = OffloadedInputs(x.device) if "offload" in policies else None
+        for layer, window, policy in zip(self.layers, self.config.layer_windows, policies, strict=True):
+            if policy == "off":
                 x = layer(x, cos, sin, sights[window], cache)
             else:
+                offload = offloaded if policy == "offload" else None
+                keep = dict(keep_attention=policy == "selective", offload=offload)
                 x = checkpoint(layer, x, cos, sin, sights[window], rerun=layer.rerun_for_backward, **keep)
         if cache is not None:
             cache.length += input_ids.shape[1]

@@ -15,6 +15,8 @@ different parts of it:
     selective   keep layer inputs and attention's outputs and log-sum-exps, so that attention runs once
     offload     keep layer inputs in pinned CPU memory; they come back one layer ahead of their use
 
+Each layer may follow its own: `memory/planner.py` lets as many layers keep everything as there is room for.
+
 None of them computes the last product of a layer, down_proj, again, unless DoRA reads its values. Its
 output is added to the residual stream, and the gradient of a sum reads no value: see
 `DecoderLayer.rerun_for_backward`. That saves a quarter of the second run's products.
@@ -28,7 +30,7 @@ function, so they get gradients whatever the input needs, `torch.autograd.grad` 
 and a tensor that could not get a gradient is an error.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,17 +45,22 @@ from minilora.system.errors import UserError, suggestion
 POLICIES = ("off", "selective", "full", "offload")  # from the fastest to the most frugal
 
 
-def set_recompute(model: nn.Module, policy: str) -> str:
-    """Choose what layers keep for backward. Returns the policy in effect: on a CPU `offload` is `full`.
+def set_recompute(model: nn.Module, policy: str | Sequence[str]) -> str | tuple[str, ...]:
+    """Choose what layers keep for backward: one policy for all, or a sequence of one a layer.
 
-    Raises UserError for an unknown policy.
+    Returns what is in effect: on a CPU `offload` is `full`. Raises UserError for an unknown policy.
     """
-    if policy not in POLICIES:
-        raise UserError(f"gradient_checkpointing = {policy!r} is not known{suggestion(policy, POLICIES)}")
-    if policy == "offload" and not model.model.embed_tokens.weight.is_cuda:
-        policy = "full"  # the inputs are in CPU memory already
-    model.model.recompute = policy
-    return policy
+    layers = len(model.model.layers)
+    policies = (policy,) * layers if isinstance(policy, str) else tuple(policy)
+    for name in policies:
+        if name not in POLICIES:
+            raise UserError(f"gradient_checkpointing = {name!r} is not known{suggestion(name, POLICIES)}")
+    if len(policies) != layers:
+        raise UserError(f"{len(policies)} recompute policies are given for a model of {layers} layers")
+    if not model.model.embed_tokens.weight.is_cuda:  # the inputs are in CPU memory already
+        policies = tuple("full" if name == "offload" else name for name in policies)
+    model.model.recompute = policies
+    return policies[0] if isinstance(policy, str) else policies
 
 
 def checkpoint(

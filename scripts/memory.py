@@ -34,11 +34,11 @@ from minilora.memory.ledger import (
     CUDA_CONTEXT,
     MARGIN,
     Ledger,
-    advise,
     available_memory,
     memory_ledger,
     process_memory,
 )
+from minilora.memory.planner import advise, fastest_that_fits
 from minilora.recompute import POLICIES
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import EMBEDDED_MODEL
@@ -102,15 +102,20 @@ def main() -> None:
         device=target.device,
         eval_batch_size=config.per_device_eval_batch_size if config.eval_dataset or config.val_size else 0,
         process=target.process,
-        packing=config.packing,
     )
     policies = [policy for policy in POLICIES if policy != "offload" or target.device == "cuda"]
-    ledgers = [ledger_of(batch_size=batch_size, length=length, recompute=policy) for policy in policies]
+    of_batch = partial(ledger_of, batch_size=batch_size, length=length)
+    ledgers = {policy: of_batch(recompute=policy) for policy in policies}
+    planned = fastest_that_fits(target.memory, of_batch)
+    if planned is not None and planned.recompute not in policies:
+        ledgers["auto"] = planned
 
     model_name = config.model_name_or_path or "assets/base"
     print(f"{model_name}, {batch_size} x {length} tokens, {describe(config, target.dtype)}, ", end="")
     print(f"on {target.description}\n")
     print_table(ledgers, target.memory)
+    if "auto" in ledgers:
+        print(f"auto: {planned.recompute}")
     print_micro_batches(ledger_of, policies, batch_size, length, target.memory)
     print()
     print_advice(advise(target.memory, ledger_of, batch_size, length), config, length)
@@ -162,9 +167,10 @@ def describe(config: TrainConfig, dtype: torch.dtype) -> str:
     return f"{rank}, {weights}, {config.optim}, {str(dtype).removeprefix('torch.')}"
 
 
-def print_table(ledgers: Sequence[Ledger], memory: float) -> None:
+def print_table(named: dict[str, Ledger], memory: float) -> None:
     """Print gigabytes by category at the peak, with one column for each recompute policy."""
-    print_row("GB", [ledger.recompute for ledger in ledgers])
+    ledgers = list(named.values())
+    print_row("GB", list(named))
     for category in CATEGORIES:
         if any(ledger.bytes[category] for ledger in ledgers):
             print_row(category, [f"{ledger.bytes[category] / GB:.3f}" for ledger in ledgers])
@@ -190,11 +196,15 @@ def print_row(name: str, cells: Sequence[str]) -> None:
 
 
 def print_advice(choices: Sequence[Ledger], config: TrainConfig, length: int) -> None:
-    """Print the trainer's keys for settings that fit, each choice faster than the one before."""
+    """Print the trainer's keys for settings that fit, each choice faster than the one before.
+
+    A plan with several policies is what `auto` finds by itself.
+    """
     if not choices:
         print("advice: nothing fits; take a smaller model or a larger GPU")
     for i, ledger in enumerate(choices):
-        keys = [f"--gradient_checkpointing {ledger.recompute}"]
+        mixed = ledger.recompute not in POLICIES
+        keys = [f"--gradient_checkpointing {'auto' if mixed else ledger.recompute}"]
         if ledger.batch_size != config.per_device_train_batch_size:
             examples = config.gradient_accumulation_steps * config.per_device_train_batch_size
             keys.append(f"--per_device_train_batch_size {ledger.batch_size}")
@@ -203,10 +213,11 @@ def print_advice(choices: Sequence[Ledger], config: TrainConfig, length: int) ->
             keys.append(f"--cutoff_len {ledger.length}")
         speed = choices[0].flop_per_token / ledger.flop_per_token
         lead = "advice:" if i == 0 else f"or, {speed:.2f} times as fast:"
-        print(f"{lead} {' '.join(keys)}   ({ledger.peak / GB:.2f} GB)")
+        plan = f"{ledger.recompute}; " if mixed else ""
+        print(f"{lead} {' '.join(keys)}   ({plan}{ledger.peak / GB:.2f} GB)")
 
 
-def draw_picture(ledgers: Sequence[Ledger], limits: dict[str, float]) -> bytes:
+def draw_picture(ledgers: dict[str, Ledger], limits: dict[str, float]) -> bytes:
     """A PNG with one bar for each recompute policy; see `draw_bars`."""
     import matplotlib
 
@@ -235,11 +246,11 @@ PARTS = {  # of a bar: label -> categories that it sums up, colour
 }
 
 
-def draw_bars(axes, ledgers: Sequence[Ledger], limits: dict[str, float]) -> None:
+def draw_bars(axes, ledgers: dict[str, Ledger], limits: dict[str, float]) -> None:
     """Draw the peak of each recompute policy as a stacked bar, and a line at each limit (label -> bytes)."""
-    names, bottom = [ledger.recompute for ledger in ledgers], [0.0] * len(ledgers)
+    names, bottom = list(ledgers), [0.0] * len(ledgers)
     for part, (categories, colour) in PARTS.items():
-        heights = [sum(ledger.bytes[category] for category in categories) / GB for ledger in ledgers]
+        heights = [sum(ledger.bytes[category] for category in categories) / GB for ledger in ledgers.values()]
         if max(heights) > 0:
             axes.bar(names, heights, 0.6, bottom=bottom, color=colour, label=part)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]

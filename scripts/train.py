@@ -109,12 +109,13 @@ class Run:
 
 
 def load_batch(plan: Plan, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return input_ids, labels and document_ids of a micro-batch, each (B, T), as the loss wants them.
+    """Return input_ids, labels and document_ids of a micro-batch, as the loss wants them: one row, (1, N).
 
-    document_ids is None unless a row holds several packed examples. `make_plan` has read and tokenized them.
+    document_ids is None unless a row holds several examples. `make_plan` has read and tokenized them.
     """
-    examples = [plan.train_set.examples[i] for i in indices]
-    return batch_for(plan.placement.device, examples, plan.tokenizer.pad_id, plan.memory.rounded)
+    examples, pad_id = [plan.train_set.examples[i] for i in indices], plan.tokenizer.pad_id
+    layout = plan.memory.rounded, plan.config.padding_free
+    return batch_for(plan.placement.device, examples, pad_id, *layout)
 
 
 # ---- model, LoRA, quantization, recompute ------------------------------------------------------------------
@@ -130,7 +131,7 @@ def build_model(plan: Plan) -> CausalLM:
         add_lora(model, config.lora_config())
     else:
         load_adapter(model, plan.checkpoint, lora_fa=config.lora_fa)
-    set_recompute(model, plan.memory.recompute)
+    set_recompute(model, plan.memory.policies)
     return model.train()
 
 
@@ -228,8 +229,8 @@ def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
 def evaluate(plan: Plan, run: Run) -> bool:
     """Log the loss on the held-out examples. Returns whether it is the lowest one so far."""
     share = plan.processes.share(plan.eval_set.examples)
-    batch_size, pad_id = plan.memory.eval_batch_size, plan.tokenizer.pad_id
-    loss = evaluate_loss(run.model, share, batch_size, pad_id) if share else 0.0
+    how = plan.memory.eval_batch_size, plan.tokenizer.pad_id, plan.config.padding_free
+    loss = evaluate_loss(run.model, share, *how) if share else 0.0
     loss = plan.processes.mean(loss, weight=sum(example.supervised for example in share))
     run.tracker.log(step=run.step, eval_loss=loss)
     better = run.step > 0 and loss < run.best["loss"]

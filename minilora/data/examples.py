@@ -9,6 +9,11 @@ prompt and completion are encoded separately.
 
 The first token of a document is never learned: no token comes before it to predict it from.
 
+Padding. A micro-batch of examples of different lengths is one row: the examples end to end, with no token of
+padding. `document_ids` keep them apart, as they do packed examples, so every example has the loss and the
+gradients that it has alone. The other way, a row for each example padded to the longest, is
+`padding_free: false`: on instructions and answers it spends a third of the arithmetic and more on padding.
+
 The order is a pure function of (seed, epoch, position). No iterator has a state to lose, and any step can be
 computed without the steps before it.
 """
@@ -153,10 +158,22 @@ def prompt_ids(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None = N
     return template.encode_prompt(row.messages[:-1])
 
 
+def end_to_end(examples: Sequence[Example]) -> Example:
+    """Return one example that holds these, one after the other, as documents of their own."""
+    input_ids, loss_mask, document_lengths = zip(*examples, strict=True)
+    return Example(np.concatenate(input_ids), np.concatenate(loss_mask), sum(document_lengths, ()))
+
+
 def row_length(examples: Sequence[Example], rounded: bool) -> int:
     """Return T of a micro-batch: the longest example's length, or that rounded up (see `padded_length`)."""
     longest = max(len(e.input_ids) for e in examples)
     return padded_length(longest) if rounded else longest
+
+
+def tokens_read(lengths: Sequence[int], rounded: bool, padding_free: bool) -> int:
+    """Return how many tokens, padding included, the model reads of a micro-batch of such examples."""
+    rows, T = (1, sum(lengths)) if padding_free else (len(lengths), max(lengths))
+    return rows * (padded_length(T) if rounded else T)
 
 
 def collate(examples: Sequence[Example], pad_id: int, rounded: bool = False) -> tuple[Tensor, Tensor]:
@@ -188,14 +205,21 @@ def document_ids(examples: Sequence[Example], rounded: bool = False) -> Tensor |
 
 
 def batch_for(
-    device: torch.device, examples: Sequence[Example], pad_id: int, rounded: bool = False
+    device: torch.device,
+    examples: Sequence[Example],
+    pad_id: int,
+    rounded: bool = False,
+    padding_free: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return input_ids, labels and document_ids, each (B, T), for `causal_lm_loss` on a device.
+    """Return input_ids, labels and document_ids for `causal_lm_loss` on a device: all examples in one row,
+    (1, N) each, or with `padding_free=False` a row for each example, (B, T).
 
-    Labels and document_ids stay on the CPU, and nothing of this waits for a GPU.
+    Labels and document_ids stay on the CPU, and nothing of this waits for a GPU. `rounded` fills the row up
+    to a length that comes often (see `padded_length`): only compiled kernels want that.
     """
-    input_ids, labels = collate(examples, pad_id, rounded)
-    return to_device(input_ids, device), labels, document_ids(examples, rounded)
+    rows = [end_to_end(examples)] if padding_free else examples
+    input_ids, labels = collate(rows, pad_id, rounded)
+    return to_device(input_ids, device), labels, document_ids(rows, rounded)
 
 
 def count_supervised(labels: Tensor) -> int:
@@ -212,11 +236,12 @@ class Order:
 
     An epoch is a permutation of all examples, drawn from (seed, epoch) and cut into steps. Within a step the
     examples are sorted by length, so examples of similar length share a micro-batch. The loss of a step is a
-    sum over all its examples, so this changes nothing but the amount of padding.
+    sum over all its examples, so this changes no number but the amount of padding. End to end there is no
+    padding; then examples of equal length, side by side, share one call of attention on a CPU.
 
-    `group_by_length` saves more padding and changes more. It sorts the permutation by length, 50 steps at a
-    time, so a step holds examples of similar length. The steps are then shuffled, or every 50 of them would
-    begin with the shortest examples.
+    `group_by_length` is for rows with padding: it saves more of it and changes more. It sorts the permutation
+    by length, 50 steps at a time, so a step holds examples of similar length. The steps are then shuffled, or
+    every 50 of them would begin with the shortest examples.
     """
 
     lengths: Sequence[int]  # tokens of each example
@@ -248,12 +273,15 @@ class Order:
             chosen = self._by_length(permutation[position * size : (position + 1) * size])
         return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
 
-    def padding_share(self, rounded: bool = False) -> float:
+    def padding_share(self, rounded: bool = False, padding_free: bool = True) -> float:
         """Return the share of padding among all tokens that the model reads in the first epoch."""
-        steps = map(self.batches, range(self.steps_per_epoch))
-        longest = [(len(batch), max(self.lengths[i] for i in batch)) for step in steps for batch in step]
-        read = sum(size * (padded_length(length) if rounded else length) for size, length in longest)
-        return 1 - sum(self.lengths) / read
+        batches = (batch for step in map(self.batches, range(self.steps_per_epoch)) for batch in step)
+        read = (tokens_read([self.lengths[i] for i in batch], rounded, padding_free) for batch in batches)
+        return 1 - sum(self.lengths) / sum(read)
+
+    def largest_batch(self) -> list[int]:
+        """Return the lengths of the micro-batch with the most tokens that may come, the longest last."""
+        return sorted(self.lengths)[-self.batch_size :]
 
     def _by_length(self, indices: np.ndarray) -> list[int]:
         return sorted(indices.tolist(), key=lambda i: (self.lengths[i], i))

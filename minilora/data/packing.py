@@ -19,14 +19,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from minilora.data.examples import Dataset, Example
+from minilora.data.examples import Dataset, end_to_end
 
 
 def pack(dataset: Dataset, capacity: int, seed: int) -> Dataset:
     """Return the same examples in rows of at most `capacity` tokens. No example may be longer."""
     examples = dataset.examples
     groups = best_fit([len(e.input_ids) for e in examples], capacity, seed)
-    return replace(dataset, examples=[_join([examples[i] for i in group]) for group in groups])
+    return replace(dataset, examples=[end_to_end([examples[i] for i in group]) for group in groups])
 
 
 def best_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
@@ -52,8 +52,3 @@ def best_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]
             insort(rooms, room)
         groups_with[room].append(group)
     return groups
-
-
-def _join(examples: Sequence[Example]) -> Example:
-    input_ids, loss_mask, document_lengths = zip(*examples, strict=True)
-    return Example(np.concatenate(input_ids), np.concatenate(loss_mask), sum(document_lengths, ()))

@@ -36,7 +36,11 @@ Metric = Callable[[Sequence[str], Sequence[Row]], float]  # a score of answers t
 
 @torch.no_grad()
 def evaluate_loss(
-    model: CausalLM, examples: Sequence[Example], batch_size: int = 8, pad_id: int = 0
+    model: CausalLM,
+    examples: Sequence[Example],
+    batch_size: int = 8,
+    pad_id: int = 0,
+    padding_free: bool = True,  # see `batch_for`
 ) -> float:
     """The mean loss per supervised token, in nats, computed without dropout."""
     embedding, was_training = model.model.embed_tokens.weight, model.training
@@ -45,8 +49,8 @@ def evaluate_loss(
     total = torch.zeros((), dtype=torch.float64, device=device)  # read once, after the last batch
     ordered = sorted(examples, key=lambda e: len(e.input_ids))  # similar lengths together: little padding
     for start in range(0, len(ordered), batch_size):
-        batch = batch_for(device, ordered[start : start + batch_size], pad_id, rounded)
-        total += causal_lm_loss(model, *batch)
+        batch = ordered[start : start + batch_size]
+        total += causal_lm_loss(model, *batch_for(device, batch, pad_id, rounded, padding_free))
     model.train(was_training)
     return total.item() / sum(e.supervised for e in examples)
 

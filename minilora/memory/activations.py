@@ -3,31 +3,38 @@
 For its backward a decoder layer needs, in numbers a token,
 
     2 D      its input, and the sum after attention
-    4 HK     q, and k and v repeated to H heads, and attention's output
+    2 HK     q and attention's output
+    2 GK     k and v
     2 F      gate and up
-    D        after each norm, if a product with it is adapted; under dropout also a mask, a byte a number,
-             for every adapted product
+    D        after each norm, if a product with it is adapted
 
 and a few single ones: 1 / rms a norm, log-sum-exp a head, x A^T. For Mistral-7B with LoRA on q, k, v and o
-that is 14 D, with dropout in 16 bits 16 D. LoRA-FA keeps no inputs of products, DoRA outputs too.
+that is 12.5 D. A and B are there once more, in the dtype of products. LoRA-FA keeps no inputs of products.
+Dropout keeps a seed and no mask; all layers share one scratch buffer for an input with its zeros. DoRA has
+its own way: it keeps outputs too and masks of a byte a number, and no copies of A and B.
 
-Backward makes more, and most within SwiGLU's: three tensors of width F, beside gate and up. A layer's forward
-never needs more than its backward. The loss holds the hidden states twice, their gradient, and two chunks of
-float32 logits. The mask of packed rows or of a window is there once for all layers.
+Backward makes more, and most within SwiGLU's: the gradients of gate and up beside these and their product's.
+While attention runs, k and v are there for H heads too, unless its kernel knows groups. A layer's forward
+never needs more than its backward. The loss holds the hidden states twice, their gradient, and one chunk of
+float32 logits, which becomes its own gradient. Documents need no mask. A CPU's attention makes one where a
+window is shorter than a document.
 
 These are the sizes of what `model.py`, `lora.py`, `ops.py` and `loss.py` create, and at the same time hold;
 the tests compare them with what PyTorch allocates. Every place is taken for a supervised one. Tables of a row
 or a token are left out.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
+from minilora.backend import cpu_attention
 from minilora.backend.attention_mask import row_numbers
 from minilora.backend.choice import product_dtype
 from minilora.config import LoraConfig, ModelConfig
 from minilora.loss import _HEAD_ROWS, rows_at_a_time
+from minilora.system.device import requested_backend
 
 
 class Widths(NamedTuple):
@@ -39,9 +46,10 @@ class Widths(NamedTuple):
     d_hidden: int  # the gradient of the hidden states
     sums: int  # in float32, of operands that are not
     attention_sums: int  # the same of attention's gradients, which a GPU's kernels have in memory
+    groups: bool  # attention reads keys and values of G heads; elsewhere they are repeated while it runs
 
 
-def widths_of(dtype: torch.dtype, device: str) -> Widths:
+def widths_of(c: ModelConfig, dtype: torch.dtype, device: str) -> Widths:
     """device: `cuda` or `cpu`."""
     number = product = dtype.itemsize
     if device == "cpu":
@@ -54,7 +62,19 @@ def widths_of(dtype: torch.dtype, device: str) -> Widths:
         d_hidden=4 if dtype == torch.float16 else number,
         sums=sums,
         attention_sums=sums if device == "cuda" else 0,
+        groups=_knows_groups(c, dtype, device),
     )
+
+
+def _knows_groups(c: ModelConfig, dtype: torch.dtype, device: str) -> bool:
+    """Whether attention runs in a kernel that knows groups: flash attention on GPUs that compute in bfloat16,
+    and the C kernel on a CPU (see `attention.fused_form`).
+    """
+    if device == "cuda":
+        return dtype == torch.bfloat16
+    heads = c.num_attention_heads, c.num_key_value_heads
+    q, k = (torch.empty(0, count, c.head_dim, dtype=dtype, device="cpu") for count in heads)
+    return not requested_backend(q.device) and cpu_attention.takes(q, k)
 
 
 class LayerBytes(NamedTuple):
@@ -82,23 +102,31 @@ class _Adapters(NamedTuple):
         """
         names = self.adapted & outputs.keys()
         kept = len(names) * self.tokens * self.lora.r * self.widths.product  # x A^T
-        if self.lora.lora_dropout:
+        if self.lora.use_dora and self.lora.lora_dropout:
             kept += len(names) * x // self.widths.number  # the masks
         if names and not (self.lora.lora_fa or x_is_kept):
             kept += x
         return kept + (sum(outputs[name] for name in names) if self.lora.use_dora else 0)
+
+    def copies(self, c: ModelConfig) -> int:
+        """Return the bytes of A and B in the dtype of products."""
+        if self.lora.use_dora:
+            return 0
+        D, F = c.hidden_size, c.intermediate_size
+        HK, GK = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        sizes = dict(q_proj=D + HK, k_proj=D + GK, v_proj=D + GK, o_proj=HK + D)  # in + out
+        sizes |= dict(gate_proj=D + F, up_proj=D + F, down_proj=F + D)
+        return self.lora.r * self.widths.product * sum(sizes[name] for name in self.adapted)
 
 
 def layer_bytes(
     c: ModelConfig,
     lora: LoraConfig,
     adapted: frozenset[str],  # products that have an adapter: q_proj, ...
-    batch_size: int,
-    length: int,
+    tokens: int,
     widths: Widths,
 ) -> LayerBytes:
-    """Return the bytes of a decoder layer on (batch_size, length) tokens."""
-    tokens = batch_size * length
+    """Return the bytes of a decoder layer on so many tokens, of however many rows and documents."""
     row = 4 * tokens  # a float32 a token
     H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     D, HK, GK, F = (tokens * n * widths.number for n in (c.hidden_size, H * K, G * K, c.intermediate_size))
@@ -107,7 +135,8 @@ def layer_bytes(
     adapters = _Adapters(lora, adapted, tokens, widths)
 
     attention = HK + H * row
-    first_half = attention + 3 * HK + row
+    repeated = 0 if widths.groups or G == H else 2 * HK
+    first_half = attention + HK + 2 * GK + row
     # Without dropout DoRA's output is the tensor that the norm of queries or keys keeps.
     q, k = (0, 0) if c.qk_norm and not lora.lora_dropout else (HK, GK)
     first_half += adapters.kept(D, dict(q_proj=q, k_proj=k, v_proj=GK))
@@ -124,25 +153,43 @@ def layer_bytes(
         at_swiglu = max(at_swiglu, 2 * (F - twice) + (2 * sums_F or F) - down)
     at_down = F + wide_F + D + wide_D + (D + (twice if lora.use_dora else 0) if down else 0)
     # After the second half: dy, dq, dk and dv of attention; the norm's input, dy, and what it makes of them.
-    between = max(4 * HK + 3 * tokens * H * K * widths.attention_sums, 2 * D + 4 * sums_D) - second_half
+    in_attention = 4 * HK + repeated + 3 * tokens * H * K * widths.attention_sums
+    between = max(in_attention, 2 * D + 4 * sums_D) - second_half
+    # Without a graph: the residual stream, its norm and RoPE or attention; then both streams, attention's
+    # output, a norm, and SwiGLU, up_proj or down_proj.
+    alone_in_mlp = 4 * D + max(3 * F, 2 * F + wide_D + wide_F, at_down)
     return LayerBytes(
         input=D,
         attention=attention,
-        kept=first_half + second_half,
+        kept=first_half + second_half + adapters.copies(c),
         backward=D + max(at_swiglu, at_down, between),  # D: the gradient of the residual stream
-        # Without a graph, beside two residual streams: RoPE of queries or keys, SwiGLU, up_proj, down_proj.
-        alone=2 * D + max(4 * HK + 2 * GK, 2 * HK + 5 * GK, D + 3 * F, D + 2 * F + wide_D + wide_F, at_down),
+        alone=max(2 * D + 4 * HK + 2 * GK, 2 * D + 2 * HK + 5 * GK, alone_in_mlp),
     )
 
 
-def mask_bytes(c: ModelConfig, separated: bool, batch_size: int, length: int, widths: Widths) -> int:
-    """Return the bytes of attention's masks: one for each window, where rows are longer than it.
+def dropped_bytes(c: ModelConfig, adapted: Iterable[frozenset[str]], tokens: int, widths: Widths) -> int:
+    """Return the bytes of the scratch buffer for dropout(x), of the widest x that an adapter reads."""
+    reads = dict(o_proj=c.num_attention_heads * c.head_dim, down_proj=c.intermediate_size)
+    widest = max((reads.get(name, c.hidden_size) for names in adapted for name in names), default=0)
+    return tokens * widest * widths.product
 
-    separated: rows hold several documents, or padding on the left. Then there is a mask for every row.
+
+def attention_buffer_bytes(c: ModelConfig, tokens: int) -> tuple[int, int]:
+    """Return the bytes of the buffers of the C attention, in 16 bits and in float32: see
+    backend/cpu_attention.py.
     """
-    masked = {window for window in c.layer_windows if separated or (window is not None and window < length)}
-    rows = length * (batch_size if separated else 1)
-    return len(masked) * rows * row_numbers(length) * widths.number
+    G, K = c.num_key_value_heads, c.head_dim
+    parts = G * -(-c.num_attention_heads // G // 4)
+    return 2 * 3 * tokens * G * K, 4 * 2 * tokens * parts * K
+
+
+def mask_bytes(c: ModelConfig, rows: int, length: int, widths: Widths) -> int:
+    """Return the bytes of attention's masks: one for each window that is shorter than `length` tokens.
+
+    rows: of a batch with padding on the left, which needs a mask for every row. 0: there is none.
+    """
+    masked = {window for window in c.layer_windows if rows or (window is not None and window < length)}
+    return len(masked) * max(rows, 1) * length * row_numbers(length) * widths.number
 
 
 class LossBytes(NamedTuple):
@@ -153,17 +200,15 @@ class LossBytes(NamedTuple):
     alone: int  # without gradients
 
 
-def loss_bytes(
-    c: ModelConfig, head_is_adapted: bool, batch_size: int, length: int, widths: Widths
-) -> LossBytes:
-    """Return the bytes of the loss of (batch_size, length) tokens, the hidden states included."""
-    V, D, rows = c.vocab_size, c.hidden_size, batch_size * (length - 1)
+def loss_bytes(c: ModelConfig, head_is_adapted: bool, rows: int, widths: Widths) -> LossBytes:
+    """Return the bytes of the loss of so many supervised tokens, the hidden states included."""
+    V, D = c.vocab_size, c.hidden_size
     chunk, head_rows = min(rows, rows_at_a_time(V)), min(V, _HEAD_ROWS)
     hidden, d_hidden = rows * D * widths.number, rows * D * widths.d_hidden
     logits = 4 * chunk * V
     if head_is_adapted:  # log-softmax, its gradient, and the gradient of the logits
         return LossBytes(2 * hidden + 3 * logits, hidden, 2 * hidden + 3 * logits)
-    alone = 2 * hidden + 2 * logits + chunk * D * widths.wide
+    alone = 2 * hidden + logits + chunk * D * widths.wide
     # Logits or weights in another dtype.
     alone += chunk * V * widths.product if widths.product == 2 else head_rows * D * widths.wide
     scaled = logits if widths.d_hidden > widths.number else 0  # for float16 the logits' gradient, once more
@@ -177,12 +222,12 @@ class AnswerBytes(NamedTuple):
     alone: int  # attention over the cache and the logits of one new token a row
 
 
-def answer_bytes(c: ModelConfig, batch_size: int, tokens: int, widths: Widths) -> AnswerBytes:
-    """Return the bytes of rows of `tokens` tokens, prompt and answer together, beside the prompts' pass."""
+def answer_bytes(c: ModelConfig, batch_size: int, tokens: int, new: int, widths: Widths) -> AnswerBytes:
+    """Return the bytes of rows of `tokens` tokens, `new` of them an answer, beside the prompts' pass."""
     H, G, K, L = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.num_hidden_layers
     places = batch_size * tokens * K * widths.number
     repeated = 2 * H * places  # one layer's keys and values, for all heads
     logits = 4 * batch_size * c.vocab_size
     narrow = batch_size * c.vocab_size * widths.number if widths.number < 4 else 0  # before they are widened
-    # The last token's logits are still there.
-    return AnswerBytes(2 * L * G * places, logits + max(repeated, logits + narrow))
+    before = logits if new > 1 else 0  # the last token's logits are still there
+    return AnswerBytes(2 * L * G * places, before + max(repeated, logits + narrow))

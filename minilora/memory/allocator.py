@@ -28,7 +28,7 @@ from minilora.backend.choice import product_dtype
 
 HEAP_HOLES = 0.6  # bytes of holes a byte of activations; fitted to a 1.1B model, 1 x 512 tokens
 PRODUCT_KERNELS, PRODUCT_KERNEL_BYTES = 256, 350_000  # how many oneDNN may keep, and the size of one
-ATTENTION_BYTES = 8 << 20  # of the kernels of fused attention, for each length of a row
+ATTENTION_BYTES = 8 << 20  # of the kernels of fused attention, for each length of a document
 KERNELS_A_LENGTH, BASE_KERNELS = 24, 8  # shapes of products that a new length brings along; of base layers
 
 
@@ -61,10 +61,18 @@ def compiles_kernels(dtype: torch.dtype, device: str) -> bool:
     return device == "cpu" and product_dtype(torch.empty(0, dtype=dtype)) == torch.bfloat16
 
 
-def compiled_kernel_bytes(lengths: int, packed: bool = False) -> int:
-    """Return the bytes of the kernels compiled for so many different lengths of a row.
+def compiled_kernel_bytes(rows: int, documents: int, packed: bool = False) -> int:
+    """Return the bytes of the kernels compiled for so many different lengths of rows, and of documents.
 
     packed: the base layers' products are not oneDNN's (see `linear._multiplies_packed`).
     """
     a_length = KERNELS_A_LENGTH - packed * BASE_KERNELS
-    return min(PRODUCT_KERNELS, a_length * lengths) * PRODUCT_KERNEL_BYTES + ATTENTION_BYTES * lengths
+    return min(PRODUCT_KERNELS, a_length * rows) * PRODUCT_KERNEL_BYTES + ATTENTION_BYTES * documents
+
+
+def padded_lengths(shortest: int, longest: int) -> int:
+    """Return how many different lengths `padded_length` makes of those from the shortest to the longest."""
+    count, length = 0, shortest
+    while length <= longest:
+        count, length = count + 1, padded_length(length) + 1
+    return count

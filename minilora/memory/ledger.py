@@ -4,16 +4,19 @@ Some bytes stay: packed weights and their scales, embeddings, head and norms, th
 and optimizer states, the scratch buffer that layers dequantize into. The others are activations
 (`activations.py` says which), and recompute policies differ in what of them forward leaves for backward:
 `off` all, `full` the layers' inputs, `selective` the inputs and attention's outputs, `offload` nothing on the
-GPU.
+GPU. Each layer may have a policy of its own: `planner.py` chooses them.
 
 The peak is not the sum of everything, for it is not there at the same time. It is the largest of these
 moments:
 
     loss             what forward left; hidden states and a chunk of logits
-    backward         what forward left; the last layer, run again or not; gradients of earlier micro-batches
+    backward         what forward left and backward has not used yet; the layer at work, run again or not;
+                     gradients of earlier micro-batches
     optimizer step   no activations
     evaluation       one layer, or the loss, at a batch size of its own; nothing left, no gradients
     answers          one layer, or one new token a row; keys and values of all tokens so far
+
+Backward frees the layers from the last to the first. With one policy for all, its first layer is the worst.
 
 What is not a tensor is assumed, not predicted: see MARGIN and CUDA_CONTEXT.
 `docs/memory.md` reads the ledger of a 7B model line by line.
@@ -22,9 +25,8 @@ What is not a tensor is assumed, not predicted: see MARGIN and CUDA_CONTEXT.
 import math
 import os
 import re
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,11 +39,14 @@ from minilora.backend import native
 from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_parameters
+from minilora.loss import _HEAD_ROWS
 from minilora.memory.activations import (
     LayerBytes,
     LossBytes,
     Widths,
     answer_bytes,
+    attention_buffer_bytes,
+    dropped_bytes,
     layer_bytes,
     loss_bytes,
     mask_bytes,
@@ -72,7 +77,7 @@ CATEGORIES = (
     "compiled kernels",  # on a CPU with bfloat16 instructions
     "layer inputs",
     "kept activations",  # beside the inputs
-    "attention masks",  # of packed rows, windows or padding on the left
+    "attention masks",  # of windows on a CPU, and of padding on the left
     "live layer",
     "hidden and logits",
     "keys and values",  # of answers
@@ -95,8 +100,18 @@ class Ledger:
     moments: dict[str, dict[str, int]]  # each with all of CATEGORIES, in their order
     batch_size: int
     length: int
-    recompute: str  # the policy in effect
+    policies: tuple[str, ...]  # in effect, one a layer
     flop_per_token: float  # of a training step: policies differ in it too
+
+    @property
+    def recompute(self) -> str:
+        """The policies in words: `off`, or `off in 14 layers, full in 8`."""
+        counts = {policy: self.policies.count(policy) for policy in POLICIES if policy in self.policies}
+        if len(counts) == 1:
+            return self.policies[0]
+        (first, layers), *others = counts.items()
+        text = f"{first} in {layers} layer{'s' * (layers > 1)}"
+        return ", ".join([text, *(f"{policy} in {count}" for policy, count in others)])
 
     @property
     def moment(self) -> str:
@@ -125,43 +140,44 @@ def memory_ledger(
     batch_size: int,
     length: int,
     dtype: torch.dtype,
-    recompute: str,
+    recompute: str | Sequence[str],  # a policy, or one for each layer
+    tokens: int = 0,  # of a batch of examples of different lengths, `length` of the longest; 0: of equal ones
     optim: str = "adamw_torch",
     device: str = "cuda",
     eval_batch_size: int = 0,  # 0: nothing is evaluated
     eval_length: int = 0,  # of the longest held-out row; 0: the same length
     answers: Answers | None = None,  # after the training
-    packing: bool = False,  # rows hold several examples
     process: int = 0,  # bytes in use before the model is loaded: see `process_memory`
-    lengths: int = 1,  # how many different lengths rows have: on some CPUs each has compiled kernels
+    row_lengths: int = 1,  # how many different ones: on some CPUs each has compiled kernels
+    document_lengths: int = 1,  # the same, of documents within the rows
     heap_holes: bool = False,  # on a CPU, unless `allocator.return_freed_memory` was called
 ) -> Ledger:
-    """Predict training on batches of (batch_size, length) tokens. Allocates no weight and draws no random
-    number.
+    """Predict training on batches of `batch_size` examples of `length` tokens, with no padding between them.
+    Allocates no weight and draws no random number.
 
     Raises UserError for an adapter that names layers which the model does not have.
     """
-    assert recompute in POLICIES and device in ("cuda", "cpu")
-    recompute = "full" if recompute == "offload" and device == "cpu" else recompute  # as `set_recompute` does
-    counts, widths = _count(model_config, lora), widths_of(dtype, device)
+    policies = _policies_in_effect(recompute, model_config.num_hidden_layers, device)
+    counts, widths = _count(model_config, lora), widths_of(model_config, dtype, device)
+    tokens = tokens or batch_size * length
     staying = {"process": process} | _staying_bytes(counts, widths, quant, optim, device)
     packed_weights = quant is not None and quant.bits == 4 and _multiplies_packed(dtype, device)
     if packed_weights:
         prompts = answers.batch_size * answers.prompt if answers else 0
-        rows = max(batch_size * length, eval_batch_size * (eval_length or length), prompts)
+        rows = max(tokens, eval_batch_size * (eval_length or length), prompts)
         staying["scratch"] = _tile_bytes(counts.shapes, rows, lora.use_dora)
+    sizes = partial(_Sizes, model_config, lora, counts, widths, device)
+    batch = sizes(batch_size, length, tokens)
+    staying["scratch"] = _scratch_bytes(batch, staying["scratch"])
     if compiles_kernels(dtype, device):
-        staying["compiled kernels"] = compiled_kernel_bytes(lengths, packed_weights)
-    sizes = partial(_Sizes, model_config, lora, counts, widths)
-    moments = _training_moments(sizes(batch_size, length, packing), recompute)
-    if device == "cpu" and widths.product == 4:  # MKL packs about half of the head's weight for its product
-        head = model_config.vocab_size * model_config.hidden_size
-        moments["loss"]["scratch"] = staying["scratch"] + 2 * head
+        attention_lengths = 0 if widths.groups else document_lengths  # a kernel of our own is none of these
+        staying["compiled kernels"] = compiled_kernel_bytes(row_lengths, attention_lengths, packed_weights)
+    moments = _training_moments(batch, policies)
     if eval_batch_size:
-        held_out = sizes(eval_batch_size, eval_length or length, False)
+        held_out = sizes(eval_batch_size, eval_length or length)
         moments["evaluation"] = {"gradients": 0} | _evaluation_bytes(held_out)
     if answers:
-        prompts = sizes(answers.batch_size, answers.prompt, answers.batch_size > 1)
+        prompts = sizes(answers.batch_size, answers.prompt)
         moments["answers"] = {"gradients": 0} | _answer_bytes(prompts, answers)
     for held in moments.values():
         if heap_holes:
@@ -171,9 +187,16 @@ def memory_ledger(
         {name: dict.fromkeys(CATEGORIES, 0) | staying | held for name, held in moments.items()},
         batch_size,
         length,
-        recompute,
-        _flop_per_token(model_config, counts, length, recompute),
+        policies,
+        _flop_per_token(model_config, counts, length, policies),
     )
+
+
+def _policies_in_effect(recompute: str | Sequence[str], layers: int, device: str) -> tuple[str, ...]:
+    """Return one policy a layer, as `set_recompute` does."""
+    policies = (recompute,) * layers if isinstance(recompute, str) else tuple(recompute)
+    assert device in ("cuda", "cpu") and len(policies) == layers and set(policies) <= set(POLICIES)
+    return tuple("full" if policy == "offload" and device == "cpu" else policy for policy in policies)
 
 
 def _staying_bytes(
@@ -219,47 +242,84 @@ class _Sizes:
     lora: LoraConfig
     counts: "_Counts"
     widths: Widths
+    device: str
     batch_size: int
     length: int
-    separated: bool  # rows hold several documents, or padding on the left
+    uneven: int = 0  # tokens, if the examples are not all of that length
+
+    @property
+    def tokens(self) -> int:
+        return self.uneven or self.batch_size * self.length
 
     @property
     def layers(self) -> list[LayerBytes]:
-        fixed = self.batch_size, self.length, self.widths
-        return [layer_bytes(self.model_config, self.lora, adapted, *fixed) for adapted in self.counts.adapted]
+        fixed, kinds = (self.tokens, self.widths), set(self.counts.adapted)
+        sizes = {adapted: layer_bytes(self.model_config, self.lora, adapted, *fixed) for adapted in kinds}
+        return [sizes[adapted] for adapted in self.counts.adapted]
 
     @property
     def masks(self) -> int:
-        return mask_bytes(self.model_config, self.separated, self.batch_size, self.length, self.widths)
+        """Of training and evaluation: a GPU's kernels and the C one know windows."""
+        if self.device == "cuda" or self.widths.groups:
+            return 0
+        return mask_bytes(self.model_config, 0, self.length, self.widths)
+
+    @property
+    def prompt_masks(self) -> int:
+        """Of prompts, padded on the left."""
+        rows = self.batch_size if self.batch_size > 1 else 0
+        return mask_bytes(self.model_config, rows, self.length, self.widths)
 
     @property
     def loss(self) -> LossBytes:
-        head_is_adapted = self.counts.head_is_adapted
-        return loss_bytes(self.model_config, head_is_adapted, self.batch_size, self.length, self.widths)
+        supervised = self.tokens - self.batch_size  # all but the first token of each example
+        return loss_bytes(self.model_config, self.counts.head_is_adapted, supervised, self.widths)
 
 
-def _training_moments(sizes: _Sizes, recompute: str) -> dict[str, dict[str, int]]:
+def _scratch_bytes(batch: _Sizes, dequantized: int) -> int:
+    """Return the bytes of the buffers that layers share: one for a dequantized weight, an input with its
+    zeros and what attention packs, one after the other; and what comes beside it.
+    """
+    c, on_cpu, beside = batch.model_config, batch.device == "cpu", 0
+    largest = [dequantized]
+    if batch.lora.lora_dropout and not batch.lora.use_dora:
+        largest.append(dropped_bytes(c, batch.counts.adapted, batch.tokens, batch.widths))
+    if on_cpu and batch.widths.groups:
+        packed, beside = attention_buffer_bytes(c, batch.tokens)
+        largest.append(packed)
+    if on_cpu and batch.widths.product == 4:  # MKL packs about half of what the head multiplies at a time
+        beside += 2 * (min(c.vocab_size, _HEAD_ROWS) if batch.widths.wide else c.vocab_size) * c.hidden_size
+    return max(largest) + beside
+
+
+def _training_moments(sizes: _Sizes, policies: Sequence[str]) -> dict[str, dict[str, int]]:
     """Return moment -> category -> bytes of activations."""
-    loss, layers = sizes.loss, sizes.layers
-    D = layers[-1].input
-    learning = layers[sizes.counts.first_adapted :]  # below the first adapter nothing is kept
-    inputs, kept = [layer.input for layer in learning], []
-    # A layer that runs again has its output once more.
-    live = [layer.kept + layer.backward + D for layer in learning]
-    match recompute:
-        case "off":
-            kept, live = [layer.kept for layer in learning], [layer.backward for layer in learning]
-        case "selective":
-            kept = [layer.attention for layer in learning]
-            live = [size - attention for size, attention in zip(live, kept, strict=True)]
-        case "offload":
-            inputs = inputs[:2]  # on the GPU: one in use, one on its way
-    held = {"layer inputs": sum(inputs), "kept activations": sum(kept), "attention masks": sizes.masks}
+    loss, layers, first = sizes.loss, sizes.layers, sizes.counts.first_adapted
+    D, masks = layers[-1].input, sizes.masks
+    in_flight = D * min(2, policies[first:].count("offload"))  # on the GPU: one in use, one on its way
+    worst = held = {"layer inputs": in_flight, "kept activations": 0, "live layer": 0}
+    for layer, policy in zip(layers[first:], policies[first:], strict=True):  # below, nothing is kept
+        kept, live = _kept_and_live(layer, policy)
+        held = {
+            "layer inputs": held["layer inputs"] + (layer.input if policy != "offload" else 0),
+            "kept activations": held["kept activations"] + kept,
+            "live layer": live,
+        }
+        worst = max(worst, held, key=lambda moment: sum(moment.values()))
+    left = {"layer inputs": held["layer inputs"] + D, "kept activations": held["kept activations"]}
     return {
-        "loss": held | {"layer inputs": sum(inputs) + D, "hidden and logits": loss.peak},
-        "backward": held | {"live layer": max(live, default=0), "hidden and logits": loss.d_hidden},
+        "loss": left | {"attention masks": masks, "hidden and logits": loss.peak},
+        "backward": worst | {"attention masks": masks, "hidden and logits": loss.d_hidden},
         "optimizer step": {},
     }
+
+
+def _kept_and_live(layer: LayerBytes, policy: str) -> tuple[int, int]:
+    """Return what a layer's forward keeps beside its input, and what its backward adds to that."""
+    if policy == "off":
+        return layer.kept, layer.backward
+    kept = layer.attention if policy == "selective" else 0
+    return kept, layer.kept - kept + layer.backward + layer.input  # run again, it has its output once more
 
 
 def _evaluation_bytes(sizes: _Sizes) -> dict[str, int]:
@@ -271,55 +331,14 @@ def _evaluation_bytes(sizes: _Sizes) -> dict[str, int]:
 
 def _answer_bytes(prompts: _Sizes, answers: Answers) -> dict[str, int]:
     """Return category -> bytes: the pass over the prompts, or a later one over a single token a row."""
-    layer, masks = max(layer.alone for layer in prompts.layers), prompts.masks
+    layer, masks = max(layer.alone for layer in prompts.layers), prompts.prompt_masks
     tokens = answers.prompt + answers.new
-    cache, token = answer_bytes(prompts.model_config, answers.batch_size, tokens, prompts.widths)
+    sizes = answers.batch_size, tokens, answers.new
+    cache, token = answer_bytes(prompts.model_config, *sizes, prompts.widths)
     held = {"keys and values": cache}
     if layer + masks > token:
         return held | {"live layer": layer, "attention masks": masks}
     return held | {"hidden and logits": token}
-
-
-def choose_recompute(memory: float | None, ledger_of: Callable[..., Ledger]) -> tuple[str, str]:
-    """The fastest policy that fits into so many free bytes, and why. `ledger_of(recompute=...)`: all else is
-    decided.
-
-    Where none fits, the most frugal one: a prediction is no reason not to try.
-    """
-    if memory is None:
-        return "full", "this system does not tell how much memory is free"
-    needs, free = [], f"{memory / 2**30:.2f} GiB are free"
-    for policy in POLICIES:
-        ledger = ledger_of(recompute=policy)
-        needs.append(f"{ledger.recompute} needs {ledger.peak / 2**30:.2f} GiB")
-        if ledger.fits(memory):
-            return ledger.recompute, f"{', '.join(needs)}; {free}"
-    return ledger.recompute, f"even {needs[-1]}; {free}, and a tenth should be left"
-
-
-def advise(memory: float, ledger_of: Callable[..., Ledger], batch_size: int, length: int) -> list[Ledger]:
-    """Settings that fit into so many free bytes. `ledger_of(batch_size=..., length=..., recompute=...)`: all
-    else is decided.
-
-    First the largest micro-batch that fits: all of the batch or, as accumulation makes that the same step, an
-    even part of it, with the fastest policy possible. Then smaller ones, where they are faster. If not one
-    example fits: one, cut to as many times 64 tokens as do.
-    """
-
-    def fastest(size: int, tokens: int) -> Ledger | None:
-        ledgers = (ledger_of(batch_size=size, length=tokens, recompute=policy) for policy in POLICIES)
-        return next((ledger for ledger in ledgers if ledger.fits(memory)), None)
-
-    found: list[Ledger] = []
-    for size in (n for n in range(batch_size, 0, -1) if batch_size % n == 0):
-        ledger = fastest(size, length)
-        if ledger is not None and not (found and found[-1].flop_per_token <= ledger.flop_per_token):
-            found.append(ledger)
-    lengths = range(64, length, 64)
-    fitting = bisect_left(
-        lengths, True, key=lambda tokens: fastest(1, tokens) is None
-    )  # a longer row needs more
-    return found or [fastest(1, tokens) for tokens in lengths[:fitting][-1:]]
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -417,7 +436,7 @@ def _state_bytes(n: int, optim: str, device: str) -> int:
     return scales if paged else 2 * n + scales
 
 
-def _flop_per_token(c: ModelConfig, counts: _Counts, length: int, recompute: str) -> float:
+def _flop_per_token(c: ModelConfig, counts: _Counts, length: int, policies: Sequence[str]) -> float:
     """Return floating-point operations a token; a multiplication and an addition are two.
 
     Frozen matrices are multiplied in forward and for dx, an adapter's also for its own gradient. Attention's
@@ -426,9 +445,11 @@ def _flop_per_token(c: ModelConfig, counts: _Counts, length: int, recompute: str
     linear = 2 * sum(n * math.prod(shape) for shape, n in counts.shapes.items())
     head = 2 * c.vocab_size * c.hidden_size
     adapter, learning = 2 * counts.adapter, 2 * sum(counts.trainable)
-    windows = (min(window or length, length) for window in c.layer_windows)
-    keys = sum(w * (1 - w / (2 * length)) for w in windows)  # that a query sees, on average
-    attention = 4 * keys * c.num_attention_heads * c.head_dim
-    once_more = linear - 2 * counts.not_rerun + adapter
-    again = {"off": 0, "selective": once_more}.get(recompute, once_more + attention)
-    return 2 * linear + 2 * head + 2 * adapter + learning + 3.5 * attention + again
+    windows = [min(window or length, length) for window in c.layer_windows]
+    keys = [w * (1 - w / (2 * length)) for w in windows]  # that a query sees, on average
+    attention = [4 * count * c.num_attention_heads * c.head_dim for count in keys]  # of each layer
+    products = (linear - 2 * counts.not_rerun + adapter) / len(policies)  # of a layer that runs again
+    again = {"off": (0, 0), "selective": (1, 0), "full": (1, 1), "offload": (1, 1)}
+    runs = [again[policy] for policy in policies]
+    repeated = sum(a * products + b * one for (a, b), one in zip(runs, attention, strict=True))
+    return 2 * linear + 2 * head + 2 * adapter + learning + 3.5 * sum(attention) + repeated

@@ -14,7 +14,7 @@ import torch
 
 from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
-from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids
+from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids, tokens_read
 from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,6 +23,7 @@ from minilora.memory.allocator import (
     compiles_kernels,
     limit_compiled_kernels,
     padded_length,
+    padded_lengths,
     return_freed_memory,
     return_holes,
 )
@@ -30,10 +31,10 @@ from minilora.memory.ledger import (
     Answers,
     Ledger,
     available_memory,
-    choose_recompute,
     memory_ledger,
     process_memory,
 )
+from minilora.memory.planner import choose_recompute
 from minilora.optim import Schedule
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.datasets import load_datasets, token_settings
@@ -55,9 +56,10 @@ ANSWERS_AT_A_TIME = 64  # at most
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The recompute policy of a run, its predicted memory, and the batches that fit beside it."""
+    """The recompute policies of a run, its predicted memory, and the batches that fit beside it."""
 
-    recompute: str  # what layers keep for backward; see minilora.recompute
+    policies: tuple[str, ...]  # what each layer keeps for backward; see minilora.recompute
+    recompute: str  # the same in words
     reason: str
     peak: int  # predicted bytes
     eval_batch_size: int  # held-out examples in one pass
@@ -234,7 +236,7 @@ def plan_memory(
     eval_length: int,  # tokens of the longest held-out example; 0: there is none
     answers: tuple[int, int] | None = None,  # see `answer_lengths`
 ) -> MemoryPlan:
-    """Choose the recompute policy and predict its memory. `auto` is the fastest one that fits.
+    """Choose the recompute policies and predict their memory. `auto` is the fastest plan that fits.
 
     On a CPU the heap's holes are counted too. Where they do not fit, glibc is told to return freed memory at
     once: that leaves no holes and is slower. Evaluation and answers take the same under every policy, so they
@@ -242,38 +244,46 @@ def plan_memory(
     """
     device, available = placement.device, available_memory(placement.device)
     rounded = compiles_kernels(placement.dtype, device.type)
-    lengths = {padded_length(length) for length in order.lengths} if rounded else {max(order.lengths)}
     eval_batch_size = config.per_device_eval_batch_size if eval_length else 0
     ledger_of = partial(
         memory_ledger,
         model_config,
         config.lora_config(),
         config.quant_config(),
-        batch_size=order.batch_size,
-        length=max(lengths),
+        **_batch_sizes(order, rounded, config.padding_free),
         dtype=placement.dtype,
         optim=config.optim,
         device=device.type,
-        packing=config.packing,
         eval_length=padded_length(eval_length) if rounded and eval_length else eval_length,
         process=process_memory() if device.type == "cpu" else 0,
-        lengths=len(lengths),
     )
     if device.type == "cpu":
         with_holes = partial(ledger_of, heap_holes=True)
-        policy, _ = choose_policy(config, with_holes, available)
-        ledger = with_holes(recompute=policy, eval_batch_size=eval_batch_size)
+        ledger, _ = choose_policies(config, with_holes, available)
+        ledger = with_holes(recompute=ledger.policies, eval_batch_size=eval_batch_size)
         if available is None or ledger.fits(available):
             ledger_of = with_holes
         else:
             return_freed_memory()
-    policy, reason = choose_policy(config, ledger_of, available)
-    ledger_of = partial(ledger_of, recompute=policy)
-    if (effective := ledger_of().recompute) != policy:
-        reason = f"{policy} needs a GPU"
-    return MemoryPlan(
-        effective, reason, *_batches_that_fit(ledger_of, available, eval_batch_size, answers), rounded=rounded
+    ledger, reason = choose_policies(config, ledger_of, available)
+    fitting = _batches_that_fit(
+        partial(ledger_of, recompute=ledger.policies), available, eval_batch_size, answers
     )
+    return MemoryPlan(ledger.policies, ledger.recompute, reason, *fitting, rounded=rounded)
+
+
+def _batch_sizes(order: Order, rounded: bool, padding_free: bool) -> dict[str, int]:
+    """Return what the ledger must know of the micro-batches: the largest, and how many lengths there are."""
+    largest = order.largest_batch()
+    sizes = dict(batch_size=len(largest), length=max(largest))
+    sizes["tokens"] = tokens_read(largest, rounded, padding_free)
+    if rounded:  # kernels are compiled for each length
+        documents = {padded_length(length) for length in order.lengths}
+        sizes["row_lengths"] = sizes["document_lengths"] = len(documents)
+        if padding_free:
+            shortest = sum(sorted(order.lengths)[: order.batch_size])
+            sizes["row_lengths"] = padded_lengths(shortest, sum(largest))
+    return sizes
 
 
 def _batches_that_fit(
@@ -302,10 +312,12 @@ def _batches_that_fit(
     return ledger.peak, eval_batch_size, answer_batch_size
 
 
-def choose_policy(
+def choose_policies(
     config: TrainConfig, ledger_of: Callable[..., Ledger], available: int | None
-) -> tuple[str, str]:
-    """Return the requested recompute policy, or for `auto` the fastest that fits, and the reason."""
-    if config.gradient_checkpointing == "auto":
+) -> tuple[Ledger, str]:
+    """Return the ledger of the requested policy, or for `auto` of the fastest plan that fits; the reason."""
+    policy = config.gradient_checkpointing
+    if policy == "auto":
         return choose_recompute(available, ledger_of)
-    return config.gradient_checkpointing, "as requested"
+    ledger = ledger_of(recompute=policy)
+    return ledger, "as requested" if ledger.recompute == policy else f"{policy} needs a GPU"

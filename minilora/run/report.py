@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from minilora.data.examples import Order
 from minilora.data.rows import Row
 from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
@@ -53,10 +54,18 @@ def print_plan(plan: Plan) -> None:
         "steps": f"{plan.schedule.total_steps:,}, {order.steps_per_epoch:,} an epoch; "
         f"{order.examples_per_step} examples, about {tokens:,.0f} tokens each",
         "output": config.output_dir,
-        "padding": f"{order.padding_share(plan.memory.rounded):.1%} of all tokens that go through the model",
+        "padding": describe_padding(order, plan.memory.rounded, config.padding_free),
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
         "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak" + _smaller_batches(plan),
     })  # fmt: skip
+
+
+def describe_padding(order: Order, rounded: bool, padding_free: bool) -> str:
+    """Return how much of what the model reads is padding, in words."""
+    share = order.padding_share(rounded, padding_free)
+    if padding_free and share == 0:
+        return "none: the examples of a pass lie end to end in one row"
+    return f"{share:.1%} of all tokens that go through the model"
 
 
 def _smaller_batches(plan: Plan) -> str:

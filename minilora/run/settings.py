@@ -83,6 +83,7 @@ class TrainConfig:
     template: str | None = None  # alpaca llama2 llama3 mistral chatml qwen3 plain; tokenizer or none: its own
     train_on_prompt: bool = False  # learn the prompt too
     mask_history: bool = False  # learn only the last answer of a conversation
+    padding_free: bool = True  # the examples of a pass end to end in one row; false: padded to the longest
     packing: bool = False  # fill rows of cutoff_len with whole examples, which do not attend to each other
     group_by_length: bool = False  # put examples of similar length into one step: less padding, less random
     # output

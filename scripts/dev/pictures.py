@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import io
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import matplotlib
@@ -199,7 +200,8 @@ def draw_memory(figure) -> None:
     figure.set_size_inches(8.6, 4.6)
     kind = dict(batch_size=4, length=1024, dtype=torch.float16, optim="adamw_8bit")
     mistral, lora = parse_config(MISTRAL_7B), PRESETS["standard_r8_qkvo"]
-    ledgers = [memory_ledger(mistral, lora, QuantConfig(), recompute=policy, **kind) for policy in POLICIES]
+    ledger_of = partial(memory_ledger, mistral, lora, QuantConfig(), **kind)
+    ledgers = {policy: ledger_of(recompute=policy) for policy in POLICIES}
     limits = {"fits a T4": (16e9 - CUDA_CONTEXT) / MARGIN, "a published run on a T4": 10e9}
     draw_bars(figure.subplots(), ledgers, limits)
 

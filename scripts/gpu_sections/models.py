@@ -110,11 +110,12 @@ class Side:
     optimizer: torch.optim.Optimizer
     scale: LossScale
     device: torch.device
+    padding_free: bool = True  # its batches are one row, of examples end to end
 
     def step(self, rows: list[Example]) -> tuple[float, float]:
         """Take a step as scripts/train.py does. Returns the loss, and the host's seconds before it waits."""
         began = time.perf_counter()
-        loss = self.loss_of(*batch_for(self.device, rows, pad_id=0))
+        loss = self.loss_of(*batch_for(self.device, rows, pad_id=0, padding_free=self.padding_free))
         self.scale.backward(loss)
         host = time.perf_counter() - began
         self.scale.unscale(self.optimizer)

@@ -104,7 +104,7 @@ def theirs(sizes: dict, card: Card) -> Side:
         with torch.autocast(card.device.type, card.dtype):
             return model(input_ids=ids, labels=ids).loss
 
-    return Side(loss_of, trainable, optimizer, loss_scale(card), card.device)
+    return Side(loss_of, trainable, optimizer, loss_scale(card), card.device, padding_free=False)
 
 
 def peer_model(config: ModelConfig, sizes: dict, card: Card) -> nn.Module:

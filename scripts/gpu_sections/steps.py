@@ -82,7 +82,6 @@ def measure_step(
 
 def ledger_of(model: CausalLM, dtype: torch.dtype, policy: str, rows: list[Example]) -> Ledger:
     """Return what is predicted for a step."""
-    first, packed = rows[0], len(rows[0].document_lengths) > 1
-    size = dict(batch_size=len(rows), length=len(first.input_ids), packing=packed)
+    size = dict(batch_size=len(rows), length=len(rows[0].input_ids))
     how = dict(dtype=dtype, recompute=policy, optim="adamw_8bit")
     return memory_ledger(model.config, LORA, QuantConfig(), **size, **how)

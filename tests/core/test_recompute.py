@@ -54,6 +54,25 @@ def test_so_it_is_for_any_targets_and_shapes(targets, dropout, policy, shape):
     assert loss == again and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@settings(deadline=None, max_examples=15)
+@given(policies=st.lists(st.sampled_from(POLICIES), min_size=4, max_size=4), dropout=st.sampled_from([0.0, 0.3]))
+def test_each_layer_may_follow_a_policy_of_its_own_and_no_bit_changes(policies, dropout):
+    model = small_model(layers=4, dropout=dropout)
+    (loss, expected), (again, found) = gradients(model, "off"), gradients(model, policies)
+    assert loss == again and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_layer_is_run_again_if_its_own_policy_says_so(monkeypatch):
+    model, runs = small_model(layers=4), []
+    for i, layer in enumerate(model.model.layers):
+        original = layer.rerun_for_backward
+        monkeypatch.setattr(
+            layer, "rerun_for_backward", lambda *a, i=i, run=original, **kind: runs.append(i) or run(*a, **kind)
+        )
+    gradients(model, ("full", "off", "selective", "off"))
+    assert runs == [2, 0]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_packed_documents_and_accumulated_gradients_are_the_same_too(policy):
     model = small_model()
@@ -200,8 +219,11 @@ def test_gradients_come_through_a_frozen_embedding_from_the_first_layer_on():
 def test_offload_on_a_cpu_is_full_and_says_so():
     model = small_model()
     assert [set_recompute(model, policy) for policy in POLICIES] == ["off", "selective", "full", "full"]
+    assert set_recompute(model, ["off", "offload", "full"]) == ("off", "full", "full")
     with pytest.raises(UserError, match="'selektive' is not known; nearest: 'selective'"):
         set_recompute(model, "selektive")
+    with pytest.raises(UserError, match="2 recompute policies are given for a model of 3 layers"):
+        set_recompute(model, ("off", "full"))
 
 
 def test_generation_with_a_cache_and_evaluation_recompute_nothing(monkeypatch):
@@ -326,7 +348,7 @@ def test_a_replayed_layer_has_the_gradients_of_the_layer_and_no_values(kind):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bits", [16, 32])  # flash attention and cuDNN's take 16 bits alone
-@pytest.mark.parametrize("policy", POLICIES[1:])
+@pytest.mark.parametrize("policy", [*POLICIES[1:], ("full", "offload", "selective", "off", "offload", "off")])
 def test_every_policy_gives_the_gradients_of_off_on_the_gpu(policy, bits, packed):
     """In some kernels, attention's backward adds in no fixed order: `off` is not quite equal to itself."""
     dtype = choose_placement().dtype if bits == 16 else torch.float32

@@ -46,7 +46,8 @@ def test_a_model_on_the_second_gpu_trains_there_while_the_first_is_the_current_o
     ids = torch.arange(2 * 24).view(2, 24) % 97
     with PretendedGpu(count=2) as gpu:
         model.to("cuda:1")
-        for policy in POLICIES:
+        layers = len(model.model.layers)
+        for policy in (*POLICIES, [POLICIES[-1 - i % 4] for i in range(layers)]):  # the last: one of each
             set_recompute(model, policy)
             causal_lm_loss(model, ids.to("cuda:1"), ids).backward()
         optimizer.step()

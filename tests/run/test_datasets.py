@@ -1,6 +1,7 @@
 """The trainer on every common form of data: conversations, packed rows, several datasets."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -50,6 +51,19 @@ def test_conversations_are_learned_through_a_template_which_is_saved_beside_the_
     losses = [r["loss"] for r in metrics(directory) if "loss" in r]
     assert losses[-1] < losses[0]
     assert "12 examples" in out and (directory / "chat_template.jinja").is_file()
+
+
+def test_five_steps_without_padding_end_in_the_adapter_of_five_steps_with_it(train):
+    keys = dict(gradient_accumulation_steps=2, max_steps=5, learning_rate=1e-2, bf16="false", logging_steps=1)
+    end_to_end, out = train("end to end", **keys)
+    assert "padding    none: the examples of a pass lie end to end in one row\n" in out
+    padded, out = train("padded", padding_free="false", **keys)
+    assert re.search(r"padding    [1-9][\d.]*% of all tokens", out)
+    one, other = ([r["loss"] for r in metrics(directory) if "loss" in r] for directory in (end_to_end, padded))
+    assert one == pytest.approx(other, rel=1e-4) and one[4] < 0.99 * one[0]
+    # AdamW divides a gradient by its own size: where rounding decides the sign, a step goes the other way.
+    one, other = adapter(end_to_end), adapter(padded)
+    assert all(((one[k] - other[k]).abs() <= 1e-4 * other[k].abs().max()).float().mean() > 0.97 for k in one)
 
 
 def test_packed_rows_train_as_the_examples_alone_do(train, dataset):

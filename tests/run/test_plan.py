@@ -12,6 +12,7 @@ from minilora.formats.weights import read_config
 from minilora.memory.allocator import padded_length, return_holes
 from minilora.run import plan as plans
 from minilora.run.plan import plan_memory
+from minilora.run.report import describe_padding
 from minilora.run.settings import TrainConfig
 from minilora.system.device import Placement
 
@@ -88,7 +89,7 @@ def test_held_out_rows_that_are_longer_than_those_to_train_on_are_counted(planne
 
 def test_answers_take_no_more_than_the_training_has_taken_or_half_of_the_free_memory(planned, monkeypatch):
     monkeypatch.setattr(plans, "process_memory", lambda: 0)  # not that of all tests before
-    rows = dict(lengths=(20, 4000))
+    rows = dict(lengths=(6000, 6000))
     alone, _ = planned(None, **rows)
     roomy, _ = planned(1 << 45, answers=(2000, 500), **rows)
     assert roomy.answer_batch_size == 64 and roomy.peak > 2 * alone.peak
@@ -125,6 +126,36 @@ def test_more_lengths_take_more_kernels_and_only_there(planned, monkeypatch):
     assert many - one > 100e6
     one, many = (planned(1 << 40, torch.float32, lengths)[0].peak for lengths in ((256,) * 9, range(8, 257)))
     assert abs(many - one) < 10e6  # the process itself grows a little between two plans
+
+
+def test_a_batch_is_planned_for_the_tokens_of_the_longest_examples_and_with_padding_for_rows_of_the_longest(
+    planned, monkeypatch
+):
+    monkeypatch.setattr(plans, "process_memory", lambda: 0)
+    asked = []
+    original = plans.memory_ledger
+    monkeypatch.setattr(plans, "memory_ledger", lambda *a, **kind: asked.append(kind) or original(*a, **kind))
+
+    def sizes(dtype=torch.float32, **settings):
+        asked.clear()
+        planned(None, dtype, lengths=(20, 100, 3, 37), **settings)
+        return {name: asked[-1].get(name, 1) for name in ("batch_size", "length", "tokens", "row_lengths")}
+
+    assert sizes() == dict(batch_size=2, length=100, tokens=137, row_lengths=1)
+    assert sizes(padding_free=False) == dict(batch_size=2, length=100, tokens=200, row_lengths=1)
+    monkeypatch.setattr("minilora.backend.choice._cpu_multiplies_bfloat16", lambda: True)
+    # Two examples have 23 to 137 tokens: 32, 48, ..., 144 of them, rounded up. One has 16, 32, 48 or 112.
+    assert sizes(torch.bfloat16) == dict(batch_size=2, length=100, tokens=144, row_lengths=8)
+    padded = sizes(torch.bfloat16, padding_free=False)
+    assert padded == dict(batch_size=2, length=100, tokens=224, row_lengths=4)
+
+
+def test_padding_is_told_in_a_line():
+    order = Order((20, 100, 100, 5), batch_size=4, accumulation=1, seed=0)
+    texts = [describe_padding(order, *how) for how in ((False, True), (True, True), (False, False))]
+    assert texts[0] == "none: the examples of a pass lie end to end in one row"
+    assert texts[1] == "6.2% of all tokens that go through the model"  # 225 of 240
+    assert texts[2] == "43.8% of all tokens that go through the model"
 
 
 def test_rounded_rows_hold_the_same_tokens_and_labels_and_padding_behind_them():

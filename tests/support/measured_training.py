@@ -21,11 +21,20 @@ from minilora.formats.config_json import parse_config
 from minilora.linear import Linear4bit
 from minilora.loss import causal_lm_loss
 from minilora.memory.allocator import limit_compiled_kernels, return_freed_memory
+from minilora.memory.planner import split
 from minilora.optim import make_optimizer
 from minilora.recompute import set_recompute
 from minilora.system.device import memory_used
 
-POLICIES = ("full", "selective", "off")
+
+def recompute_policies(layers: int) -> dict[str, str | tuple[str, ...]]:
+    """Return names and what to recompute: a policy, or one for each layer. Each needs more than those before."""
+    return {
+        "full": "full",
+        "selective": "selective",
+        "all but one": split(layers, layers - 1, 0),
+        "off": "off",
+    }
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype) -> CausalLM:
@@ -56,14 +65,15 @@ def peaks(config: dict, lora: dict, dtype: str, batch_size: int, length: int) ->
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # now there are moments, as in all steps but the first
     optimizer.zero_grad(set_to_none=True)
-    for policy in POLICIES:
+    for name, policy in recompute_policies(config["num_hidden_layers"]).items():
         set_recompute(model, policy)
-        input_ids = torch.randint(0, config["vocab_size"], (batch_size, length))
-        (causal_lm_loss(model, input_ids, input_ids) / input_ids.numel()).backward()
+        for _ in range(2):  # the second micro-batch finds the gradients of the first
+            input_ids = torch.randint(0, config["vocab_size"], (batch_size, length))
+            (causal_lm_loss(model, input_ids, input_ids) / input_ids.numel()).backward()
         nn.utils.clip_grad_norm_(trainable.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        found[policy] = memory_used(torch.device("cpu"))
+        found[name] = memory_used(torch.device("cpu"))
     return found
 
 

@@ -1,5 +1,7 @@
 """Models of a few thousand parameters, adapters with values that hide nothing, and what comes of them."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,7 +119,9 @@ def small_model(layers=3, width=64, quantized=False, **lora) -> CausalLM:
     return adapted(model, quantized=quantized, **lora)
 
 
-def gradients(model: CausalLM, policy: str, B=2, T=17) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(
+    model: CausalLM, policy: str | Sequence[str], B=2, T=17
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and every gradient under a policy, with the dropout of one seed; and the random state it leaves
     behind.
     """
