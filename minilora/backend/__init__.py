@@ -4,6 +4,8 @@ choice.py    which form of an operation runs: PyTorch, C or Triton
 native.py    the C functions, trusted after a trial, called through ctypes
 library.py   the C library as a file: compiled on first use, kept in a private cache
 native.c     its source: quantize, dequantize, AdamW in 8 bits
+gemv.c       a 4-bit weight times one vector
+decoding.py  one token through frozen layers and their adapters
 amx.c        and on a CPU with AMX: the products with a 4-bit weight
 triton_trial.py  whether the Triton kernels run on a GPU, found out once
 scratch.py   a buffer that all layers share

@@ -5,7 +5,7 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -28,6 +28,7 @@ typedef struct task {
     void *out;                          /* (n,) */
     const struct adamw *adamw;
     const struct product *product;
+    const struct vector_product *vector;
 } task;
 
 static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -293,6 +294,8 @@ void adamw_8bit(const int64_t *tensors, int64_t blocks, const float *code1, cons
     task t = {.run = run_adamw_8bit, .blocksize = MOMENT_BLOCK, .n = blocks * MOMENT_BLOCK, .adamw = &a};
     share(t, threads);
 }
+
+#include "gemv.c"
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "amx.c"
