@@ -160,8 +160,8 @@ def gemv_kernel(
     GROUPS: tl.constexpr,
     RANK: tl.constexpr,  # the power of two from rank on
 ):
-    """out = W x + bias + B n for ROWS rows of W. A group is 8 elements of the flattened weight; a row may start within
-    one.
+    """out = W x + bias + B n for ROWS rows of W. A group is 8 elements of the flattened weight; a row may
+    start within one.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = row.to(tl.int64) * in_features
@@ -193,9 +193,7 @@ def gemv_kernel(
     if narrow_ptr is not None:
         k = tl.arange(0, RANK)
         inside = (row < out_features)[:, None] & (k < rank)[None, :]
-        update = tl.load(
-            update_ptr + row[:, None] * rank + k[None, :], mask=inside, other=0.0
-        )  # (ROWS, RANK)
+        update = tl.load(update_ptr + row[:, None] * rank + k[None, :], mask=inside, other=0.0)
         y += tl.sum(update * tl.load(narrow_ptr + k, mask=k < rank, other=0.0)[None, :], axis=1)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row, mask=row < out_features, other=0.0).to(tl.float32)

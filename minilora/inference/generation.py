@@ -60,40 +60,30 @@ def generate_stream(
     cache: KVCache | None = None,  # holds the first tokens of unpadded input_ids; has room for all new ones
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield one new token for each row, (B,), on the CPU, until every row has ended or `max_new_tokens` are
-    reached.
+    """Yield one new token for each row, (B,), until every row has ended or `max_new_tokens` are reached.
 
-    Tokens of a GPU come in groups, see `read_in_groups`. Wherever the stream ends, the cache and the generator
-    are as if no token had been computed beyond the last one that was yielded.
+    They lie on the CPU. Tokens of a GPU come in groups, see `read_in_groups`. Wherever the stream ends, the
+    cache and the generator are as if no token had been computed beyond the last one that was yielded.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     (B, T), device = input_ids.shape, input_ids.device
-    if not use_cache:
-        cache = None
-    elif cache is None:
+    if use_cache and cache is None:
         cache = KVCache(model.config, B, T + max_new_tokens, model.model.norm.weight.dtype, device)
+    cache = cache if use_cache else None
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    tokens = compute_tokens(
-        model, input_ids, attention_mask, max_new_tokens, repetition_penalty, cache, choose
-    )
+    prompt = input_ids, attention_mask
+    tokens = compute_tokens(model, *prompt, max_new_tokens, repetition_penalty, cache, choose)
     eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
-    eos = torch.tensor(list(eos), dtype=torch.long, device="cpu")
-    ended, count, random_state = torch.zeros(B, dtype=torch.bool, device="cpu"), 0, None
+    count, random_state = 0, None
     try:
-        for token, state in read_in_groups(tokens, device, generator):
-            token = token.masked_fill(ended, pad_token_id)  # (B,)
-            ended |= torch.isin(token, eos)
+        for told, state in until_ended(read_in_groups(tokens, device, generator), eos, pad_token_id):
             count, random_state = count + 1, state
-            yield token
-            if ended.all():
-                return
+            yield told
     finally:
         if random_state is not None:
             generator.set_state(random_state)
-        if cache is not None:
-            cache.length = min(
-                cache.length, T + max(count - 1, 0)
-            )  # the last token was not read by the model
+        if cache is not None:  # the model has not read the last token
+            cache.length = min(cache.length, T + max(count - 1, 0))
 
 
 def compute_tokens(
@@ -135,9 +125,9 @@ def read_in_groups(
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield tokens on the CPU, each with the random state behind it, or None where that is the present one.
 
-    Whenever the host reads from a GPU, the GPU runs out of work. So it reads the first token at once, and
-    then some together: tokens behind a row's end may be computed in vain, but never half a group's time is
-    lost. A CPU has nothing to wait for.
+    Whenever the host reads from a GPU, the GPU runs out of work. So the host reads the first token at once,
+    for whoever waits for it, and then some together. Up to all but one of a group may be computed in vain, if
+    the first of them ends the text. On a CPU there is nothing to wait for, and each token comes at once.
     """
     size, later = 1, READ_TOGETHER if device.type == "cuda" else 1
     noted = ((token, generator.get_state() if generator and later > 1 else None) for token in tokens)
@@ -145,6 +135,20 @@ def read_in_groups(
         read = torch.stack([token for token, _ in group]).cpu()  # (tokens, B)
         yield from zip(read, [state for _, state in group], strict=True)
         size = later
+
+
+def until_ended(
+    tokens: Iterator[tuple[Tensor, Tensor | None]], eos_token_ids: Sequence[int], pad_token_id: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield tokens, (B,) each, and what came with them, until every row has ended; an ended row is padded."""
+    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device="cpu")
+    ended = torch.zeros((), dtype=torch.bool, device="cpu")  # (B,) from the first token on
+    for token, state in tokens:
+        token = token.masked_fill(ended, pad_token_id)
+        ended = ended | torch.isin(token, eos)
+        yield token, state
+        if ended.all():
+            return
 
 
 def padding_documents(attention_mask: Tensor | None) -> Tensor | None:
