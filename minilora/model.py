@@ -9,7 +9,8 @@ Parameter names are Hugging Face's: loading a checkpoint is the identity, and PE
 
 Packed rows. `document_ids` (B, T) says which document each token belongs to, in runs. A token sees only
 tokens of its own document, and positions restart with each one. So several short examples in one row give
-exactly the numbers they give alone. Padding is one more document: prompts of different lengths need no mask.
+exactly the numbers they give alone. Padding is part of no document: attention gives it zeros. document_ids
+best stay on the CPU (see backend/documents.py).
 """
 
 from functools import lru_cache
@@ -18,13 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from minilora import ops
+from minilora.backend.attention import KeptAttention
 from minilora.backend.attention_mask import additive
+from minilora.backend.copies import to_device
+from minilora.backend.documents import (
+    Documents,
+    documents_of_ids,
+    documents_of_rows,
+    positions_in_documents,
+)
 from minilora.backend.offload import OffloadedInputs
 from minilora.config import ModelConfig, RopeConfig
 from minilora.linear import apply_each
 from minilora.recompute import checkpoint
 
-PADDING = -1  # the document id of tokens that only fill a row
+Sight = Documents | Tensor | None  # what tokens see: their documents, or with a cache a mask or all before
 
 
 class KVCache:
@@ -45,6 +54,20 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def add_documents(self, document_ids: Tensor | None, T: int) -> Tensor | None:
+        """Append the document ids of T new tokens, (B, T). Returns those of all tokens, (B, S), or None.
+
+        Raises ValueError if only some of the tokens have any.
+        """
+        if document_ids is not None:
+            end = self.length + T
+            self.document_ids[:, self.length : end] = to_device(document_ids, self.document_ids.device)
+            self.has_documents = True
+            return self.document_ids[:, :end]
+        if self.has_documents:
+            raise ValueError("the cache holds packed or padded rows: new tokens need document_ids too")
+        return None
 
 
 class RMSNorm(nn.Module):
@@ -70,7 +93,7 @@ class Attention(nn.Module):
         super().__init__()
         H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         D = config.hidden_size
-        self.layer, self.head_dim = layer, K
+        self.layer = layer
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
@@ -79,17 +102,24 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,  # (N, D)
+        cos: Tensor,  # (B or 1, T, K)
+        sin: Tensor,
+        seen: Sight,
+        cache: KVCache | None = None,
+        kept: KeptAttention | None = None,
     ) -> Tensor:
-        B, T, _ = x.shape
+        T, K = cos.shape[1:]
         products = apply_each(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in products)
+        q, k, v = (y.view(-1, T, y.shape[-1] // K, K) for y in products)
         q, k = ops.rope(self.q_norm(q), self.k_norm(k), cos, sin)  # (B, T, H, K), (B, T, G, K)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, G, S, K)
-        y = ops.attention(q, k, v, mask)  # (B, H, T, K)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        if cache is None:
+            y = ops.document_attention(q, k, v, seen, kept)  # (B, T, H, K)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            y = ops.attention(q, *cache.update(self.layer, k, v), seen).transpose(1, 2)
+        return self.o_proj(y.reshape(len(x), -1))  # (N, D)
 
 
 class MLP(nn.Module):
@@ -102,7 +132,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, F, bias=config.mlp_bias)
         self.down_proj = nn.Linear(F, D, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
         return self.down_proj(ops.swiglu(*apply_each(x, self.gate_proj, self.up_proj)))
 
     def rerun_for_backward(self, x: Tensor) -> Tensor:
@@ -112,7 +142,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each on a normed copy of the residual stream."""
+    """Attention and feed-forward, each on a normed copy of the residual stream.
+
+    The N = B T tokens of a batch are rows, (N, D): only attention tells their documents apart.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -121,16 +154,16 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache=None) -> Tensor:
-        x, normed = self.input_layernorm.after_sum(x)  # (B, T, D) each
-        y = self.self_attn(normed, cos, sin, mask, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Sight, cache=None, kept=None) -> Tensor:
+        x, normed = self.input_layernorm.after_sum(x)  # (N, D) each
+        y = self.self_attn(normed, cos, sin, seen, cache, kept)
         x, normed = self.post_attention_layernorm.after_sum(x, y)
         return x + self.mlp(normed)
 
-    def rerun_for_backward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def rerun_for_backward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Documents, kept=None) -> Tensor:
         """Run again for backward, which reads every value but the output: down_proj is skipped."""
         x, normed = self.input_layernorm.after_sum(x)
-        y = self.self_attn(normed, cos, sin, mask, None)
+        y = self.self_attn(normed, cos, sin, seen, kept=kept)
         x, normed = self.post_attention_layernorm.after_sum(x, y)
         return x + self.mlp.rerun_for_backward(normed)
 
@@ -157,34 +190,37 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Return hidden states after the final norm, (B, T, D)."""
-        T, past = input_ids.shape[1], 0 if cache is None else cache.length
-        if cache is not None:
-            if document_ids is not None:
-                cache.document_ids[:, past : past + T] = document_ids
-                document_ids = cache.document_ids[:, : past + T]  # (B, S): the keys'; queries are the last T
-                cache.has_documents = True
-            elif cache.has_documents:
-                raise ValueError("the cache holds packed or padded rows: new tokens need document_ids too")
-        if position_ids is None:
-            if document_ids is None:
-                position_ids = torch.arange(past, past + T, device=input_ids.device).unsqueeze(0)  # (1, T)
-            else:
-                position_ids = positions_in_documents(document_ids)[:, past:]
         x = self.embed_tokens(input_ids)  # (B, T, D)
+        positions, sights = self._sights(x, document_ids, cache)
+        position_ids = positions if position_ids is None else position_ids
         cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, T, K)
-        windows = self.config.layer_windows
-        masks = {w: additive(attention_mask(T, past + T, w, document_ids, x.device), x) for w in set(windows)}
+        x = x.flatten(0, 1)  # (N, D)
         recompute = self.recompute if cache is None and torch.is_grad_enabled() else "off"
         offload = OffloadedInputs(x.device) if recompute == "offload" else None
         keep = dict(keep_attention=recompute == "selective", offload=offload)
-        for layer, window in zip(self.layers, windows, strict=True):
+        for layer, window in zip(self.layers, self.config.layer_windows, strict=True):
             if recompute == "off":
-                x = layer(x, cos, sin, masks[window], cache)
+                x = layer(x, cos, sin, sights[window], cache)
             else:
-                x = checkpoint(layer, x, cos, sin, masks[window], rerun=layer.rerun_for_backward, **keep)
+                x = checkpoint(layer, x, cos, sin, sights[window], rerun=layer.rerun_for_backward, **keep)
         if cache is not None:
-            cache.length += T
-        return self.norm(x)
+            cache.length += input_ids.shape[1]
+        return self.norm(x).view(*input_ids.shape, -1)
+
+    def _sights(
+        self, x: Tensor, document_ids: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, dict[int | None, Sight]]:
+        """Return the position of each token, (B or 1, T), and what tokens see within each layer's window."""
+        (B, T, _), device, windows = x.shape, x.device, set(self.config.layer_windows)
+        if cache is None:
+            given = document_ids is not None
+            documents = documents_of_ids(document_ids, device) if given else documents_of_rows(B, T, device)
+            return documents.positions, {w: documents.within(w) for w in windows}
+        S, document_ids = cache.length + T, cache.add_documents(document_ids, T)
+        masks = {w: additive(attention_mask(T, S, w, document_ids, device), x) for w in windows}
+        if document_ids is None:
+            return torch.arange(cache.length, S, device=device).unsqueeze(0), masks
+        return positions_in_documents(document_ids)[:, cache.length :], masks
 
 
 class CausalLM(nn.Module):
@@ -221,14 +257,6 @@ class CausalLM(nn.Module):
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-
-
-def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """Return each token's index within its run, (B, S) -> (B, S): [7, 7, 7, 2, 2] -> [0, 1, 2, 0, 1]."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
 def attention_mask(

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minilora.backend.attention import Form, KeptAttention, fused_form, repeat_heads, sum_heads
 from minilora.backend.choice import fastest
+from minilora.backend.documents import Documents
 
 # ---- RMSNorm, with the sum before it -----------------------------------------------------------------------
 
@@ -64,8 +66,9 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         form = fastest("add_norm", x, add_norm_definition)
-        rows = None if y is None else _rows(y)
-        h, normed, inverse = (t.view_as(x) if t.dim() > 1 else t for t in form(_rows(x), rows, weight, eps))
+        h, normed, inverse = form(_rows(x), None if y is None else _rows(y), weight, eps)
+        if x.dim() != 2:
+            h, normed = h.view_as(x), normed.view_as(x)
         ctx.save_for_backward(h, weight, inverse)
         ctx.set_materialize_grads(False)
         return x if y is None else h, normed
@@ -80,7 +83,8 @@ class _AddNorm(torch.autograd.Function):
         dx = dw = None
         if needs_dx or needs_dy:
             form = fastest("add_norm_backward", h, add_norm_backward_definition)
-            dx = form(_rows(h), weight, inverse, _rows(dn), None if dh is None else _rows(dh)).view_as(h)
+            dx = form(_rows(h), weight, inverse, _rows(dn), None if dh is None else _rows(dh))
+            dx = dx if h.dim() == 2 else dx.view_as(h)
         if needs_dw:
             normed = _rows(h).float() * inverse.unsqueeze(-1)
             dw = (normed * _rows(dn).float()).sum(0).to(weight.dtype)
@@ -88,7 +92,7 @@ class _AddNorm(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
 
 
 # ---- RoPE --------------------------------------------------------------------------------------------------
@@ -164,7 +168,95 @@ class _SwiGLU(torch.autograd.Function):
         return form(dy.contiguous(), *ctx.saved_tensors)
 
 
-# ---- attention ---------------------------------------------------------------------------------------------
+# ---- attention over documents ------------------------------------------------------------------------------
+
+
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, kept: KeptAttention | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, where a token sees the tokens of its document up to its own position, and
+    at most the window of them (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
+
+    q: (B, T, H, K); k, v: (B, T, G, K): head h reads key/value head h // (H / G) -> (B, T, H, K), zeros at
+    padding. `kept` lets a second run return what the first one computed.
+    """
+    return _DocumentAttention.apply(q, k, v, documents, kept)
+
+
+def document_attention_definition(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents
+) -> tuple[Tensor, Tensor]:
+    """q: (N, H, K); k, v: (N, G, K), one document after the other -> y (N, H, K), and the log-sum-exp of each
+    row of scores, (N, H) float32.
+    """
+    y, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for rows in documents.slices():
+        scores = _scores(q[rows], k[rows], documents.window)  # (H, n, n)
+        lse[rows] = scores.logsumexp(-1).T
+        y[rows] = (scores.softmax(-1) @ _by_heads(v[rows], q.shape[1])).transpose(0, 1)
+    return y, lse
+
+
+def document_attention_backward_definition(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, documents: Documents
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With p = exp(s - lse) and ds = p (dy v^T - dy . y):  dq = ds k   dk = ds^T q   dv = p^T dy, the first
+    two divided by sqrt(K). A key/value head sums over the query heads that read it.
+    """
+    (_, H, K), G = q.shape, k.shape[1]
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    for rows in documents.slices():
+        p = (_scores(q[rows], k[rows], documents.window) - lse[rows].T.unsqueeze(2)).exp()  # (H, n, n)
+        qs, ks, vs, ys, dys = (_by_heads(t[rows], H) for t in (q, k, v, y, dy))  # (H, n, K) each
+        ds = p * (dys @ vs.mT - (dys * ys).sum(-1, keepdim=True)) / K**0.5
+        dq[rows] = (ds @ ks).transpose(0, 1)
+        dk[rows] = sum_heads((ds.mT @ qs).transpose(0, 1), G)
+        dv[rows] = sum_heads((p.mT @ dys).transpose(0, 1), G)
+    return dq, dk, dv
+
+
+def _scores(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    """Return the scores of one document, -inf where a query does not see a key: (H, n, n) float32."""
+    n, H, K = q.shape
+    seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    if window is not None:
+        seen = seen.triu(1 - window)
+    scores = _by_heads(q, H) @ _by_heads(k, H).mT / K**0.5
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def _by_heads(x: Tensor, heads: int) -> Tensor:
+    """(n, H or G, K) -> (H, n, K) float32."""
+    return repeat_heads(x, heads).transpose(0, 1).float()
+
+
+DEFINITION = Form("definition", document_attention_definition, document_attention_backward_definition)
+
+
+class _DocumentAttention(torch.autograd.Function):
+    """Keeps q, k, v, the output and the log-sum-exps, without padding."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, documents: Documents, kept) -> Tensor:
+        rows = [documents.take(t) for t in (q, k, v)]
+
+        def compute() -> tuple[Form, Tensor, Tensor]:
+            form = fused_form(*rows[:2], DEFINITION) if documents.tokens else DEFINITION
+            return form, *form.forward(*rows, documents)
+
+        ctx.form, y, lse = compute() if kept is None else kept.get(compute)
+        ctx.documents, ctx.shape = documents, q.shape[:2]
+        ctx.save_for_backward(*rows, y, lse)
+        return documents.put(y, *ctx.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.form.backward(ctx.documents.take(dy.contiguous()), *ctx.saved_tensors, ctx.documents)
+        return *(ctx.documents.put(g, *ctx.shape) for g in gradients), None, None
+
+
+# ---- attention over a cache --------------------------------------------------------------------------------
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -29,14 +29,13 @@ and a tensor that could not get a gradient is an error.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minilora.backend.attention_outputs import AttentionOutputs
+from minilora.backend.attention import KeptAttention
 from minilora.backend.offload import OffloadedInputs
 from minilora.backend.rerun import Pattern, State, put_tensors, take_tensors
 from minilora.system.errors import UserError, suggestion
@@ -70,6 +69,7 @@ def checkpoint(
     Arguments may be nested tuples, lists and dicts. `parameters` are the tensors that the function uses
     without being given them and that need gradients; by default all parameters of an nn.Module. `rerun`
     replaces the function in backward: the same computation, with arbitrary values where backward reads none.
+    With `keep_attention` both are given `kept`, a KeptAttention, for `ops.document_attention`.
     Raises RuntimeError in backward if some tensor's gradient would be lost.
     """
     if not torch.is_grad_enabled():
@@ -92,6 +92,10 @@ class _Call(NamedTuple):
     keep_attention: bool
     offload: OffloadedInputs | None
 
+    def run(self, function: Callable, arguments: Iterable[Tensor], kept: KeptAttention) -> Any:
+        options = dict(kept=kept) if self.keep_attention else {}
+        return function(*put_tensors(self.pattern, arguments), **options)
+
 
 class _Checkpoint(torch.autograd.Function):
     """Run without a graph and keep the inputs; in backward run again with a graph, and use that."""
@@ -100,10 +104,9 @@ class _Checkpoint(torch.autograd.Function):
     def forward(ctx, call: _Call, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         arguments, parameters = tensors[: call.count], tensors[call.count :]
         ctx.call, ctx.state = call, State(arguments)
-        recorder = AttentionOutputs() if call.keep_attention else ExitStack()
-        with recorder:
-            outputs = call.function(*put_tensors(call.pattern, arguments))
-        attention, ctx.attention = take_tensors(recorder.outputs if call.keep_attention else [])
+        kept = KeptAttention()
+        outputs = call.run(call.function, arguments, kept)
+        attention, ctx.attention = take_tensors(kept.outputs)
         if call.offload is not None and any(ctx.needs_input_grad):  # else there is no backward
             ctx.offload_index, arguments = call.offload.put(arguments[0]), arguments[1:]
         ctx.save_for_backward(*arguments, *parameters, *attention)
@@ -121,11 +124,9 @@ class _Checkpoint(torch.autograd.Function):
             saved[len(needs) :],
         )
         arguments = [t.detach().requires_grad_(need) for t, need in zip(arguments, needs, strict=False)]
-        recorded = (
-            AttentionOutputs(put_tensors(ctx.attention, attention)) if call.keep_attention else ExitStack()
-        )
-        with ctx.state.restored(), torch.enable_grad(), recorded:
-            outputs = call.rerun(*put_tensors(call.pattern, arguments))
+        kept = KeptAttention(put_tensors(ctx.attention, attention))
+        with ctx.state.restored(), torch.enable_grad():
+            outputs = call.run(call.rerun, arguments, kept)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wanted = [t for t, need in zip(arguments + parameters, needs, strict=True) if need]
         _check_nothing_is_lost(outputs, wanted)

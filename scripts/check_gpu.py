@@ -42,7 +42,9 @@ from minilora.system.files import check_writable
 BUDGET = 480  # seconds of a whole run
 SECTIONS = (
     Section("environment", 10, "the card, and its best rates", attention.environment),
-    Section("attention", 20, "what PyTorch chooses, and what a new length costs", attention.attention),
+    Section(
+        "attention", 20, "which kernel runs, its results, and what a new length costs", attention.attention
+    ),
     Section("gradients", 35, "every recompute policy against `off`", gradients.gradients),
     Section("tests", 75, "the tests that need a GPU", programs.gpu_tests),
     Section("kernels", 40, "beside this card's copy rate", kernel_rates.kernel_rates),

@@ -50,15 +50,27 @@ typedef struct product {
     int64_t chunk;                      /* features for which W is dequantized at a time */
 } product;
 
-/* (16, 16) words of 32 bits, in place: halves of rows s apart change places, s = 1, 2, 4, 8 */
+/* eight tiles of 16 rows of 64 bytes, for this thread, until _tile_release */
+static inline void use_tiles(void) {
+    struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        tiles.row_bytes[i] = 64;
+        tiles.rows[i] = 16;
+    }
+    __asm__ volatile("" ::: "memory");  /* GCC does not know that all of it is read */
+    _tile_loadconfig(&tiles);
+}
+
+/* (16, 16) words of 32 bits, in place: halves of rows s apart change places, s = 1, 2, 4, 8. Unrolled, the rows stay in
+   registers. */
 static inline void transpose(__m512i row[16]) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 4
     for (int s = 1; s < 16; s *= 2) {
-        int32_t first[16], second[16];
-        for (int j = 0; j < 16; j++) {
-            first[j] = j & s ? 16 + j - s : j;
-            second[j] = j & s ? 16 + j : j + s;
-        }
-        __m512i to_first = _mm512_loadu_si512(first), to_second = _mm512_loadu_si512(second);
+        __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
+        __m512i to_first = _mm512_mask_add_epi32(lane, odd, lane, _mm512_set1_epi32(16 - s));
+        __m512i to_second = _mm512_add_epi32(to_first, _mm512_set1_epi32(s));
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
             if (i & s)
                 continue;
@@ -224,14 +236,9 @@ static inline void write_rows(const product *p, const float *left, const float *
 /* a block is a chunk of features */
 static void run_product(const task *t) {
     const product *p = t->product;
-    struct { uint8_t palette, start, zero[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
     _Alignas(64) float sums[2][2][256];
     uint16_t *w_tiles = p->w_tiles + t->member * p->chunk * p->steps * STEP;
-    for (int i = 0; i < 8; i++) {
-        tiles.row_bytes[i] = 64;
-        tiles.rows[i] = 16;
-    }
-    _tile_loadconfig(&tiles);
+    use_tiles();
     for (int64_t first = t->first * p->chunk; first < t->last * p->chunk && first < p->features; first += p->chunk) {
         int64_t count = p->features - first < p->chunk ? p->features - first : p->chunk;
         (p->backward ? fill_with_columns : fill_with_rows)(t, first, count, w_tiles);

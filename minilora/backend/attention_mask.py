@@ -1,8 +1,8 @@
-"""Attention's mask as numbers to add to the scores: 0 where a query sees a key, -inf where it does not.
+"""The mask over a cache as numbers to add to the scores: 0 where a query sees a key, -inf where it does not.
 
 PyTorch's fused attentions add a mask. They turn a boolean one into such numbers at every call, in the dtype
-of the activations, and autograd keeps them for backward: L layers would hold L copies of the same numbers.
-For 32 layers and a row of 4096 tokens in 16 bits that is 1.07 GB. Made once for all layers, it is 34 MB.
+of the activations. Made once for all layers, it costs one pass over T S numbers. Without a cache no mask is
+needed: see documents.py.
 
 A GPU's memory-efficient kernel needs rows that begin at multiples of 8 numbers. It copies a mask with other
 rows in every layer. So a row is stored with room for such a multiple.

@@ -11,12 +11,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from minilora.backend import native, triton_trial
+from minilora.backend import elementwise, elementwise_trial, native, triton_trial
 from minilora.system.device import cpu_bfloat16_feature, requested_backend
 
 
 def form_for(x: Tensor, operation: str) -> str:
-    """Return 'triton', 'c' or 'torch'. operation: quantize, dequantize, adamw_8bit; others have no C form.
+    """Return 'triton', 'c' or 'torch' for one of the operations of native.TRIALS or elementwise.FORMS.
 
     Raises UserError for a MINILORA_BACKEND that is unknown or cannot run there.
     """
@@ -24,14 +24,35 @@ def form_for(x: Tensor, operation: str) -> str:
         return backend
     if x.is_cuda:
         return "triton" if triton_trial.passed(x.device) else "torch"
-    return "c" if x.device.type == "cpu" and native.is_trusted(operation, x.dtype) else "torch"
+    trials = elementwise_trial if operation in elementwise.FORMS else native
+    return "c" if x.is_cpu and trials.is_trusted(operation, x.dtype) else "torch"
 
 
 def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
     """Return the function to run an operation of `minilora.ops` on tensors like x: its definition, or another
     form.
     """
-    return definition
+    if not _fused or (x.is_cpu and operation not in elementwise.FORMS):
+        return definition
+    match form_for(x, operation):
+        case "c":
+            return elementwise.form_of(operation, definition)
+        case "triton" if _triton_computes(operation, x):
+            from minilora.kernels import operations
+
+            return getattr(operations, operation, definition)
+        case _:
+            return definition
+
+
+def _triton_computes(operation: str, x: Tensor) -> bool:
+    """Whether the kernel is for tensors like x. Products with dropout inside need tensor cores, which Triton
+    uses for 16 bits, and from compute capability 8.0 on.
+    """
+    if operation in ("dropped_product", "add_dropped_product", "product_with_dropped"):
+        tensor_cores = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return tensor_cores and x.element_size() == 2
+    return x.dtype != torch.float64
 
 
 _fused = True
@@ -68,3 +89,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
 @lru_cache
 def _cpu_multiplies_bfloat16() -> bool:
     return cpu_bfloat16_feature() is not None
+
+
+def padded_length(tokens: int) -> int:
+    """Round a number of tokens up: to multiples of 16 up to 256, of 32 up to 512, of 64 up to 1024, and so
+    on.
+
+    Padding is at most a sixteenth of a long row, and up to 1024 tokens there are 32 different lengths.
+    """
+    multiple = max(16, (1 << (tokens - 1).bit_length()) // 16)
+    return -(-tokens // multiple) * multiple

@@ -90,32 +90,32 @@ class _FusedLora(torch.autograd.Function):
         dtype = x.dtype if plain else product_dtype(x)
         rows = _rows(x).to(dtype)
         A, *Bs = cast(tensors, dtype)
-        narrow, updates = None, {}
-        if Bs:
-            narrow = thin_products(rows, A, call)  # (rows, k r)
-            updates = dict(zip(call.adapted, zip(_columns(narrow, len(Bs)), Bs, strict=True), strict=True))
+        narrow = thin_products(rows, A, call) if Bs else []  # (rows, r) each
+        updates = dict(zip(call.adapted, zip(narrow, Bs, strict=True), strict=True))
         ys = [_output(x, rows, part, updates.get(i), call.values) for i, part in enumerate(call.parts)]
         ctx.call, ctx.shape, ctx.dtypes = call, x.shape, (x.dtype, dtype)
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[2::2]) else None, A, narrow, *Bs)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2::2]) else None, A, *narrow, *Bs)
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, A, narrow, *Bs = ctx.saved_tensors
+        x, A, *rest = ctx.saved_tensors
+        narrow, Bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         call, (x_dtype, dtype), needs = ctx.call, ctx.dtypes, ctx.needs_input_grad
         dys = [None if dy is None else _rows(dy).to(dtype) for dy in dys]
-        g, gradients, dx = None, [], None
+        g, gs, gradients, dx = None, [], [], None
         if Bs:
-            g = gradient_of_narrow(dys, Bs, call)
-            dAs = [None] * len(Bs) if x is None else gradients_of_A(_rows(x).to(dtype), g, call)
+            g, gs = gradient_of_narrow(dys, Bs, call)
+            dAs = [None] * len(Bs) if x is None else gradients_of_A(_rows(x).to(dtype), g, gs, call)
             dBs = gradients_of_B(dys, narrow, Bs, call)
             found = [t for pair in zip(dAs, dBs, strict=True) for t in pair]
             gradients = [t if need else None for t, need in zip(found, needs[2:], strict=True)]
         if needs[0]:
-            dx = gradient_of_input(dys, g, A, call)
-            dx = None if dx is None else dx.to(x_dtype).view(ctx.shape)
+            dx = gradient_of_input(dys, g, gs, A, call)
+            dx = None if dx is None else dx.to(x_dtype)
+            dx = dx if dx is None or len(ctx.shape) == 2 else dx.view(ctx.shape)
         return dx, None, *gradients
 
 
@@ -128,26 +128,33 @@ def _columns(x: Tensor, k: int) -> Sequence[Tensor]:
     return [x] if k == 1 else x.view(len(x), k, -1).unbind(1)
 
 
+def _pieces(A: Tensor, k: int) -> Sequence[Tensor]:
+    """Split (k r, in) into k tensors (r, in)."""
+    return [A] if k == 1 else A.view(k, -1, A.shape[1]).unbind()
+
+
 def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
     """Return [A_1; A_2; ...], (k r, in), and each B, (out, r), in a dtype: one copy, one launch."""
     As, Bs = tensors[::2], tensors[1::2]
     if len(As) <= 1 and all(t.dtype == dtype for t in tensors):
         return [*As, *Bs] or [None]
-    A = As[0].new_empty(len(As), *As[0].shape, dtype=dtype)
-    narrow_Bs = [torch.empty_like(B, dtype=dtype) for B in Bs]
-    torch._foreach_copy_([*A.unbind(), *narrow_Bs], [*As, *Bs])
-    return [A.view(-1, A.shape[-1]), *narrow_Bs]
+    k, (r, width) = len(As), As[0].shape
+    A = As[0].new_empty(k * r, width, dtype=dtype)
+    cast_Bs = [torch.empty_like(B, dtype=dtype) for B in Bs]
+    torch._foreach_copy_([*_pieces(A, k), *cast_Bs], [*As, *Bs])
+    return [A, *cast_Bs]
 
 
-def thin_products(x: Tensor, A: Tensor, call: _Call) -> Tensor:
-    """Return n, (rows, k r): scaling * dropout(x) A^T. x: (rows, in), A: (k r, in)."""
-    n, scaling, k = x.new_empty(len(x), len(A)), call.adapter.scaling, len(call.adapted)
+def thin_products(x: Tensor, A: Tensor, call: _Call) -> list[Tensor]:
+    """Return scaling * dropout(x) A^T of each adapter, (rows, r). x: (rows, in), A: (k r, in)."""
+    scaling, k = call.adapter.scaling, len(call.adapted)
     if call.adapter.threshold == 0:
-        return torch.addmm(n, x, A.T, beta=0, alpha=scaling, out=n)
+        n = x.new_empty(len(x), len(A))
+        return _columns(torch.addmm(n, x, A.T, beta=0, alpha=scaling, out=n), k)
     product = fastest("dropped_product", x, dropout.dropped_product_definition)
-    for i, part, a in zip(call.adapted, _columns(n, k), A.view(k, -1, A.shape[1]), strict=True):
-        torch.mul(product(x, a, *call.draws(i)), scaling, out=part)
-    return n
+    found = [product(x, a, *call.draws(i)) for i, a in zip(call.adapted, _pieces(A, k), strict=True)]
+    torch._foreach_mul_(found, scaling)
+    return found
 
 
 def _output(
@@ -162,37 +169,38 @@ def _output(
     return y
 
 
-def gradient_of_narrow(dys: Sequence[Tensor | None], Bs: Sequence[Tensor], call: _Call) -> Tensor:
-    """Return g, (rows, k r): scaling * dy B of each adapter."""
-    rows = next(len(dy) for dy in dys if dy is not None)
-    g = Bs[0].new_empty(rows, sum(B.shape[1] for B in Bs))
-    for i, B, part in zip(call.adapted, Bs, _columns(g, len(Bs)), strict=True):
+def gradient_of_narrow(
+    dys: Sequence[Tensor | None], Bs: Sequence[Tensor], call: _Call
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return scaling * dy B of all adapters, and of each, (rows, r). Without dropout they are the columns of
+    one matrix.
+    """
+    rows, (k, r) = next(len(dy) for dy in dys if dy is not None), (len(Bs), Bs[0].shape[1])
+    whole = Bs[0].new_empty(k, rows, r) if call.adapter.threshold else Bs[0].new_empty(rows, k * r)
+    parts = whole.unbind() if call.adapter.threshold else _columns(whole, k)
+    for i, B, part in zip(call.adapted, Bs, parts, strict=True):
         if dys[i] is None:
             part.zero_()
         else:
             torch.addmm(part, dys[i], B, beta=0, alpha=call.adapter.scaling, out=part)
-    return g
+    return whole, parts
 
 
-def gradients_of_A(x: Tensor, g: Tensor, call: _Call) -> Sequence[Tensor]:
-    """Return g^T dropout(x) of each adapter, (r, in) float32. x: (rows, in), g: (rows, k r)."""
-    k = len(call.adapted)
-    if call.adapter.threshold:
-        product = fastest("product_with_dropped", x, dropout.product_with_dropped_definition)
-        parts = zip(call.adapted, _columns(g, k), strict=True)
-        return [product(part, x, *call.draws(i)).float() for i, part in parts]
-    dA = _wide_product(g.T, x)  # (k r, in)
-    return [dA] if k == 1 else dA.view(k, -1, x.shape[1]).unbind()
+def gradients_of_A(x: Tensor, g: Tensor, gs: Sequence[Tensor], call: _Call) -> Sequence[Tensor]:
+    """Return g^T dropout(x) of each adapter, (r, in) float32. x: (rows, in)."""
+    if call.adapter.threshold == 0:
+        return _pieces(_wide_product(g.T, x), len(gs))
+    product = fastest("product_with_dropped", x, dropout.product_with_dropped_definition)
+    return [product(part, x, *call.draws(i)).float() for i, part in zip(call.adapted, gs, strict=True)]
 
 
 def gradients_of_B(
-    dys: Sequence[Tensor | None], narrow: Tensor, Bs: Sequence[Tensor], call: _Call
+    dys: Sequence[Tensor | None], narrow: Sequence[Tensor], Bs: Sequence[Tensor], call: _Call
 ) -> list[Tensor]:
     """Return dy^T n of each adapter, (out, r) float32."""
-    parts = zip(call.adapted, _columns(narrow, len(Bs)), Bs, strict=True)
     return [
         torch.zeros_like(B, dtype=torch.float32) if dys[i] is None else _wide_product(dys[i].T, n)
-        for i, n, B in parts
+        for i, n, B in zip(call.adapted, narrow, Bs, strict=True)
     ]
 
 
@@ -204,17 +212,17 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gradient_of_input(
-    dys: Sequence[Tensor | None], g: Tensor | None, A: Tensor | None, call: _Call
+    dys: Sequence[Tensor | None], g: Tensor | None, gs: Sequence[Tensor], A: Tensor | None, call: _Call
 ) -> Tensor | None:
     """Return dx, (rows, in), in the product's dtype: one buffer that every part adds to."""
     there = [i for i, dy in enumerate(dys) if dy is not None]
-    inside = g is not None and call.adapter.threshold == 0
+    drops = bool(gs) and call.adapter.threshold > 0
     dx = None
     for i in there:
-        update = (g, A) if inside and i == there[-1] else None
+        update = (g, A) if gs and not drops and i == there[-1] else None
         dx = multiply_back(dys[i], call.parts[i].weight, dx, update)
-    if dx is not None and g is not None and not inside:
-        k, add = len(call.adapted), fastest("add_dropped_product", dx, dropout.add_dropped_product_definition)
-        for i, part, a in zip(call.adapted, _columns(g, k), A.view(k, -1, A.shape[1]), strict=True):
+    if dx is not None and drops:
+        add = fastest("add_dropped_product", dx, dropout.add_dropped_product_definition)
+        for i, part, a in zip(call.adapted, gs, _pieces(A, len(gs)), strict=True):
             add(dx, part, a, *call.draws(i))
     return dx

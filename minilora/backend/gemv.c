@@ -77,7 +77,7 @@ static inline void look_up_nibbles(const uint8_t *packed, lane_table table, lane
 
 static inline lanes load_lanes(const float *x) { lanes v; memcpy(&v, x, sizeof v); return v; }
 static inline lanes all_lanes(float x) { return (lanes){0} + x; }
-static inline float sum_of_lanes(lanes v) {
+static inline float added_lanes(lanes v) {
     for (int half = WIDTH / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++)
             v[i] += v[i + half];
@@ -111,7 +111,7 @@ static inline float product_of_row(const task *t, int64_t row, lane_table table)
             total = multiply_add(sums, all_lanes(scales[((first + i) >> p->shift) - block]), total);
         }
     }
-    return sum_of_lanes(total);
+    return added_lanes(total);
 }
 
 /* one row of B times n */
@@ -121,7 +121,7 @@ static inline float product_of_update(const vector_product *p, int64_t row) {
     int64_t k = 0;
     for (; k + WIDTH <= p->rank; k += WIDTH)
         total = multiply_add(load_lanes(update + k), load_lanes(p->narrow + k), total);
-    float sum = sum_of_lanes(total);
+    float sum = added_lanes(total);
     for (; k < p->rank; k++)
         sum += update[k] * p->narrow[k];
     return sum;
@@ -134,38 +134,33 @@ static inline float element_of_product(const task *t, int64_t row, lane_table ta
     return t->vector->bias ? y + t->vector->bias[row] : y;
 }
 
-static inline float same_fp32(float y) { return y; }
-static inline uint16_t same_bf16(float y) { return y == y ? store_bf16(y) : 0x7fc0; }     /* NaN stays NaN */
-#if defined(__FLT16_MAX__)
-static inline _Float16 same_fp16(float y) { return (_Float16)y; }
-#endif
+static void run_gemv(const task *t) {
+    lane_table table = load_table(t->code);
+    for (int64_t row = t->first; row < t->last; row++)
+        store((dtype)t->dtype, t->out, row, element_of_product(t, row, table));
+}
 
 /* in is a multiple of 32. parted: (2, in / 2), where x is written in two parts */
-#define DEFINE_GEMV(NAME, T)                                                                                    \
-static void run_gemv_##NAME(const task *t) {                                                                    \
-    lane_table table = load_table(t->code);                                                                     \
-    for (int64_t row = t->first; row < t->last; row++)                                                          \
-        ((T *)t->out)[row] = same_##NAME(element_of_product(t, row, table));                                    \
-}                                                                                                               \
+#define DEFINE_GEMV(NAME, D)                                                                                    \
 void gemv_##NAME(int64_t out, int64_t in, const void *x, uint8_t *packed, const void *absmax, const float *code, \
                  int64_t blocksize, const float *nested_absmax, const float *nested_code, float offset,         \
                  const float *bias, int64_t rank, const float *narrow, const float *update, float *parted,      \
                  void *y, int threads) {                                                                        \
     float *odd = parted + in / 2;                                                                               \
     for (int64_t i = 0; i < in / 2; i++) {                                                                      \
-        parted[i] = load_##NAME(((const T *)x)[2 * i]);                                                         \
-        odd[i] = load_##NAME(((const T *)x)[2 * i + 1]);                                                        \
+        parted[i] = load(D, x, 2 * i);                                                                          \
+        odd[i] = load(D, x, 2 * i + 1);                                                                         \
     }                                                                                                           \
-    vector_product p = {.steps = in / 32, .shift = __builtin_ctzll(blocksize / 32), .even = parted, .odd = odd, .bias = bias, .rank = rank, .narrow = narrow,     \
-                        .update = update};                                                                      \
-    task t = {.run = run_gemv_##NAME, .blocksize = blocksize, .packed = packed, .absmax = absmax, .code = code, \
-              .nested_absmax = nested_absmax, .nested_code = nested_code, .offset = offset, .out = y,           \
-              .vector = &p};                                                                                    \
+    vector_product p = {.steps = in / 32, .shift = __builtin_ctzll(blocksize / 32), .even = parted, .odd = odd, \
+                        .bias = bias, .rank = rank, .narrow = narrow, .update = update};                        \
+    task t = {.run = run_gemv, .dtype = D, .blocksize = blocksize, .packed = packed, .absmax = absmax,          \
+              .code = code, .nested_absmax = nested_absmax, .nested_code = nested_code, .offset = offset,       \
+              .out = y, .vector = &p};                                                                          \
     share_blocks(t, out, threads);                                                                              \
 }
 
-DEFINE_GEMV(fp32, float)
-DEFINE_GEMV(bf16, uint16_t)
+DEFINE_GEMV(fp32, FP32)
+DEFINE_GEMV(bf16, BF16)
 #if defined(__FLT16_MAX__)
-DEFINE_GEMV(fp16, _Float16)
+DEFINE_GEMV(fp16, FP16)
 #endif

@@ -26,8 +26,11 @@ typedef struct task {
     const float *nested_absmax, *nested_code;   /* (blocks / 256,) and (256,), or NULL */
     float offset;
     void *out;                          /* (n,) */
+    const struct attention *attention;
     const struct adamw *adamw;
     const struct product *product;
+    int dtype;                          /* of elementwise.c, whose operations have operands of their own */
+    const void *operands;
     const struct vector_product *vector;
 } task;
 
@@ -295,8 +298,10 @@ void adamw_8bit(const int64_t *tensors, int64_t blocks, const float *code1, cons
     share(t, threads);
 }
 
+#include "elementwise.c"
 #include "gemv.c"
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "amx.c"
+#include "attention.c"
 #endif

@@ -3,9 +3,9 @@ moments.
 
 A CPU is limited by memory here, and every PyTorch operation reads and writes the whole tensor once more. C
 reads a block of weights, scales, compares, packs and forgets it while it is in a register: one pass where
-PyTorch needs a dozen.
+PyTorch needs a dozen. The same library holds the operations of elementwise.py.
 
-The machine's own C compiler builds `native.c` on first use, in a second or two, never on import: library.py.
+The machine's own C compiler builds `native.c` on first use, in a few seconds, never on import: library.py.
 Nothing depends on it. The PyTorch definitions in `quantization.py` and `optim.py` run without a compiler, and
 where the library cannot be had or does not give known bits on trial tensors. One line says so in the last two
 cases.
@@ -37,11 +37,12 @@ from minilora.backend.scratch import scratch
 from minilora.system.errors import UserError
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_INCLUDED = [_SOURCE.with_name(name) for name in ("amx.c", "gemv.c")]
+_INCLUDED = [_SOURCE.with_name(name) for name in ("elementwise.c", "gemv.c", "amx.c", "attention.c")]
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
 _ROWS_AT_ONCE, _W_AT_ONCE = 1024, 384 * 1024  # rows of x; weights of a chunk, 768 kB of a core's cache
+_NEED_AMX = {"matmul_bf16", "attention_bf16", "attention_backward_bf16"}
 
 
 def quantize(
@@ -149,8 +150,13 @@ def adamw_8bit(
     )
 
 
+def call(name: str, n: int, *arguments) -> None:
+    """Call a C function whose last argument is a number of threads, with as many as n values are worth."""
+    _functions()[name](*arguments, _threads(n))
+
+
 def _at(x: Tensor) -> int:
-    assert x.is_contiguous() and x.device.type == "cpu"
+    assert x.is_contiguous() and x.is_cpu
     return x.data_ptr()
 
 
@@ -168,16 +174,15 @@ def _functions() -> dict:
         return {}
     arguments = _arguments()
     try:
-        library = load_library([_SOURCE, *_INCLUDED], ["use_openmp", *arguments.keys() - {"matmul_bf16"}])
+        library = load_library([_SOURCE, *_INCLUDED], ["use_openmp", *arguments.keys() - _NEED_AMX])
     except (UserError, OSError) as error:
         _warn_once(str(error))
         return {}
     if library is None:
         return {}
-    has_amx = hasattr(library, "matmul_bf16") and hasattr(library, "amx_permission")
-    if not has_amx or library.amx_permission() != 0:
-        del arguments["matmul_bf16"]
-    functions = {name: getattr(library, name) for name in arguments}
+    has_amx = all(hasattr(library, name) for name in (*_NEED_AMX, "amx_permission"))
+    missing = set() if has_amx and library.amx_permission() == 0 else _NEED_AMX
+    functions = {name: getattr(library, name) for name in arguments.keys() - missing}
     for name, function in functions.items():
         function.argtypes, function.restype = arguments[name], None
     library.use_openmp.argtypes, library.use_openmp.restype = [ctypes.c_void_p], None
@@ -191,10 +196,13 @@ def _arguments() -> dict[str, list]:
     pointer, count, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     quantized = [*[pointer] * 3, count, pointer, pointer, number]
     arguments = {
+        "attention_bf16": [*[pointer] * 4, *[count] * 6, *[pointer] * 4, integer],
+        "attention_backward_bf16": [*[pointer] * 7, *[count] * 6, *[pointer] * 6, integer],
         "adamw_8bit": [pointer, count, *[pointer] * 4, *[number] * 8, integer],
         "matmul_bf16": [*[integer] * 2, *[count] * 3, pointer, *quantized, pointer, *[count] * 2]
         + [*[pointer] * 4, *[count] * 2, integer],
     }
+    arguments |= _elementwise_arguments()
     for dtype in _NAMES.values():
         arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, integer]
         arguments[f"dequantize_{dtype}"] = [*quantized, count, pointer, integer]
@@ -211,10 +219,26 @@ def _arguments() -> dict[str, list]:
     return arguments
 
 
+def _elementwise_arguments() -> dict[str, list]:
+    """Return them for elementwise.c. All but cross_entropy start with the number of a dtype."""
+    pointer, count, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    draws = [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32]
+    return {
+        "add_norm": [integer, count, count, *[pointer] * 3, number, *[pointer] * 3, integer],
+        "add_norm_backward": [integer, count, count, *[pointer] * 6, integer],
+        "rope": [integer, *[count] * 3, *[pointer] * 6, count, number, pointer, pointer, integer],
+        "swiglu": [integer, count, *[pointer] * 3, integer],
+        "swiglu_backward": [integer, count, *[pointer] * 5, integer],
+        "cross_entropy": [count, count, *[pointer] * 3, integer],
+        "dropout": [integer, count, count, pointer, *draws, pointer, integer],
+        "add_dropped": [integer, count, count, pointer, pointer, *draws, integer],
+    }
+
+
 @lru_cache
 def _warn_once(reason: str) -> None:
     """Say once that PyTorch's definitions run instead of the C library, and why."""
-    warn(f"4-bit weights and 8-bit AdamW are slower on this CPU, without the C library: {reason}")
+    warn(f"training is slower on this CPU, without the C library: {reason}")
 
 
 def _gomp_parallel() -> int | None:

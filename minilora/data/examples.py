@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from minilora.backend.copies import to_device
+from minilora.backend.documents import PADDING
 from minilora.data.chat import ChatTemplate
 from minilora.data.rows import Row
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import Tokenizer
 from minilora.loss import IGNORE_INDEX
 from minilora.memory.allocator import padded_length
-from minilora.model import PADDING
 from minilora.system.errors import UserError, raise_error
 from minilora.system.files import fingerprint
 
@@ -192,13 +192,10 @@ def batch_for(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return input_ids, labels and document_ids, each (B, T), for `causal_lm_loss` on a device.
 
-    Labels stay on the CPU, and nothing of this waits for a GPU.
+    Labels and document_ids stay on the CPU, and nothing of this waits for a GPU.
     """
     input_ids, labels = collate(examples, pad_id, rounded)
-    documents = document_ids(examples, rounded)
-    if documents is not None:
-        documents = to_device(documents, device)
-    return to_device(input_ids, device), labels, documents
+    return to_device(input_ids, device), labels, document_ids(examples, rounded)
 
 
 def count_supervised(labels: Tensor) -> int:

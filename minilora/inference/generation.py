@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.backend.copies import to_device
+from minilora.backend.documents import PADDING
 from minilora.data.tokenizer import Tokenizer
-from minilora.model import PADDING, CausalLM, KVCache
+from minilora.model import CausalLM, KVCache
 from minilora.system.errors import UserError
 
 # Logits are in the tens. Divided by a smaller number than this they lie so far apart that one token has all

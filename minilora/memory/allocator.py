@@ -23,6 +23,7 @@ import platform
 
 import torch
 
+from minilora.backend.choice import padded_length as padded_length
 from minilora.backend.choice import product_dtype
 
 HEAP_HOLES = 0.6  # bytes of holes a byte of activations; fitted to a 1.1B model, 1 x 512 tokens
@@ -67,13 +68,3 @@ def compiled_kernel_bytes(lengths: int, packed: bool = False) -> int:
     """
     a_length = KERNELS_A_LENGTH - packed * BASE_KERNELS
     return min(PRODUCT_KERNELS, a_length * lengths) * PRODUCT_KERNEL_BYTES + ATTENTION_BYTES * lengths
-
-
-def padded_length(tokens: int) -> int:
-    """Round a number of tokens up: to multiples of 16 up to 256, of 32 up to 512, of 64 up to 1024, and so
-    on.
-
-    Padding is at most a sixteenth of a long row, and up to 1024 tokens there are 32 different lengths.
-    """
-    multiple = max(16, (1 << (tokens - 1).bit_length()) // 16)
-    return -(-tokens // multiple) * multiple

@@ -80,7 +80,9 @@ def requested_dtype(bf16: bool | None, fp16: bool) -> torch.dtype | None:
 def requested_backend(device: torch.device) -> str:
     """Return 'torch' or 'triton' if MINILORA_BACKEND says so, else ''. Raises UserError if it cannot be."""
     backend = os.environ.get("MINILORA_BACKEND", "")
-    if backend not in ("", "torch", "triton"):
+    if not backend:
+        return ""
+    if backend not in ("torch", "triton"):
         raise UserError(f"MINILORA_BACKEND = {backend!r} is not known; choose torch or triton, or unset it")
     if backend == "triton" and (problem := triton_problem(device)):
         raise UserError(f"MINILORA_BACKEND = 'triton', but {problem}; unset it")

@@ -238,7 +238,8 @@ def layer_states(case: Case) -> Pairs:
             layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
         side(input_ids=case.batch()["input_ids"])
     half = len(outputs) // 2
-    yield from zip(outputs[:half], outputs[half:], strict=True)
+    for ours, theirs in zip(outputs[:half], outputs[half:], strict=True):
+        yield ours.view_as(theirs), theirs  # our layers see a batch's tokens as rows
 
 
 def final_states(case: Case) -> Pairs:

@@ -8,6 +8,7 @@ models.py         models of random weights, made on the card, and steps that tra
 attention.py      the environment; which attention PyTorch chooses, and what a new length costs
 gradients.py      every recompute policy against `off`
 kernel_rates.py   the kernels beside the copy rate, and beside bitsandbytes
+operation_calls.py  those of the operations between the products, with the bytes that they move
 steps.py          a training step of a 7B: speed beside its limit, memory beside the ledger
 peer.py           the same step in transformers + PEFT + bitsandbytes
 t4.py             the same card, used as a T4 would be

@@ -1,8 +1,9 @@
-"""The environment, and which of PyTorch's attentions it chooses for what minilora asks.
+"""The environment, and which of PyTorch's fused attentions runs for what minilora asks.
 
-PyTorch has three fused attentions and a slow one of plain products. It chooses by card, dtype, mask and
-length, and its choice decides speed, memory, and whether gradients repeat to the bit. cuDNN's makes a plan
-for each length that it has not seen: batches of ever new lengths then pay for it at every step.
+Training calls one of two kernels itself, by card, dtype and head size (backend/attention.py). They are not
+part of PyTorch's documented interface, so their results are compared with the definition here. Decoding
+leaves the choice to PyTorch. A kernel may need time for each length that it has not seen: batches of ever new
+lengths then pay for it at every step.
 """
 
 import os
@@ -16,14 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_sections.card import Card, Stopwatch
+from gpu_sections.gradients import relative_difference
 from gpu_sections.section import Check
 from minilora import ops
-from minilora.backend.attention_mask import additive
+from minilora.backend.attention import fused_form
 from minilora.backend.choice import form_for
-from minilora.model import attention_mask
+from minilora.backend.documents import Documents, documents_of_ids, documents_of_rows
 
 PACKAGES = "torch triton transformers peft bitsandbytes".split()
 NEW_LENGTHS = 10
+ERROR = 4  # roundings; float32 may be multiplied in TF32, of 11 significand bits
 
 
 def environment(check: Check) -> None:
@@ -77,32 +80,48 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def attention(check: Check) -> None:
-    """Which attention is chosen for each dtype and mask; what a new length costs."""
+    """Which attention runs for each dtype, how near its results are, and what a new length costs."""
     length = 64 if check.tiny else 1024
     for dtype in dtypes(check.card):
-        for mask, tensors in _cases(check, length, dtype).items():
-            chosen = chosen_attention(*tensors)
-            check.row(dtype=name_of(dtype), mask=mask, attention=chosen)
-            if dtype == check.card.dtype and mask != "decoding":
-                check.claim(f"attention is fused in {name_of(dtype)}, {mask}", chosen != "not fused")
+        name, bound = name_of(dtype), ERROR * max(torch.finfo(dtype).eps, 2**-11)
+        q, k, v = _queries_keys_values(check, length, dtype)
+        for rows, documents in _documents(q).items():
+            form, error = fused_form(q[0], k[0], ops.DEFINITION), _error(q, k, v, documents)
+            check.row(dtype=name, rows=rows, attention=form.name, error=error)
+            check.claim(f"attention computes its definition in {name}, {rows}", error <= bound)
+            if dtype == check.card.dtype:
+                check.claim(f"attention is fused in {name}, {rows}", form != ops.DEFINITION)
+        q, k, v = (t.transpose(1, 2) for t in (q[:, -1:], k, v))
+        check.row(dtype=name, rows="decoding", attention=chosen_attention(q, k, v, None))
     first, again = _cost_of_new_lengths(check, length)
     check.row(lengths="never seen before, forward and backward, ms", slowest=max(first), fastest=min(first))
     check.row(lengths="seen before, forward and backward, ms", slowest=max(again), fastest=min(again))
 
 
-def _cases(check: Check, length: int, dtype: torch.dtype) -> dict[str, tuple[Tensor | None, ...]]:
-    """Return queries, keys, values and mask of Mistral-7B's shape, by the name of the mask."""
-    q, k, v = _queries_keys_values(check, length, dtype)
-    documents = torch.arange(length, device=check.card.device).expand(len(q), -1) // (length // 4)
-    packed = additive(attention_mask(length, length, None, documents, check.card.device), q)
-    return {"causal": (q, k, v, None), "packed": (q, k, v, packed), "decoding": (q[:, :, -1:], k, v, None)}
+def _documents(q: Tensor) -> dict[str, Documents]:
+    """Return the documents of rows like q's, by the name of their kind."""
+    B, T = q.shape[:2]
+    ids = torch.arange(T).expand(B, -1) // (T // 4)
+    packed, causal = documents_of_ids(ids, q.device), documents_of_rows(B, T, q.device)
+    return {"causal": causal, "packed": packed, "windowed": causal.within(T // 8)}
 
 
 def _queries_keys_values(check: Check, length: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return random q (B, H, T, K) and k, v (B, G, T, K) that need gradients."""
+    """Return random q (B, T, H, K) and k, v (B, T, G, K) of Mistral-7B's shape that need gradients."""
     batch, heads, groups, size = (1, 4, 2, 16) if check.tiny else (4, 32, 8, 128)
     like = dict(device=check.card.device, dtype=dtype, requires_grad=True)
-    return [torch.randn(batch, n, length, size, **like) for n in (heads, groups, groups)]
+    return [torch.randn(batch, length, n, size, **like) for n in (heads, groups, groups)]
+
+
+def _error(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> float:
+    """Return the largest difference of output and gradients from the definition's in float32, by norms."""
+    dy, found = torch.randn_like(q), ops.document_attention(q, k, v, documents)
+    found = [found, *torch.autograd.grad(found, (q, k, v), dy)]
+    rows = [documents.take(t.detach()).float() for t in (q, k, v, dy)]
+    y, lse = ops.DEFINITION.forward(*rows[:3], documents)
+    expected = [y, *ops.DEFINITION.backward(rows[3], *rows[:3], y, lse, documents)]
+    pairs = zip(map(documents.take, found), expected, strict=True)
+    return max(relative_difference(a.detach().float(), b) for a, b in pairs)
 
 
 def chosen_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
@@ -137,6 +156,6 @@ def _forward_and_backward(check: Check, length: int) -> float:
     q, k, v = _queries_keys_values(check, length, check.card.dtype)
     torch.cuda.synchronize()
     began = time.perf_counter()
-    ops.attention(q, k, v, None).sum().backward()
+    ops.document_attention(q, k, v, documents_of_rows(*q.shape[:2], q.device)).sum().backward()
     torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - began)

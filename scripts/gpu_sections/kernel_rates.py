@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gpu_sections.card import Stopwatch
 from gpu_sections.models import MISTRAL_7B, OPTIMIZER, TINY
+from gpu_sections.operation_calls import operation_calls
 from gpu_sections.section import Check
-from minilora import ops
 from minilora.backend.choice import form_for
 from minilora.optim import AdamW8bit
 from minilora.quantization import gemv_4bit, quantize_4bit
@@ -34,7 +34,9 @@ def kernel_rates(check: Check) -> None:
     form = form_for(torch.empty(0, device=check.card.device), "dequantize")
     check.note(f"this card copies {copy_rate / 1e9:,.0f} GB/s, read and written; our form is {form}")
     peer = bitsandbytes_or_none(check)
-    for title, (ours, moved, theirs) in calls(check, shape, rows, peer).items():
+    found = weight_calls(check, shape, peer)
+    found |= {title: (*call, None) for title, call in operation_calls(check, sizes, rows).items()}
+    for title, (ours, moved, theirs) in found.items():
         ms = stopwatch(ours)
         rate = moved / ms * 1e3  # bytes a second
         row = {"kernel": title, "ms": ms, "GB/s": rate / 1e9, "share of copy": rate / copy_rate}
@@ -68,18 +70,10 @@ def backend(name: str):
             os.environ["MINILORA_BACKEND"] = before
 
 
-def calls(check: Check, shape: tuple[int, int], rows: int, peer) -> Calls:
-    """Return the calls on a weight of this shape, on so many rows of activations, and of an optimizer."""
-    dtype, device = check.card.dtype, check.card.device
-    weight = torch.randn(shape, device=device).to(dtype)
-    found = four_bit_calls(weight, peer)
-    x = torch.randn(rows, shape[1], device=device).to(dtype).requires_grad_()
-    norm, dy = torch.ones(shape[1], device=device, dtype=dtype), torch.randn_like(x)
-    found["RMSNorm, forward"] = lambda: ops.rms_norm(x, norm, 1e-5), 2 * x.nbytes, None
-    # Backward through a kept graph would time one form only: `definition` is chosen in forward.
-    both = lambda: torch.autograd.grad(ops.rms_norm(x, norm, 1e-5), x, dy)  # noqa: E731
-    found["RMSNorm, forward and backward"] = both, 5 * x.nbytes, None
-    return found | optimizer_call(weight.numel() // 8, device, peer)
+def weight_calls(check: Check, shape: tuple[int, int], peer) -> Calls:
+    """Return the calls on a weight of this shape, and of an optimizer."""
+    weight = torch.randn(shape, device=check.card.device).to(check.card.dtype)
+    return four_bit_calls(weight, peer) | optimizer_call(weight.numel() // 8, check.card.device, peer)
 
 
 def four_bit_calls(weight: Tensor, peer) -> Calls:

@@ -3,12 +3,12 @@ cards that matter.
 """
 
 import ast
-import inspect
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +17,17 @@ from support.project import ROOT
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
-from minilora import ops, optim  # noqa: E402
+from support.compiled_kernels import (  # noqa: E402
+    CARDS,
+    CompiledLaunch,
+    compile_ahead,
+    compiled_launches,
+)
+from support.pretended_gpu import PretendedGpu  # noqa: E402
+
+from minilora import optim  # noqa: E402
 from minilora.backend import triton_trial  # noqa: E402
+from minilora.backend.choice import fastest  # noqa: E402
 from minilora.quantization import (  # noqa: E402
     dynamic_code,
     four_bit_code,
@@ -27,19 +36,32 @@ from minilora.quantization import (  # noqa: E402
     quantize_4bit,
 )
 
-POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # Before 3.6, Triton's correctly rounded quotients and roots take subnormal numbers for zero.
 FTZ = ".ftz" if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6) else ""
-CARDS = {"T4": 75, "A100": 80, "H100": 90}  # compute capability
+OPERATIONS = "tests/support/kernels_of_operations.py"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def test_kernels_equal_their_definitions_under_the_interpreter():
+def run_tests_of_kernels(*arguments: str, **environment: str) -> None:
+    """Run tests in a process of their own: TRITON_INTERPRET must be set before Triton is first imported."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/support/interpreted_kernels.py"],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1", "MINILORA_BACKEND": "torch"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MINILORA_BACKEND": "torch"} | environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert re.search(r"\d+ passed", run.stdout)
+
+
+def test_kernels_equal_their_definitions_under_the_interpreter():
+    files = "tests/support/interpreted_kernels.py", OPERATIONS
+    run_tests_of_kernels(*files, TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_kernels_of_operations_equal_their_definitions_on_the_gpu():
+    run_tests_of_kernels("-W", "default", OPERATIONS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run here")
@@ -72,121 +94,134 @@ def test_every_launch_enters_the_device_of_its_tensors():
     assert list(launches(ast.parse("kernel[(1,)](x)"))) == [("kernel", False)]
 
 
-def compile_ahead(
-    kernel,
-    signature: dict[str, str],
-    constants: dict,
-    capability: int,
-    aligned: tuple[str, ...] = (),
-    **options,
-):
-    """Compile a kernel for a card that need not be here; the compiled kernel and what the assembler says of
-    it.
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    `aligned` names arguments that 16 divides, which Triton finds out by itself when a kernel is launched.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
 
-    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    for_capability = [capability] if inspect.signature(get_ptxas).parameters else []  # from Triton 3.6 on
-    assembler = get_ptxas(*for_capability)
-    ptxas = assembler[0] if isinstance(assembler, tuple) else assembler.path  # up to 3.6: path, version
-    arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-    verbose = [ptxas, "-v", f"--gpu-name={arch}", "-o", os.devnull, "/dev/stdin"]
-    report = subprocess.run(verbose, input=compiled.asm["ptx"], capture_output=True, text=True)
-    assert report.returncode == 0, report.stderr
-    return compiled, report.stderr
+TOKENS, WIDTH, FEED_FORWARD, HEADS = 4096, 4096, 14336, 128  # of a layer of Mistral-7B
+DRAW = dict(seed=2**40, stream=3, threshold=3277)
+EVERYWHERE = {  # on every card, of activations of a dtype
+    "add_norm": lambda x: (x(TOKENS, WIDTH), x(TOKENS, WIDTH), x(WIDTH), 1e-5),
+    "add_norm_backward": lambda x: (
+        x(TOKENS, WIDTH),
+        x(WIDTH),
+        empty(TOKENS),
+        x(TOKENS, WIDTH),
+        x(TOKENS, WIDTH),
+    ),
+    "rope": lambda x: (x(4, 1024, 32, HEADS), x(4, 1024, 8, HEADS), x(1, 1024, HEADS), x(1, 1024, HEADS)),
+    "swiglu": lambda x: (x(TOKENS, FEED_FORWARD), x(TOKENS, FEED_FORWARD)),
+    "swiglu_backward": lambda x: (x(TOKENS, FEED_FORWARD),) * 3,
+    "dropout": lambda x: (x(TOKENS, WIDTH), *DRAW.values()),
+    "add_dropped": lambda x: (x(TOKENS, WIDTH), x(TOKENS, WIDTH), *DRAW.values()),
+}
+ON_TENSOR_CORES = {  # from compute capability 8.0 on, for a rank
+    "dropped_product": lambda x, r: (x(TOKENS, WIDTH), x(r, WIDTH), *DRAW.values()),
+    "add_dropped_product": lambda x, r: (x(TOKENS, WIDTH), x(TOKENS, r), x(r, WIDTH), *DRAW.values()),
+    "product_with_dropped": lambda x, r: (x(TOKENS, r), x(TOKENS, WIDTH), *DRAW.values()),
+}
+
+
+def compiled_operation(operation: str, arguments: tuple, card: str) -> CompiledLaunch:
+    """The kernel that an operation launches for such arguments, compiled for a card."""
+    from minilora.kernels import operations
+
+    function = getattr(operations, operation)
+    with compiled_launches(sys.modules[function.__module__], CARDS[card]) as launches:
+        function(*arguments)
+    launch = launches[f"{operation}_kernel"]
+    assert launch.ptx
+    return launch
+
+
+def draws_a_number(launch: CompiledLaunch, numbers: int, threads: int = 128) -> float:
+    """How many wide products Philox does in a thread for each of the numbers that a program holds at a time."""
+    return len(re.findall(r"mul\.hi\.u32", launch.ptx)) * threads / numbers
+
+
+USUAL = [("T4", torch.float16), ("T4", torch.float32), ("A100", torch.bfloat16), ("H100", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("card", "dtype"), USUAL)
+@pytest.mark.parametrize("operation", EVERYWHERE)
+def test_operations_compile_for_every_card_with_loads_and_stores_of_16_bytes(operation, dtype, card):
+    """Without spills, as CompiledLaunch asserts."""
+    launch = compiled_operation(operation, EVERYWHERE[operation](partial(empty, dtype=dtype)), card)
+    stores = set(re.findall(r"st\.global\S*", launch.ptx))
+    assert stores - {"st.global.b32"} == {"st.global.v4.b32"}  # a single number is 1 / rms
+    assert len(re.findall(r"ld\.global\.v4", launch.ptx)) >= len(re.findall(r"st\.global\.v4", launch.ptx))
+    assert launch.shared <= 2048 and "mma" not in launch.ptx
+    if operation == "rope" and card != "A100":  # which adds bfloat16 with FMAs by 1: one rounding too
+        assert "fma" not in launch.ptx  # each product is rounded
+    if "swiglu" in operation:
+        assert "ex2.approx" in launch.ptx
+    if "drop" in operation:  # 20 products give 8 numbers their bits, and no thread draws what another draws
+        assert draws_a_number(launch, 8 * 256) <= 20 / 8
 
 
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize("dtype", POINTER)
-@pytest.mark.parametrize("D", [128, 4096, 8192])
-def test_rms_norm_compiles_for_every_card_without_spills(card, dtype, D):
-    from minilora.kernels import rms_norm as module
-
-    block = triton.next_power_of_2(D)
-    float_pointers = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "dy_ptr", "dx_ptr"), POINTER[dtype])
-    types = float_pointers | {"inv_rms_ptr": "*fp32", "D": "i32", "eps": "fp32"}
-    for kernel in (module.rms_norm_forward_kernel, module.rms_norm_backward_kernel):
-        signature = {name: types[name] for name in kernel.arg_names if name != "BLOCK"}
-        compiled, report = compile_ahead(
-            kernel, signature, {"BLOCK": block}, CARDS[card], num_warps=module.warps(block)
-        )
-        assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"], report
-        assert compiled.metadata.shared <= 64 * 1024  # all that a T4 has
-        if card == "T4" and dtype == torch.float16:
-            assert "bf16" not in compiled.asm["ptx"]
+def test_cross_entropy_compiles_for_every_card(card):
+    rows = empty(512, 32000), empty(512, dtype=torch.int64)
+    launch = compiled_operation("cross_entropy", rows, card)
+    assert set(re.findall(r"[sl][td]\.global\.v\S*", launch.ptx)) == {"ld.global.v4.b32", "st.global.v4.b32"}
+    compiled_operation("cross_entropy", (empty(64, 2**18), empty(64, dtype=torch.int64)), card)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype", POINTER)
-def test_rms_norm_on_the_gpu_equals_the_definition(dtype, monkeypatch):
-    x = torch.randn(33, 4096, device="cuda", dtype=dtype, requires_grad=True)
-    weight, dy = (
-        torch.randn(4096, device="cuda", dtype=dtype),
-        torch.randn(33, 4096, device="cuda", dtype=dtype),
+@pytest.mark.parametrize("D", [128, 5120, 16384])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_norms_of_every_width_compile_without_spills(D, dtype):
+    x = partial(empty, dtype=dtype)
+    rows = x(TOKENS, D)
+    compiled_operation("add_norm", (rows, None if D == 128 else rows, x(D), 1e-5), "T4")
+    compiled_operation(
+        "add_norm_backward", (rows, x(D), empty(TOKENS), rows, None if D == 128 else rows), "T4"
     )
-    results = {}
-    for backend in ("torch", "triton"):
-        monkeypatch.setenv("MINILORA_BACKEND", backend)
-        y = ops.rms_norm(x, weight, 1e-5)
-        results[backend] = y, *torch.autograd.grad(y, x, dy)
-    u = torch.finfo(dtype).eps / 2
-    for one, other in zip(
-        results["torch"], results["triton"], strict=True
-    ):  # bounds as in tests/support/interpreted_kernels.py
-        assert (one - other).abs().max() <= (6 * u + 2**-20) * one.abs().max()
 
 
-class CompiledLaunch:
-    """Stands in for a kernel of nf4.py: compiles it as a launch with these arguments would, for a card that
-    need not be here.
-    """
+@pytest.mark.parametrize("card", ["A100", "H100"])
+@pytest.mark.parametrize("r", [16, 64, 256])
+@pytest.mark.parametrize("operation", ON_TENSOR_CORES)
+def test_products_with_dropout_inside_use_tensor_cores(operation, r, card):
+    dtype = torch.float16 if r == 16 else torch.bfloat16
+    launch = compiled_operation(operation, ON_TENSOR_CORES[operation](partial(empty, dtype=dtype), r), card)
+    assert re.search(r"\b(wg)?mma\S*\.f32\.b?f16\.b?f16", launch.ptx)  # sums in float32
+    tile = 32 * 8 * (16 if r == 16 else 8) if operation == "dropped_product" else 64 * 64
+    assert draws_a_number(launch, tile) <= 20 / 8
+    assert not re.search(r"\b(atom|red)\.", launch.ptx)  # whose order changes from run to run
 
-    def __init__(self, kernel, capability: int):
-        self.kernel, self.capability, self.ptx = kernel, capability, ""
 
-    def __getitem__(self, grid) -> "CompiledLaunch":
-        return self
+def test_only_the_products_with_dropout_inside_need_tensor_cores():
+    """So nothing that a T4 runs has a `tl.dot`, for which Triton has no tensor cores there."""
+    from minilora.kernels import operations
 
-    def __call__(self, *arguments, **options):
-        given = dict(zip(self.kernel.arg_names, arguments, strict=False)) | options
-        options = {name: given.pop(name) for name in set(given) - set(self.kernel.arg_names)}
-        signature, constants, aligned = {}, {}, []
-        for name, value in given.items():  # as Triton sees arguments: a one and None are constants
-            if isinstance(value, torch.Tensor):
-                signature[name] = (POINTER | {torch.uint8: "*u8"})[value.dtype]
-            elif name.isupper() or value is None or value == 1:
-                constants[name] = value
-                continue
-            else:
-                signature[name] = "i32" if value < 2**31 else "i64"
-            if isinstance(value, torch.Tensor) or value % 16 == 0:
-                aligned.append(name)
-        compiled, report = compile_ahead(
-            self.kernel, signature, constants, self.capability, tuple(aligned), **options
-        )
-        assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"], report
-        assert compiled.metadata.shared <= 64 * 1024  # all that a T4 has
-        self.ptx = compiled.asm["ptx"]
-        if self.capability < 80 and torch.float16 in {
-            t.dtype for t in given.values() if isinstance(t, torch.Tensor)
-        }:
-            assert "bf16" not in self.ptx
+    assert {*operations.__all__} == {*EVERYWHERE, *ON_TENSOR_CORES, "cross_entropy"}
+    text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    functions = re.findall(r"^def (\w+)\(((?:.*\n)+?)(?=\n\n\S|\Z)", text, re.MULTILINE)
+    assert {name for name, body in functions if "tl.dot(" in body} == {
+        f"{name}_kernel" for name in ON_TENSOR_CORES
+    }
+
+
+def test_a_t4_and_float32_take_the_definitions_of_products_with_dropout_inside():
+    from minilora.kernels import operations
+
+    for capability, dtype, fused in (
+        ((7, 5), torch.float16, False), ((8, 0), torch.float32, False), ((8, 0), torch.bfloat16, True),
+    ):  # fmt: skip
+        with PretendedGpu(capability):
+            x = torch.ones(4, dtype=dtype, device="cuda")
+            for operation in ON_TENSOR_CORES:
+                expected = getattr(operations, operation) if fused else print
+                assert fastest(operation, x, print) is expected
+            assert fastest("swiglu", x, print) is operations.swiglu
+            assert fastest("swiglu", x.double(), print) is print
+            assert fastest("an operation without a kernel", x, print) is print
 
 
 @pytest.fixture
 def compile_4bit(monkeypatch):
     """A function that returns the PTX that quantize, dequantize or gemv launch for a weight of some shape."""
     from minilora.kernels import nf4
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     def compile_launch(
         operation: str, shape: tuple[int, int], dtype, card: str, blocksize=64, double_quant=False, rank=0
@@ -219,7 +254,7 @@ def compile_4bit(monkeypatch):
 
 
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize("dtype", POINTER)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_4bit_kernels_compile_for_every_card_without_spills(card, dtype, compile_4bit):
     group = 4 if dtype == torch.float32 else 8
     for double_quant in (False, True):
@@ -273,8 +308,8 @@ def test_8bit_adamw_compiles_for_every_card_without_spills(card):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype", POINTER)
+@needs_gpu
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
 @pytest.mark.parametrize("n", [1, 4097, 1024 * 4096])
@@ -300,8 +335,8 @@ def test_4bit_round_trip_on_the_gpu_is_the_definition_to_the_bit(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype", POINTER)
+@needs_gpu
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (1024, 4096), (4096, 14336), (33, 4097)])
 def test_4bit_matrix_vector_product_on_the_gpu_is_the_dequantized_one(shape, dtype, monkeypatch):
     from minilora.kernels import nf4
@@ -319,7 +354,7 @@ def test_4bit_matrix_vector_product_on_the_gpu_is_the_dequantized_one(shape, dty
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 def test_4bit_dequantization_on_the_gpu_reaches_past_2_to_the_31_elements():
     from minilora.kernels import nf4
 
@@ -335,7 +370,7 @@ def test_4bit_dequantization_on_the_gpu_reaches_past_2_to_the_31_elements():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@needs_gpu
 def test_8bit_adamw_on_the_gpu_is_the_definition_to_the_bit(monkeypatch):
     from minilora.kernels.adamw_8bit import adamw_8bit
 

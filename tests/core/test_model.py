@@ -11,8 +11,9 @@ from support.pretended_gpu import PretendedGpu
 
 from minilora import CausalLM, KVCache, ops
 from minilora.backend.attention_mask import additive
+from minilora.backend.documents import PADDING, positions_in_documents
 from minilora.formats.config_json import parse_config
-from minilora.model import PADDING, attention_mask, positions_in_documents
+from minilora.model import attention_mask
 
 # Both sides compute in float32 and differ in the order of their sums. A sum of n products errs by about
 # sqrt(n) * 2^-24 relative (n <= 80 here), and the residual stream passes ~20 of them: 20 * 9 * 6e-8 = 1e-5.
@@ -135,7 +136,9 @@ def test_logits_with_the_cache_equal_those_without_on_packed_rows():
     cache = KVCache(model.config, 2, 12, torch.float32, "cpu")
     parts = zip(ids.split([6, 1, 5], dim=1), document_ids.split([6, 1, 5], dim=1), strict=True)
     with_cache = torch.cat([model(i, document_ids=d, cache=cache) for i, d in parts], dim=1)
-    assert relative_error(with_cache, model(ids, document_ids=document_ids)) <= LOGITS_TOLERANCE
+    without = model(ids, document_ids=document_ids)
+    real = document_ids != PADDING  # padding's own numbers are arbitrary
+    assert relative_error(with_cache[real], without[real]) <= LOGITS_TOLERANCE
 
 
 def test_a_tied_head_is_the_embedding_itself():
@@ -181,29 +184,14 @@ MASKED = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", MASKED)
-def test_a_mask_is_kept_once_for_all_layers_and_changes_no_bit(case, dtype, monkeypatch):
+def test_backward_needs_no_mask(case, dtype):
     changes, documents = MASKED[case]
     model = small_model(num_hidden_layers=3, **changes).to(dtype)
-    input_ids = torch.arange(13).unsqueeze(0)
-    kept, found = {}, {}
-
-    def keep(tensor):
-        if tensor.shape[-2:] == (13, 13):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    for form in ("added", "boolean"):
-        if form == "boolean":  # as PyTorch is given it by most models
-            monkeypatch.setattr("minilora.model.additive", lambda mask, _: mask)
-        model.zero_grad()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model(input_ids, document_ids=documents)
-        logits.float().sum().backward()
-        found[form] = [logits, *(p.grad for p in model.parameters())]
-        if form == "added":  # 13 rows of 16 numbers
-            assert list(kept.values()) == [13 * 16 * dtype.itemsize]
-    assert len(kept) == 4  # PyTorch makes and keeps one a layer
-    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        logits = model(torch.arange(13).unsqueeze(0), document_ids=documents)
+    logits.float().sum().backward()
+    assert (13, 4, 8) in kept and not any(shape[-2:] == (13, 13) for shape in kept)
 
 
 def test_the_rows_of_a_mask_begin_at_multiples_of_8_numbers():

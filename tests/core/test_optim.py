@@ -4,6 +4,7 @@ is PEFT's.
 
 import copy
 import json
+import shutil
 import sys
 
 import pytest
@@ -284,6 +285,8 @@ def test_a_compiled_adamw_with_other_bits_is_not_used(monkeypatch, tmp_path):
     if not native.is_trusted("adamw_8bit"):
         pytest.skip("no C compiler: the definition is all there is")
     spoilt = tmp_path / "native.c"
+    for included in native._INCLUDED:
+        shutil.copy(included, tmp_path)
     spoilt.write_text(native._SOURCE.read_text().replace("fmaf(a.rest1, g, ", "(a.rest1 * g + "))
     assert spoilt.read_text() != native._SOURCE.read_text()
     caches = native._functions, native.is_trusted

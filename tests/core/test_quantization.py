@@ -4,6 +4,7 @@ definition.
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -270,6 +271,8 @@ def test_a_compiled_library_with_other_bits_is_not_used(first_use, monkeypatch, 
     if not native.is_trusted("quantize"):
         pytest.skip("no C compiler: the definition is all there is")
     spoilt = tmp_path / "native.c"
+    for included in native._INCLUDED:
+        shutil.copy(included, tmp_path)
     spoilt.write_text(native._SOURCE.read_text().replace("1.0f / floored", "0.9f / floored"))
     assert spoilt.read_text() != native._SOURCE.read_text()
     monkeypatch.setattr(native, "_SOURCE", spoilt)

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, same_model_here, transformers_model
-from support.fused_attentions import KERNELS, fused_attention
+from support.pretended_gpu import PretendedGpu
 from support.tiny import adapted, gradients, small_model
 from torch import nn
 
-from minilora import CausalLM, LoraConfig, UserError, trainable_parameters
+from minilora import CausalLM, LoraConfig, UserError, ops, trainable_parameters
 from minilora.backend import fused_lora, products
+from minilora.backend.documents import PADDING
 from minilora.formats.config_json import parse_config
 from minilora.linear import Linear4bit, apply_each
 from minilora.lora import LoraLinear
@@ -141,39 +142,52 @@ def frozen_in(dtype: torch.dtype, model: CausalLM) -> CausalLM:
     return model
 
 
+KERNELS = {
+    "_flash_attention": ((9, 0), torch.bfloat16),
+    "_efficient_attention": ((7, 5), torch.float16),
+}
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("policy", POLICIES[1:])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_policy_gives_the_gradients_of_off_with_each_fused_attention_of_a_gpu(kernel, policy, packed):
-    model = frozen_in(torch.bfloat16, small_model(layers=2))
-    documents = torch.tensor([[0] * 10 + [1] * 14]).expand(2, 24) if packed else None
-    results = {}
-    for used in ("off", policy):
-        set_recompute(model, used)
-        model.zero_grad(set_to_none=True)
-        torch.manual_seed(0)
-        with fused_attention(lambda needs_gradient: kernel) as calls:
-            ids = torch.arange(48).view(2, 24)
-            causal_lm_loss(model, ids, ids, documents).backward()
-        results[used] = [p.grad for p in trainable_parameters(model).values()]
-        ran = "efficient" if packed and kernel == "flash" else kernel
-        forwards = 2 if used in ("off", "selective") else 4
-        assert sorted(calls) == [ran] * forwards + [f"{ran} backward"] * 2
+    capability, dtype = KERNELS[kernel]
+    model = frozen_in(dtype, small_model(layers=2))
+    documents = torch.tensor([[0] * 10 + [1] * 14, [0] * 20 + [PADDING] * 4]) if packed else None
+    ids, results = torch.arange(48).view(2, 24), {}
+    with PretendedGpu(capability) as gpu:
+        model.cuda()
+        with torch.no_grad():
+            model(ids.cuda())  # the kernel has its trial
+        for used in ("off", policy):
+            set_recompute(model, used)
+            model.zero_grad(set_to_none=True)
+            torch.manual_seed(0)
+            with gpu.during() as record:
+                causal_lm_loss(model, ids.cuda(), ids, documents).backward()
+            results[used] = [p.grad for p in trainable_parameters(model).values()]
+            attentions = {name: n for name, n in record.launches.items() if "attention" in name}
+            forwards = 2 if used in ("off", "selective") else 4
+            assert attentions == {f"{kernel}_forward": forwards, f"{kernel}_backward": 2}
+        assert not gpu.faults
     assert all(map(torch.equal, *results.values())) and all(g.any() for g in results["off"])
 
 
-@pytest.mark.parametrize(("first", "second"), [("flash", "efficient"), ("cudnn", "flash")])
-def test_selective_computes_attention_again_where_the_second_run_takes_another_kernel(first, second):
-    """PyTorch's choice depends on whether the inputs need gradients, and in the first run none does."""
-    model, results = small_model(layers=2, dropout=0.0), []
+def test_selective_takes_the_kept_outputs_though_another_kernel_would_be_chosen_in_the_second_run(
+    monkeypatch,
+):
+    model, results, choose = small_model(layers=2, dropout=0.0), [], ops.fused_form
+    ids = torch.arange(48).view(2, 24)
     for policy in ("off", "selective"):
         set_recompute(model, policy)
         model.zero_grad(set_to_none=True)
-        with fused_attention(lambda needs_gradient: second if needs_gradient else first) as calls:
-            ids = torch.arange(48).view(2, 24)
-            causal_lm_loss(model, ids, ids).backward()
+        loss = causal_lm_loss(model, ids, ids)
+        monkeypatch.setattr(ops, "fused_form", lambda *_: pytest.fail("attention is computed again"))
+        loss.backward()
+        monkeypatch.setattr(ops, "fused_form", choose)
         results.append([p.grad for p in trainable_parameters(model).values()])
-    assert all(map(torch.equal, *results)) and calls.count(second) == calls.count(first) == 2
+    assert all(map(torch.equal, *results)) and all(g.any() for g in results[0])
 
 
 def test_gradients_come_through_a_frozen_embedding_from_the_first_layer_on():

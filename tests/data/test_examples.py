@@ -204,12 +204,12 @@ def test_a_split_divides_the_rows_and_depends_only_on_the_seed(count, share, see
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_batch_for_the_gpu_is_that_of_the_cpu_with_its_labels_left_there_and_nothing_waits(packed):
+def test_a_batch_for_the_gpu_is_that_of_the_cpu_with_all_but_its_ids_left_there_and_nothing_waits(packed):
     lengths = [(3, 4), (5,)] if packed else [(7,), (5,)]
     examples = [Example(np.arange(sum(n), dtype=np.int32), np.arange(sum(n)) > 1, n) for n in lengths]
     with PretendedGpu() as gpu:
         ids, labels, documents = batch_for(torch.device("cuda", 0), examples, 0)
-        assert ids.is_cuda and not labels.is_cuda and (documents.is_cuda if packed else documents is None)
+        assert ids.is_cuda and not labels.is_cuda and (not documents.is_cuda if packed else documents is None)
         assert not gpu.waits and not gpu.faults
     for found, expected in zip(
         (ids, labels, documents), (*collate(examples, 0), document_ids(examples)), strict=True

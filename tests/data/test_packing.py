@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import LoraConfig, add_lora, load_model, load_tokenizer, trainable_parameters
+from minilora.backend.documents import PADDING, positions_in_documents
 from minilora.data.chat import load_chat_template
 from minilora.data.examples import Dataset, Example, Order, collate, count_supervised, document_ids, tokenize
 from minilora.data.packing import best_fit, pack
 from minilora.data.rows import Row
 from minilora.loss import IGNORE_INDEX, causal_lm_loss
-from minilora.model import PADDING, positions_in_documents
 
 lengths_strategy = st.lists(st.integers(1, 20), max_size=60)
 

@@ -23,16 +23,19 @@ def test_a_micro_batch_of_every_family_waits_for_nothing_and_mixes_no_devices(fa
     documents = torch.tensor([[0] * 10 + [1] * 14] * 2) if packed else None
     with PretendedGpu() as gpu:
         model.cuda()
-        ids_there, documents = ids.cuda(), documents if documents is None else documents.cuda()
+        ids_there = ids.cuda()
         assert set_recompute(model, policy) == policy
         causal_lm_loss(model, ids_there, ids, documents).backward()  # fills the caches of the device
         with gpu.during() as record:
             causal_lm_loss(model, ids_there, ids, documents).backward()
     assert not record.waits and not gpu.faults and not record.variants
-    assert record.launches["triton dequantize_kernel"] and record.launches["triton rms_norm_backward_kernel"]
-    for kernel in ("rms_norm_forward_kernel", "rms_norm_backward_kernel"):
-        # The norms of Qwen3's heads have another width than those of the whole model.
-        assert len(gpu.signatures[kernel]) == (2 if "qwen3" in family else 1)
+    assert record.launches["triton dequantize_kernel"] and record.launches["triton add_norm_backward_kernel"]
+    for kernel in ("add_norm_kernel", "add_norm_backward_kernel"):
+        # With a sum and without one; and the norms of Qwen3's heads have another width.
+        assert len(gpu.signatures[kernel]) == (3 if "qwen3" in family else 2)
+    for kernel in ("swiglu_kernel", "swiglu_backward_kernel", "cross_entropy_kernel"):
+        assert len(gpu.signatures[kernel]) == 1
+    assert len(gpu.signatures["rope_kernel"]) == 2  # forward and back
 
 
 def test_a_model_on_the_second_gpu_trains_there_while_the_first_is_the_current_one():
@@ -51,5 +54,5 @@ def test_a_model_on_the_second_gpu_trains_there_while_the_first_is_the_current_o
         generate(model, ids[:1, :5].to("cuda:1"), max_new_tokens=3)
         assert torch.cuda.current_device() == 0
     kernels = {name for name in gpu.launches if name.startswith("triton")}
-    assert {"triton gemv_kernel", "triton adamw_8bit_kernel", "triton rms_norm_backward_kernel"} <= kernels
+    assert {"triton gemv_kernel", "triton adamw_8bit_kernel", "triton add_norm_backward_kernel"} <= kernels
     assert not gpu.faults, gpu.faults

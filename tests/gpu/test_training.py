@@ -3,6 +3,7 @@ numbers are those of the CPU.
 """
 
 import shutil
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -49,12 +50,19 @@ def check(run, keys: dict) -> None:
         assert not micro_batches.waits
         assert sum(step.waits.values()) == 1, step.waits
         assert not step.variants  # nothing is compiled again
-    kernels = [kernel for kernel, *_ in run.steps[0].variants]
-    assert len(kernels) == len(set(kernels)), kernels  # each is compiled once
+    compiled = Counter(kernel for kernel, *_ in run.steps[0].variants)
+    twice = {
+        "add_norm_kernel",
+        "add_norm_backward_kernel",
+        "rope_kernel",
+    }  # with a sum and without; forward, back
+    assert all(count <= (2 if kernel in twice else 1) for kernel, count in compiled.items()), compiled
     launched = run.steps[-1].launches
     assert ("triton adamw_8bit_kernel" in launched) == (keys["optim"] == "adamw_8bit")
     assert ("triton dequantize_kernel" in launched) == (keys["quantization_bit"] == 4)
-    assert "triton rms_norm_forward_kernel" in launched and "triton rms_norm_backward_kernel" in launched
+    operations = "add_norm add_norm_backward rope swiglu swiglu_backward".split()
+    operations += [] if "lm_head" in keys["lora_target"] else ["cross_entropy"]
+    assert not {f"triton {operation}_kernel" for operation in operations} - launched.keys()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""Every Triton kernel against its PyTorch definition, run by Triton's interpreter on the CPU.
+"""The kernels of weights and of the optimizer against their definitions, run by Triton's interpreter.
 
 Collected by test_kernels.py in a process of its own, because TRITON_INTERPRET must be set before Triton is
 first imported.
@@ -7,12 +7,13 @@ first imported.
 import os
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from minilora.kernels.adamw_8bit import adamw_8bit as adamw_8bit_kernel
-from minilora.kernels.rms_norm import rms_norm
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from minilora import ops, optim
+from minilora import optim
 from minilora.backend import triton_trial
 from minilora.kernels import nf4
 from minilora.quantization import (
@@ -23,48 +24,13 @@ from minilora.quantization import (
     nearest_of_steps,
     quantize_4bit,
 )
+from support.kernel_tests import ROUNDING, bfloat16_as_on_a_gpu, bits, randn
 
 assert (
     os.environ["TRITON_INTERPRET"] == "1" and os.environ["MINILORA_BACKEND"] == "torch"
 )  # or ops would call the kernels too
-
-ROUNDING = {
-    torch.float32: 2**-24,
-    torch.bfloat16: 2**-8,
-    torch.float16: 2**-11,
-}  # of one rounding, relative: half of eps
-
-
-def randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (3, 1), (2, 3, 64), (5, 100), (2, 1000), (3, 4097)]
-)  # powers of two, and one past one
-def test_rms_norm_and_its_gradient_equal_the_definition(shape, dtype):
-    x = (3 * randn(*shape, dtype=dtype, seed=1)).requires_grad_()
-    weight, dy = randn(shape[-1], dtype=dtype, seed=2), randn(*shape, dtype=dtype, seed=3)
-    y = rms_norm(x, weight, 1e-5)
-    (dx,) = torch.autograd.grad(y, x, dy)
-    expected = ops.rms_norm(x, weight, 1e-5)
-    (expected_dx,) = torch.autograd.grad(expected, x, dy)
-    u = ROUNDING[dtype]
-    # Forward: two roundings in each, in the same places. Triton's interpreter truncates to bfloat16 where a
-    # GPU rounds, 2 u each instead of u, so the two sides differ by at most 6 u, and by the order of a float32
-    # sum.
-    assert y.dtype == dtype and (y - expected).abs().max() <= (6 * u + 2**-22) * expected.abs().max()
-    # Backward: the definition rounds its intermediates to the dtype, the kernel keeps them in float32 and
-    # rounds once. The gradient is a difference, zero for D = 1: the error is relative to what is subtracted,
-    # w dy / rms(x).
-    terms = (weight * dy).float() * torch.rsqrt(x.detach().float().pow(2).mean(-1, keepdim=True) + 1e-5)
-    assert (dx - expected_dx).abs().max() <= (6 * u + 2**-20) * terms.abs().max()
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    """The bits of floats, so that equality tells -0 from 0 and holds for NaN."""
-    return x.view({4: torch.int32, 2: torch.int16}[x.element_size()])
+__all__ = ["bfloat16_as_on_a_gpu"]
+pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_gpu")
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -81,9 +47,7 @@ def test_4bit_quantization_is_the_definition_to_the_bit(n, blocksize, quant_type
             dtype
         )  # the block's magnitude is 1: float32 bounds are ties
         tail = n % blocksize
-        tiny = (
-            1e-39 if dtype == torch.float32 else 0.0
-        )  # less than is divided by; the interpreter misreads subnormal bfloat16
+        tiny = 1e-39 if dtype != torch.float16 else 0.0  # less than is divided by
         x[128:256] = tiny
         x[-tail:] = (
             torch.cat([near, torch.ones(tail - 45)]).to(dtype) * 1.7 if tail > 45 else tiny
@@ -128,10 +92,7 @@ def test_4bit_dequantization_is_the_definition_to_the_bit(n, quant_type, blocksi
     out = torch.full((n + 16,), 99, dtype=dtype)
     nf4.dequantize(q, out[:n])
     assert (out[n:] == 99).all()  # nothing is written behind the end
-    expected = q.dequantize(torch.float32)
-    if dtype == torch.bfloat16:  # Triton's interpreter cuts the last 16 bits off where a GPU rounds
-        expected = (bits(expected) & -(2**16)).view(torch.float32)
-    assert torch.equal(bits(out[:n]), bits(expected.to(dtype)))
+    assert torch.equal(bits(out[:n]), bits(q.dequantize(torch.float32).to(dtype)))
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # loop bounds, in Triton 3.6
@@ -160,9 +121,7 @@ def test_4bit_matrix_vector_product_is_the_dequantized_one(shape, blocksize, dou
     # strands; a GPU adds in a tree of 8 levels). The update's terms are rounded less often before they meet the
     # others in one sum more, and the bias in another.
     float32_error = (2 + 2 + 7 + 20 + 2 + -(-in_features // 2048)) * 2**-24 * terms
-    store_error = (
-        torch.finfo(dtype).eps * expected.abs()
-    )  # a GPU rounds, half of this; the interpreter cuts bfloat16 off
+    store_error = ROUNDING[dtype] * expected.abs()
     assert ((out[:-1].double() - expected).abs() <= store_error + float32_error).all()
 
 
@@ -174,8 +133,6 @@ def fused_multiply_add(monkeypatch):
     x = torch.tensor([1 + 2**-12])
     if (x.square().neg().add(x, alpha=1 + 2**-12) == 0).all():  # x^2 rounded, and so cancelled
         pytest.skip("PyTorch uses no FMA on this CPU, as a GPU does")
-    import numpy
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def create_fma(self, x, y, z):
         exact = x.data.astype(numpy.float64) * y.data + z.data

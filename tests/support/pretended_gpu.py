@@ -15,10 +15,11 @@ is checked, and recorded with the project's line that it comes from:
     launches    operations, copies and kernels that a GPU would run; an operation counts as one
     signatures  the variants of each Triton kernel that would be compiled
 
+The fused attentions of a GPU are emulated with their contracts (fused_attentions.py).
+
 What it cannot see: how fast anything is; memory, and when it is used again; the order of streams, which all
-run at once here; waits within a single operation of PyTorch; what PyTorch's C++ would choose on a GPU, such as
-the kernel of attention; and what a compiled Triton kernel computes: its PyTorch definition runs instead, or
-Triton's interpreter.
+run at once here; waits within a single operation of PyTorch; what PyTorch's C++ would choose on a GPU; and
+what a compiled Triton kernel computes: its PyTorch definition runs instead, or Triton's interpreter.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from types import SimpleNamespace
 
 import torch
 
+from support.fused_attentions import fused_attentions
 from support.pretended_kernels import run_kernel, signature_of
 from support.pretended_places import PLACES, Generator
 from support.pretended_streams import Event, Stream
@@ -132,7 +134,7 @@ class PretendedGpu:
             elif device.index != self.current:
                 self.fault(f"{name} launched for {device} while cuda:{self.current} is the current device")
         self.launch(f"triton {name}")
-        self.signatures[name].add(signature_of(arguments, options))
+        self.signatures[name].add(signature_of(kernel, arguments, options))
         with self.pause():
             run_kernel(kernel, grid, arguments, options, self.interpreted)
 
@@ -144,6 +146,7 @@ class PretendedGpu:
             self._patch(torch.cuda, name, value)
         for name, value in self._tensor_attributes().items():
             self._patch(torch.Tensor, name, value)
+        self._patch(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         self._patch(torch.autograd, "grad", grad)
         self._patch(torch, "Generator", Generator)
         for module in map(sys.modules.get, ("torch.nn.utils.clip_grad", "torch.optim.optimizer")):
@@ -155,6 +158,7 @@ class PretendedGpu:
             self._patch(JITFunction, "run", lambda kernel, *a, **k: self.launch_kernel(kernel, *a, **k))
         self._forget()
         self.stack.callback(self._forget)
+        self.stack.enter_context(fused_attentions())
         self.stack.enter_context(Functions(self))
         self.stack.enter_context(Dispatch(self))
         return self

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import torch
 
-from minilora import ops
+from minilora import loss, ops
+from minilora.backend import dropout
 from minilora.quantization import (
     dequantize_definition,
     dequantize_dynamic,
@@ -19,22 +20,28 @@ from minilora.quantization import (
 )
 
 
-def signature_of(arguments: tuple, options: dict) -> tuple:
+def signature_of(kernel, arguments: tuple, options: dict) -> tuple:
     """Return what Triton compiles one variant of a kernel for.
 
-    Of a tensor: its dtype, and whether 16 divides its address. Of a whole number: its width, whether it is 1
-    and whether 16 divides it. Of a float: nothing. Constants and options are themselves.
+    Of a tensor: its dtype, and whether 16 divides its address. Of a whole number: its width, and unless the
+    kernel says `do_not_specialize`, whether it is 1 and whether 16 divides it. Of a float: nothing. Constants
+    and options are themselves.
     """
-    return *map(_kind, arguments), *sorted((name, str(value)) for name, value in options.items())
+    kinds = (
+        _kind(value, parameter.do_not_specialize)
+        for value, parameter in zip(arguments, kernel.params, strict=False)
+    )
+    return *kinds, *sorted((name, str(value)) for name, value in options.items())
 
 
-def _kind(value) -> object:
+def _kind(value, any_value: bool) -> object:
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, float):
         return "float"
     if isinstance(value, int) and not isinstance(value, bool):
-        return "one" if value == 1 else ("64 bits" if value >= 2**31 else "32 bits", value % 16 == 0)
+        width = "64 bits" if value >= 2**31 else "32 bits"
+        return width if any_value else "one" if value == 1 else (width, value % 16 == 0)
     return value
 
 
@@ -92,18 +99,66 @@ def _gemv(given) -> None:
     given.out_ptr.copy_(y if given.bias_ptr is None else y + given.bias_ptr.float())
 
 
-def _rms_norm_forward(given) -> None:
-    saved = []
-    context = SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors))
-    given.y_ptr.copy_(ops._RmsNorm.forward(context, given.x_ptr, given.weight_ptr, given.eps))
-    given.inv_rms_ptr.copy_(saved[2].view(-1))
+def _add_norm(given) -> None:
+    h, n, inverse = ops.add_norm_definition(given.x_ptr, given.y_ptr, given.weight_ptr, given.eps)
+    given.n_ptr.copy_(n)
+    given.inverse_ptr.copy_(inverse)
+    if given.y_ptr is not None:
+        given.h_ptr.copy_(h)
 
 
-def _rms_norm_backward(given) -> None:
-    inverse = given.inv_rms_ptr.view(*given.x_ptr.shape[:-1], 1)
-    saved = given.x_ptr, given.weight_ptr, inverse
-    context = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True, False, False))
-    given.dx_ptr.copy_(ops._RmsNorm.backward(context, given.dy_ptr)[0])
+def _add_norm_backward(given) -> None:
+    saved = given.h_ptr, given.weight_ptr, given.inverse_ptr
+    given.dx_ptr.copy_(ops.add_norm_backward_definition(*saved, given.dn_ptr, given.dh_ptr))
+
+
+def _rope(given) -> None:
+    angles = given.cos_ptr, given.sin_ptr
+    q, k = ops.rope_definition(given.q_ptr, given.k_ptr, *angles, back=given.BACK)
+    given.q_out_ptr.copy_(q)
+    given.k_out_ptr.copy_(k)
+
+
+def _swiglu(given) -> None:
+    given.y_ptr.copy_(ops.swiglu_definition(given.gate_ptr, given.up_ptr))
+
+
+def _swiglu_backward(given) -> None:
+    dgate, dup = ops.swiglu_backward_definition(given.dy_ptr, given.gate_ptr, given.up_ptr)
+    given.dgate_ptr.copy_(dgate)
+    given.dup_ptr.copy_(dup)
+
+
+def _cross_entropy(given) -> None:
+    given.losses_ptr.copy_(loss.cross_entropy_definition(given.logits_ptr, given.targets_ptr))
+
+
+def _dropped(x: torch.Tensor, given) -> torch.Tensor:
+    return dropout.dropout_definition(x, given.seed, given.stream, given.threshold)
+
+
+def _dropout(given) -> None:
+    given.out_ptr.copy_(_dropped(given.x_ptr, given))
+
+
+def _add_dropped(given) -> None:
+    given.x_ptr.add_(_dropped(given.y_ptr, given))
+
+
+def _dropped_product(given) -> None:
+    given.out_ptr.copy_(_dropped(given.x_ptr, given) @ given.a_ptr.T)
+
+
+def _add_dropped_product(given) -> None:
+    product = given.g_ptr.float() @ given.a_ptr.float()  # the sum is rounded once
+    given.dx_ptr.copy_(given.dx_ptr.float() + _dropped(product, given))
+
+
+def _product_with_dropped(given) -> None:
+    dropped = _dropped(given.x_ptr, given).float()
+    for part, rows in zip(given.parts_ptr, range(0, given.rows, given.PART), strict=True):
+        here = slice(rows, rows + given.PART)
+        part.copy_(given.g_ptr[here].float().T @ dropped[here])
 
 
 def _adamw_8bit(given) -> None:
@@ -131,7 +186,16 @@ DEFINITIONS = {
     "dequantize_kernel": _dequantize,
     "quantize_kernel": _quantize,
     "gemv_kernel": _gemv,
-    "rms_norm_forward_kernel": _rms_norm_forward,
-    "rms_norm_backward_kernel": _rms_norm_backward,
+    "add_norm_kernel": _add_norm,
+    "add_norm_backward_kernel": _add_norm_backward,
+    "rope_kernel": _rope,
+    "swiglu_kernel": _swiglu,
+    "swiglu_backward_kernel": _swiglu_backward,
+    "cross_entropy_kernel": _cross_entropy,
+    "dropout_kernel": _dropout,
+    "add_dropped_kernel": _add_dropped,
+    "dropped_product_kernel": _dropped_product,
+    "add_dropped_product_kernel": _add_dropped_product,
+    "product_with_dropped_kernel": _product_with_dropped,
     "adamw_8bit_kernel": _adamw_8bit,
 }
