@@ -17,12 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minilora.backend.choice import form_for, fusing
+from minilora.backend.choice import decoding, fusing
+from minilora.backend.decoding import decode
 from minilora.backend.dropout import draw_seed
 from minilora.backend.fused_lora import Part, can_fuse, fused
 from minilora.backend.products import multiply, multiply_back
 from minilora.int8 import Int8Tensor
-from minilora.quantization import QuantizedTensor, gemv_4bit
+from minilora.quantization import QuantizedTensor
 
 Weight = QuantizedTensor | Int8Tensor | Tensor
 
@@ -53,8 +54,13 @@ def apply_fused(
     x: Tensor, layers: Sequence[nn.Module], seed: int, values: bool = True
 ) -> Sequence[Tensor] | None:
     """Return what `apply_each` returns, from one function. None: these layers need the plain path."""
-    parts = [_part_of(layer) for layer in layers] if fusing(x) else [None]
-    return fused(x, parts, seed, values) if can_fuse(parts) else None
+    one_token = decoding(x)
+    parts = [_part_of(layer) for layer in layers] if one_token or fusing(x) else [None]
+    if not can_fuse(parts):
+        return None
+    if not one_token:
+        return fused(x, parts, seed, values)
+    return None if any(p.adapter and p.adapter.threshold for p in parts) else decode(x, parts)
 
 
 def _part_of(layer: nn.Module) -> Part | None:
@@ -145,11 +151,7 @@ class Linear4bit(QuantizedLinear):
     """NF4 or FP4: see `minilora.quantization.quantize_4bit`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        one_vector = x.numel() == self.in_features and not torch.is_grad_enabled()  # decoding at batch 1
-        if one_vector and form_for(x, "gemv") == "triton":
-            y = gemv_4bit(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias.to(x.dtype)
-        return super().forward(x)
+        return decode(x, [Part(self.weight, self.bias, None)])[0] if decoding(x) else super().forward(x)
 
 
 class Linear8bit(QuantizedLinear):

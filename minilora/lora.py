@@ -14,7 +14,7 @@ kept. DoRA has its own file, dora.py.
 
 A and B are float32 whatever the compute dtype. Late in a schedule AdamW's steps are smaller than bfloat16's
 spacing and would be rounded away, and float16 gradients cannot be unscaled safely. Both are cast to the
-activations' dtype for the two thin products.
+activations' dtype for the two thin products. Decoding takes them as they are (backend/decoding.py).
 
 `LoraLinear` wraps a layer and holds several adapters by name; one, or none, is active. `train()` and `eval()`
 change nothing but dropout: merging is a separate verb.

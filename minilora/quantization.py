@@ -33,6 +33,7 @@ from torch import Tensor
 
 from minilora.backend import native
 from minilora.backend.choice import form_for
+from minilora.backend.decoding import multiply_vector
 from minilora.system.errors import UserError
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -274,16 +275,12 @@ def gemv_4bit(q: QuantizedTensor, x: Tensor) -> Tensor:
     """W x for one vector, as in decoding at batch 1, where reading W is all the cost. x: (in,) -> (out,), x's
     dtype.
 
-    The kernel dequantizes on the fly, in float32, and never writes W; elsewhere W is rounded to x's dtype
+    Triton and C dequantize on the fly, in float32, and never write W; elsewhere W is rounded to x's dtype
     first.
     """
-    if form_for(x, "gemv") == "triton":
-        from minilora.kernels import nf4
-
-        out = torch.empty(q.shape[0], dtype=x.dtype, device=x.device)
-        nf4.gemv(q, x, out)
-        return out
-    return F.linear(x, dequantize_4bit(q, x.dtype))
+    out = torch.empty(q.shape[0], dtype=x.dtype, device=x.device)
+    multiply_vector(x, q, out)
+    return out
 
 
 # ---- 8 bits, dynamic: scales of scales, and the moments of AdamW (optim.py) --------------------------------

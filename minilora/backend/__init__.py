@@ -7,6 +7,8 @@ native.c     its source: quantize, dequantize, AdamW in 8 bits
 elementwise.py   the C forms of RMSNorm, RoPE, SwiGLU, cross-entropy and dropout
 elementwise.c    their source
 elementwise_trial.py   whether they give known bits, found out once
+gemv.c       a 4-bit weight times one vector
+decoding.py  one token through frozen layers and their adapters
 amx.c        and on a CPU with AMX: the products with a 4-bit weight
 cpu_attention.py  attention over the documents of a row, on a CPU with AMX
 attention.c  its source

@@ -70,6 +70,11 @@ def fusing(x: Tensor) -> bool:
     return _fused and x.numel() > x.shape[-1]
 
 
+def decoding(x: Tensor) -> bool:
+    """Whether x, (..., in), is one row without a gradient: a token of decoding at batch 1."""
+    return _fused and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a matrix product with x is fastest and at least as exact: nearly always x's
     own.

@@ -5,7 +5,7 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -31,6 +31,7 @@ typedef struct task {
     const struct product *product;
     int dtype;                          /* of elementwise.c, whose operations have operands of their own */
     const void *operands;
+    const struct vector_product *vector;
 } task;
 
 static inline float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -298,6 +299,7 @@ void adamw_8bit(const int64_t *tensors, int64_t blocks, const float *code1, cons
 }
 
 #include "elementwise.c"
+#include "gemv.c"
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include "amx.c"

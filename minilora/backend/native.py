@@ -1,4 +1,4 @@
-"""The C forms of four operations on a CPU: quantize, dequantize and multiply 4-bit weights, AdamW with 8-bit
+"""The C forms of operations on a CPU: quantize, dequantize and multiply 4-bit weights, AdamW with 8-bit
 moments.
 
 A CPU is limited by memory here, and every PyTorch operation reads and writes the whole tensor once more. C
@@ -37,7 +37,7 @@ from minilora.backend.scratch import scratch
 from minilora.system.errors import UserError
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_INCLUDED = [_SOURCE.with_name(name) for name in ("elementwise.c", "amx.c", "attention.c")]
+_INCLUDED = [_SOURCE.with_name(name) for name in ("elementwise.c", "gemv.c", "amx.c", "attention.c")]
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _VALUES_A_THREAD = 1 << 17  # fewer are finished before a second thread has started
@@ -108,6 +108,30 @@ def tile_numbers(shape: tuple[int, int], rows: int, backward: bool, rank: int = 
     chunk = 32 * max(1, min(_W_AT_ONCE // summed // 32, -(-features // threads // 32)))
     rows_at_once = min(-(-rows // 32) * 32, _ROWS_AT_ONCE)
     return summed * (rows_at_once + threads * chunk), rows_at_once, chunk
+
+
+def gemv(
+    q,  # W, (out, in), a `quantization.QuantizedTensor`
+    x: Tensor,  # (in,) float32, bfloat16 or float16, contiguous, as `out` is
+    out: Tensor,  # (out,)
+    bias: Tensor | None = None,  # (out,) float32
+    update: tuple[Tensor, Tensor] | None = None,  # n (r,) and B (out, r), float32
+) -> None:
+    """Fill `out` with W x + bias + B n, summed in float32: see decoding.py and gemv.c."""
+    rank, narrow, matrix = 0, None, None
+    if update is not None:
+        assert update[0].dtype == update[1].dtype == torch.float32
+        rank, narrow, matrix = len(update[0]), *map(_at, update)
+    weight = _at(q.packed), _at(q.absmax), _at(q.code), q.blocksize, *_nested(q)
+    parted = _at(scratch((q.shape[1],), torch.float32, x.device))
+    function, threads = _functions()[f"gemv_{_NAMES[x.dtype]}"], _threads(q.shape.numel())
+    addresses = None if bias is None else _at(bias), rank, narrow, matrix, parted, _at(out)
+    function(*q.shape, _at(x), *weight, *addresses, threads)
+
+
+def takes_vector(shape: tuple[int, ...]) -> bool:
+    """Whether `gemv` takes a weight of this shape: any pair of numbers lies in one byte, of one row."""
+    return len(shape) == 2 and shape[1] % 32 == 0
 
 
 def adamw_8bit(
@@ -182,6 +206,16 @@ def _arguments() -> dict[str, list]:
     for dtype in _NAMES.values():
         arguments[f"quantize_{dtype}"] = [*[pointer] * 3, count, count, pointer, pointer, integer]
         arguments[f"dequantize_{dtype}"] = [*quantized, count, pointer, integer]
+        arguments[f"gemv_{dtype}"] = [
+            count,
+            count,
+            pointer,
+            *quantized,
+            pointer,
+            count,
+            *[pointer] * 4,
+            integer,
+        ]
     return arguments
 
 
@@ -246,6 +280,9 @@ KNOWN_BITS = {
     "quantize_fp16": "f68cc60a8cfc891f",
     "dequantize_fp16": "863573001beb814f",
     "matmul_bf16": "bcfdd7e6434cda63",
+    "gemv_fp32": "eafb7cd2fbcbbc3b",
+    "gemv_bf16": "0cd398e5a01b127b",
+    "gemv_fp16": "43cb55a34a1d9d96",
     "adamw_8bit": "c2f8a9f6e37017df",
 }
 
@@ -305,8 +342,7 @@ def matmul_trial(matmul: Callable, dtype: torch.dtype) -> list[Tensor]:
     q.shape = torch.Size((out, in_))
 
     def numbers(*shape: int) -> Tensor:
-        count = math.prod(shape)
-        return (((torch.arange(count, device="cpu") * 37) % 15 - 7).view(shape)).to(dtype)
+        return trial_whole_numbers(*shape).to(dtype)
 
     narrow = numbers(rows, 2 * rank)[:, rank:]  # a part of a wider one
     y, dx = (torch.zeros(rows, n, dtype=dtype, device="cpu") for n in (out, in_))
@@ -315,6 +351,35 @@ def matmul_trial(matmul: Callable, dtype: torch.dtype) -> list[Tensor]:
     matmul(q, numbers(rows, out), dx, update=(narrow, numbers(rank, in_)), backward=True)
     matmul(q, numbers(rows, out), dx, backward=True, add=True)
     return [y, dx]
+
+
+def gemv_trial(gemv: Callable, dtype: torch.dtype) -> list[Tensor]:
+    """Multiply a W of (33, 96), in blocks of 64 and of 32, with a vector; the second time with nested scales,
+    a bias and an update of rank 21. Return both results.
+
+    All numbers are small and whole, so every order of summation gives the same bits.
+    """
+    out, in_, rank = 33, 96, 21
+    packed = ((torch.arange(out * in_ // 2, device="cpu") * 73) % 256).byte()
+    code = torch.arange(-8.0, 8.0, device="cpu")
+    x, n, B = (trial_whole_numbers(*shape) for shape in ((in_,), (rank,), (out, rank)))
+    plain = SimpleNamespace(
+        packed=packed, code=code, blocksize=64, nested_absmax=None, shape=torch.Size((out, in_))
+    )
+    plain.absmax = 1.0 + torch.arange(-(-out * in_ // 64), device="cpu") % 3
+    nested = SimpleNamespace(**vars(plain) | dict(blocksize=32))
+    nested.absmax = ((torch.arange(out * in_ // 32, device="cpu") * 73) % 256).byte()
+    nested.nested_absmax, nested.nested_code = trial_whole_numbers(1) + 9, trial_whole_numbers(256)
+    nested.offset = torch.tensor(3.0, device="cpu")
+    ys = [torch.zeros(out, dtype=dtype, device="cpu") for _ in range(2)]
+    gemv(plain, x.to(dtype), ys[0])
+    gemv(nested, x.to(dtype), ys[1], torch.arange(float(out), device="cpu"), (n, B))
+    return ys
+
+
+def trial_whole_numbers(*shape: int) -> Tensor:
+    """Return whole float32 numbers from -7 to 7."""
+    return (((torch.arange(math.prod(shape), device="cpu") * 37) % 15 - 7).view(shape)).float()
 
 
 def adamw_trial(adamw_8bit: Callable, _: torch.dtype) -> list[Tensor]:
@@ -350,5 +415,6 @@ TRIALS = {
     "quantize": (quantize_trial, quantize),
     "dequantize": (dequantize_trial, dequantize),
     "matmul": (matmul_trial, matmul),
+    "gemv": (gemv_trial, gemv),
     "adamw_8bit": (adamw_trial, adamw_8bit),
 }

@@ -148,7 +148,7 @@ def reuse_cache(
     weight = model.model.norm.weight
     cache = KVCache(model.config, 1, len(prompt) + new_tokens, weight.dtype, weight.device)
     if old is not None:
-        limit = min(old.length, len(prompt) - 1)
+        limit = min(old.length, len(old_tokens), len(prompt) - 1)
         shared = next((t for t in range(limit) if old_tokens[t] != prompt[t]), limit)
         cache.keys[:, :, :, :shared] = old.keys[:, :, :, :shared]
         cache.values[:, :, :, :shared] = old.values[:, :, :, :shared]

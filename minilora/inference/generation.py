@@ -12,9 +12,12 @@ token.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.backend.copies import to_device
@@ -27,6 +30,7 @@ from minilora.system.errors import UserError
 # the probability, and nothing is left to draw. Much smaller divisors overflow float32, and infinite logits
 # have no probabilities.
 LEAST_DIVISOR = 1e-6
+READ_TOGETHER = 8  # tokens that a GPU computes while the host waits for none of them
 
 
 def generate(
@@ -59,40 +63,93 @@ def generate_stream(
 ) -> Iterator[Tensor]:
     """Yield one new token for each row, (B,), until every row has ended or `max_new_tokens` are reached.
 
-    It lies on the CPU. There the host also learns which rows have ended: it waits for a GPU once a token.
+    They lie on the CPU. Tokens of a GPU come in groups, see `read_in_groups`. Wherever the stream ends, the
+    cache and the generator are as if no token had been computed beyond the last one that was yielded.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     (B, T), device = input_ids.shape, input_ids.device
-    eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
-    eos = to_device(torch.tensor(list(eos), dtype=torch.long), device)
-    documents = padding_documents(attention_mask)  # (B, T), or None without padding
-    if attention_mask is not None:
-        attention_mask = to_device(attention_mask, device)
-    if documents is not None:
-        documents = to_device(documents, device)
     if use_cache and cache is None:
         cache = KVCache(model.config, B, T + max_new_tokens, model.model.norm.weight.dtype, device)
-    sequence = input_ids  # every token so far
-    unread = input_ids[:, cache.length :] if use_cache else input_ids  # the model's next input
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        hidden = model.model(unread, document_ids=documents, cache=cache)  # (B, unread, D)
+    cache = cache if use_cache else None
+    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    prompt = input_ids, attention_mask
+    tokens = compute_tokens(model, *prompt, max_new_tokens, repetition_penalty, cache, choose)
+    eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
+    count, random_state = 0, None
+    try:
+        for told, state in until_ended(read_in_groups(tokens, device, generator), eos, pad_token_id):
+            count, random_state = count + 1, state
+            yield told
+    finally:
+        if random_state is not None:
+            generator.set_state(random_state)
+        if cache is not None:  # the model has not read the last token
+            cache.length = min(cache.length, T + max(count - 1, 0))
+
+
+def compute_tokens(
+    model: CausalLM,
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor | None,  # (B, T)
+    max_new_tokens: int,
+    repetition_penalty: float,
+    cache: KVCache | None,
+    choose: Callable[[Tensor], Tensor],  # logits (B, V) -> tokens (B,)
+) -> Iterator[Tensor]:
+    """Yield one new token for each row, (B,), on the model's device, without waiting for it.
+
+    A row that has ended goes on: what it says there is cut off on the host.
+    """
+    T, device = input_ids.shape[1], input_ids.device
+
+    def extended(rows: Tensor | None, value: int) -> Tensor | None:  # (B, T) -> (B, T + max_new_tokens)
+        return None if rows is None else to_device(F.pad(rows, (0, max_new_tokens), value=value), device)
+
+    def part(rows: Tensor | None, first: int, end: int) -> Tensor | None:
+        return None if rows is None else rows[:, first:end]
+
+    documents = extended(padding_documents(attention_mask), 0)
+    is_text, sequence = extended(attention_mask, 1), extended(input_ids, 0)
+    for end in range(T, T + max_new_tokens):
+        first = 0 if cache is None else cache.length
+        unread = sequence[:, first:end]
+        hidden = model.model(unread, document_ids=part(documents, first, end), cache=cache)  # (B, unread, D)
         logits = model.lm_head(hidden[:, -1]).float()  # (B, V)
         if repetition_penalty != 1.0:
-            logits = penalize_repetition(logits, sequence, repetition_penalty, attention_mask)
-        token = sample(logits, temperature, top_k, top_p, generator).masked_fill(ended, pad_token_id)  # (B,)
+            logits = penalize_repetition(logits, sequence[:, :end], repetition_penalty, part(is_text, 0, end))
+        sequence[:, end] = choose(logits)
+        yield sequence[:, end]
+
+
+def read_in_groups(
+    tokens: Iterator[Tensor], device: torch.device, generator: torch.Generator | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield tokens on the CPU, each with the random state behind it, or None where that is the present one.
+
+    Whenever the host reads from a GPU, the GPU runs out of work. So the host reads the first token at once,
+    for whoever waits for it, and then some together. Up to all but one of a group may be computed in vain, if
+    the first of them ends the text. On a CPU there is nothing to wait for, and each token comes at once.
+    """
+    size, later = 1, READ_TOGETHER if device.type == "cuda" else 1
+    noted = ((token, generator.get_state() if generator and later > 1 else None) for token in tokens)
+    while group := list(islice(noted, size)):
+        read = torch.stack([token for token, _ in group]).cpu()  # (tokens, B)
+        yield from zip(read, [state for _, state in group], strict=True)
+        size = later
+
+
+def until_ended(
+    tokens: Iterator[tuple[Tensor, Tensor | None]], eos_token_ids: Sequence[int], pad_token_id: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield tokens, (B,) each, and what came with them, until every row has ended; an ended row is padded."""
+    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device="cpu")
+    ended = torch.zeros((), dtype=torch.bool, device="cpu")  # (B,) from the first token on
+    for token, state in tokens:
+        token = token.masked_fill(ended, pad_token_id)
         ended = ended | torch.isin(token, eos)
-        told, stop = torch.stack((token, ended.long())).cpu()  # (B,) each
-        yield told
-        if stop.all():
+        yield token, state
+        if ended.all():
             return
-        sequence = torch.cat((sequence, token.unsqueeze(1)), dim=1)
-        unread = token.unsqueeze(1) if use_cache else sequence
-        if attention_mask is not None:
-            attention_mask = append_column(attention_mask, 1)
-        if documents is not None:
-            documents = append_column(documents, 0)
-            documents = documents[:, -1:] if use_cache else documents  # one id for each unread token
 
 
 def padding_documents(attention_mask: Tensor | None) -> Tensor | None:
@@ -102,11 +159,6 @@ def padding_documents(attention_mask: Tensor | None) -> Tensor | None:
     if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
         raise ValueError("attention_mask has zeros after ones; generation needs the padding on the left")
     return torch.where(attention_mask.bool(), 0, PADDING)
-
-
-def append_column(rows: Tensor, value: int) -> Tensor:
-    """Add one column of `value` on the right: (B, T) -> (B, T + 1)."""
-    return torch.cat((rows, rows.new_full((len(rows), 1), value)), dim=1)
 
 
 def sample(

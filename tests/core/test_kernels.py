@@ -224,7 +224,7 @@ def compile_4bit(monkeypatch):
     from minilora.kernels import nf4
 
     def compile_launch(
-        operation: str, shape: tuple[int, int], dtype, card: str, blocksize=64, double_quant=False
+        operation: str, shape: tuple[int, int], dtype, card: str, blocksize=64, double_quant=False, rank=0
     ) -> str:
         n = shape[0] * shape[1]
         blocks = -(-n // blocksize)
@@ -244,8 +244,9 @@ def compile_4bit(monkeypatch):
             elif operation == "dequantize":
                 nf4.dequantize(q, empty(n, dtype=dtype))
             else:
-                x, out = empty(shape[1], dtype=dtype), empty(shape[0], dtype=dtype)
-                nf4.gemv(q, x, out)
+                x, out, bias = (empty(n, dtype=dtype) for n in (shape[1], shape[0], shape[0]))
+                update = (empty(rank), empty(shape[0], rank)) if rank else None
+                nf4.gemv(q, x, out, bias if rank else None, update)
         assert launch.ptx
         return launch.ptx
 
@@ -267,6 +268,7 @@ def test_4bit_kernels_compile_for_every_card_without_spills(card, dtype, compile
     ptx = compile_4bit("gemv", (4096, 4096), dtype, card, double_quant=True)
     assert "ld.global.v4.b32" in ptx  # of x
     compile_4bit("gemv", (5, 4097), dtype, card)
+    assert compile_4bit("gemv", (4096, 4096), dtype, card, double_quant=True, rank=16)
 
 
 @pytest.mark.parametrize("blocksize", [32, 4096])
@@ -276,6 +278,7 @@ def test_4bit_kernels_compile_for_every_card_without_spills(card, dtype, compile
 def test_4bit_kernels_compile_for_the_smallest_and_the_largest_weights(shape, blocksize, compile_4bit):
     for operation in ("quantize", "dequantize", "gemv"):
         assert compile_4bit(operation, shape, torch.float16, "T4", blocksize)
+    assert compile_4bit("gemv", shape, torch.float16, "T4", blocksize, rank=1 if shape == (1, 1) else 100)
 
 
 @pytest.mark.parametrize("card", CARDS)

@@ -1,5 +1,6 @@
 """Evaluation, generation, chat and the benchmark on a pretended GPU."""
 
+import itertools
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from support.tiny import small_model
 from minilora.data.examples import Example
 from minilora.inference.evaluation import evaluate_loss
 from minilora.inference.generation import generate, generate_stream
+from minilora.lora import lora_layers, set_adapter
+from minilora.model import KVCache
 from minilora.recompute import POLICIES
 from minilora.system.device import choose_placement
 
@@ -22,10 +25,10 @@ pytest.importorskip("triton", reason="Triton is not installed (it exists for Lin
     "sampling", [dict(), dict(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.1)]
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_generation_waits_once_a_token_and_says_what_the_cpu_says(padded, sampling):
+def test_generation_waits_once_for_eight_tokens_and_says_what_the_cpu_says(padded, sampling):
     prompts = torch.arange(2 * 9).view(2, 9) % 97
     mask = torch.tensor([[0, 0] + [1] * 7, [1] * 9]) if padded else None
-    settings = dict(max_new_tokens=6, eos_token_ids=(), **sampling)
+    settings = dict(max_new_tokens=18, eos_token_ids=(), **sampling)
     model = small_model(layers=2, quantized=True).eval()
     expected = generate(model, prompts, mask, generator=torch.Generator().manual_seed(1), **settings)
     with PretendedGpu() as gpu:
@@ -37,17 +40,69 @@ def test_generation_waits_once_a_token_and_says_what_the_cpu_says(padded, sampli
                 generate_stream(model, prompts.pin_memory().to("cuda", non_blocking=True), mask, **settings)
             )
     assert torch.equal(found, expected)
-    assert len(tokens) == 6 == sum(record.waits.values()), record.waits
+    assert len(tokens) == 18 and sum(record.waits.values()) == 4, record.waits  # for 1 + 8 + 8 + 1 tokens
     assert not gpu.faults
 
 
-def test_decoding_one_row_takes_the_matrix_vector_kernel_in_one_variant():
+def stream_of(model, prompts, taken: int | None, generator, **settings):
+    """The tokens of a stream that is left after some of them; how much its cache holds, and the next draw."""
+    cache = KVCache(model.config, len(prompts), 9 + 20, torch.float32, prompts.device)
+    settings |= dict(max_new_tokens=20, cache=cache, generator=generator, pad_token_id=5)
+    stream = generate_stream(model, prompts, **settings)
+    tokens = [token.tolist() for token in itertools.islice(stream, taken)]
+    stream.close()
+    return tokens, cache.length, torch.rand(3, generator=generator, device=generator.device).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("taken", [1, 2, 9, 12, 17, 20, None])
+def test_wherever_a_stream_ends_nothing_tells_that_more_was_computed(temperature, taken):
+    model, prompts = small_model(layers=2, quantized=True).eval(), torch.arange(2 * 9).view(2, 9) % 97
+    settings = dict(temperature=temperature, eos_token_ids=())
+    if taken is None:  # both rows end by themselves, within a group
+        free, *_ = stream_of(model, prompts, None, torch.Generator().manual_seed(1), **settings)
+        settings["eos_token_ids"] = (free[4][0], free[11][1])
+    expected = stream_of(model, prompts, taken, torch.Generator().manual_seed(1), **settings)
+    with PretendedGpu() as gpu:
+        model.cuda()
+        generator = torch.Generator("cuda").manual_seed(1)
+        found = stream_of(model, prompts.cuda(), taken, generator, **settings)
+    assert found == expected and not gpu.faults
+    assert taken is not None or 5 in found[0][-1] or len(found[0]) < 20
+
+
+def test_decoding_one_row_takes_the_matrix_vector_kernel_in_two_variants():
     model = small_model(layers=2, quantized=True).eval()
     with PretendedGpu() as gpu:
         model.cuda()
-        generate(model, torch.arange(7).view(1, 7).cuda(), max_new_tokens=5, eos_token_ids=())
-    assert gpu.launches["triton gemv_kernel"] == 4 * 2 * 7  # 4 tokens through 7 layers of each of 2
-    assert not gpu.faults and len(gpu.signatures["gemv_kernel"]) == 1
+        prompt = torch.arange(7).view(1, 7).cuda()
+        generate(model, prompt, max_new_tokens=5, eos_token_ids=())
+        assert gpu.launches["triton gemv_kernel"] == 4 * 2 * 7  # 4 tokens through 7 layers of each of 2
+        assert len(gpu.signatures["gemv_kernel"]) == 1
+        set_adapter(model, None)
+        generate(model, prompt, max_new_tokens=5, eos_token_ids=())
+    assert not gpu.faults and len(gpu.signatures["gemv_kernel"]) == 2  # with an adapter and without
+
+
+def test_an_adapter_costs_a_token_one_launch_a_layer_and_a_cast_of_each_input():
+    model = small_model(layers=2, quantized=True).half().eval()
+    for layer in lora_layers(model).values():  # as in training: the adapter stays in float32
+        layer.lora_A.float(), layer.lora_B.float()
+    launches = {}
+    with PretendedGpu() as gpu:
+        model.cuda()
+        prompt = torch.arange(7).view(1, 7).cuda()
+        for name in ("default", None):
+            set_adapter(model, name)
+            counts = []
+            for new in (1, 9, 17):  # the last difference: eight tokens without the prompt
+                with gpu.during() as record:
+                    generate(model, prompt, max_new_tokens=new, eos_token_ids=())
+                counts.append(record.launches)
+            launches[name] = {key: (counts[2] - counts[1])[key] / 8 for key in counts[2]}
+    more = {key: n - launches[None].get(key, 0) for key, n in launches["default"].items()}
+    # A x of seven layers; x in float32 for q k v, o, gate up, and down
+    assert {key: n for key, n in more.items() if n} == {"addmv": 2 * 7, "_to_copy": 2 * 4}
 
 
 def test_evaluation_waits_once_and_has_the_loss_of_the_cpu():

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.families import FAMILIES, same_model_here, transformers_model
-from support.tiny import ids, tiny_model
+from support.tiny import ids, small_model, tiny_model
 
-from minilora import UserError, generate
+from minilora import UserError, generate, set_adapter
+from minilora.backend import choice
 from minilora.inference.generation import (
     LEAST_DIVISOR,
     generate_stream,
@@ -17,6 +18,7 @@ from minilora.inference.generation import (
     penalize_repetition,
     sample,
 )
+from minilora.model import KVCache
 
 logits = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12).map(lambda row: torch.tensor([row]))
 
@@ -67,6 +69,36 @@ def test_streamed_tokens_are_the_generated_ones():
     prompt = ids(2, 5)
     streamed = torch.stack(list(generate_stream(model, prompt, max_new_tokens=8)), dim=1)
     assert torch.equal(streamed, generate(model, prompt, max_new_tokens=8)[:, 5:])
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("adapter", ["default", None])
+def test_the_forms_for_one_row_give_the_tokens_of_the_definitions(quantized, adapter, monkeypatch):
+    model, prompt = small_model(quantized=quantized).eval(), ids(1, 9, vocab=97)
+    set_adapter(model, adapter)
+    found = generate(model, prompt, max_new_tokens=30, eos_token_ids=())
+    monkeypatch.setenv("MINILORA_BACKEND", "torch")
+    monkeypatch.setattr(choice, "_fused", False)
+    assert torch.equal(found, generate(model, prompt, max_new_tokens=30, eos_token_ids=()))
+
+
+def test_on_a_cpu_no_token_is_computed_before_the_last_one_was_taken():
+    model, prompt, calls = tiny_model(), ids(2, 5), []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    for taken, _ in enumerate(generate_stream(model, prompt, max_new_tokens=8, eos_token_ids=()), 1):
+        assert len(calls) == taken
+
+
+def test_a_stream_that_is_left_leaves_a_cache_that_goes_on():
+    model, prompt = tiny_model(), ids(1, 5)
+    whole = generate(model, prompt, max_new_tokens=8, eos_token_ids=())
+    cache = KVCache(model.config, 1, 13, torch.float32, "cpu")
+    settings = dict(cache=cache, eos_token_ids=())
+    stream = generate_stream(model, prompt, max_new_tokens=8, **settings)
+    first = torch.cat([prompt[0], *(next(stream) for _ in range(3))])
+    stream.close()
+    assert cache.length == 5 + 2  # the model has not read the third token
+    assert torch.equal(generate(model, first[None], max_new_tokens=5, **settings), whole)
 
 
 def test_repetition_penalty_equals_transformers():

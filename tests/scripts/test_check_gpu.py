@@ -156,7 +156,7 @@ def test_the_dry_run_compares_every_policy_and_times_every_batch_under_each(dry_
     assert timed == {
         (batch, policy) for batch in batches for policy in ("off", "full", "selective", "offload")
     }
-    assert [row["batch"] for row in rows_of(events, "decode")] == [1, 8]
+    assert [row["batch"] for row in rows_of(events, "decode")] == [1, "1, with an adapter", 8]
 
 
 def test_the_table_shows_every_row_and_tells_what_is_predicted(dry_run):

@@ -97,24 +97,30 @@ def test_4bit_dequantization_is_the_definition_to_the_bit(n, quant_type, blocksi
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # loop bounds, in Triton 3.6
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("double_quant", "rank"), [(False, 0), (True, 0), (True, 1), (False, 5), (True, 16)])
 @pytest.mark.parametrize(  # rows that begin within a byte, a group or a block; fewer and more columns than are read at a time
     ("shape", "blocksize"),
     [((1, 1), 64), ((32, 7), 32), ((3, 100), 64), ((9, 128), 64), ((6, 2056), 4096), ((2, 4097), 64)],
 )
-def test_4bit_matrix_vector_product_is_the_dequantized_one(shape, blocksize, double_quant, dtype):
+def test_4bit_matrix_vector_product_is_the_dequantized_one(shape, blocksize, double_quant, rank, dtype):
     q = quantized(shape, "nf4", blocksize, double_quant)
     out_features, in_features = shape
     weight = q.dequantize(torch.float32).double()
     x = randn(in_features, dtype=dtype, seed=1)
     out = torch.full((out_features + 1,), 99, dtype=dtype)
-    nf4.gemv(q, x, out[:-1])
+    n, B = (randn(*size, dtype=torch.float32, seed=2) for size in ((rank,), (out_features, rank)))
+    bias = randn(out_features, dtype=dtype, seed=3) if rank else None
+    nf4.gemv(q, x, out[:-1], bias, (n, B) if rank else None)
     assert out[-1] == 99
     expected, terms = weight @ x.double(), weight.abs() @ x.double().abs()
+    if rank:
+        expected += B.double() @ n.double() + bias.double()
+        terms += B.double().abs() @ n.double().abs() + bias.double().abs()
     # A term is rounded twice, as is its scale, and once in every sum that it is added to: 7 of its group, one
     # for every 2048 columns, and 20 of the 256 partial sums (numpy adds eight strands of 32, then the
-    # strands; a GPU adds in a tree of 8 levels).
-    float32_error = (2 + 2 + 7 + 20 + -(-in_features // 2048)) * 2**-24 * terms
+    # strands; a GPU adds in a tree of 8 levels). The update's terms are rounded less often before they meet the
+    # others in one sum more, and the bias in another.
+    float32_error = (2 + 2 + 7 + 20 + 2 + -(-in_features // 2048)) * 2**-24 * terms
     store_error = ROUNDING[dtype] * expected.abs()
     assert ((out[:-1].double() - expected).abs() <= store_error + float32_error).all()
 

@@ -94,7 +94,9 @@ def _quantize(given) -> None:
 def _gemv(given) -> None:
     weight = torch.empty(given.out_features, given.in_features)
     dequantize_definition(_weight(given), weight)
-    given.out_ptr.copy_(weight @ given.x_ptr.float())
+    y = weight @ given.x_ptr.float()
+    y = y if given.narrow_ptr is None else y + given.update_ptr @ given.narrow_ptr
+    given.out_ptr.copy_(y if given.bias_ptr is None else y + given.bias_ptr.float())
 
 
 def _add_norm(given) -> None:
