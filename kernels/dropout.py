@@ -6,7 +6,7 @@ Bytes a number in 16 bits: 4 (x is read, x' written), or 6 for the sum (x and y 
 tokens of width 4096 that is 67 and 101 MB: 0.28 and 0.42 ms at a T4's 240 GB/s, 0.025 and 0.037 ms at an
 H100's 2.7 TB/s. A stored mask moves a byte a number twice more, and lives until backward.
 
-A counter of Philox-4x32-10 gives 128 bits, which are 16 for each of 8 neighbours (`minilora.backend.dropout` says
+A counter of Philox-4x32-10 gives 128 bits, 16 for each of 8 neighbours (`minilora.backend.dropout` says
 which). They are drawn by the thread that holds these 8 numbers: `tl.join` and `tl.reshape` only name the
 registers anew. Ten rounds compile to about 8 instructions a number, 17 with loading, choosing and storing: an
 H100 issues these in under half the time of the bytes.

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minilora.backend.choice import set_fused
 from minilora.data.examples import batch_for
 from minilora.formats.adapter import load_adapter, save_adapter
 from minilora.formats.lint import findings_text, lint_adapter
@@ -125,6 +126,7 @@ def build_model(plan: Plan) -> CausalLM:
     """Load the frozen model and put an adapter on it: a new one, or the one of the checkpoint."""
     config = plan.config
     torch.manual_seed(config.seed)
+    set_fused(config.fused)
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
     model = load_model(plan.model_dir, config.quant_config(), plan.placement.dtype, plan.placement.device)
     if plan.checkpoint is None:

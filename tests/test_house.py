@@ -123,8 +123,8 @@ def test_the_readme_lists_every_file_of_the_core_in_reading_order_and_every_room
     assert [name.removesuffix(".py") for name in COUNTED if name.removesuffix(".py") in CORE] == CORE
 
 
-def test_the_core_with_the_trainer_is_at_most_2300_lines():
-    assert sum(lines_of(f"{name}.py") for name in CORE) + lines_of("scripts/train.py") <= 2300
+def test_the_core_with_the_trainer_is_at_most_2600_lines():
+    assert sum(lines_of(f"{name}.py") for name in CORE) + lines_of("scripts/train.py") <= 2600
 
 
 @pytest.mark.parametrize(

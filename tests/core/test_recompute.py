@@ -55,7 +55,9 @@ def test_so_it_is_for_any_targets_and_shapes(targets, dropout, policy, shape):
 
 
 @settings(deadline=None, max_examples=15)
-@given(policies=st.lists(st.sampled_from(POLICIES), min_size=4, max_size=4), dropout=st.sampled_from([0.0, 0.3]))
+@given(
+    policies=st.lists(st.sampled_from(POLICIES), min_size=4, max_size=4), dropout=st.sampled_from([0.0, 0.3])
+)
 def test_each_layer_may_follow_a_policy_of_its_own_and_no_bit_changes(policies, dropout):
     model = small_model(layers=4, dropout=dropout)
     (loss, expected), (again, found) = gradients(model, "off"), gradients(model, policies)
@@ -67,7 +69,9 @@ def test_a_layer_is_run_again_if_its_own_policy_says_so(monkeypatch):
     for i, layer in enumerate(model.model.layers):
         original = layer.rerun_for_backward
         monkeypatch.setattr(
-            layer, "rerun_for_backward", lambda *a, i=i, run=original, **kind: runs.append(i) or run(*a, **kind)
+            layer,
+            "rerun_for_backward",
+            lambda *a, i=i, run=original, **kind: runs.append(i) or run(*a, **kind),
         )
     gradients(model, ("full", "off", "selective", "off"))
     assert runs == [2, 0]

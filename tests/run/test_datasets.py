@@ -59,7 +59,9 @@ def test_five_steps_without_padding_end_in_the_adapter_of_five_steps_with_it(tra
     assert "padding    none: the examples of a pass lie end to end in one row\n" in out
     padded, out = train("padded", padding_free="false", **keys)
     assert re.search(r"padding    [1-9][\d.]*% of all tokens", out)
-    one, other = ([r["loss"] for r in metrics(directory) if "loss" in r] for directory in (end_to_end, padded))
+    one, other = (
+        [r["loss"] for r in metrics(directory) if "loss" in r] for directory in (end_to_end, padded)
+    )
     assert one == pytest.approx(other, rel=1e-4) and one[4] < 0.99 * one[0]
     # AdamW divides a gradient by its own size: where rounding decides the sign, a step goes the other way.
     one, other = adapter(end_to_end), adapter(padded)
