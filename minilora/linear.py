@@ -64,12 +64,13 @@ def apply_fused(
 
 
 def _part_of(layer: nn.Module) -> Part | None:
-    """Return what `fused` needs of a layer. None: it trains its weight, or somebody watches it."""
+    """Return what `fused` needs of a layer. None: it trains its weight, is watched, or is somebody's own."""
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return None
     if hasattr(layer, "part"):
         return layer.part()
-    if any(p.requires_grad for p in layer.parameters()):
+    is_ours = type(layer) is nn.Linear or isinstance(layer, QuantizedLinear)
+    if not is_ours or any(p.requires_grad for p in layer.parameters()):
         return None
     return Part(layer.weight, layer.bias, None)
 
