@@ -106,10 +106,14 @@ class LoraLinear(nn.Module):
     def add_adapter(self, name: str, config: LoraConfig) -> None:
         """Add an adapter: A ~ kaiming_uniform(a=sqrt(5)) = U(-1/sqrt(in), 1/sqrt(in)), B = 0."""
         out_features, in_features = self.base_layer.out_features, self.base_layer.in_features
-        options = dict(dtype=torch.float32, device=self.base_layer.weight.device)
-        A = torch.empty(config.r, in_features, **options)
+        device = self.base_layer.weight.device
+        options = dict(dtype=torch.float32, device=device)
+        # Drawn on the CPU: a seed gives the same adapter on every device, and the same dropout after it.
+        A = torch.empty(
+            config.r, in_features, dtype=torch.float32, device=device if device.type == "meta" else "cpu"
+        )
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(A)
+        self.lora_A[name] = nn.Parameter(A.to(device))
         self.lora_B[name] = nn.Parameter(torch.zeros(out_features, config.r, **options))
         if config.use_dora:
             self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms.of_weight(self.base_layer.weight))
