@@ -119,7 +119,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # scale larger gradients down to this norm; 0: never
     bf16: bool | None = None  # compute in bfloat16; false: in float32; none: in the dtype that is fast here
     fp16: bool = False  # compute in float16, on a GPU only
-    fused: bool = True  # LoRA inside its products, one kernel for an operation; false: plain definitions
+    fused: bool = True  # LoRA inside its products, one kernel an operation; false: plain definitions
     gradient_checkpointing: str = "auto"  # off, selective, full, offload: less memory; auto: first that fits
     seed: int = 42  # seed of adapter, dropout, split and order of the examples
     # watching and saving
@@ -306,7 +306,7 @@ BOOLEAN_SHORTHANDS = {  # these keys take words; true and false (on and off in Y
     "resume_from_checkpoint": {True: "latest", False: None},
     "gradient_checkpointing": {True: "full", False: "off"},
 }
-_TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")  # on and off as in YAML
 
 
 def load_train_config(arguments: list[str], default_file: Path | None = None) -> TrainConfig:
