@@ -40,8 +40,9 @@ def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
         case "triton" if _triton_computes(operation, x):
             from minilora.kernels import operations
 
-            form = getattr(operations, operation)
-            return form if kernel_trial.passed(operation, form, definition, x.device, x.dtype) else definition
+            form = getattr(operations, operation, None)
+            usable = form and kernel_trial.passed(operation, form, definition, x.device, x.dtype)
+            return form if usable else definition
         case _:
             return definition
 

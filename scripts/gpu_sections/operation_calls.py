@@ -72,19 +72,9 @@ def dropout_calls(x: Tensor, y: Tensor) -> Moving:
 
 def product_calls(x: Tensor, A: Tensor, g: Tensor) -> Moving:
     """LoRA's thin products. Without tensor cores, dropout and cuBLAS in their place."""
-
-    def product(x: Tensor, A: Tensor, **draw) -> Tensor:
-        return fastest("dropout", x, dropout.dropout_definition)(x, **draw) @ A.T
-
-    def add_product(dx: Tensor, g: Tensor, A: Tensor, **draw) -> None:
-        fastest("add_dropped", dx, dropout.add_dropped_definition)(dx, g @ A, **draw)
-
-    def product_of_rows(g: Tensor, x: Tensor, **draw) -> Tensor:
-        return g.T @ fastest("dropout", x, dropout.dropout_definition)(x, **draw)
-
-    narrow = fastest_call("dropped_product", x, product, A, **DRAW)
-    added = fastest_call("add_dropped_product", x, add_product, g, A, **DRAW)
-    dA = fastest_call("product_with_dropped", g, product_of_rows, x, **DRAW)
+    narrow = fastest_call("dropped_product", x, dropout.dropped_product_definition, A, **DRAW)
+    added = fastest_call("add_dropped_product", x, dropout.add_dropped_product_definition, g, A, **DRAW)
+    dA = fastest_call("product_with_dropped", g, dropout.product_with_dropped_definition, x, **DRAW)
     once = x.nbytes + A.nbytes + g.nbytes
     return {
         "dropout(x) A^T": (narrow, once),

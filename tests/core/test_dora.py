@@ -123,7 +123,9 @@ def compare_forward_and_gradients(ours, theirs, training):
     pairs = list(adapter_pairs(ours, theirs))
     assert len(pairs) == len(trainable_parameters(ours)) == 3 * len(lora_layers(ours)) > 0
     for name, mine, other in pairs:
-        assert other.grad.any() and relative_error(mine.grad, other.grad) <= TOLERANCE, name
+        # A magnitude's gradient is a sum over all tokens, of dy times the output: it may cancel.
+        bound = 2 * TOLERANCE if "magnitude" in name else TOLERANCE
+        assert other.grad.any() and relative_error(mine.grad, other.grad) <= bound, name
     ours.eval(), in_eval_mode(theirs)
     assert relative_error(ours(batch), theirs(input_ids=batch).logits) <= TOLERANCE
 
@@ -447,7 +449,7 @@ def test_dora_keeps_the_outputs_of_its_layers_and_of_gate_and_up_none_that_swigl
     model, tokens, (D, HK, GK) = tiny_model(), 20, (24, 24, 12)
     lora = kept_numbers(model, r=2, target_modules=ALL_SEVEN)
     dora = kept_numbers(model, r=2, target_modules=ALL_SEVEN, use_dora=True)
-    outputs = HK + 2 * GK + D + D  # q, k and v, o, down
+    outputs = HK + GK + D + D  # q, k, o and down; attention keeps v's anyway
     norms = 2 * (24 + 12 + 12 + 24 + 40 + 40 + 24)
     assert dora - lora == 2 * tokens * outputs + norms
 

@@ -25,8 +25,8 @@ from support.compiled_kernels import (  # noqa: E402
 )
 from support.pretended_gpu import PretendedGpu  # noqa: E402
 
-from minilora import optim  # noqa: E402
-from minilora.backend import triton_trial  # noqa: E402
+from minilora import ops, optim  # noqa: E402
+from minilora.backend import dropout, triton_trial  # noqa: E402
 from minilora.backend.choice import fastest  # noqa: E402
 from minilora.quantization import (  # noqa: E402
     dynamic_code,
@@ -211,9 +211,12 @@ def test_a_t4_and_float32_take_the_definitions_of_products_with_dropout_inside()
         with PretendedGpu(capability):
             x = torch.ones(4, dtype=dtype, device="cuda")
             for operation in ON_TENSOR_CORES:
-                expected = getattr(operations, operation) if fused else print
-                assert fastest(operation, x, print) is expected
-            assert fastest("swiglu", x, print) is operations.swiglu
+                definition = getattr(dropout, f"{operation}_definition")
+                expected = getattr(operations, operation) if fused else definition
+                assert fastest(operation, x, definition) is expected
+            assert fastest("swiglu", x, ops.swiglu_definition) is operations.swiglu
+            other = torch.add  # what the kernel does not agree with is what runs
+            assert fastest("swiglu", x, other) is other
             assert fastest("swiglu", x.double(), print) is print
             assert fastest("an operation without a kernel", x, print) is print
 

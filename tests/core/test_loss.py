@@ -180,7 +180,7 @@ def test_labels_of_the_host_and_labels_of_the_gpu_give_one_loss_and_only_these_a
     with PretendedGpu() as gpu:
         model.cuda()
         ids = ids.cuda()
-        causal_lm_loss(model, ids, labels)  # fills the caches of the device
+        causal_lm_loss(model, ids, labels).backward()  # fills the caches of the device
         for given_labels in (labels, labels.cuda()):
             with gpu.during() as record:
                 loss = causal_lm_loss(model, ids, given_labels)

@@ -105,11 +105,15 @@ def test_an_adapter_costs_a_token_one_launch_a_layer_and_a_cast_of_each_input():
     assert {key: n for key, n in more.items() if n} == {"addmv": 2 * 7, "_to_copy": 2 * 4}
 
 
-def test_evaluation_waits_once_and_has_the_loss_of_the_cpu():
+def test_evaluation_waits_once_and_has_the_loss_of_the_cpu(monkeypatch):
+    monkeypatch.setenv(
+        "MINILORA_BACKEND", "torch"
+    )  # the definitions, which a pretended GPU's kernels compute
     model = small_model(layers=2, quantized=True)
     learned = torch.arange(20) >= 5
     examples = [Example((torch.arange(20) * k % 97).numpy(), learned.numpy(), (20,)) for k in (1, 2, 3, 5)]
     expected = evaluate_loss(model, examples, batch_size=2)
+    monkeypatch.delenv("MINILORA_BACKEND")
     with PretendedGpu() as gpu:
         model.cuda()
         evaluate_loss(model, examples, batch_size=2)  # fills the caches of the device

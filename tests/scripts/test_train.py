@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minilora import add_lora, load_adapter, load_model, save_adapter, save_model, trainable_parameters
+from minilora.backend import elementwise_trial
 from minilora.data.examples import tokenize
 from minilora.data.rows import read_rows
 from minilora.data.tokenizer import load_tokenizer
@@ -316,6 +317,11 @@ def test_pain_1_adapters_of_a_bfloat16_model_are_float32_under_the_float16_scale
 
     def load_and_watch(*arguments):
         model = load(*arguments)
+        for (
+            operation,
+            dtypes,
+        ) in elementwise_trial.KNOWN_BITS.items():  # the C forms' trials compare in bfloat16
+            assert [elementwise_trial.is_trusted(operation, dtype) for dtype in dtypes]
         watched.append(NoBfloat16().__enter__())
         return model
 
