@@ -10,7 +10,8 @@ launches: the updates are added while the products are written, dx is one buffer
 in one thin product, and A and B are cast to the activations' dtype once. Kept for backward are x, n, and the
 cast A and B; under dropout a seed instead of masks.
 
-The price is r / 64 of an instruction's work here and there. The floor is that of the frozen products.
+Beside the operands of the frozen products only n and g must move, r numbers a token and adapter. The floor
+is that of the products.
 """
 
 from collections.abc import Sequence
