@@ -1,7 +1,8 @@
 """How an operation is run. What it computes is defined in the core; nothing here changes a number.
 
 choice.py    which form of an operation runs: PyTorch, C or Triton
-native.py    the C functions, trusted after a trial, called through ctypes
+native.py    the C functions, called through ctypes
+native_trial.py  whether they give known bits, found out once
 library.py   the C library as a file: compiled on first use, kept in a private cache
 native.c     its source: quantize, dequantize, AdamW in 8 bits
 elementwise.py   the C forms of RMSNorm, RoPE, SwiGLU, cross-entropy and dropout

@@ -11,12 +11,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from minilora.backend import elementwise, elementwise_trial, kernel_trial, native, triton_trial
+from minilora.backend import elementwise, elementwise_trial, kernel_trial, native_trial, triton_trial
 from minilora.system.device import cpu_bfloat16_feature, requested_backend
+
+_fused = True
+
+
+def set_fused(on: bool) -> None:
+    """Choose for this process whether operations may run in fused forms, or only in their plain ones."""
+    global _fused
+    _fused = on
 
 
 def form_for(x: Tensor, operation: str) -> str:
-    """Return 'triton', 'c' or 'torch' for one of the operations of native.TRIALS or elementwise.FORMS.
+    """Return 'triton', 'c' or 'torch' for one of the operations of native_trial.TRIALS or elementwise.FORMS.
 
     Raises UserError for a MINILORA_BACKEND that is unknown or cannot run there.
     """
@@ -24,7 +32,7 @@ def form_for(x: Tensor, operation: str) -> str:
         return backend
     if x.is_cuda:
         return "triton" if triton_trial.passed(x.device) else "torch"
-    trials = elementwise_trial if operation in elementwise.FORMS else native
+    trials = elementwise_trial if operation in elementwise.FORMS else native_trial
     return "c" if x.is_cpu and trials.is_trusted(operation, x.dtype) else "torch"
 
 
@@ -55,15 +63,6 @@ def _triton_computes(operation: str, x: Tensor) -> bool:
         tensor_cores = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
         return tensor_cores and x.element_size() == 2
     return x.dtype != torch.float64
-
-
-_fused = True
-
-
-def set_fused(on: bool) -> None:
-    """Choose for this process whether operations may run in fused forms, or only in their plain ones."""
-    global _fused
-    _fused = on
 
 
 def fusing(x: Tensor) -> bool:

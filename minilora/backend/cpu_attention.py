@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from minilora.backend import native
+from minilora.backend import native, native_trial
 from minilora.backend.scratch import scratch
 
 _SQUARE = 32  # rows and columns
@@ -102,7 +102,7 @@ def is_trusted() -> bool:
     """Whether this CPU has AMX, and the compiled functions give the known bits."""
     if "attention_bf16" not in native._functions():
         return False
-    if native.digest(trial(attention, attention_backward)) != KNOWN_BITS:
+    if native_trial.digest(trial(attention, attention_backward)) != KNOWN_BITS:
         native._warn_once("its attention gives other bits than exact sums; set CC to another C compiler")
         return False
     return True

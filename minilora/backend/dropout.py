@@ -62,12 +62,14 @@ def kept(rows: int, columns: int, seed: int, stream: int, threshold: int, device
     zero = torch.zeros_like(group + row)
     words = torch.stack(philox((group + zero, row + zero, zero + stream, zero), seed), dim=-1)  # (.., .., 4)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (rows, groups, 4, 2): the lower half first
-    return (halves >= threshold).view(rows, -1)[:, :columns]
+    return (halves >= threshold).flatten(1)[:, :columns]
 
 
-def dropout_definition(x: Tensor, seed: int, stream: int, threshold: int) -> Tensor:
-    """Return x where it is kept, else 0. x: (rows, columns). The gain is the caller's."""
-    return x * kept(*x.shape, seed, stream, threshold, x.device)
+def dropout_definition(
+    x: Tensor, seed: int, stream: int, threshold: int, out: Tensor | None = None
+) -> Tensor:
+    """Return x where it is kept, else 0, in `out` if given. x: (rows, columns). The gain is the caller's."""
+    return torch.mul(x, kept(*x.shape, seed, stream, threshold, x.device), out=out)
 
 
 def add_dropped_definition(x: Tensor, y: Tensor, seed: int, stream: int, threshold: int) -> None:
@@ -97,5 +99,6 @@ def add_dropped_product_definition(
 
 
 def _dropped(x: Tensor, seed: int, stream: int, threshold: int) -> Tensor:
-    """Return dropout(x), in the scratch buffer if a kernel writes it there."""
-    return fastest("dropout", x, dropout_definition)(x, seed, stream, threshold)
+    """Return dropout(x) in the scratch buffer: for a product that follows at once."""
+    out = scratch(tuple(x.shape), x.dtype, x.device)
+    return fastest("dropout", x, dropout_definition)(x, seed, stream, threshold, out=out)

@@ -12,8 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from minilora.backend import elementwise, native
-from minilora.backend.native import trial_values
+from minilora.backend import elementwise, native, native_trial
+from minilora.backend.native_trial import trial_values
 
 _ROWS, _WIDTH = 3, 1063  # 1024 + 32 + 7: a section, a few lanes, and a tail
 
@@ -25,7 +25,7 @@ def is_trusted(operation: str, dtype: torch.dtype) -> bool:
     if known is None or operation not in native._functions():
         return False
     form, _ = elementwise.FORMS[operation]
-    if native.digest(TRIALS[operation](form, dtype)) != known:
+    if native_trial.digest(TRIALS[operation](form, dtype)) != known:
         native._warn_once("it gives other bits than PyTorch; set CC to another C compiler")
         return False
     return True

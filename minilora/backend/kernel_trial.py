@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minilora.backend import elementwise_trial
 from minilora.backend.library import warn
-from minilora.backend.native import trial_values
+from minilora.backend.native_trial import trial_values
 from minilora.system.errors import one_line
 
 _ROUNDINGS = 8  # of the largest value, in a chain of at most four operations

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+_MOST_VIEWS = 1000  # rows of activations have as many shapes as batches have lengths
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-_views: dict[tuple, Tensor] = {}  # of the buffers, made once: a model has a handful of shapes
+_views: dict[tuple, Tensor] = {}  # of the buffers, made once: weights have a handful of shapes
 _streams: dict[torch.device, torch.cuda.Stream] = {}  # the one stream of each GPU that uses its buffers
 
 
@@ -28,6 +29,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
             for other in [other for other in _views if other[:2] == (device, dtype)]:
                 del _views[other]
             buffer = _buffers[device, dtype] = torch.empty(count, dtype=dtype, device=device)
+        if len(_views) >= _MOST_VIEWS:
+            _views.clear()
         _views[key] = buffer[:count].view(shape)
     return _views[key]
 

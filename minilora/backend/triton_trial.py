@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from minilora.backend import native
+from minilora.backend import native_trial
 from minilora.backend.library import warn
 from minilora.system.device import triton_problem
 from minilora.system.errors import one_line
@@ -31,10 +31,10 @@ def passed(device: torch.device) -> bool:
 def _problem_of_a_launch(device: torch.device) -> str:
     """Dequantize a few blocks. Return '' if the bits are the definition's, else what happened."""
     try:
-        values = native.dequantize_trial(_dequantize_on(device), torch.float32)
+        values = native_trial.dequantize_trial(_dequantize_on(device), torch.float32)
     except Exception as error:  # whatever a compiler, a driver or an installation may raise
         return f"{type(error).__name__}: {one_line(str(error))}"
-    right = native.digest(values) == native.KNOWN_BITS["dequantize_fp32"]
+    right = native_trial.digest(values) == native_trial.KNOWN_BITS["dequantize_fp32"]
     return "" if right else "a trial gave other bits than PyTorch"
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilora.backend.choice import padded_length
 from minilora.backend.copies import to_device
 from minilora.backend.documents import PADDING
 from minilora.data.chat import ChatTemplate
@@ -34,7 +35,6 @@ from minilora.data.rows import Row
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import Tokenizer
 from minilora.loss import IGNORE_INDEX
-from minilora.memory.allocator import padded_length
 from minilora.system.errors import UserError, raise_error
 from minilora.system.files import fingerprint
 

@@ -23,8 +23,7 @@ import platform
 
 import torch
 
-from minilora.backend.choice import padded_length as padded_length
-from minilora.backend.choice import product_dtype
+from minilora.backend.choice import padded_length, product_dtype
 
 HEAP_HOLES = 0.6  # bytes of holes a byte of activations; fitted to a 1.1B model, 1 x 512 tokens
 PRODUCT_KERNELS, PRODUCT_KERNEL_BYTES = 256, 350_000  # how many oneDNN may keep, and the size of one

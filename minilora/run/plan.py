@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from minilora.backend.choice import padded_length
 from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
 from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids, tokens_read
@@ -22,7 +23,6 @@ from minilora.formats.weights import read_config
 from minilora.memory.allocator import (
     compiles_kernels,
     limit_compiled_kernels,
-    padded_length,
     padded_lengths,
     return_freed_memory,
     return_holes,

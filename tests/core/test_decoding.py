@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora.backend import decoding, native
+from minilora.backend import decoding, native, native_trial
 from minilora.config import LoraConfig
 from minilora.linear import Linear4bit, apply_each
 from minilora.lora import LoraLinear
 from minilora.quantization import BLOCK_SIZES, gemv_4bit, quantize_4bit
 
 DTYPES = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of one rounding: half of eps
-in_c = {dtype: native.is_trusted("gemv", dtype) for dtype in DTYPES}
+in_c = {dtype: native_trial.is_trusted("gemv", dtype) for dtype in DTYPES}
 needs_c = pytest.mark.skipif(not in_c[torch.float32], reason="no C compiler")
 
 
@@ -28,7 +28,7 @@ def product(q, x, bias=None, update=None):
 
 
 def whole_number_product(q, x, out, bias=None, update=None):
-    """What `native.gemv_trial` asks for, in whole numbers."""
+    """What `native_trial.gemv_trial` asks for, in whole numbers."""
     symbols = torch.stack([q.packed >> 4, q.packed & 15], dim=1).view(q.shape).long()
     scales = q.absmax
     if q.nested_absmax is not None:
@@ -46,8 +46,8 @@ def whole_number_product(q, x, out, bias=None, update=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_known_bits_of_the_product_are_those_of_whole_numbers(dtype):
     for _ in range(3):  # arguments of C that were freed too early would change now and then
-        bits = native.digest(native.gemv_trial(whole_number_product, dtype))
-        assert bits == native.KNOWN_BITS[f"gemv_{native._NAMES[dtype]}"]
+        bits = native_trial.digest(native_trial.gemv_trial(whole_number_product, dtype))
+        assert bits == native_trial.KNOWN_BITS[f"gemv_{native._NAMES[dtype]}"]
 
 
 def random_weight(generator, out, in_, quant_type="nf4", blocksize=64, double_quant=True):
@@ -114,7 +114,7 @@ def test_a_forked_process_multiplies_too_though_the_threads_of_openmp_are_not_th
     if child == 0:  # no operation of PyTorch's that would take several threads: it would wait for ever
         signal.alarm(60)
         native.gemv(q, x, out)
-        os._exit(0 if native.digest([out]) == native.digest([expected]) else 1)
+        os._exit(0 if native_trial.digest([out]) == native_trial.digest([expected]) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 

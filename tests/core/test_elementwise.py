@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import loss, ops
-from minilora.backend import choice, dropout, elementwise, elementwise_trial, native
+from minilora.backend import choice, dropout, elementwise, elementwise_trial, native, native_trial
 
 needs_c = pytest.mark.skipif(
     not native._functions(), reason="no C compiler: the definitions are all there is"
@@ -293,7 +293,7 @@ def test_the_number_of_threads_does_not_change_a_bit(name, dtype, monkeypatch):
     arguments, found = operands(name, dtype, 67, 299), []
     for threads in (1, 2, 5):
         monkeypatch.setattr(native, "_threads", lambda n, threads=threads: threads)
-        found.append(native.digest(results(elementwise.FORMS[name][0], arguments)))
+        found.append(native_trial.digest(results(elementwise.FORMS[name][0], arguments)))
     assert len(set(found)) == 1
 
 
@@ -331,7 +331,7 @@ def test_operands_of_different_dtypes_are_left_to_the_definition():
 
 @pytest.mark.parametrize("name, dtype", FORMS)
 def test_the_known_bits_are_those_of_the_definitions(name, dtype):
-    bits = native.digest(elementwise_trial.TRIALS[name](DEFINITIONS[name], dtype))
+    bits = native_trial.digest(elementwise_trial.TRIALS[name](DEFINITIONS[name], dtype))
     assert bits == elementwise_trial.KNOWN_BITS[name][dtype]
 
 
@@ -358,10 +358,13 @@ def test_no_right_exp_changes_the_known_bits(relative):
     known, trials = elementwise_trial.KNOWN_BITS, elementwise_trial.TRIALS
     for dtype in UNIT:
         assert (
-            native.digest(trials["swiglu"](lambda gate, up: silu(gate) * up, dtype)) == known["swiglu"][dtype]
+            native_trial.digest(trials["swiglu"](lambda gate, up: silu(gate) * up, dtype))
+            == known["swiglu"][dtype]
         )
-        assert native.digest(trials["swiglu_backward"](backward, dtype)) == known["swiglu_backward"][dtype]
-    bits = native.digest(trials["cross_entropy"](cross_entropy, torch.float32))
+        assert (
+            native_trial.digest(trials["swiglu_backward"](backward, dtype)) == known["swiglu_backward"][dtype]
+        )
+    bits = native_trial.digest(trials["cross_entropy"](cross_entropy, torch.float32))
     assert bits == known["cross_entropy"][torch.float32]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.project import PROGRAM_ENVIRONMENT
 
 from minilora import UserError
-from minilora.backend import library, native
+from minilora.backend import library, native, native_trial
 
 C_COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 pytestmark = pytest.mark.skipif(os.name != "posix" or not C_COMPILER, reason="there is no C compiler")
@@ -36,7 +36,7 @@ def new_process(monkeypatch):
 
     def forget():
         native._functions.cache_clear()
-        native.is_trusted.cache_clear()
+        native_trial.is_trusted.cache_clear()
         native._warn_once.cache_clear()
 
     forget()
@@ -87,7 +87,7 @@ def test_a_library_is_compiled_once_and_then_loaded_from_a_directory_of_its_own(
 CORRUPTIONS = """
 import hashlib, os, random, shutil, sys
 from pathlib import Path
-from minilora.backend import native
+from minilora.backend import native, native_trial
 
 cache, log, foreign = map(Path, sys.argv[1:])
 rng = random.Random(0)
@@ -120,8 +120,8 @@ def corruptions(path):
     yield "gone", lambda: path.unlink()
 
 def uses():
-    native._functions.cache_clear(), native.is_trusted.cache_clear()
-    assert native.is_trusted("quantize") and native.is_trusted("dequantize") and native.is_trusted("adamw_8bit")
+    native._functions.cache_clear(), native_trial.is_trusted.cache_clear()
+    assert native_trial.is_trusted("quantize") and native_trial.is_trusted("dequantize") and native_trial.is_trusted("adamw_8bit")
     return log.read_text().count("run")
 
 before = uses()
@@ -245,7 +245,7 @@ def test_without_a_cache_each_process_compiles_in_a_temporary_directory_and_says
 ):
     mend = broken(monkeypatch, cache)
     before = compilations(quick_compiler)
-    assert all(native.is_trusted(operation) for operation in ("quantize", "dequantize", "adamw_8bit"))
+    assert all(native_trial.is_trusted(operation) for operation in ("quantize", "dequantize", "adamw_8bit"))
     assert compilations(quick_compiler) > before and not list(temporary.iterdir())
     said = capsys.readouterr().err
     assert said.startswith("warning: each process compiles the C library again") and said.count("\n") == 1
@@ -267,7 +267,7 @@ def test_nothing_is_loaded_from_a_temporary_directory_that_others_may_write(
 ):
     below_a_file(monkeypatch, cache)
     temporary.chmod(0o777)
-    assert not native.is_trusted("quantize") and compilations(quick_compiler) == 0
+    assert not native_trial.is_trusted("quantize") and compilations(quick_compiler) == 0
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"chmod go-w {temporary}" in said
 
@@ -279,7 +279,7 @@ def test_a_machine_without_a_compiler_hears_nothing(cache, monkeypatch, new_proc
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
     assert library.load_library(SOURCES, FUNCTIONS) is None
-    assert not native.is_trusted("quantize") and capsys.readouterr().err == ""
+    assert not native_trial.is_trusted("quantize") and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_compiler_that_fails_is_one_line_a_process_and_the_definitions_run(
 ):
     monkeypatch.setenv("CC", compiler)
     for operation in ("quantize", "dequantize", "adamw_8bit"):
-        assert not native.is_trusted(operation)
+        assert not native_trial.is_trusted(operation)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and said in err and re.search("set CC to|set it to|or CC to", err)
     assert err.startswith("warning: training is slower on this CPU")
@@ -330,7 +330,7 @@ def test_a_process_that_may_open_no_more_files_is_not_told_to_change_its_compile
 
     monkeypatch.setenv("CC", C_COMPILER)
     monkeypatch.setattr(library.subprocess, "run", run)
-    assert not native.is_trusted("quantize")
+    assert not native_trial.is_trusted("quantize")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Too many open files" in said and "CC" not in said
 

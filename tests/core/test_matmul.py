@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.backend import choice, native, products
+from minilora.backend import choice, native, native_trial, products
 from minilora.linear import Linear4bit
 from minilora.quantization import BLOCK_SIZES, quantize_4bit
 
 needs_amx = pytest.mark.skipif(
-    not native.is_trusted("matmul", torch.bfloat16), reason="this CPU has no AMX, or there is no C compiler"
+    not native_trial.is_trusted("matmul", torch.bfloat16),
+    reason="this CPU has no AMX, or there is no C compiler",
 )
 
 
@@ -24,7 +25,7 @@ def product(q, x, backward=False, bias=None, update=None):
 
 
 def whole_number_product(q, x, out, bias=None, update=None, backward=False, add=False):
-    """What `native.matmul_trial` asks for, in whole numbers."""
+    """What `native_trial.matmul_trial` asks for, in whole numbers."""
     symbols = torch.stack([q.packed >> 4, q.packed & 15], dim=1).view(-1, q.blocksize).long()
     W = (q.code.long()[symbols] * q.absmax.long().view(-1, 1)).view(q.shape)
     y = x.long() @ (W if backward else W.T)
@@ -41,8 +42,8 @@ def whole_number_product(q, x, out, bias=None, update=None, backward=False, add=
 
 def test_the_known_bits_of_the_product_are_those_of_whole_numbers():
     for _ in range(3):  # arguments of C that were freed too early would change now and then
-        bits = native.digest(native.matmul_trial(whole_number_product, torch.bfloat16))
-        assert bits == native.KNOWN_BITS["matmul_bf16"]
+        bits = native_trial.digest(native_trial.matmul_trial(whole_number_product, torch.bfloat16))
+        assert bits == native_trial.KNOWN_BITS["matmul_bf16"]
 
 
 @needs_amx
@@ -119,7 +120,7 @@ def test_a_forked_process_multiplies_too_though_the_threads_of_openmp_are_not_th
     if child == 0:  # no operation of PyTorch's that would take several threads: it would wait for ever
         signal.alarm(60)
         native.matmul(q, x, out)
-        os._exit(0 if native.digest([out]) == native.digest([expected]) else 1)
+        os._exit(0 if native_trial.digest([out]) == native_trial.digest([expected]) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 

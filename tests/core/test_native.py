@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from minilora import optim, quantization
-from minilora.backend import native
+from minilora.backend import native, native_trial
 
 
 @pytest.mark.parametrize("dtype", native._NAMES)
 def test_the_known_bits_of_4bit_quantization_are_those_of_the_definitions(dtype):
     name = native._NAMES[dtype]
-    quantized = native.quantize_trial(quantization.quantize_definition, dtype)
-    dequantized = native.dequantize_trial(quantization.dequantize_definition, dtype)
-    assert native.digest(quantized) == native.KNOWN_BITS[f"quantize_{name}"]
-    assert native.digest(dequantized) == native.KNOWN_BITS[f"dequantize_{name}"]
+    quantized = native_trial.quantize_trial(quantization.quantize_definition, dtype)
+    dequantized = native_trial.dequantize_trial(quantization.dequantize_definition, dtype)
+    assert native_trial.digest(quantized) == native_trial.KNOWN_BITS[f"quantize_{name}"]
+    assert native_trial.digest(dequantized) == native_trial.KNOWN_BITS[f"dequantize_{name}"]
 
 
 def test_the_known_bits_of_adamw_are_those_of_the_definition_on_a_cpu_with_fma():
@@ -31,14 +31,17 @@ def test_the_known_bits_of_adamw_are_those_of_the_definition_on_a_cpu_with_fma()
             assert torch.equal(table, quantization.nearest_of_steps(code))
         optim.adamw_8bit_definition(tensors, codes, *settings, step)
 
-    assert native.digest(native.adamw_trial(definition, torch.float32)) == native.KNOWN_BITS["adamw_8bit"]
+    assert (
+        native_trial.digest(native_trial.adamw_trial(definition, torch.float32))
+        == native_trial.KNOWN_BITS["adamw_8bit"]
+    )
 
 
 def test_a_digest_changes_with_one_bit():
     x = torch.zeros(1000)
-    before = native.digest([x])
+    before = native_trial.digest([x])
     x.view(torch.int32)[-1] = 1
-    assert native.digest([x]) != before
+    assert native_trial.digest([x]) != before
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="this system does not tell what is loaded")
@@ -48,15 +51,15 @@ def test_the_library_shares_the_threads_of_pytorch_where_it_brings_gnu_openmp():
 
 
 def test_a_library_with_other_bits_is_one_line_whatever_operations_ask(monkeypatch, capsys):
-    if not native.is_trusted("quantize"):
+    if not native_trial.is_trusted("quantize"):
         pytest.skip("no C compiler: the definition is all there is")
-    caches = native.is_trusted, native._warn_once
+    caches = native_trial.is_trusted, native._warn_once
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(native, "KNOWN_BITS", dict.fromkeys(native.KNOWN_BITS, "other bits"))
+            patch.setattr(native_trial, "KNOWN_BITS", dict.fromkeys(native_trial.KNOWN_BITS, "other bits"))
             for cache in caches:
                 cache.cache_clear()
-            assert not any(native.is_trusted(name) for name in ("quantize", "dequantize", "adamw_8bit"))
+            assert not any(native_trial.is_trusted(name) for name in ("quantize", "dequantize", "adamw_8bit"))
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "other bits than PyTorch; set CC" in said
     finally:

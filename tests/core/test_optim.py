@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora import UserError
-from minilora.backend import native
+from minilora.backend import native, native_trial
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.optim import (
@@ -70,7 +70,7 @@ def path(request, monkeypatch):
     """Both ways of a CPU. Where PyTorch rounds otherwise than the compiled functions do, only one is left."""
     if request.param == "definition":
         monkeypatch.setenv("MINILORA_BACKEND", "torch")
-    elif not (native.is_trusted("adamw_8bit") and CPU_HAS_FMA):
+    elif not (native_trial.is_trusted("adamw_8bit") and CPU_HAS_FMA):
         pytest.skip("no C compiler, or a CPU without FMA: the definition is all there is")
     return request.param
 
@@ -282,21 +282,21 @@ def test_parameters_that_are_not_contiguous_float32_are_refused(parameter):
 
 
 def test_a_compiled_adamw_with_other_bits_is_not_used(monkeypatch, tmp_path):
-    if not native.is_trusted("adamw_8bit"):
+    if not native_trial.is_trusted("adamw_8bit"):
         pytest.skip("no C compiler: the definition is all there is")
     spoilt = tmp_path / "native.c"
     for included in native._INCLUDED:
         shutil.copy(included, tmp_path)
     spoilt.write_text(native._SOURCE.read_text().replace("fmaf(a.rest1, g, ", "(a.rest1 * g + "))
     assert spoilt.read_text() != native._SOURCE.read_text()
-    caches = native._functions, native.is_trusted
+    caches = native._functions, native_trial.is_trusted
     try:
         with monkeypatch.context() as patch:
             patch.setattr(native, "_SOURCE", spoilt)
             patch.setenv("XDG_CACHE_HOME", str(tmp_path))
             for cache in caches:
                 cache.cache_clear()
-            assert native._functions() and not native.is_trusted("adamw_8bit")
+            assert native._functions() and not native_trial.is_trusted("adamw_8bit")
     finally:
         for cache in caches:
             cache.cache_clear()
@@ -327,7 +327,7 @@ def operations_of_a_step(tensors: int) -> int:
 
 
 def test_a_compiled_step_runs_as_many_operations_for_two_tensors_as_for_six():
-    if not native.is_trusted("adamw_8bit"):
+    if not native_trial.is_trusted("adamw_8bit"):
         pytest.skip("no C compiler: the definition loops over tensors")
     assert operations_of_a_step(2) == operations_of_a_step(6)
 
@@ -387,7 +387,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_step_after_a_change_is_the_definitions_and_leaves_what_was_replaced(change, monkeypatch):
-    if not (native.is_trusted("adamw_8bit") and CPU_HAS_FMA):
+    if not (native_trial.is_trusted("adamw_8bit") and CPU_HAS_FMA):
         pytest.skip("no C compiler, or a CPU without FMA: the definition is all there is")
     sides = []
     for backend in (None, "torch"):

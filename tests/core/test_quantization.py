@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minilora import quantization
-from minilora.backend import native
+from minilora.backend import native, native_trial
 from minilora.formats.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.int8 import quantize_int8
 from minilora.quantization import (
@@ -60,7 +60,7 @@ def path(request, monkeypatch):
     """Both ways to compute on a CPU."""
     if request.param == "definition":
         monkeypatch.setenv("MINILORA_BACKEND", "torch")
-    elif not native.is_trusted("quantize"):
+    elif not native_trial.is_trusted("quantize"):
         pytest.skip("no C compiler: the definition is all there is")
     return request.param
 
@@ -226,7 +226,7 @@ def test_8bit_blocks_are_those_of_bitsandbytes(signed, weight):
 
 @pytest.mark.parametrize("shape", [(4096, 64), (1_000_001,)])
 def test_compiled_and_plain_paths_give_the_same_bits_with_threads(shape, monkeypatch):
-    if not native.is_trusted("quantize"):
+    if not native_trial.is_trusted("quantize"):
         pytest.skip("no C compiler: the definition is all there is")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     for dtype in DTYPES:
@@ -243,7 +243,7 @@ def first_use():
     """The state of a new process: nothing built, no table made."""
     caches = [
         native._functions,
-        native.is_trusted,
+        native_trial.is_trusted,
         quantization.nearest_of_steps,
         four_bit_code,
         dynamic_code,
@@ -259,7 +259,7 @@ def first_use():
 def test_without_a_compiler_the_definition_runs(first_use, monkeypatch, tmp_path, compiler):
     expected = quantize_4bit(torch.linspace(-1, 1, 4097))
     native._functions.cache_clear()
-    native.is_trusted.cache_clear()
+    native_trial.is_trusted.cache_clear()
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     q = quantize_4bit(torch.linspace(-1, 1, 4097))
@@ -268,7 +268,7 @@ def test_without_a_compiler_the_definition_runs(first_use, monkeypatch, tmp_path
 
 
 def test_a_compiled_library_with_other_bits_is_not_used(first_use, monkeypatch, tmp_path):
-    if not native.is_trusted("quantize"):
+    if not native_trial.is_trusted("quantize"):
         pytest.skip("no C compiler: the definition is all there is")
     spoilt = tmp_path / "native.c"
     for included in native._INCLUDED:
@@ -278,10 +278,10 @@ def test_a_compiled_library_with_other_bits_is_not_used(first_use, monkeypatch, 
     monkeypatch.setattr(native, "_SOURCE", spoilt)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native._functions.cache_clear()
-    native.is_trusted.cache_clear()
+    native_trial.is_trusted.cache_clear()
     x = torch.randn(4096, generator=torch.Generator().manual_seed(11))
     q = quantize_4bit(x)
-    assert native._functions() and not native.is_trusted("quantize")
+    assert native._functions() and not native_trial.is_trusted("quantize")
     monkeypatch.setenv("MINILORA_BACKEND", "torch")
     assert same_bits(q.packed, quantize_4bit(x).packed)
 

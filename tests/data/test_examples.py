@@ -11,6 +11,7 @@ from support.pretended_gpu import PretendedGpu
 from support.tiny import small_model
 
 from minilora import UserError
+from minilora.backend.choice import padded_length
 from minilora.backend.documents import PADDING, positions_in_documents
 from minilora.data.chat import load_chat_template
 from minilora.data.examples import (
@@ -29,7 +30,6 @@ from minilora.data.tokenizer import load_tokenizer
 from minilora.inference.evaluation import evaluate_loss
 from minilora.lora import trainable_parameters
 from minilora.loss import IGNORE_INDEX, causal_lm_loss
-from minilora.memory.allocator import padded_length
 
 
 @given(prompt=st.text(max_size=20), completion=st.text(max_size=20))

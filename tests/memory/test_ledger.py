@@ -34,11 +34,12 @@ from minilora import (
     save_model,
 )
 from minilora.backend import choice
+from minilora.backend.choice import padded_length
 from minilora.formats.config_json import parse_config, to_config_json
 from minilora.linear import QuantizedLinear
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
-from minilora.memory.allocator import HEAP_HOLES, compiled_kernel_bytes, padded_length, padded_lengths
+from minilora.memory.allocator import HEAP_HOLES, compiled_kernel_bytes, padded_lengths
 from minilora.memory.ledger import (
     CATEGORIES,
     Answers,

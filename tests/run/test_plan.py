@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from minilora.backend.choice import padded_length
 from minilora.data.examples import Order, collate, document_ids
 from minilora.formats.weights import read_config
-from minilora.memory.allocator import padded_length, return_holes
+from minilora.memory.allocator import return_holes
 from minilora.run import plan as plans
 from minilora.run.plan import plan_memory
 from minilora.run.report import describe_padding

@@ -175,7 +175,7 @@ class PretendedGpu:
     def _forget(self) -> None:
         """Clear what the project remembers of the device: its capability, its streams."""
         for name, module in list(sys.modules.items()):
-            if name.startswith("minilora.") and name != "minilora.backend.native":
+            if name.startswith("minilora.") and not name.startswith("minilora.backend.native"):
                 for value in list(vars(module).values()):
                     getattr(value, "cache_clear", lambda: None)()
         from minilora.backend import scratch
