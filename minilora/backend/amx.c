@@ -182,6 +182,7 @@ static inline void fetch_tile(const uint16_t *tile) {
 
 /* sums[i][j] = A[i] B[j], (16, 16) each, over all steps; a and b: [step][2][TILE]. A fetch beyond the end is harmless. */
 static inline void multiply(const uint16_t *a, const uint16_t *b, int64_t steps, float sums[2][2][256]) {
+    __asm__ volatile("" ::: "memory");  /* GCC does not know that a tile's load reads memory */
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
