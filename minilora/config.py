@@ -1,7 +1,7 @@
 """The shape of a model, an adapter and quantized weights: dataclasses with Hugging Face's field names."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from minilora.system.errors import UserError, suggestion
 
@@ -64,44 +64,74 @@ class QuantConfig:
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+Names = tuple[str, ...] | list[str] | str  # of modules: full names or their ends; text: a regular expression
+
+
 @dataclass(frozen=True)
 class LoraConfig:
-    """An adapter: y = x W^T + scaling * dropout(x) A^T B^T (LoRA, Hu et al. 2021, arXiv:2106.09685, 4.1)."""
+    """An adapter: y = x W^T + scaling * dropout(x) A^T B^T (LoRA, Hu et al. 2021, arXiv:2106.09685, 4.1).
+
+    Names and meanings are PEFT's. `targets.py` says which modules they choose.
+    """
 
     r: int = 8  # rank of the update
     lora_alpha: float = 16  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # on the adapter's input, while training
-    target_modules: tuple[str, ...] | list[str] | str = _QKVO  # names, a regular expression, or all-linear
+    target_modules: Names = _QKVO  # names, a regular expression, or all-linear
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)
     use_dora: bool = False  # train the lengths of the weight's rows apart (Liu et al. 2024, arXiv:2402.09353)
     lora_fa: bool = False  # train B alone, for less memory (Zhang et al. 2023, arXiv:2308.03303)
+    exclude_modules: Names = ()  # of target_modules, those that are left out
+    layers_to_transform: tuple[int, ...] | list[int] | int = ()  # adapt these decoder layers alone; (): all
+    layers_pattern: Names = ()  # what stands before a decoder layer's number in a name; (): any word
+    rank_pattern: dict[str, int] = field(default_factory=dict, hash=False)  # regex of a name's end -> its r
+    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)  # -> its lora_alpha
+    lora_bias: bool = False  # train a bias of B; it is scaled like B
+    bias: str = "none"  # lora_only: train the biases of adapted layers; all: all biases
+    modules_to_save: Names = ()  # modules that are trained whole, in a copy
+    trainable_token_indices: tuple[int, ...] | dict[str, list[int]] = field(default=(), hash=False)  # rows
 
     def __post_init__(self):
-        for name in ("use_rslora", "use_dora", "lora_fa"):
+        for name in ("use_rslora", "use_dora", "lora_fa", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise UserError(f"lora_rank must be a whole number of at least 1, not {self.r!r}")
-        for name in ("lora_alpha", "lora_dropout"):
-            value = getattr(self, name)
+        for r in (self.r, *self.rank_pattern.values()):
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise UserError(f"lora_rank must be a whole number of at least 1, not {r!r}")
+        alphas = [("lora_alpha", alpha) for alpha in (self.lora_alpha, *self.alpha_pattern.values())]
+        for name, value in (*alphas, ("lora_dropout", self.lora_dropout)):
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
                 raise UserError(f"{name} must be a finite number, not {value!r}")
-        if not self.lora_alpha > 0:
-            raise UserError(f"lora_alpha must be above 0, not {self.lora_alpha!r}")
+            if name == "lora_alpha" and not value > 0:
+                raise UserError(f"lora_alpha must be above 0, not {value!r}")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
+        if self.bias not in ("none", "lora_only", "all"):
+            raise UserError(f"bias must be 'none', 'lora_only' or 'all', not {self.bias!r}")
         if not self.target_modules:
             raise UserError("lora_target is empty; name layers such as q_proj,v_proj, or say all-linear")
-        if not isinstance(self.target_modules, str):
-            is_list = isinstance(self.target_modules, (list, tuple, set))
-            if not is_list or not all(isinstance(name, str) for name in self.target_modules):
-                raise UserError(f"lora_target must be text or a list of texts, not {self.target_modules!r}")
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Turn lists of names into tuples. Raises UserError for anything else."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            names, word = getattr(self, name), {"target_modules": "lora_target"}.get(name, name)
+            if not isinstance(names, str):
+                is_list = isinstance(names, (list, tuple, set))
+                if not is_list or not all(isinstance(text, str) for text in names):
+                    raise UserError(f"{word} must be text or a list of texts, not {names!r}")
+                object.__setattr__(self, name, tuple(names))
+        for name in ("layers_to_transform", "trainable_token_indices"):
+            if isinstance(numbers := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(numbers))
 
     @property
     def scaling(self) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        """alpha / r, or alpha / sqrt(r) for rsLoRA, of the layers that no pattern names."""
+        return self.scaling_of(self.r, self.lora_alpha)
+
+    def scaling_of(self, r: int, alpha: float) -> float:
+        return alpha / (r**0.5 if self.use_rslora else r)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LoraConfig":

@@ -61,7 +61,7 @@ def adapted(
     """
     name, base, weight = layer.active, layer.base_layer, layer.base_layer.weight
     A, B, magnitude = layer.lora_A[name], layer.lora_B[name], layer.lora_magnitude_vector[name]
-    scaling, bias = layer.configs[name].scaling, base.bias
+    scaling, bias = layer.scalings[name], base.bias
     generating = not (layer.training or torch.is_grad_enabled())
     norms = layer.row_norms.of_sum(weight, A, B, scaling, product_dtype(x), keep=generating)
     dropped = x if mask is None else x * mask  # dropout(x), without the gain

@@ -117,11 +117,10 @@ def rerun_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
     (..., in) -> (..., out)
     """
-    if isinstance(layer, nn.Linear) and any(p.requires_grad for p in layer.parameters()):
-        return layer(x)
-    if isinstance(layer, (nn.Linear, QuantizedLinear)):
+    is_frozen = not any(p.requires_grad for p in layer.parameters())
+    if is_frozen and isinstance(layer, (nn.Linear, QuantizedLinear)):
         return _GradientOnly.apply(x, layer.weight)
-    raise TypeError(f"{type(layer).__name__} is no frozen linear layer")
+    return layer(x)
 
 
 class QuantizedLinear(nn.Module):

@@ -21,8 +21,7 @@ change nothing but dropout: merging is a separate verb.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +29,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora import dora
+from minilora.adapted import (
+    Adapted,
+    LoraEmbedding,
+    adapted_layers,
+    base_layers,
+    untie_for_merging,
+    weight_under,
+    wrap_tokens,
+    wrap_whole,
+    wrapper,
+)
 from minilora.backend.choice import product_dtype
 from minilora.backend.dropout import gain_of, kept, threshold_of
 from minilora.backend.fused_lora import Adapter, Part
-from minilora.config import LoraConfig
+from minilora.config import LoraConfig, Names
 from minilora.linear import QuantizedLinear, apply_fused, frozen_linear, seed_for
 from minilora.system.errors import UserError, suggestion
-
-OUTPUT_HEAD = "lm_head"
+from minilora.targets import OUTPUT_HEAD as OUTPUT_HEAD  # for those who ask here
+from minilora.targets import chosen_targets, matching_names, ranks_and_alphas
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -87,58 +97,53 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(Adapted):
     """A frozen linear layer and its adapters. x: (..., in) -> (..., out)."""
 
-    def __init__(self, base_layer: nn.Linear | QuantizedLinear):
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = nn.ParameterDict()  # name -> (r, in) float32
-        self.lora_B = nn.ParameterDict()  # name -> (out, r) float32
-        self.lora_magnitude_vector = nn.ParameterDict()  # name -> (out,) float32, DoRA's
-        self.configs: dict[str, LoraConfig] = {}
-        self.active: str | None = None  # the adapter that forward applies
-        self.merged: str | None = None  # the adapter that the base weight holds at present
-        self._merged_factors = torch.ones(())  # DoRA's, (out, 1): its rows were multiplied with them
-        self.row_norms = dora.RowNorms()
-        self.train(base_layer.training)  # a model loaded for inference drops nothing out
+    # Parts: (r, in), (out, r), DoRA's (out,), lora_bias (out,); all float32.
+    kinds = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_bias")
 
-    def add_adapter(self, name: str, config: LoraConfig) -> None:
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.scalings: dict[str, float] = {}
+        self._merged_factors = torch.ones(())  # DoRA's, (out, 1): its rows were multiplied with them
+        self._displaced_bias: Tensor | None = None  # the base layer's, while an adapter is merged
+        self.row_norms = dora.RowNorms()
+
+    def add_adapter(self, name: str, config: LoraConfig, r: int | None = None, alpha: float | None = None):
         """Add an adapter: A ~ kaiming_uniform(a=sqrt(5)) = U(-1/sqrt(in), 1/sqrt(in)), B = 0."""
-        out_features, in_features = self.base_layer.out_features, self.base_layer.in_features
-        device = self.base_layer.weight.device
+        r, alpha = r or config.r, alpha or config.lora_alpha
+        weight = weight_under(self.base_layer, name)
+        (out_features, in_features), device = weight.shape, weight.device
         options = dict(dtype=torch.float32, device=device)
         # Drawn on the CPU: a seed gives the same adapter on every device, and the same dropout after it.
         A = torch.empty(
-            config.r, in_features, dtype=torch.float32, device=device if device.type == "meta" else "cpu"
+            r, in_features, dtype=torch.float32, device="meta" if weight.device.type == "meta" else "cpu"
         )
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(A.to(device))
-        self.lora_B[name] = nn.Parameter(torch.zeros(out_features, config.r, **options))
+        self.lora_B[name] = nn.Parameter(torch.zeros(out_features, r, **options))
         if config.use_dora:
-            self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms.of_weight(self.base_layer.weight))
-        self.configs[name] = config
-
-    def parts(self, name: str) -> dict[str, nn.Parameter]:
-        """Return an adapter's tensors by name: `lora_A`, `lora_B`, and DoRA's `lora_magnitude_vector`."""
-        kinds = ("lora_A", "lora_B", "lora_magnitude_vector")
-        return {kind: getattr(self, kind)[name] for kind in kinds if name in getattr(self, kind)}
+            self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms.of_weight(weight))
+        if config.lora_bias:
+            self.lora_bias[name] = nn.Parameter(torch.zeros(out_features, **options))
+        self.configs[name], self.scalings[name] = config, config.scaling_of(r, alpha)
 
     @property
     def drops(self) -> bool:
         """Whether the active adapter drops elements of x."""
-        active = self.active is not None and self.merged is None
-        return active and self.training and self.configs[self.active].lora_dropout > 0
+        return self.applied is not None and self.training and self.configs[self.active].lora_dropout > 0
 
     def part(self) -> Part | None:
-        """Return what the fused form needs (backend/fused_lora.py). None: it does not know DoRA."""
-        base = self.base_layer
-        if self.active is None or self.merged is not None:
-            return Part(base.weight, base.bias, None)
-        config, threshold = self.configs[self.active], self._threshold
-        if config.use_dora:
+        """Return what the fused form needs (backend/fused_lora.py). None: it knows no DoRA and no biases."""
+        base, name, threshold = self.base_layer, self.applied, self._threshold
+        if isinstance(base, Adapted):
             return None
-        A, B, scaling = self.lora_A[self.active], self.lora_B[self.active], config.scaling
+        if name is None:
+            return Part(base.weight, base.bias, None)
+        if self.configs[name].use_dora or name in self.lora_bias:
+            return None
+        A, B, scaling = self.lora_A[name], self.lora_B[name], self.scalings[name]
         return Part(base.weight, base.bias, Adapter(A, B, scaling * gain_of(threshold), threshold))
 
     def forward(
@@ -157,16 +162,19 @@ class LoraLinear(nn.Module):
             outputs = apply_fused(x, [self], draws[0])
             if outputs is not None:
                 return outputs[0]
-        if self.active is None or self.merged is not None:
+        name, threshold, mask = self.applied, self._threshold, None
+        if name is None:
             return product(self.base_layer, x)
-        config, threshold, mask = self.configs[self.active], self._threshold, None
         if threshold:
             mask = kept(x.shape[:-1].numel(), x.shape[-1], *draws, threshold, x.device).view(x.shape)
         gain = gain_of(threshold)
-        if config.use_dora:
+        if self.configs[name].use_dora:
             return dora.adapted(self, x, mask, gain, product, LowRankUpdate.apply)
-        y, A, B = product(self.base_layer, x), self.lora_A[self.active], self.lora_B[self.active]
-        return LowRankUpdate.apply(y, x, A, B, config.scaling * gain, mask)
+        y, A, B = product(self.base_layer, x), self.lora_A[name], self.lora_B[name]
+        y = LowRankUpdate.apply(y, x, A, B, self.scalings[name] * gain, mask)
+        if name in self.lora_bias:
+            y = y + (self.lora_bias[name] * self.scalings[name]).to(y.dtype)
+        return y
 
     @property
     def _threshold(self) -> int:
@@ -174,7 +182,7 @@ class LoraLinear(nn.Module):
 
     def delta_weight(self, name: str) -> Tensor:
         """Return scaling * B A, float32 (out, in): merging adds it to the weight."""
-        return (self.lora_B[name] @ self.lora_A[name]) * self.configs[name].scaling
+        return (self.lora_B[name] @ self.lora_A[name]) * self.scalings[name]
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -182,11 +190,16 @@ class LoraLinear(nn.Module):
 
         Computed in float32 and rounded once to W's dtype.
         """
-        if self.active is not None and self.merged is None:
-            V, factors = self.base_layer.weight.float() + self.delta_weight(self.active), torch.ones(())
+        if self.applied is not None:
+            V, factors = self.plain_layer.weight.float() + self.delta_weight(self.active), torch.ones(())
             if self.configs[self.active].use_dora:
                 factors = dora.row_factors(V, self.lora_magnitude_vector[self.active])
-            self.base_layer.weight.copy_(V * factors)
+            self.plain_layer.weight.copy_(V * factors)
+            self._displaced_bias = self.plain_layer.bias
+            if self.active in self.lora_bias:
+                bias = self.lora_bias[self.active] * self.scalings[self.active]
+                bias = bias if self._displaced_bias is None else self._displaced_bias.float() + bias
+                self.plain_layer.bias = nn.Parameter(bias.to(V.dtype), requires_grad=False)
             self.merged, self._merged_factors = self.active, factors.masked_fill(factors == 0, 1)
 
     @torch.no_grad()
@@ -196,89 +209,95 @@ class LoraLinear(nn.Module):
         DoRA's rows of magnitude 0 are lost.
         """
         if self.merged is not None:
-            weight = self.base_layer.weight
+            weight = self.plain_layer.weight
             factors = self._merged_factors.to(weight.device)  # the model may have moved since
             weight.copy_(weight.float() / factors - self.delta_weight(self.merged))
+            self.plain_layer.bias = self._displaced_bias
             self.merged = None
 
 
 # ---- the verbs: add, switch, merge, unmerge, remove --------------------------------------------------------
-
-_LINEAR = (nn.Linear, QuantizedLinear, LoraLinear)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
     """Freeze the model, wrap the layers of `config.target_modules`, make the adapter active and trainable.
 
     `target_modules` is a list of leaf names (`q_proj`) or full names, or a string: `all-linear` (every linear
-    layer but the output head) or a regular expression that matches whole names. Raises UserError for a name
-    that no layer has, for an adapter name in use, and for a tied output head.
+    layer but the output head) or a regular expression that matches whole names. `targets.py` has the rules of
+    all fields. Raises UserError for a name that no layer has, and for an adapter name in use.
     """
+    check_new_adapter(model, name)
+    targets = match_targets(model, config)
+    before = {p for p in model.parameters() if p.requires_grad}
+    for parameter in before:
+        parameter.requires_grad_(False)
+    try:
+        wrap_whole(model, targets, config, name)  # the copies are inside
+        wrap_targets(model, targets, config, name)
+        wrap_tokens(model, config, name)
+    except UserError:
+        if name in adapter_names(model):
+            remove_lora(model, name)
+        for parameter in before:
+            parameter.requires_grad_(True)
+        raise
+    set_adapter(model, name)
+
+
+def check_new_adapter(model: nn.Module, name: str) -> None:
+    """Raise UserError if the model cannot take an adapter of this name now."""
     if not name or "." in name:
         raise UserError(f"adapter name {name!r} must be a word without dots")
     if hasattr(nn.ParameterDict, name):  # PyTorch would take it for one of its own methods
         raise UserError(f"adapter name {name!r} is a name that PyTorch uses itself; choose another")
     if name in adapter_names(model):
         raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it")
-    targets = match_targets(model, config.target_modules)
-    if OUTPUT_HEAD in targets and model.config.tie_word_embeddings:
-        raise UserError(f"lora_target names {OUTPUT_HEAD!r}, whose weight is the embedding's; leave it out")
-    if merged := [layer.merged for layer in lora_layers(model).values() if layer.merged is not None]:
+    if merged := [layer.merged for layer in adapted_layers(model).values() if layer.merged is not None]:
         raise UserError(
             f"adapter {merged[0]!r} is merged into the weights; unmerge it before adding {name!r}"
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for target in targets:
-        layer = model.get_submodule(target)
-        if not isinstance(layer, LoraLinear):
-            layer = LoraLinear(layer)
-            model.set_submodule(target, layer)
-        layer.add_adapter(name, config)
-    set_adapter(model, name)
 
 
-def match_targets(model: nn.Module, target_modules: tuple[str, ...] | list[str] | str) -> list[str]:
-    """Return full names of the linear layers that `target_modules` selects, in the model's order."""
-    names = [n for n, m in model.named_modules() if isinstance(m, _LINEAR) and not n.endswith(".base_layer")]
-    if target_modules in ("all-linear", "all"):
-        return [n for n in names if n != OUTPUT_HEAD]
-    if isinstance(target_modules, str):
+def wrap_targets(model: nn.Module, targets: Sequence[str], config: LoraConfig, name: str) -> None:
+    """Add A and B to the layers of these names, each of its rank."""
+    for path, (r, alpha) in ranks_and_alphas(targets, config).items():
+        kind = LoraEmbedding if isinstance(base_layers(model)[path], nn.Embedding) else LoraLinear
+        wrapper(model, path, kind).add_adapter(name, config, r, alpha)
+
+
+def match_targets(model: nn.Module, config: LoraConfig | Names) -> list[str]:
+    """Return full names of the layers that get A and B, in the model's order.
+
+    Raises UserError for a name that no such layer has.
+    """
+    config = config if isinstance(config, LoraConfig) else LoraConfig(target_modules=config)
+    layers = base_layers(model)
+    linear = [n for n, m in layers.items() if isinstance(m, (nn.Linear, QuantizedLinear))]
+    names = [n for n, m in layers.items() if n in linear or isinstance(m, nn.Embedding)]
+    if isinstance(config.target_modules, str):
         try:
-            matched = matching_names(names, target_modules)
-        except re.error as error:
-            raise UserError(f"lora_target {target_modules!r} is not a regular expression: {error}") from error
+            matched = chosen_targets(names, config, linear)
+        except UserError as error:
+            raise UserError(f"lora_target {config.target_modules!r}: {error}") from error
         if not matched:
-            example = f"it must match a whole name such as {names[0]!r}"
-            raise UserError(f"lora_target {target_modules!r} matches no layer; {example}")
+            example = f"it must match a whole name such as {linear[0]!r}"
+            raise UserError(f"lora_target {config.target_modules!r} matches no layer; {example}")
         return matched
-    for target in target_modules:
+    for target in config.target_modules:
         if not matching_names(names, [target]):
             hint = suggestion(target, {n.rpartition(".")[2] for n in names} | set(names))
             raise UserError(f"lora_target names {target!r}, which no linear layer is called{hint}")
-    return matching_names(names, target_modules)
-
-
-def matching_names(names: Iterable[str], target_modules: Sequence[str] | str) -> list[str]:
-    """Return the names that PEFT's rule for `target_modules` selects, in their order.
-
-    A string is a regular expression that matches whole names. A list holds full names, or their last parts.
-    """
-    if isinstance(target_modules, str):
-        return [name for name in names if re.fullmatch(target_modules, name)]
-    endings = tuple(f".{target}" for target in target_modules)
-    return [name for name in names if f".{name}".endswith(endings)]
+    return chosen_targets(names, config, linear)
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
-    """Return full name -> wrapped layer, of all wrapped layers or of those that have `adapter`."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
-    return {n: m for n, m in layers.items() if adapter is None or adapter in m.configs}
+    """Return full name -> wrapped linear layer, of all or of those that have `adapter`."""
+    return {n: m for n, m in adapted_layers(model, adapter).items() if isinstance(m, LoraLinear)}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters on the model, sorted."""
-    return sorted({name for layer in lora_layers(model).values() for name in layer.configs})
+    return sorted({name for layer in adapted_layers(model).values() for name in layer.configs})
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -290,36 +309,39 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     """Make one adapter active and trainable, or none: the base model alone."""
     if name is not None:
         _check_adapter(model, name)
-    for layer in lora_layers(model).values():
+    layers = adapted_layers(model).values()
+    for layer in layers:
         if layer.merged not in (None, name):
             raise UserError(
                 f"adapter {layer.merged!r} is merged into the weights; unmerge it before {name!r}"
             )
-    for layer in lora_layers(model).values():
+    for layer in layers:
         layer.active = name if name in layer.configs else None
-        for adapter in layer.configs:
+        for adapter, config in layer.configs.items():
             for kind, parameter in layer.parts(adapter).items():
-                frozen = kind == "lora_A" and layer.configs[adapter].lora_fa
+                frozen = (kind == "lora_A" and config.lora_fa) or not layer.is_trained(adapter)
                 parameter.requires_grad_(adapter == name and not frozen)
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the active adapter to the base weights, so that it costs nothing; `unmerge_lora` undoes it."""
-    for name, layer in lora_layers(model).items():
-        if isinstance(layer.base_layer, QuantizedLinear):
+    """Add the active adapter to the base weights, so that it costs nothing; `unmerge_lora` undoes it.
+
+    A head that shares the embedding's weight gets its own first if only one of them changes, and stays so.
+    """
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        if isinstance(layer.base_layer, QuantizedLinear) and isinstance(layer, LoraLinear):
             raise UserError(
                 f"{name} is quantized: rounding would lose most of the adapter; merge into plain weights"
             )
-        if name == OUTPUT_HEAD and model.config.tie_word_embeddings:
-            raise UserError(
-                f"{OUTPUT_HEAD!r} shares its weight with the embedding; merging would change both"
-            )
+    untie_for_merging(model)
+    for layer in reversed(layers.values()):  # the inner ones first
         layer.merge()
 
 
 def unmerge_lora(model: nn.Module) -> None:
     """Subtract a merged adapter from the base weights (`LoraLinear.unmerge` says which rounding remains)."""
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.unmerge()
 
 
@@ -330,13 +352,9 @@ def remove_lora(model: nn.Module, name: str | None = None) -> None:
     """
     if name is not None:
         _check_adapter(model, name)
-    for path, layer in lora_layers(model, name).items():
+    for path, layer in reversed(adapted_layers(model, name).items()):  # the inner ones first
         for adapter in [name] if name is not None else list(layer.configs):
-            for kind in layer.parts(adapter):
-                del getattr(layer, kind)[adapter]
-            del layer.configs[adapter]
-            layer.active = None if layer.active == adapter else layer.active
-            layer.merged = None if layer.merged == adapter else layer.merged
+            layer.remove_adapter(adapter)
         if not layer.configs:
             model.set_submodule(path, layer.base_layer)
 

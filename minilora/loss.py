@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minilora.adapted import TrainedCopy
 from minilora.backend.choice import fastest, product_dtype
 from minilora.backend.copies import to_device
 from minilora.model import CausalLM
@@ -42,7 +43,7 @@ def causal_lm_loss(
     hidden = model.model(input_ids, document_ids=document_ids)
     labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # of the next token: the last one has none
     head, rows = model.lm_head, rows_at_a_time(model.config.vocab_size)
-    if isinstance(head, nn.Linear):
+    if isinstance(head, (nn.Linear, TrainedCopy)):
         return linear_cross_entropy(hidden, head.weight, labels)
     hidden, targets = _supervised(hidden, labels)  # the head has an adapter: its logits are computed twice
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)

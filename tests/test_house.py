@@ -12,9 +12,9 @@ from support.project import ROOT
 FLOORS = (
     ("system",),
     ("backend", "config", "recompute"),
-    ("ops", "quantization", "int8"),
+    ("ops", "quantization", "int8", "targets"),
     ("optim", "linear", "dora"),
-    ("model", "lora"),
+    ("model", "lora", "adapted"),
     ("loss", "loss_scale"),
     ("data", "memory", "testing"),
     ("formats",),

@@ -6,6 +6,7 @@ bnb.py               a 4-bit weight <-> its entries in bitsandbytes' state dict
 weights.py           safetensors <-> model, tensor by tensor
 peft_format.py       PEFT's names: files, configuration keys, tensor keys, initialisations
 adapter.py           PEFT's adapter files <-> the adapter on a model
+merging.py           what an adapter makes of each parameter of its base
 adapter_header.py    an adapter's configuration, names and shapes, without its numbers
 peft_rules.py        which configurations PEFT refuses, and which layers they choose
 lint.py              does an adapter load in PEFT, vLLM, SGLang?

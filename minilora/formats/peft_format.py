@@ -3,11 +3,18 @@
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight            float32 (r, in)
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight            float32 (out, r)
     base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector    float32 (out,), only for DoRA
+    base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias              (out,), for lora_bias
     base_model.model.model.embed_tokens.lora_embedding_A                      float32 (r, V)
     base_model.model.model.embed_tokens.lora_embedding_B                      float32 (D, r)
+    base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta  (rows, D)
+    base_model.model.lm_head.weight                                           (V, D), instead of the base's
+    base_model.model.lm_head.base_layer.weight                                the same under an update A, B
 
 A key consists of a prefix, the layer's full name in the base model, and the part of the update. The file
 does not hold the adapter's own name, so the adapter can be loaded under any name.
+
+A parameter of the base model itself takes that one's place: a module of `modules_to_save`, a trained bias, or
+an embedding that PEFT saved with the adapter because its vocabulary has grown or because it is a target.
 """
 
 import re
@@ -18,23 +25,45 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"  # older versions of PEFT wrote it; unpickling runs code
 
-_PREFIX = "base_model.model."
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+PREFIX = "base_model.model."
+A, B, MAGNITUDE, LORA_BIAS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_B.bias"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+ROWS = "token_adapter.trainable_tokens_delta"
 PARTNERS = {A: B, B: A, EMBEDDING_A: EMBEDDING_B, EMBEDDING_B: EMBEDDING_A}
+WEIGHT, BIAS = "weight", "bias"  # of the module itself
+BASE_WEIGHT, BASE_BIAS = "base_layer.weight", "base_layer.bias"  # of a module that has an update, too
+ROWS_WEIGHT = "token_adapter.base_layer.weight"  # of a module some of whose rows are trained
 
-_KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.({'|'.join(map(re.escape, [*PARTNERS, MAGNITUDE]))})")
+_UPDATE = (A, B, LORA_BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B)
+_WHOLE = (ROWS, ROWS_WEIGHT, BASE_WEIGHT, BASE_BIAS, WEIGHT, BIAS)
+
+
+def _key(parts: tuple[str, ...]) -> re.Pattern:
+    return re.compile(rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(re.escape, parts))})")
+
+
+_UPDATE_KEY, _ANY_KEY = _key(_UPDATE), _key(_UPDATE + _WHOLE)
+# PEFT reads its own default name in a key, too, and magnitudes with an ending.
+_ENDINGS = re.compile(r"\b(lora_(?:A|B))\.default(\.weight|\.bias)$|\b(lora_magnitude_vector)\.weight$")
+# What PEFT writes a second time where a module of `modules_to_save` has another vocabulary.
+SAVED_TWICE = re.compile(r"\.(?:modules_to_save|original_module)\.(?:weight|bias)$")
 
 
 def tensor_key(layer: str, part: str) -> str:
     """The key of a tensor in the file. layer: full name in the base model. part: A, B, MAGNITUDE, ..."""
-    return f"{_PREFIX}{layer}.{part}"
+    return f"{PREFIX}{layer}.{part}"
 
 
 def split_key(key: str) -> tuple[str, str] | None:
     """The (layer, part) of a key in the file, or None for a tensor that is no part of a layer's update."""
-    match = _KEY.fullmatch(key)
+    match = _UPDATE_KEY.fullmatch(_ENDINGS.sub(r"\1\2\3", key))
     return (match[1], match[2]) if match else None
+
+
+def split_any_key(key: str) -> tuple[str, str] | None:
+    """The (module, part) of any key in the file, of the module's own weight and bias too; or None."""
+    match = _ANY_KEY.fullmatch(_ENDINGS.sub(r"\1\2\3", key))
+    return (match[1], match[2]) if match and ".lora_" not in match[1] else None
 
 
 # The names that `init_lora_weights` may hold. Some of them may be written in upper case.
@@ -69,6 +98,17 @@ PEFT_HONOURED = {
     "target_modules": Field(
         (str, list), "the layers: names, a regular expression, or all-linear", required=True, longest=10_000
     ),
+    "exclude_modules": Field((str, list), "those of them that are left out", nullable=True, longest=10_000),
+    "layers_to_transform": Field(
+        (int, list), "numbers of the decoder layers that are adapted", nullable=True, low=0, items=int
+    ),
+    "layers_pattern": Field((str, list), "what stands before a layer's number", nullable=True, longest=1000),
+    "rank_pattern": Field(dict, "the end of a layer's name, as a regular expression -> its rank", {}),
+    "alpha_pattern": Field(dict, "the same for lora_alpha", {}),
+    "lora_bias": Field(bool, "a trained bias behind B", False),
+    "bias": Field(str, "which biases of the base are trained", "none", choices=("none", "lora_only", "all")),
+    "modules_to_save": Field(list, "modules that were trained whole", nullable=True, longest=10_000),
+    "trainable_token_indices": Field((list, dict), "trained rows of the embedding", nullable=True, items=int),
     "use_rslora": Field(bool, "scale by lora_alpha / sqrt(r)", False),
     "use_dora": Field(bool, "magnitudes apart from directions", False),
     "base_model_name_or_path": _bookkeeping(
@@ -79,9 +119,12 @@ PEFT_HONOURED = {
 PEFT_CHANGES_NOTHING = {
     "auto_mapping": _bookkeeping(dict, "PEFT's class for the base model"),
     "ensure_weight_tying": _bookkeeping(bool, "for modules_to_save", False),
+    "corda_config": _bookkeeping(dict, "for init_lora_weights = 'corda'"),
     "eva_config": _bookkeeping(dict, "how A was initialised"),
+    "fan_in_fan_out": _bookkeeping(bool, "for layers that these models do not have", False),
     "inference_mode": _bookkeeping(bool, "whether PEFT freezes the adapter", True),
-    "layers_pattern": _bookkeeping((str, list), "for layers_to_transform"),
+    "loftq_config": _bookkeeping(dict, "for init_lora_weights = 'loftq'", {}),
+    "lora_ga_config": _bookkeeping(dict, "for init_lora_weights = 'lora_ga'"),
     "megatron_core": _bookkeeping(str, "for megatron_config", "megatron.core", longest=_MAX_NAME),
     "peft_version": _bookkeeping(str, "who wrote the file", "0.21.2", longest=_MAX_NAME),
     "qalora_group_size": _bookkeeping(int, "for use_qalora", 16),
@@ -91,11 +134,9 @@ PEFT_CHANGES_NOTHING = {
 PEFT_INIT = "init_lora_weights"  # honoured unless it changed the base weights: see `changes_base`
 # Each of them asks for something that is not implemented here, unless it has this value or is empty.
 PEFT_MUST_BE_OFF = dict(
-    alora_invocation_tokens=None, alpha_pattern={}, arrow_config=None, bias="none", corda_config=None,
-    exclude_modules=None, fan_in_fan_out=False, kasa_config=None, layer_replication=None,
-    layers_to_transform=None, loftq_config={}, lora_bias=False, lora_ga_config=None, megatron_config=None,
-    modules_to_save=None, monteclora_config=None, rank_pattern={}, target_parameters=None,
-    trainable_token_indices=None, use_bdlora=None, use_qalora=False, velora_config=None,
+    alora_invocation_tokens=None, arrow_config=None, kasa_config=None, layer_replication=None,
+    megatron_config=None, monteclora_config=None, target_parameters=None, use_bdlora=None, use_qalora=False,
+    velora_config=None,
 )  # fmt: skip
 
 # Every key that PEFT 0.21 writes for a plain LoRA, with the value that means "nothing special", in its order.

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from minilora.formats.adapter_header import AdapterHeader, is_number, is_texts
 from minilora.formats.peft_format import EMBEDDING_A, KNOWN_INITS, PARTNERS, split_key, tensor_key
-from minilora.lora import OUTPUT_HEAD, matching_names
 from minilora.system.patterns import match_names
 from minilora.system.schema import shown
+from minilora.targets import OUTPUT_HEAD, matching_names
 
 _TASKS = "SEQ_CLS SEQ_2_SEQ_LM CAUSAL_LM TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTION".split()
 _HARMLESS_CONFIGS = ("eva_config", "corda_config", "lora_ga_config")  # read only if init_lora_weights says so

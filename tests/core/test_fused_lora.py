@@ -205,7 +205,7 @@ def test_the_plain_path_runs_where_the_fused_one_cannot(why, monkeypatch):
             layer.configs.pop("a"), layer.lora_A.pop("a"), layer.lora_B.pop("a")
             layer.add_adapter("a", LoraConfig(r=4, use_dora=True))
     elif why == "other scalings":
-        layers[0].configs["a"] = LoraConfig(r=4, lora_alpha=1)
+        layers[0].scalings["a"] /= 2
     elif why == "a trained base":
         layers[0] = nn.Linear(6, 8)
     elif why == "a layer of one's own":

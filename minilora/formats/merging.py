@@ -1,0 +1,112 @@
+"""What an adapter makes of each parameter of its base model, one by one, without a model in memory.
+
+    own weights     the parameter is replaced: modules_to_save, trained biases, a vocabulary that has grown
+    update          W + scaling * B A, for DoRA the rows then scaled to their trained lengths
+    trained rows    these rows are replaced last
+
+A tied head stays tied as long as it and the embedding change alike. Else the merged model has a head of its
+own, and its configuration says so. `lora.merge_lora` does the same to a model in memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from minilora.config import ModelConfig
+from minilora.dora import row_factors
+from minilora.formats.adapter import AdapterFile
+from minilora.formats.peft_format import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    LORA_BIAS,
+    MAGNITUDE,
+    ROWS,
+    WEIGHT,
+    A,
+    B,
+)
+from minilora.system.errors import UserError
+from minilora.targets import EMBEDDING, OUTPUT_HEAD, matching_names, ranks_and_alphas, token_rows
+
+_EMBEDDING_WEIGHT, _HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{OUTPUT_HEAD}.weight"
+
+
+@dataclass(frozen=True)
+class Merging:
+    """An adapter and the base model that it is merged into."""
+
+    adapter: AdapterFile
+    base: ModelConfig
+
+    @cached_property
+    def unties(self) -> bool:
+        """Whether a tied head and the embedding part ways."""
+        embedding = self.adapter.modules.get(EMBEDDING, {})
+        return self.base.tie_word_embeddings and (
+            OUTPUT_HEAD in self.adapter.modules or any(part != ROWS for part in embedding)
+        )
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The merged model's configuration."""
+        own = self.adapter.own(EMBEDDING)
+        rows = len(own[WEIGHT]) if own else self.base.vocab_size
+        tied = self.base.tie_word_embeddings and not self.unties
+        return replace(self.base, vocab_size=rows, tie_word_embeddings=tied)
+
+    def source(self, name: str) -> str:
+        """The name under which the base model's files hold a parameter of the merged model."""
+        return _EMBEDDING_WEIGHT if name == _HEAD_WEIGHT and self.base.tie_word_embeddings else name
+
+    def changes(self, name: str) -> bool:
+        """Whether merging changes a parameter of the merged model."""
+        module, _, leaf = name.rpartition(".")
+        parts = self.adapter.modules.get(module, {})
+        return LORA_BIAS in parts or "bias" in self.adapter.own(module) if leaf == "bias" else bool(parts)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise UserError if the base model has no place for a bias. shapes: of its parameters."""
+        for module, parts in self.adapter.modules.items():
+            if LORA_BIAS in parts and f"{module}.bias" not in shapes:
+                raise UserError(
+                    f"{self.adapter.directory} adds a bias to {module} (lora_bias), where the base model has "
+                    "none: use the adapter unmerged"
+                )
+
+    def merged(self, name: str, base: Tensor) -> Tensor:
+        """The merged parameter, float32. base: the base model's, in any dtype."""
+        module, _, leaf = name.rpartition(".")
+        parts, own = self.adapter.modules.get(module, {}), self.adapter.own(module).get(leaf)
+        value = base if own is None or _is_rounded(base, own) else own
+        value = value.float()
+        if leaf == "bias":
+            return value + parts[LORA_BIAS].float() * self.scaling(module) if LORA_BIAS in parts else value
+        if A in parts:
+            value = value + (parts[B].float() @ parts[A].float()) * self.scaling(module)
+        if EMBEDDING_A in parts:
+            update = parts[EMBEDDING_B].float() @ parts[EMBEDDING_A].float()
+            value = value + update.T * self.scaling(module)
+        if MAGNITUDE in parts:
+            value = value * row_factors(value, parts[MAGNITUDE].float())
+        return self._with_rows(module, value)
+
+    def scaling(self, module: str) -> float:
+        """alpha / r of a module, or alpha / sqrt(r) for rsLoRA."""
+        config = self.adapter.config
+        return config.scaling_of(*ranks_and_alphas([module], config)[module])
+
+    def _with_rows(self, module: str, weight: Tensor) -> Tensor:
+        values = self.adapter.modules.get(module, {}).get(ROWS)
+        if values is None:
+            return weight
+        chosen = token_rows(self.adapter.config)
+        rows = next(rows for end, rows in chosen.items() if matching_names([module], [end]))
+        return weight.index_copy(0, torch.tensor(rows), values.float())
+
+
+def _is_rounded(base: Tensor, own: Tensor) -> bool:
+    """Whether a weight in an adapter's file is the base's, which PEFT writes beside A and B."""
+    return base.shape == own.shape and torch.equal(base.to(own.dtype), own)
