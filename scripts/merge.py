@@ -56,10 +56,10 @@ from minilora.formats.weights import (
     StoredTensors,
     bitsandbytes_config,
     is_redundant,
-    read_config,
+    read_model,
     save_tensors,
 )
-from minilora.inference.load import find_base, load_adapted_tokenizer
+from minilora.inference.load import find_base, load_adapted_tokenizer, load_run_config
 from minilora.lora import OUTPUT_HEAD, match_targets
 from minilora.model import CausalLM
 from minilora.quantization import QUANT_TYPES, QuantizedTensor, quantize_4bit
@@ -72,7 +72,9 @@ from minilora.system.locks import LOCK_FILE
 from minilora.system.outputs import check_output, whole_output
 
 SHARD_BYTES = 1_000_000_000
-_MERGING_OPTIONS = ("model", "into", "quantize", "quantization_type", "double_quantization")
+_MERGING_OPTIONS = (
+    "model", "into", "quantize", "quantization_type", "double_quantization", "accept_config_fields"
+)  # fmt: skip
 
 
 def main() -> None:
@@ -100,6 +102,7 @@ def parse_options() -> argparse.Namespace:
     add("--quantize", action="store_true", help="write the merged weights in bitsandbytes' 4 bits")
     add("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
     add("--double_quantization", choices=("true", "false"), help="as in training; default: true")
+    add("--accept_config_fields", help="unknown fields of the base's config.json; default: as in training")
     options = parser.parse_args()
     options.to_gguf = options.output is not None and options.output.suffix == ".gguf"
     return options
@@ -164,7 +167,7 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
     """Read the adapter and the base model's headers. Raises UserError if they do not fit together."""
     lora, factors = read_adapter(adapter)
     base = find_base(options.model, [adapter])
-    config, stored = read_config(base), StoredTensors(base)
+    config, stored = read_model(base, accepted_fields(options, adapter))
     tokenizer = load_adapted_tokenizer(base, {"adapter": adapter})  # with training's chat template
     if OUTPUT_HEAD in factors and config.tie_word_embeddings:
         raise UserError(
@@ -190,6 +193,13 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
         choice=choose(options, stored, shapes, adapter),
         gguf_type=(options.outtype or "f16") if options.to_gguf else None,
     )
+
+
+def accepted_fields(options: argparse.Namespace, adapter: Path) -> list[str]:
+    """Unknown fields of the base's `config.json` that the user, or else the adapter's run, calls harmless."""
+    given = options.accept_config_fields
+    keys = [f"--accept_config_fields={given}"] if given else []
+    return load_run_config({"adapter": adapter}, keys).accepted_fields()
 
 
 def choose(
@@ -386,6 +396,7 @@ def write_config(plan: Plan, directory: Path) -> None:
     """The base model's `config.json`, with a `quantization_config` only if the weights are quantized."""
     raw = json.loads((plan.base / MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
     raw.pop("quantization_config", None)
+    raw["tie_word_embeddings"] = plan.config.tie_word_embeddings  # as the files hold the head
     if plan.choice.quantize:
         quant = plan.choice.quant
         raw["quantization_config"] = bitsandbytes_config(

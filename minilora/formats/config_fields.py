@@ -46,8 +46,11 @@ CONFIG_FIELDS = {
     "max_position_embeddings": _size("the longest context that was trained", _MAX_POSITIONS, default=2048),
     "rms_norm_eps": Field(float, "added to the mean of squares in RMSNorm", default=1e-6, low=0, high=1),
     "tie_word_embeddings": Field(bool, "the head shares the embedding's weight", default=False),
-    "attention_bias": Field(bool, "biases on q, k, v, o; Qwen2 always has those of q, k, v", default=False),
-    "mlp_bias": Field(bool, "biases on the feed-forward layers", default=False),
+    "attention_bias": Field(
+        bool, "biases on q, k, v, o of Llama and Qwen3. Mistral has none, Qwen2 those of q, k, v: whatever "
+        "it says", default=False,
+    ),
+    "mlp_bias": Field(bool, "biases on Llama's feed-forward layers; the others have none", default=False),
     "sliding_window": _size(
         "the tokens that a layer sees; null: all. Absent: 4096 for Mistral and Qwen. Llama has none",
         _MAX_POSITIONS, nullable=True,

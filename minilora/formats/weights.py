@@ -11,7 +11,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from minilora.system.hub import resolve_model
 from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
 
 MODEL_CONFIG_FILE = "config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -55,18 +57,19 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     token: str | None = None,
+    accept_config_fields: Collection[str] = (),
 ) -> CausalLM:
     """A frozen model, in evaluation mode, from a local directory or a hub id.
 
     quant: how to store the weights of the linear layers. The embedding, the head and the norms stay in
     `dtype`. Weights that the files hold in bitsandbytes' 4 bits stay so. dtype: of the other weights and of
-    all computing; None takes the one that `config.json` names. Raises UserError for a directory that is not a
-    model, a configuration that cannot be honoured, and corrupt, missing, unexpected or misshapen tensors.
+    all computing; None takes the one that `config.json` names. accept_config_fields: unknown fields of
+    `config.json` that are harmless. Raises UserError for a directory that is not a model, a configuration
+    that cannot be honoured, and corrupt, missing, unexpected or misshapen tensors.
     """
     directory = resolve_model(str(path_or_hub_id), revision=revision, token=token)
-    config = read_config(directory)
+    config, stored = read_model(directory, accept_config_fields)
     dtype = dtype or FLOATS[config.dtype]
-    stored = StoredTensors(directory)
     with torch.device("meta"):
         model = CausalLM(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # lists a tied head only once
@@ -94,16 +97,31 @@ def load_model(
     return model.eval()
 
 
-def read_config(directory: Path) -> ModelConfig:
+def read_model(
+    directory: Path, accept_config_fields: Collection[str] = ()
+) -> tuple[ModelConfig, "StoredTensors"]:
+    """The model in a directory: its configuration, and its tensors, still on disk.
+
+    A file may hold an output head of its own although `config.json` says that the head shares the embedding's
+    weight. Then the file is right, as for transformers and vLLM: the configuration comes back untied. Raises
+    UserError for a configuration that cannot be honoured, and for files that cannot be read.
+    """
+    config, stored = read_config(directory, accept_config_fields), StoredTensors(directory)
+    if config.tie_word_embeddings and stored.differ(HEAD, EMBEDDING):
+        config = replace(config, tie_word_embeddings=False)
+    return config, stored
+
+
+def read_config(directory: Path, accept_config_fields: Collection[str] = ()) -> ModelConfig:
     """The configuration in a model directory. Raises UserError if there is none that can be honoured."""
     if not (directory / MODEL_CONFIG_FILE).is_file():
         raise UserError(f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}")
-    return read_config_file(directory / MODEL_CONFIG_FILE)
+    return read_config_file(directory / MODEL_CONFIG_FILE, accept_config_fields)
 
 
 def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
     """A test of tensor names: whether files may hold the tensor although the model does not need it."""
-    tied_head = "lm_head.weight" if config.tie_word_embeddings else None
+    tied_head = HEAD if config.tie_word_embeddings else None
     return lambda name: name == tied_head or bool(_ROTARY_BUFFERS.fullmatch(name))
 
 
@@ -177,6 +195,12 @@ class StoredTensors:
             raise UserError(
                 f"the weights in {self.directory} do not fit its {MODEL_CONFIG_FILE}: {summarize(problems)}"
             )
+
+    def differ(self, one: str, other: str) -> bool:
+        """Whether the files hold both tensors, with different contents."""
+        if one not in self.shapes or other not in self.shapes:
+            return False
+        return not torch.equal(*(self.read(name, None, "cpu", copy=False) for name in (one, other)))
 
     def read(
         self, name: str, dtype: torch.dtype | None, device: torch.device | str, copy: bool = True

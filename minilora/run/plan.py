@@ -19,7 +19,7 @@ from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids, tok
 from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
-from minilora.formats.weights import read_config
+from minilora.formats.weights import read_model
 from minilora.memory.allocator import (
     compiles_kernels,
     limit_compiled_kernels,
@@ -132,7 +132,7 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
         config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision
     )
     check_inputs(config, model_dir)
-    model_config = read_config(model_dir)
+    model_config, _ = read_model(model_dir, config.accepted_fields())
     tokenizer = load_tokenizer(model_dir)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     train_set, eval_set = load_examples(config, model_config, tokenizer, template)
