@@ -30,10 +30,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -50,14 +47,12 @@ from minilora.formats.bnb import to_bitsandbytes
 from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.formats.weights import (
-    INDEX_FILE,
     MODEL_CONFIG_FILE,
-    SINGLE_FILE,
     StoredTensors,
     bitsandbytes_config,
     is_redundant,
     read_model,
-    save_tensors,
+    write_shards,
 )
 from minilora.inference.load import find_base, load_adapted_tokenizer, load_run_config
 from minilora.lora import OUTPUT_HEAD, match_targets
@@ -71,7 +66,6 @@ from minilora.system.hub import resolve_model
 from minilora.system.locks import LOCK_FILE
 from minilora.system.outputs import check_output, whole_output
 
-SHARD_BYTES = 1_000_000_000
 _MERGING_OPTIONS = (
     "model", "into", "quantize", "quantization_type", "double_quantization", "accept_config_fields"
 )  # fmt: skip
@@ -403,25 +397,6 @@ def write_config(plan: Plan, directory: Path) -> None:
             quant.quant_type, quant.double_quant, plan.config.dtype
         )
     write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
-
-
-def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> None:
-    """Write tensors in the order they come, into one file, or into several files and an index."""
-    held, shards, total = {}, [], 0  # shards: the names in each file
-    for tensors in chain(entries, [{}]):  # the empty one marks the end
-        if held and (not tensors or sum(t.nbytes for t in (held | tensors).values()) > SHARD_BYTES):
-            save_tensors(held, directory / f"{len(shards)}.safetensors")
-            shards.append(list(held))
-            total, held = total + sum(t.nbytes for t in held.values()), {}
-        held |= tensors
-    weight_map = {}
-    for i, names in enumerate(shards):  # A file's name holds the number of files, known only now.
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        os.replace(directory / f"{i}.safetensors", directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_whole(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 # ---- the adapter alone ----

@@ -1,4 +1,4 @@
-"""Model directories in Hugging Face's layout: `config.json` and safetensors files, single or sharded.
+"""Model directories in Hugging Face's layout: `config.json` and weight files, single or sharded.
 
 Loading is lazy, tensor by tensor. The model is first built on the `meta` device, where parameters have shapes
 and no memory. The headers of the files, a few kilobytes each, list the tensors and their shapes. One error
@@ -11,13 +11,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
-from operator import itemgetter
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from minilora.config import ModelConfig, QuantConfig
 from minilora.formats.bnb import from_bitsandbytes, group_entries, to_bitsandbytes
 from minilora.formats.config_json import read_config_file, to_config_json
+from minilora.formats.weight_files import INDEX_FILE, SINGLE_FILE, index_of, open_weights, weight_files
 from minilora.int8 import quantize_int8
 from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
 from minilora.lora import OUTPUT_HEAD
@@ -33,18 +34,11 @@ from minilora.quantization import FLOATS, QuantizedTensor, quantize_4bit
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import write_whole
 from minilora.system.hub import resolve_model
-from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
+from minilora.system.schema import shown_name
 
 MODEL_CONFIG_FILE = "config.json"
+SHARD_BYTES = 1_000_000_000  # of a weight file, unless one tensor alone is larger
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-_INDEX_FIELDS = {
-    "weight_map": Field(dict, "tensor name -> file name", required=True),
-    "metadata": Field(dict, "such as the size of all tensors", nullable=True),
-}
-_SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a plain name: no folder, no hidden file
 
 _FLOATS_IN_FILES = ("F32", "BF16", "F16")  # safetensors' names of FLOATS
 _ROTARY_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files
@@ -159,11 +153,13 @@ class StoredTensors:
         self.files: dict[str, Path] = {}  # tensor name -> the file that holds it
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}  # in safetensors' spelling: BF16, F32, ...
-        for path, promised in _weight_files(directory).items():
-            with _open(path) as file:
+        for path, promised in weight_files(directory).items():
+            with open_weights(path) as file:
                 if lacking := sorted(promised - set(file.keys())):
                     problem = summarize([shown_name(name) for name in lacking], 3)
-                    raise UserError(f"{path} lacks {problem}, which {INDEX_FILE} puts there; download again")
+                    raise UserError(
+                        f"{path} lacks {problem}, which {index_of(path)} puts there; download again"
+                    )
                 for name in file.keys():
                     if name in self.files:
                         raise UserError(
@@ -209,7 +205,7 @@ class StoredTensors:
 
         With `copy=False` it may be a view of the mapped file: use it at once, and drop it.
         """
-        with _open(self.files[name]) as file:
+        with open_weights(self.files[name]) as file:
             return file.get_tensor(name).to(device=device, dtype=dtype, copy=copy)
 
     def read_quantized(
@@ -223,49 +219,6 @@ class StoredTensors:
                 f"{name} in {self.directory} is {tuple(weight.shape)}, {MODEL_CONFIG_FILE} says {shape}"
             )
         return weight.to(device)
-
-
-def _weight_files(directory: Path) -> dict[Path, set[str]]:
-    """The safetensors files of a model directory, each with the tensors that its index puts there."""
-    index = directory / INDEX_FILE
-    if index.exists():
-        shards: dict[Path, set[str]] = {}
-        for name, file in sorted(_read_index(index).items(), key=itemgetter(1)):
-            shards.setdefault(directory / file, set()).add(name)
-        if absent := [path.name for path in shards if not path.is_file()]:
-            raise UserError(
-                f"{directory} lacks {summarize(absent)}, which {INDEX_FILE} names; download again"
-            )
-        return shards
-    if (directory / SINGLE_FILE).is_file():
-        return {directory / SINGLE_FILE: set()}
-    pickled = sorted(path.name for path in directory.glob("*.bin"))
-    hint = f" ({pickled[0]} is pickled and never read; convert it to safetensors)" if pickled else ""
-    raise UserError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a sharded model. No file outside its directory is named."""
-    try:
-        shards = read_fields(read_object(path), _INDEX_FIELDS)["weight_map"]
-        for name, file in shards.items():
-            if not isinstance(file, str) or not _SHARD.fullmatch(file):
-                raise UserError(
-                    f"{shown_name(name)} must lie in a file such as model-00001-of-00002.safetensors in the "
-                    f"same directory, not in {shown(file)}"
-                )
-    except UserError as error:
-        raise UserError(f"{path} is not a safetensors index: {error}") from error
-    if not shards:
-        raise UserError(f"{path} is not a safetensors index: weight_map is empty")
-    return shards
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt: {error}; download it again") from error
 
 
 def save_model(model: CausalLM, directory: str | Path) -> None:
@@ -319,3 +272,22 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> None:
+    """Write tensors in the order they come, into one file, or into several files and an index."""
+    held, shards, total = {}, [], 0  # shards: the names in each file
+    for tensors in chain(entries, [{}]):  # the empty one marks the end
+        if held and (not tensors or sum(t.nbytes for t in (held | tensors).values()) > SHARD_BYTES):
+            save_tensors(held, directory / f"{len(shards)}.safetensors")
+            shards.append(list(held))
+            total, held = total + sum(t.nbytes for t in held.values()), {}
+        held |= tensors
+    weight_map = {}
+    for i, names in enumerate(shards):  # A file's name holds the number of files, known only now.
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(directory / f"{i}.safetensors", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_whole(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
