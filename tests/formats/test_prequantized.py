@@ -114,6 +114,7 @@ def test_packed_bytes_under_the_name_of_any_dtype_are_the_same_weights(tmp_path,
 
 
 @pytest.mark.parametrize("blocksize", BLOCK_SIZES)
+@torch.compiler.set_stance("force_eager")  # bitsandbytes would compile a kernel for large blocks
 def test_every_block_size_and_nested_block_size_is_dequantized_as_bitsandbytes_does(blocksize):
     functional = pytest.importorskip("bitsandbytes").functional
     # Rows of 4096, so that no block spans two: see support/prequantized.py.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from support.families import in_eval_mode, transformers_model
 
 # Which layers stay unquantized. Names of layers, of a part of the model, or None: what transformers leaves by
