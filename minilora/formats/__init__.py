@@ -3,6 +3,7 @@
 config_fields.py     the fields of config.json: types, limits, defaults, meanings
 config_json.py       config.json <-> ModelConfig: every field is honoured, harmless or refused
 bnb.py               a 4-bit weight <-> its entries in bitsandbytes' state dict
+bnb_int8.py          the same for an 8-bit weight
 pickled.py           pickled weights: tensors come out, and nothing else
 weight_files.py      which files hold a model's weights
 weights.py           these files <-> model, tensor by tensor
