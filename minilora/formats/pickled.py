@@ -75,8 +75,8 @@ class PickledFile:
     def __init__(self, path: Path):
         if path.is_file() and not is_mapped(path):
             raise UserError(
-                f"{path} is pickled in PyTorch's format from before 2020, which cannot be read tensor by "
-                f"tensor: convert it with python scripts/convert.py --model {path.parent} --output NEW"
+                f"{path} is no zip archive, PyTorch's format since 2020, and cannot be mapped; "
+                f"if it is older, convert it: python scripts/convert.py --model {path.parent} --output NEW"
             )
         self._tensors = read_pickled_tensors(path)
 

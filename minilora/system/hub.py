@@ -107,7 +107,7 @@ def _download(
         problem = f"{repo_id} is not (or not completely) in the cache, and {_explain_failure(cause)}"
         raise UserError(problem) from error
     if folder and not Path(snapshot, folder).is_dir():
-        raise UserError(f"{repo_id} has no folder {folder!r} with files of a model; see {page}")
+        raise UserError(f"{repo_id} has no folder {folder!r} with a model's files; see {page}")
     return Path(snapshot, folder)
 
 
