@@ -2,6 +2,7 @@
 
 config_fields.py     the fields of config.json: types, limits, defaults, meanings
 config_json.py       config.json <-> ModelConfig: every field is honoured, harmless or refused
+foreign_formats.py   formats of weights that are refused by name
 bnb.py               a 4-bit weight <-> its entries in bitsandbytes' state dict
 bnb_int8.py          the same for an 8-bit weight
 pickled.py           pickled weights: tensors come out, and nothing else

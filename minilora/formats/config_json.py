@@ -23,6 +23,7 @@ from minilora.formats.config_fields import (
     QUANTIZATION_FIELDS,
     ROPE_FIELDS,
 )
+from minilora.formats.foreign_formats import refuse_method
 from minilora.system.errors import UserError
 from minilora.system.files import read_json
 from minilora.system.schema import read_fields, shown, shown_name
@@ -85,7 +86,7 @@ def parse_config(raw: dict, accept_config_fields: Collection[str] = ()) -> Model
     family = _FAMILIES[fields["model_type"]]
     _check_architectures(fields, family)
     _check_code(fields["auto_map"])
-    _check_quantization(fields["quantization_config"])
+    _check_quantization(fields)
     _check_accepted(raw, accept_config_fields)
     _check_unknown(raw, accept_config_fields)
     bias, mlp_bias = (fields[name] and name in family.bias_fields for name in ("attention_bias", "mlp_bias"))
@@ -125,23 +126,23 @@ def _check_code(auto_map: dict | None) -> None:
         raise UserError(f"auto_map asks for the model's own code ({code}), which is never run")
 
 
-def _check_quantization(raw: dict | None) -> None:
+def _check_quantization(config: dict) -> None:
     """Raise UserError for files in a quantized format that is not read here.
 
     Quantized tensors describe themselves, so nothing else of the field is needed. Old files of bitsandbytes
     name no quant_method.
     """
-    if raw is None:
+    for name, method in (("quantization", "mlx"), ("compression_config", "compressed-tensors")):
+        if config[name]:
+            refuse_method(method, name)
+    if config["quantization_config"] is None:
         return
-    fields = read_fields(raw, QUANTIZATION_FIELDS, "quantization_config.")
+    fields = read_fields(config["quantization_config"], QUANTIZATION_FIELDS, "quantization_config.")
     method = fields["quant_method"]
     if method is None and (fields["load_in_4bit"] or fields["load_in_8bit"]):
         method = "bitsandbytes"
     if method != "bitsandbytes":
-        raise UserError(
-            f"quantization_config is of {method}; only bitsandbytes in 4 or 8 bits is read: "
-            "take the unquantized weights"
-        )
+        refuse_method(method, "quantization_config")
 
 
 def _check_accepted(raw: dict, accepted: Collection[str]) -> None:

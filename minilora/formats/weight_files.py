@@ -1,10 +1,8 @@
 """The files that hold a model's weights: safetensors or, without these, pickled ones; single or sharded.
 
-    model.safetensors                          one file
-    model.safetensors.index.json + shards      the index: tensor name -> file
-    pytorch_model.bin, ...bin.index.json       the same, pickled: read only where no safetensors lie beside it
-
-Files of other programs are refused by name, with the file to take instead.
+model.safetensors                          one file
+model.safetensors.index.json + shards      the index: tensor name -> file
+pytorch_model.bin, ...bin.index.json       the same, pickled: read only where no safetensors lie beside it
 """
 
 import re
@@ -13,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from minilora.formats.foreign_formats import foreign_files
 from minilora.formats.pickled import PICKLED_FILE, PICKLED_INDEX_FILE, PickledFile
 from minilora.system.errors import UserError, summarize
 from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
@@ -40,7 +39,7 @@ def weight_files(directory: Path) -> dict[Path, set[str]]:
             return _shards(directory / index)
         if (directory / single).is_file():
             return {directory / single: set()}
-    raise UserError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{_foreign_files(directory)}")
+    raise UserError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{foreign_files(directory)}")
 
 
 def open_weights(path: Path):
@@ -59,18 +58,6 @@ def open_weights(path: Path):
 def index_of(path: Path) -> str:
     """The name of the index that lists a shard."""
     return PICKLED_INDEX_FILE if path.suffix == ".bin" else INDEX_FILE
-
-
-def _foreign_files(directory: Path) -> str:
-    """What lies there instead, and what to take, for the end of a message."""
-    if found := sorted(path.name for path in directory.glob("*.gguf")):
-        return (
-            f": {shown_name(found[0])} is GGUF, llama.cpp's format, which is written here but not read; take "
-            "the model that it was made from (its card names it)"
-        )
-    if found := sorted(path.name for path in directory.iterdir() if path.suffix in (".pth", ".pt", ".bin")):
-        return f" ({shown_name(found[0])} has a layout of its own; take the model in Hugging Face's)"
-    return ""
 
 
 def _shards(index: Path) -> dict[Path, set[str]]:

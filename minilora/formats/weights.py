@@ -30,7 +30,14 @@ from minilora.config import ModelConfig, QuantConfig
 from minilora.formats.bnb import from_bitsandbytes, group_entries, to_bitsandbytes
 from minilora.formats.bnb_int8 import from_bitsandbytes_int8, group_int8_entries, to_bitsandbytes_int8
 from minilora.formats.config_json import read_config_file, to_config_json
-from minilora.formats.weight_files import INDEX_FILE, SINGLE_FILE, index_of, open_weights, weight_files
+from minilora.formats.foreign_formats import foreign_files, refuse_foreign_tensors
+from minilora.formats.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    index_of,
+    open_weights,
+    weight_files,
+)
 from minilora.int8 import Int8Tensor, quantize_int8
 from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
 from minilora.lora import OUTPUT_HEAD
@@ -111,7 +118,9 @@ def read_model(
 def read_config(directory: Path, accept_config_fields: Collection[str] = ()) -> ModelConfig:
     """The configuration in a model directory. Raises UserError if there is none that can be honoured."""
     if not (directory / MODEL_CONFIG_FILE).is_file():
-        raise UserError(f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}")
+        raise UserError(
+            f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}{foreign_files(directory)}"
+        )
     return read_config_file(directory / MODEL_CONFIG_FILE, accept_config_fields)
 
 
@@ -184,6 +193,7 @@ class StoredTensors:
                     self.files[name] = path
                     self.shapes[name] = tuple(entry.get_shape())
                     self.dtypes[name] = entry.get_dtype()
+        refuse_foreign_tensors(directory, self.files)
         self._in_4_bits = group_entries(self.files)
         # Weights in 4 or 8 bits: name -> the names of its entries.
         self.quantized = self._in_4_bits | group_int8_entries(self.files)
