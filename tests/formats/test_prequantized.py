@@ -22,7 +22,7 @@ from support.tiny import AFTER_20_STEPS, TOLERANCE, adapter_pairs, ids, randomiz
 from torch import nn
 
 from minilora import LoraConfig, QuantConfig, UserError, add_lora, load_model, quantize_4bit, save_model
-from minilora.formats.bnb import from_bitsandbytes
+from minilora.formats.bnb import from_bitsandbytes, to_bitsandbytes
 from minilora.int8 import quantize_int8
 from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
 from minilora.lora import trainable_parameters
@@ -137,8 +137,6 @@ def test_an_embedding_or_a_norm_in_4_bits_is_refused_by_name(tmp_path):
     save_model(model, tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
-        from minilora.formats.bnb import to_bitsandbytes
-
         entries = to_bitsandbytes(quantize_4bit(whole[name]), name)
         save_file(whole | entries, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=f"{name} is quantized, but only linear layers can be") as error:
