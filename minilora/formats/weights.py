@@ -41,8 +41,9 @@ from minilora.formats.weight_files import (
 from minilora.int8 import Int8Tensor, quantize_int8
 from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
 from minilora.lora import OUTPUT_HEAD
+from minilora.memory.stored_layers import InFiles
 from minilora.model import CausalLM
-from minilora.quantization import FLOATS, QuantizedTensor, quantize_4bit
+from minilora.quantization import FLOATS, NESTED_BLOCK_SIZE, QuantizedTensor, quantize_4bit
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, write_whole
 from minilora.system.hub import resolve_model
@@ -204,6 +205,25 @@ class StoredTensors:
         return bool(self.quantized) or bool(
             read_json(self.directory / MODEL_CONFIG_FILE).get("quantization_config")
         )
+
+    def quantized_layers(self) -> dict[str, InFiles] | None:
+        """Full name of each layer in 4 or 8 bits -> what its scales take, by the headers alone. None: the
+        model's author did not quantize it.
+        """
+        if not self.prequantized:
+            return None
+        layers = {}
+        for name in self.quantized:
+            layer = name.removesuffix(".weight")
+            blocks, nested_blocks, rows = (
+                math.prod(self.shapes.get(entry, (0,)))
+                for entry in (f"{name}.absmax", f"{name}.nested_absmax", f"{layer}.SCB")
+            )
+            # Nested blocks of 256 stay; `from_bitsandbytes` makes others float32.
+            nested = nested_blocks and nested_blocks == -(-blocks // NESTED_BLOCK_SIZE)
+            scales = blocks + 4 * nested_blocks + 4 if nested else 4 * (blocks + rows)
+            layers[layer] = InFiles(4 if name in self._in_4_bits else 8, scales)
+        return layers
 
     def applicable(self, quant: QuantConfig | None) -> QuantConfig | None:
         """`quant`, or None where it must not be applied, because the author has quantized the model.

@@ -98,6 +98,8 @@ MUTANTS = [
     Mutant(PICKLED, "if type(value) not in (Tensor, nn.Parameter):", "if False:", "tests/formats/test_pickled.py"),
     Mutant(PICKLED, "value.numel() * value.element_size() >", "False and", "tests/formats/test_pickled.py"),
     Mutant(PICKLED, "if not path.is_file():", "if False:", "tests/formats/test_pickled.py"),
+    Mutant("minilora/formats/weights.py", "return None if self.prequantized else quant", "return quant", "tests/formats/test_prequantized.py"),
+    Mutant("minilora/formats/bnb_int8.py", "layout.item() == 0", "layout.item() < 4", "tests/formats/test_prequantized.py"),
     Mutant("minilora/run/saved_state.py", "if all(part.isfinite().all() for part in parts.values()):", "if True:", "tests/run/test_checkpoints.py -k wrong_contents"),
     Mutant(FILES, "if len(fields) < len(pairs):", "if False:", "tests/system/test_files.py"),
     Mutant(FILES, "    if not path.is_file():\n", "    if False:\n", "tests/system/test_files.py"),
