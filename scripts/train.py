@@ -128,7 +128,10 @@ def build_model(plan: Plan) -> CausalLM:
     torch.manual_seed(config.seed)
     set_fused(config.fused)
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
-    model = load_model(plan.model_dir, config.quant_config(), plan.placement.dtype, plan.placement.device)
+    model = load_model(
+        plan.model_dir, config.quant_config(), plan.placement.dtype, plan.placement.device,
+        accept_config_fields=config.accepted_fields(),
+    )  # fmt: skip
     if plan.checkpoint is None:
         add_lora(model, config.lora_config())
     else:

@@ -46,8 +46,11 @@ CONFIG_FIELDS = {
     "max_position_embeddings": _size("the longest context that was trained", _MAX_POSITIONS, default=2048),
     "rms_norm_eps": Field(float, "added to the mean of squares in RMSNorm", default=1e-6, low=0, high=1),
     "tie_word_embeddings": Field(bool, "the head shares the embedding's weight", default=False),
-    "attention_bias": Field(bool, "biases on q, k, v, o; Qwen2 always has those of q, k, v", default=False),
-    "mlp_bias": Field(bool, "biases on the feed-forward layers", default=False),
+    "attention_bias": Field(
+        bool, "biases on q, k, v, o of Llama and Qwen3. Mistral has none, Qwen2 those of q, k, v: whatever "
+        "it says", default=False,
+    ),
+    "mlp_bias": Field(bool, "biases on Llama's feed-forward layers; the others have none", default=False),
     "sliding_window": _size(
         "the tokens that a layer sees; null: all. Absent: 4096 for Mistral and Qwen. Llama has none",
         _MAX_POSITIONS, nullable=True,
@@ -75,7 +78,9 @@ CONFIG_FIELDS = {
     ),
     "pad_token_id": _token("padding; -1: none"),
     "auto_map": Field(dict, "the model's own code, which is never run: no entry for a model", nullable=True),
-    "quantization_config": Field(dict, "none, or bitsandbytes in 4 bits", nullable=True),
+    "quantization_config": Field(dict, "none, or bitsandbytes in 4 or 8 bits", nullable=True),
+    "quantization": Field(dict, "none; MLX quantized the files", nullable=True),
+    "compression_config": Field(dict, "none; compressed-tensors' older name of the same", nullable=True),
     "hidden_act": _only(str, "silu", "swish", meaning="the activation of the feed-forward layer"),
     "attention_dropout": _only(float, 0.0, nullable=True, meaning="dropout on attention's weights"),
     "partial_rotary_factor": _only(float, 1.0, nullable=True, meaning="the share of a head that is rotated"),

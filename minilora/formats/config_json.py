@@ -11,6 +11,7 @@ would give a model that runs and is wrong, which is the most expensive kind of b
 table of the fields: types, limits, defaults. What one field means for another is decided here.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from minilora.formats.config_fields import (
     QUANTIZATION_FIELDS,
     ROPE_FIELDS,
 )
+from minilora.formats.foreign_formats import refuse_method
 from minilora.system.errors import UserError
 from minilora.system.files import read_json
 from minilora.system.schema import read_fields, shown, shown_name
@@ -34,17 +36,20 @@ class _Family:
     """The flags that a model family sets without a field for them, and its defaults for absent fields."""
 
     architecture: str
-    qkv_bias: bool = False
+    qkv_bias: bool = False  # always, whatever attention_bias says
+    bias_fields: tuple[str, ...] = ()  # that it honours; the other families of transformers read past them
     qk_norm: bool = False
     kv_heads: int | None = None  # num_key_value_heads when the field is absent
     head_dim: int | None = None  # head_dim when the field is absent or null; None: hidden_size / heads
 
 
 _FAMILIES = {
-    "llama": _Family("LlamaForCausalLM"),
+    "llama": _Family("LlamaForCausalLM", bias_fields=("attention_bias", "mlp_bias")),
     "mistral": _Family("MistralForCausalLM", kv_heads=8),
     "qwen2": _Family("Qwen2ForCausalLM", kv_heads=32, qkv_bias=True),
-    "qwen3": _Family("Qwen3ForCausalLM", kv_heads=32, head_dim=128, qk_norm=True),
+    "qwen3": _Family(
+        "Qwen3ForCausalLM", kv_heads=32, head_dim=128, qk_norm=True, bias_fields=("attention_bias",)
+    ),
 }
 _WINDOW = 4096  # sliding_window of Mistral and Qwen when the field is absent
 
@@ -61,30 +66,33 @@ _ROPE_FIELDS = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3_FIELDS
 # ---- reading ----
 
 
-def read_config_file(path: str | Path) -> ModelConfig:
+def read_config_file(path: str | Path, accept_config_fields: Collection[str] = ()) -> ModelConfig:
     """Read `config.json`. Raises UserError naming the file and the field."""
     raw = read_json(path)
     try:
-        return parse_config(raw)
+        return parse_config(raw, accept_config_fields)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def parse_config(raw: dict) -> ModelConfig:
+def parse_config(raw: dict, accept_config_fields: Collection[str] = ()) -> ModelConfig:
     """The model that the contents of a `config.json` describe, in either spelling.
 
-    Raises UserError for an architecture or a field that changes the result and is not honoured here, and
-    for a missing or impossible one.
+    `accept_config_fields` names fields that are unknown here and that the user declares harmless. Raises
+    UserError for an architecture or a field that changes the result and is not honoured here, and for a
+    missing or impossible one.
     """
     fields = read_fields(raw, CONFIG_FIELDS)
     family = _FAMILIES[fields["model_type"]]
     _check_architectures(fields, family)
     _check_code(fields["auto_map"])
-    _check_quantization(fields["quantization_config"])
-    _check_unknown(raw)
-    bias, eos = fields["attention_bias"], fields["eos_token_id"]
+    _check_quantization(fields)
+    _check_accepted(raw, accept_config_fields)
+    _check_unknown(raw, accept_config_fields)
+    bias, mlp_bias = (fields[name] and name in family.bias_fields for name in ("attention_bias", "mlp_bias"))
+    eos = fields["eos_token_id"]
     same = "model_type vocab_size hidden_size intermediate_size num_hidden_layers rms_norm_eps".split()
-    same += "max_position_embeddings tie_word_embeddings mlp_bias".split()
+    same += "max_position_embeddings tie_word_embeddings".split()
     config = ModelConfig(
         **{name: fields[name] for name in same},
         **_read_heads(raw, fields, family),
@@ -92,6 +100,7 @@ def parse_config(raw: dict) -> ModelConfig:
         rope=_read_rope(fields),
         qkv_bias=bias or family.qkv_bias,
         o_bias=bias,
+        mlp_bias=mlp_bias,
         qk_norm=family.qk_norm,
         dtype=fields["dtype"] or fields["torch_dtype"] or "float32",
         bos_token_id=_token(fields["bos_token_id"]),
@@ -117,32 +126,48 @@ def _check_code(auto_map: dict | None) -> None:
         raise UserError(f"auto_map asks for the model's own code ({code}), which is never run")
 
 
-def _check_quantization(raw: dict | None) -> None:
+def _check_quantization(config: dict) -> None:
     """Raise UserError for files in a quantized format that is not read here.
 
-    Quantized tensors describe themselves, so nothing else of the field is needed.
+    Quantized tensors describe themselves, so nothing else of the field is needed. Old files of bitsandbytes
+    name no quant_method.
     """
-    if raw is None:
+    for name, method in (("quantization", "mlx"), ("compression_config", "compressed-tensors")):
+        if config[name]:
+            refuse_method(method, name)
+    if config["quantization_config"] is None:
         return
-    fields = read_fields(raw, QUANTIZATION_FIELDS, "quantization_config.")
+    fields = read_fields(config["quantization_config"], QUANTIZATION_FIELDS, "quantization_config.")
     method = fields["quant_method"]
-    bits = 4 if fields["load_in_4bit"] else 8 if fields["load_in_8bit"] else None
-    if (method, bits) != ("bitsandbytes", 4):
-        given = f"{method} in {bits} bits" if bits else str(method)
-        raise UserError(
-            f"quantization_config is of {given}; only bitsandbytes in 4 bits is read: "
-            "take the unquantized weights"
-        )
+    if method is None and (fields["load_in_4bit"] or fields["load_in_8bit"]):
+        method = "bitsandbytes"
+    if method != "bitsandbytes":
+        refuse_method(method, "quantization_config")
 
 
-def _check_unknown(raw: dict) -> None:
+def _check_accepted(raw: dict, accepted: Collection[str]) -> None:
+    """Raise UserError for a declaration that says nothing: of a field that is honoured, or not there."""
+    for name in accepted:
+        if name in CONFIG_FIELDS:
+            raise UserError(
+                f"accept_config_fields names {shown_name(name)}, whose meaning is known: no declaration "
+                "changes it; leave the name out"
+            )
+        if name not in raw:
+            raise UserError(
+                f"accept_config_fields names {shown_name(name)}, a field that is not there; "
+                "correct the name, or leave it out"
+            )
+
+
+def _check_unknown(raw: dict, accepted: Collection[str]) -> None:
     """Raise UserError for a field that may change the result and is not known here."""
     for name, value in raw.items():
-        known = name in CONFIG_FIELDS or name in CHANGES_NOTHING or name.startswith("_")
+        known = name in CONFIG_FIELDS or name in CHANGES_NOTHING or name.startswith("_") or name in accepted
         if not known and not _is_off(value):
             raise UserError(
-                f"unknown field {shown_name(name)} = {shown(value)}: it may change the result, "
-                "and it is not supported here"
+                f"unknown field {shown_name(name)} = {shown(value)}: it may change the result, and it is not "
+                f"supported here; if you know that it is harmless, name it in accept_config_fields"
             )
 
 
@@ -256,7 +281,8 @@ def _read_qwen_windows(fields: dict, window: int | None) -> tuple[int | None, ..
 def to_config_json(config: ModelConfig) -> dict:
     """The same model as a `config.json` in the hub's spelling, which every version of transformers reads."""
     eos = list(config.eos_token_ids)
-    raw = {"architectures": [_FAMILIES[config.model_type].architecture]}
+    family = _FAMILIES[config.model_type]
+    raw = {"architectures": [family.architecture]}
     raw |= {name: getattr(config, name) for name in _WRITTEN}
     raw |= {
         "hidden_act": "silu",
@@ -266,10 +292,8 @@ def to_config_json(config: ModelConfig) -> dict:
         "torch_dtype": config.dtype,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }
-    if config.model_type in ("llama", "qwen3"):
-        raw["attention_bias"] = config.o_bias
-    if config.model_type == "llama":
-        raw["mlp_bias"] = config.mlp_bias
+    biases = {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
+    raw |= {name: biases[name] for name in family.bias_fields}
     windows = set(config.layer_windows) - {None}
     if config.model_type == "mistral":
         raw["sliding_window"] = config.layer_windows[0]

@@ -19,7 +19,7 @@ from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids, tok
 from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
-from minilora.formats.weights import read_config
+from minilora.formats.weights import read_model
 from minilora.memory.allocator import (
     compiles_kernels,
     limit_compiled_kernels,
@@ -35,6 +35,7 @@ from minilora.memory.ledger import (
     process_memory,
 )
 from minilora.memory.planner import choose_recompute
+from minilora.memory.stored_layers import InFiles
 from minilora.optim import Schedule
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.datasets import load_datasets, token_settings
@@ -132,7 +133,7 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
         config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision
     )
     check_inputs(config, model_dir)
-    model_config = read_config(model_dir)
+    model_config, stored = read_model(model_dir, config.accepted_fields())
     tokenizer = load_tokenizer(model_dir)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     train_set, eval_set = load_examples(config, model_config, tokenizer, template)
@@ -149,7 +150,7 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
-    memory = plan_memory(config, model_config, placement, order, longest, lengths)
+    memory = plan_memory(config, model_config, placement, order, longest, lengths, stored.quantized_layers())
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
@@ -235,6 +236,7 @@ def plan_memory(
     order: Order,
     eval_length: int,  # tokens of the longest held-out example; 0: there is none
     answers: tuple[int, int] | None = None,  # see `answer_lengths`
+    in_files: dict[str, InFiles] | None = None,  # see `StoredTensors.quantized_layers`
 ) -> MemoryPlan:
     """Choose the recompute policies and predict their memory. `auto` is the fastest plan that fits.
 
@@ -256,6 +258,7 @@ def plan_memory(
         device=device.type,
         eval_length=padded_length(eval_length) if rounded and eval_length else eval_length,
         process=process_memory() if device.type == "cpu" else 0,
+        in_files=in_files,
     )
     if device.type == "cpu":
         with_holes = partial(ledger_of, heap_holes=True)
