@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minilora.config import ModelConfig
 from minilora.dora import row_factors
-from minilora.formats.adapter import AdapterFile
+from minilora.formats.adapter_file import AdapterFile
 from minilora.formats.peft_format import (
     EMBEDDING_A,
     EMBEDDING_B,
@@ -29,7 +29,7 @@ from minilora.formats.peft_format import (
     B,
 )
 from minilora.system.errors import UserError
-from minilora.targets import EMBEDDING, OUTPUT_HEAD, matching_names, ranks_and_alphas, token_rows
+from minilora.targets import EMBEDDING, OUTPUT_HEAD, ranks_and_alphas, rows_of
 
 _EMBEDDING_WEIGHT, _HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{OUTPUT_HEAD}.weight"
 
@@ -102,9 +102,8 @@ class Merging:
         values = self.adapter.modules.get(module, {}).get(ROWS)
         if values is None:
             return weight
-        chosen = token_rows(self.adapter.config)
-        rows = next(rows for end, rows in chosen.items() if matching_names([module], [end]))
-        return weight.index_copy(0, torch.tensor(rows), values.float())
+        rows = torch.tensor(rows_of(module, self.adapter.config))
+        return weight.index_copy(0, rows, values.float())
 
 
 def _is_rounded(base: Tensor, own: Tensor) -> bool:
