@@ -93,7 +93,7 @@ def problems_alone(adapter: AdapterFile) -> list[Problem]:
         needed, allowed = _needed_and_allowed(adapter, module)
         problems += [Problem(MISSING, module, part) for part in sorted(needed - parts.keys())]
         problems += [Problem(UNEXPECTED, module, part) for part in parts if part not in allowed]
-        if not _MODULE.fullmatch(module):
+        if not is_name(module):
             problems += [Problem(UNEXPECTED, module, part, "is no name of these models") for part in parts]
         for part in parts.keys() & allowed:
             problems += _wrong_shape(module, part, parts[part], ranks.get(module, (0, 0))[0])
@@ -150,6 +150,11 @@ def _wrong_shape(module: str, part: str, tensor: Tensor, rank: int) -> list[Prob
     if part in _RANK_DIMENSION and shape[_RANK_DIMENSION[part]] != rank:
         return [Problem(WRONG_RANK, module, part, f"is {shape}, not of rank r = {rank}")]
     return []
+
+
+def is_name(module: str) -> bool:
+    """Whether a model of these families may have such a module. AutoModel's and wrapped names are none."""
+    return _MODULE.fullmatch(module) is not None
 
 
 def left_out(adapter: AdapterFile) -> list[Problem]:

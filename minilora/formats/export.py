@@ -1,0 +1,107 @@
+"""Any adapter as the plainest LoRA that means the same: one rank, one alpha, names of layers.
+
+PEFT knows ranks and alphas by layer, rsLoRA, regular expressions, chosen layers. Not every server does; each
+of them knows alpha / r for all layers. The same update in these terms:
+
+    ranks        the largest one for all; A gets rows of zeros, B columns of zeros      exact
+    rsLoRA       alpha' = alpha sqrt(r)                                                 alpha' / r = alpha / sqrt(r)
+    alphas       one scaling s for all; a layer whose own is s' gets B s' / s           rounded once, to float32
+    layers       leaf names, if these chose them before, else full names                exact
+
+DoRA's magnitudes, trained copies, rows and biases are no low-rank updates. They are refused by name.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilora.formats.adapter_file import AdapterFile
+from minilora.formats.peft_format import (
+    BASE_WEIGHT,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    PARTNERS,
+    PEFT_DEFAULTS,
+    A,
+    B,
+    tensor_key,
+)
+from minilora.system.errors import UserError
+from minilora.targets import matching_names, ranks_and_alphas
+
+_ROUNDING = torch.finfo(torch.float32).eps / 2
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """The two files of a plain adapter, and what changed."""
+
+    config: dict  # for adapter_config.json
+    tensors: dict[str, Tensor]  # by key
+    rounded: list[str]  # layers whose B was multiplied by a factor that is no power of two
+    scaling: float
+
+
+def not_plain(adapter: AdapterFile) -> list[str]:
+    """The tensors that plain LoRA cannot express."""
+    plain = {*PARTNERS, BASE_WEIGHT}
+    return [
+        tensor_key(m, part) for m, parts in adapter.modules.items() for part in parts if part not in plain
+    ]
+
+
+def is_exportable(adapter: AdapterFile) -> bool:
+    return not not_plain(adapter) and not adapter.config.use_dora
+
+
+def as_plain(adapter: AdapterFile, raw: dict) -> PlainAdapter:
+    """Return the adapter as plain LoRA. raw: its `adapter_config.json`.
+
+    Raises UserError if plain LoRA cannot express it.
+    """
+    if not is_exportable(adapter):
+        what = "is a DoRA adapter" if adapter.config.use_dora else f"holds {not_plain(adapter)[0]}"
+        raise UserError(
+            f"{adapter.directory} {what}, which plain LoRA cannot express: merge it, with --output"
+        )
+    layers, config = ranks_and_alphas(adapter.layers, adapter.config), adapter.config
+    scalings = {layer: config.scaling_of(rank, alpha) for layer, (rank, alpha) in layers.items()}
+    r = max(rank for rank, _ in layers.values())
+    scaling = Counter(scalings.values()).most_common(1)[0][0]
+    tensors, rounded = {}, []
+    for module, parts in adapter.modules.items():
+        ratio = scalings[module] / scaling
+        if ratio != 1 and not torch.frexp(torch.tensor(ratio, dtype=torch.float64))[0] == 0.5:
+            rounded.append(module)
+        for part, tensor in parts.items():
+            tensors[tensor_key(module, part)] = _plain_part(part, tensor, r, ratio)
+    changes = dict(r=r, lora_alpha=_whole(scaling * r), target_modules=_targets(adapter), use_rslora=False)
+    patterns = dict(rank_pattern={}, alpha_pattern={})
+    chosen = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"))
+    return PlainAdapter(PEFT_DEFAULTS | raw | changes | patterns | chosen, tensors, rounded, scaling)
+
+
+def _plain_part(part: str, tensor: Tensor, r: int, ratio: float) -> Tensor:
+    """A part of an update of rank r. B takes the ratio of the scalings, in float32 if it is not 1."""
+    if part in (B, EMBEDDING_B):
+        tensor = tensor if ratio == 1 else tensor.float() * ratio
+        return F.pad(tensor, (0, r - tensor.shape[1])).contiguous()
+    if part in (A, EMBEDDING_A):
+        return F.pad(tensor, (0, 0, 0, r - tensor.shape[0])).contiguous()
+    return tensor
+
+
+def _targets(adapter: AdapterFile) -> list[str]:
+    """Names that choose the adapter's layers and, in the base model of training, no others."""
+    config = adapter.config
+    narrowed = config.exclude_modules or config.layers_to_transform or config.layers_to_transform == 0
+    if isinstance(config.target_modules, str) or narrowed:
+        return adapter.layers
+    return [name for name in config.target_modules if matching_names(adapter.layers, [name])]
+
+
+def _whole(alpha: float) -> int | float:
+    return int(alpha) if alpha == int(alpha) else alpha
