@@ -204,7 +204,7 @@ def _promised(
         if getattr(layers[module], BIAS, None) is not None and module not in whole:
             promised.append((MISSING, module, BASE_BIAS if module in chosen else BIAS))
     for end in token_rows(config):
-        promised += [(MISSING_COPY, module, ROWS) for module in matching_names(layers, [end])]
+        promised += [(MISSING_COPY, module, ROWS) for module in matching_names(layers, [end]) or [end]]
     return promised
 
 
@@ -227,6 +227,13 @@ def _misfit(layer: nn.Module, module: str, part: str, adapter: AdapterFile) -> P
     if len(shape) > mine and shape[mine] != weight.shape[theirs]:
         return Problem(UNFIT, module, part, f"is {shape}, and the base model's weight {tuple(weight.shape)}")
     return None
+
+
+def _misfit_of_rows(rows: list[int], weight: Tensor, module: str, shape: tuple[int, ...]) -> Problem | None:
+    if wrong := [row for row in rows if not 0 <= row < weight.shape[0]]:
+        return Problem(UNFIT, module, ROWS, f"holds row {wrong[0]} of a weight of {weight.shape[0]} rows")
+    needed = (len(rows), weight.shape[1])
+    return None if shape == needed else Problem(UNFIT, module, ROWS, f"is {shape}, the model needs {needed}")
 
 
 def _misfit_of_own(own: object, module: str, part: str, shape: tuple[int, ...]) -> Problem | None:

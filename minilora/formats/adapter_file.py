@@ -32,7 +32,7 @@ from minilora.formats.peft_format import (
     WEIGHT,
     A,
     changes_base,
-    split_any_key,
+    split_key,
     tensor_key,
 )
 from minilora.formats.pickled import read_pickled_tensors
@@ -64,7 +64,7 @@ class AdapterFile:
         modules: dict[str, dict[str, Tensor]] = {}
         unread = {}
         for key, tensor in sorted(tensors, key=lambda item: item[0]):
-            module, part = split_any_key(key) or ("", "")
+            module, part = split_key(key) or ("", "")
             if SAVED_TWICE.search(key):
                 continue
             if not module:

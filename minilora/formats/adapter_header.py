@@ -1,7 +1,7 @@
 """An adapter directory for the linter: its configuration, and the names, shapes and sizes of its tensors.
 
-The reader refuses every adapter that this implementation cannot apply. An `AdapterHeader` describes everything
-that PEFT can write, and `lint.py` judges it. Its `AdapterFile` holds tensors on the meta device, and
+The reader refuses every adapter that this implementation cannot apply. An `AdapterHeader` describes all that
+PEFT can write, and `lint.py` judges it. Its `AdapterFile` holds tensors on the meta device, and
 `adapter_checks.py` compares them with the configuration, as for the reader. But a single NaN makes an adapter
 worthless, so the numbers are read, too, one tensor at a time. All that is kept of a tensor is one number, its
 largest sum of absolute values in a row.
@@ -13,24 +13,26 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minilora.adapted import base_layers
 from minilora.config import ModelConfig
 from minilora.formats.adapter_checks import Problem, left_out, problems_alone, problems_on
-from minilora.formats.adapter_file import AdapterFile, parse_adapter_config, stored_tensors
+from minilora.formats.adapter_file import OWN_WEIGHTS, AdapterFile, parse_adapter_config, stored_tensors
 from minilora.formats.merging import Merging
 from minilora.formats.peft_format import (
     ADAPTER_CONFIG_FILE,
     LORA_BIAS,
     PARTNERS,
     PEFT_DEFAULTS,
-    split_any_key,
+    split_key,
+    tensor_key,
 )
 from minilora.formats.peft_rules import lora_config, refused_by_all
 from minilora.model import CausalLM
 from minilora.system.errors import UserError
 from minilora.system.schema import read_object, shown, shown_name
-from minilora.targets import ranks_and_alphas
+from minilora.targets import EMBEDDING, OUTPUT_HEAD, ranks_and_alphas
 
 _OVERFLOW = torch.finfo(torch.float32).max ** 0.5
 
@@ -69,6 +71,30 @@ class AdapterHeader:
     def of_kind(self, *kinds: str) -> list[Problem]:
         return [problem for problem in self.problems if problem.kind in kinds]
 
+    def absent(self, *keys: str) -> list[str]:
+        """Those of the keys that are missing or null."""
+        return [key for key in keys if self.config.get(key) is None]
+
+    def modules(self) -> tuple[list[str], list[str]]:
+        """The names that PEFT matches target_modules with, and those of them that can have an update."""
+        if self.base is None:
+            return self.file.layers, self.file.layers
+        layers = {name: module for name, module in base_layers(self.base).items() if name}
+        weights = [n for n, m in layers.items() if isinstance(m, (nn.Linear, nn.Embedding))]
+        activations = [f"{name}.act_fn" for name in layers if name.endswith(".mlp")]
+        return [*layers, "model.rotary_emb", *activations], weights
+
+    def other_vocabulary(self) -> list[str]:
+        """One sentence for each embedding or head in the file that has not as many rows as the base's."""
+        wrong = []
+        for module in (EMBEDDING, OUTPUT_HEAD) if self.base else ():
+            rows = self.base.config.vocab_size
+            for part, tensor in self.file.modules.get(module, {}).items():
+                if part in OWN_WEIGHTS and tensor.dim() == 2 and len(tensor) != rows:
+                    key = tensor_key(module, part)
+                    wrong.append(f"{key} has {len(tensor)} rows, and the base model's {rows}")
+        return wrong
+
     @cached_property
     def is_taken_here(self) -> bool:
         """Whether this implementation applies the adapter, as far as is known: `load_adapter` takes it."""
@@ -76,7 +102,9 @@ class AdapterHeader:
             parse_adapter_config(self.config)
         except UserError:
             return False
-        return bool(self.file.modules) and not self.problems
+        tensors = [tensor for parts in self.file.modules.values() for tensor in parts.values()]
+        are_numbers = all(tensor.is_floating_point() for tensor in tensors) and not self.wrong_numbers
+        return bool(tensors) and are_numbers and not self.problems
 
     @cached_property
     def can_be_merged(self) -> bool:
@@ -90,6 +118,7 @@ class AdapterHeader:
             return False
         return self.is_taken_here
 
+    @cached_property
     def wrong_numbers(self) -> list[str]:
         """One sentence for each tensor with a NaN or an infinity, else for each update that overflows.
 
@@ -106,7 +135,7 @@ class AdapterHeader:
             for layer, (rank, alpha) in self.ranks_and_alphas.items()
         }
         for key, size in self.sizes.items():
-            layer, part = split_any_key(key) or ("", "")
+            layer, part = split_key(key) or ("", "")
             if layer in bounds and part in PARTNERS:
                 bounds[layer] *= size
         return wrong or [

@@ -3,18 +3,18 @@
 PEFT knows ranks and alphas by layer, rsLoRA, regular expressions, chosen layers. Not every server does; each
 of them knows alpha / r for all layers. The same update in these terms:
 
-    ranks        the largest one for all; A gets rows of zeros, B columns of zeros      exact
-    rsLoRA       alpha' = alpha sqrt(r)                                                 alpha' / r = alpha / sqrt(r)
-    alphas       one scaling s for all; a layer whose own is s' gets B s' / s           rounded once, to float32
-    layers       leaf names, if these chose them before, else full names                exact
+    ranks      the largest for all: A gets rows of zeros, B columns of zeros       exact
+    rsLoRA     alpha' = alpha sqrt(r)                                              exact
+    alphas     one scaling s for all: a layer whose own is s' gets B s' / s        rounded once, to float32
+    layers     leaf names, if these chose them before, else full names             exact
 
 DoRA's magnitudes, trained copies, rows and biases are no low-rank updates. They are refused by name.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,8 +31,6 @@ from minilora.formats.peft_format import (
 )
 from minilora.system.errors import UserError
 from minilora.targets import matching_names, ranks_and_alphas
-
-_ROUNDING = torch.finfo(torch.float32).eps / 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def as_plain(adapter: AdapterFile, raw: dict) -> PlainAdapter:
     tensors, rounded = {}, []
     for module, parts in adapter.modules.items():
         ratio = scalings[module] / scaling
-        if ratio != 1 and not torch.frexp(torch.tensor(ratio, dtype=torch.float64))[0] == 0.5:
+        if math.frexp(ratio)[0] != 0.5:  # no power of two
             rounded.append(module)
         for part, tensor in parts.items():
             tensors[tensor_key(module, part)] = _plain_part(part, tensor, r, ratio)

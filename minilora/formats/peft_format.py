@@ -38,13 +38,13 @@ _UPDATE = (A, B, LORA_BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B)
 _WHOLE = (ROWS, ROWS_WEIGHT, BASE_WEIGHT, BASE_BIAS, WEIGHT, BIAS)
 
 
-def _key(parts: tuple[str, ...]) -> re.Pattern:
-    return re.compile(rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(re.escape, parts))})")
-
-
-_UPDATE_KEY, _ANY_KEY = _key(_UPDATE), _key(_UPDATE + _WHOLE)
+_PARTS = "|".join(map(re.escape, _UPDATE + _WHOLE))
+_KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)\.({_PARTS})")
 # PEFT reads its own default name in a key, too, and magnitudes with an ending.
-_ENDINGS = re.compile(r"\b(lora_(?:A|B))\.default(\.weight|\.bias)$|\b(lora_magnitude_vector)\.weight$")
+_ENDINGS = re.compile(
+    r"\b(lora_[AB])\.default(\.weight|\.bias)$"
+    r"|\b(lora_embedding_[AB])\.default$|\b(lora_magnitude_vector)(?:\.default)?\.weight$"
+)
 # What PEFT writes a second time where a module of `modules_to_save` has another vocabulary.
 SAVED_TWICE = re.compile(r"\.(?:modules_to_save|original_module)\.(?:weight|bias)$")
 
@@ -55,14 +55,8 @@ def tensor_key(layer: str, part: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """The (layer, part) of a key in the file, or None for a tensor that is no part of a layer's update."""
-    match = _UPDATE_KEY.fullmatch(_ENDINGS.sub(r"\1\2\3", key))
-    return (match[1], match[2]) if match else None
-
-
-def split_any_key(key: str) -> tuple[str, str] | None:
-    """The (module, part) of any key in the file, of the module's own weight and bias too; or None."""
-    match = _ANY_KEY.fullmatch(_ENDINGS.sub(r"\1\2\3", key))
+    """The (module, part) of a key in the file; None for a key that PEFT does not write."""
+    match = _KEY.fullmatch(_ENDINGS.sub(r"\1\2\3\4", key))
     return (match[1], match[2]) if match and ".lora_" not in match[1] else None
 
 

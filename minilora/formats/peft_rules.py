@@ -173,7 +173,7 @@ def unjudged(config: dict) -> list[str]:
 
 
 def starts_elsewhere(init: object) -> str | None:
-    """A sentence if PEFT, when it loads an adapter with this initialisation, changes the base model otherwise.
+    """A sentence if PEFT, loading an adapter with this initialisation, changes the base model otherwise.
 
     PEFT repeats the initialisation on loading. PiSSA and OLoRA decompose the same W and find the same factors
     again, to the bit. The fast SVD of pissa_niter_N draws random numbers, and LoRA-GA's gradients are gone.
