@@ -35,7 +35,6 @@ from minilora.adapted import (
 from minilora.config import LoraConfig
 from minilora.formats.adapter_checks import Problem, chosen_layers, problems_alone, problems_on
 from minilora.formats.adapter_file import (
-    LORA_KEYS,
     AdapterFile,
     check_has_weights,
     read_adapter_config,
@@ -50,6 +49,7 @@ from minilora.formats.peft_format import (
     EMBEDDING_A,
     EMBEDDING_B,
     LORA_BIAS,
+    LORA_KEYS,
     MAGNITUDE,
     PEFT_DEFAULTS,
     ROWS,

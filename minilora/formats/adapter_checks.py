@@ -88,13 +88,15 @@ def problems_alone(adapter: AdapterFile) -> list[Problem]:
     """All contradictions between the configuration and the tensors. Raises UserError for a bad pattern."""
     problems = [Problem(UNEXPECTED, key, why=why) for key, why in adapter.unread.items()]
     with _naming("rank_pattern or alpha_pattern"):
-        ranks = ranks_and_alphas(adapter.layers, adapter.config)
+        halves = [name for name, parts in adapter.modules.items() if parts.keys() & PARTNERS.keys()]
+        ranks = ranks_and_alphas(halves, adapter.config)
     for module, parts in adapter.modules.items():
+        if not is_name(module):
+            problems += [Problem(UNEXPECTED, module, part, "is no name of these models") for part in parts]
+            continue
         needed, allowed = _needed_and_allowed(adapter, module)
         problems += [Problem(MISSING, module, part) for part in sorted(needed - parts.keys())]
         problems += [Problem(UNEXPECTED, module, part) for part in parts if part not in allowed]
-        if not is_name(module):
-            problems += [Problem(UNEXPECTED, module, part, "is no name of these models") for part in parts]
         for part in parts.keys() & allowed:
             problems += _wrong_shape(module, part, parts[part], ranks.get(module, (0, 0))[0])
     return problems
@@ -168,6 +170,13 @@ def left_out(adapter: AdapterFile) -> list[Problem]:
     ]
 
 
+def without_moot_ones(problems: list[Problem]) -> list[Problem]:
+    """Each problem once. A tensor that nobody reads may have any shape."""
+    unexpected = {(p.module, p.part) for p in problems if p.kind == UNEXPECTED}
+    moot = [p for p in problems if p.kind != UNEXPECTED and (p.module, p.part) in unexpected]
+    return [p for p in dict.fromkeys(problems) if p not in moot]
+
+
 # ---- with a base model ----
 
 
@@ -185,7 +194,8 @@ def problems_on(model: nn.Module, adapter: AdapterFile) -> list[Problem]:
         if module not in layers or (module in adapter.layers and module not in chosen):
             problems += [Problem(UNEXPECTED, module, part) for part in parts]
         else:
-            problems += [p for part in parts if (p := _misfit(layers[module], module, part, adapter))]
+            allowed = parts.keys() & _needed_and_allowed(adapter, module)[1]
+            problems += [p for part in allowed if (p := _misfit(layers[module], module, part, adapter))]
     return problems
 
 
@@ -230,6 +240,8 @@ def _misfit(layer: nn.Module, module: str, part: str, adapter: AdapterFile) -> P
 
 
 def _misfit_of_rows(rows: list[int], weight: Tensor, module: str, shape: tuple[int, ...]) -> Problem | None:
+    if not rows:
+        return Problem(UNEXPECTED, module, ROWS)
     if wrong := [row for row in rows if not 0 <= row < weight.shape[0]]:
         return Problem(UNFIT, module, ROWS, f"holds row {wrong[0]} of a weight of {weight.shape[0]} rows")
     needed = (len(rows), weight.shape[1])

@@ -22,6 +22,7 @@ from minilora.formats.peft_format import (
     BASE_WEIGHT,
     BIAS,
     EMBEDDING_A,
+    LORA_KEYS,
     PEFT_CHANGES_NOTHING,
     PEFT_DEFAULTS,
     PEFT_HONOURED,
@@ -35,17 +36,13 @@ from minilora.formats.peft_format import (
     split_key,
     tensor_key,
 )
+from minilora.formats.peft_rules import refused_values
 from minilora.formats.pickled import read_pickled_tensors
 from minilora.system.errors import UserError
 from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
 
 # Parts that take the place of a module's own weight and bias.
 OWN_WEIGHTS = (WEIGHT, BIAS, BASE_WEIGHT, BASE_BIAS, ROWS_WEIGHT)
-# Fields of LoraConfig that stand in the file under the same name.
-LORA_KEYS = """
-    r lora_alpha lora_dropout target_modules use_rslora use_dora exclude_modules layers_to_transform
-    layers_pattern rank_pattern alpha_pattern lora_bias bias modules_to_save trainable_token_indices
-    """.split()
 _NO_REAL_NUMBERS = ("C64", "F4", "F6_E2M3", "F6_E3M2")  # dtypes of safetensors that PyTorch cannot widen
 
 
@@ -114,6 +111,8 @@ def parse_adapter_config(raw: dict) -> LoraConfig:
     given = {key: fields[key] for key in LORA_KEYS if fields[key] is not None}
     if not given["target_modules"]:
         raise UserError("target_modules is empty")
+    if wrong := refused_values(raw):
+        raise UserError(wrong[0])
     return LoraConfig(**given)
 
 

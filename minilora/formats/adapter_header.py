@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from minilora.adapted import base_layers
 from minilora.config import ModelConfig
-from minilora.formats.adapter_checks import Problem, left_out, problems_alone, problems_on
+from minilora.formats.adapter_checks import (
+    Problem,
+    left_out,
+    problems_alone,
+    problems_on,
+    without_moot_ones,
+)
 from minilora.formats.adapter_file import OWN_WEIGHTS, AdapterFile, parse_adapter_config, stored_tensors
 from minilora.formats.merging import Merging
 from minilora.formats.peft_format import (
@@ -62,7 +68,7 @@ class AdapterHeader:
             base = None if base_config is None else CausalLM(base_config)
         problems = problems_alone(file) + (left_out(file) if base is None else problems_on(base, file))
         ranks = ranks_and_alphas(file.layers, file.config)
-        return cls(raw, file, sizes, base, list(dict.fromkeys(problems)), ranks)
+        return cls(raw, file, sizes, base, without_moot_ones(problems), ranks)
 
     def get(self, key: str):
         """The configuration's value for a key, or PEFT's default for it."""

@@ -125,6 +125,11 @@ PEFT_CHANGES_NOTHING = {
     "runtime_config": _bookkeeping(dict, "how PEFT loads the adapter"),
     "task_type": _bookkeeping(str, "PEFT's class of models", "CAUSAL_LM", longest=_MAX_NAME),
 }
+# Fields of LoraConfig that stand in the file under the same name.
+LORA_KEYS = """
+    r lora_alpha lora_dropout target_modules use_rslora use_dora exclude_modules layers_to_transform
+    layers_pattern rank_pattern alpha_pattern lora_bias bias modules_to_save trainable_token_indices
+    """.split()
 PEFT_INIT = "init_lora_weights"  # honoured unless it changed the base weights: see `changes_base`
 # Each of them asks for something that is not implemented here, unless it has this value or is empty.
 PEFT_MUST_BE_OFF = dict(

@@ -14,8 +14,7 @@ import sys
 from collections.abc import Callable
 
 from minilora.config import LoraConfig
-from minilora.formats.adapter_file import LORA_KEYS
-from minilora.formats.peft_format import KNOWN_INITS
+from minilora.formats.peft_format import KNOWN_INITS, LORA_KEYS
 from minilora.system.schema import shown
 
 _TASKS = "SEQ_CLS SEQ_2_SEQ_LM CAUSAL_LM TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTION".split()

@@ -103,32 +103,36 @@ def test_peft_refuses_another_vocabulary_than_the_base_models_and_the_linter_say
     assert finding.verdict == WILL_NOT_LOAD and "resize_token_embeddings" in finding.mend
 
 
-FIELDS = [  # Without lora_alpha, use_rslora and others that only the one who trained can know to be wrong.
+# Fields that contradict the tensors. Others can be wrong without a trace: lora_alpha, the number of a trained row, or
+# a further target, whose tensors may never have been there.
+FIELDS = [
     dict(target_modules=["q_proj"]),
-    dict(target_modules=["q_proj", "v_proj", "k_proj"]),
     dict(target_modules=["q_porj"]),
-    dict(target_modules="all-linear"),
-    dict(target_modules=r".*\.[qv]_proj"),
+    dict(target_modules=r".*layers.0.*\.[qv]_proj"),
+    dict(target_modules="all"),
     dict(r=5),
     dict(use_dora=True),
     dict(use_dora=False),
     dict(lora_bias=False),
     dict(bias="none"),
     dict(modules_to_save=["lm_head"]),
-    dict(modules_to_save=None),
     dict(layers_to_transform=[0]),
-    dict(layers_to_transform=[0, 1, 2]),
-    dict(layers_to_transform=None),
+    dict(layers_to_transform=0, layers_pattern="layers"),
+    dict(layers_pattern="layers"),
     dict(exclude_modules=["q_proj"]),
-    dict(exclude_modules=None),
     dict(rank_pattern={"v_proj": 3}),
     dict(rank_pattern={}),
-    dict(trainable_token_indices=[1]),
+    dict(trainable_token_indices=[1, 2, 3]),
+    dict(trainable_token_indices=[300]),
+    dict(trainable_token_indices={"nothing": [1]}),
+    dict(trainable_token_indices=[]),
     dict(trainable_token_indices=None),
 ]
 NAMES = [
-    (".weight", ".default.weight"),
-    (".weight", ".other.weight"),
+    ("lora_A.weight", "lora_A.default.weight"),
+    ("lora_embedding_A", "lora_embedding_A.default"),
+    ("lora_magnitude_vector", "lora_magnitude_vector.default.weight"),
+    ("lora_A.weight", "lora_A.other.weight"),
     ("model.layers", "_orig_mod.model.layers"),
     ("self_attn.", "_fsdp_wrapped_module.self_attn."),
     ("self_attn.", "_checkpoint_wrapped_module.self_attn."),
