@@ -257,6 +257,7 @@ def load_adapter(
     adapter = read_adapter(directory)
     dropout = adapter.config.lora_dropout if lora_dropout is None else lora_dropout
     adapter = replace(adapter, config=replace(adapter.config, lora_fa=lora_fa, lora_dropout=dropout))
+    adapter = adapter.on_tied_base() if model.config.tie_word_embeddings else adapter
     check_new_adapter(model, name)
     with _named_config(adapter):
         problems = problems_on(model, adapter)

@@ -97,7 +97,7 @@ def problems_alone(adapter: AdapterFile) -> list[Problem]:
         needed, allowed = _needed_and_allowed(adapter, module)
         problems += [Problem(MISSING, module, part) for part in sorted(needed - parts.keys())]
         problems += [Problem(UNEXPECTED, module, part) for part in parts if part not in allowed]
-        for part in parts.keys() & allowed:
+        for part in filter(allowed.__contains__, parts):
             problems += _wrong_shape(module, part, parts[part], ranks.get(module, (0, 0))[0])
     return problems
 
@@ -194,8 +194,9 @@ def problems_on(model: nn.Module, adapter: AdapterFile) -> list[Problem]:
         if module not in layers or (module in adapter.layers and module not in chosen):
             problems += [Problem(UNEXPECTED, module, part) for part in parts]
         else:
-            allowed = parts.keys() & _needed_and_allowed(adapter, module)[1]
-            problems += [p for part in allowed if (p := _misfit(layers[module], module, part, adapter))]
+            allowed = _needed_and_allowed(adapter, module)[1]
+            found = [_misfit(layers[module], module, part, adapter) for part in parts if part in allowed]
+            problems += filter(None, found)
     return problems
 
 
@@ -229,10 +230,7 @@ def _misfit(layer: nn.Module, module: str, part: str, adapter: AdapterFile) -> P
     if weight is None or len(weight.shape) != 2:
         return Problem(UNEXPECTED, module, part)
     if part == ROWS:
-        needed = (len(rows_of(module, adapter.config)), weight.shape[1])
-        return (
-            None if shape == needed else Problem(UNFIT, module, part, f"is {shape}, the model needs {needed}")
-        )
+        return _misfit_of_rows(rows_of(module, adapter.config), weight, module, shape)
     mine, theirs = _WIDTHS[part]
     if len(shape) > mine and shape[mine] != weight.shape[theirs]:
         return Problem(UNFIT, module, part, f"is {shape}, and the base model's weight {tuple(weight.shape)}")

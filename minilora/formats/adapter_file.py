@@ -8,7 +8,7 @@ meta device.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -40,6 +40,7 @@ from minilora.formats.peft_rules import refused_values
 from minilora.formats.pickled import read_pickled_tensors
 from minilora.system.errors import UserError
 from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
+from minilora.targets import EMBEDDING, OUTPUT_HEAD, saved_modules
 
 # Parts that take the place of a module's own weight and bias.
 OWN_WEIGHTS = (WEIGHT, BIAS, BASE_WEIGHT, BASE_BIAS, ROWS_WEIGHT)
@@ -81,6 +82,17 @@ class AdapterFile:
         """Return the weight and the bias that take the place of a module's own, as WEIGHT and BIAS."""
         parts = self.modules.get(name, {})
         return {key.rpartition(".")[2]: parts[key] for key in OWN_WEIGHTS if key in parts}
+
+    def on_tied_base(self) -> "AdapterFile":
+        """The same for a base model whose head is its embedding. PEFT gives a weight of one of them to both,
+        unless it is a copy of modules_to_save.
+        """
+        for module, other in ((EMBEDDING, OUTPUT_HEAD), (OUTPUT_HEAD, EMBEDDING)):
+            own = self.modules.get(module, {}).get(WEIGHT)
+            is_copy = saved_modules([module, other], self.config.modules_to_save)
+            if own is not None and not is_copy and other not in self.modules:
+                return replace(self, modules={**self.modules, other: {WEIGHT: own}})
+        return self
 
 
 # ---- the configuration ----

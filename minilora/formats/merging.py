@@ -41,6 +41,10 @@ class Merging:
     adapter: AdapterFile
     base: ModelConfig
 
+    def __post_init__(self) -> None:
+        if self.base.tie_word_embeddings:
+            object.__setattr__(self, "adapter", self.adapter.on_tied_base())
+
     @cached_property
     def unties(self) -> bool:
         """Whether a tied head and the embedding part ways."""

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.adapter_kinds import KINDS, TIED, base_of, peft_again, peft_model
+from support.adapter_kinds import KINDS, base_of, peft_again, peft_model
 from support.families import config_dict, relative_error, same_model_here
 from support.tiny import TOLERANCE, ids
 
@@ -93,7 +93,10 @@ def test_a_whole_adapter_loads_in_peft_here_and_for_the_linter(name, made):
 @pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].vocab_size])
 def test_peft_refuses_another_vocabulary_than_the_base_models_and_the_linter_says_so(name, made):
     kind, (directory, _) = KINDS[name], made(name)
-    with pytest.raises((RuntimeError, IndexError), match="size mismatch|out of bounds"), warnings.catch_warnings():
+    with (
+        pytest.raises((RuntimeError, IndexError), match="size mismatch|out of bounds"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         import peft
 
@@ -161,7 +164,7 @@ def change(directory, mutation, which, tensors):
     mutation=st.none() | st.sampled_from(FIELDS) | st.sampled_from(NAMES),
     which=st.integers(0, 30),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_changed_adapter_does_in_peft_what_the_linter_says_and_is_read_here_if_it_loads_there(
     name, mutation, which, made, tmp_path_factory
 ):
@@ -171,6 +174,11 @@ def test_a_changed_adapter_does_in_peft_what_the_linter_says_and_is_read_here_if
     change(directory, mutation, which, load_file(directory / "adapter_model.safetensors"))
     outcome = in_peft(kind, directory, trained)
     assert verdict(directory, base_config(kind)) == outcome
-    assert (here(kind, directory) == LOADS) == (outcome == LOADS)
-    # Without the base model the linter knows less. It never finds fault with what is right.
-    assert verdict(directory, None) in ({LOADS, CANNOT_TELL} if outcome == LOADS else {LOADS, CANNOT_TELL, LOADS_WRONGLY, WILL_NOT_LOAD})
+    if (
+        kind.vocab_size is None or mutation is not None
+    ):  # A dropped vocabulary is missed by a base of another one.
+        assert (here(kind, directory) == LOADS) == (outcome == LOADS)
+    if (
+        outcome == LOADS
+    ):  # Without the base model the linter knows less, and finds no fault with what is right.
+        assert verdict(directory, None) == LOADS
