@@ -120,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dtype == torch.float32:
                     torch.mm(h, part.to(dtype).T, out=part_logits)
                 else:
-                    part_logits.copy_(h @ part.T)
+                    part_logits.copy_(h @ part.to(dtype).T)
             total += fastest("cross_entropy", logits, cross_entropy_definition)(logits, target).sum()
             if not (needs_hidden or needs_weight):
                 continue

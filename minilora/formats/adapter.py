@@ -320,16 +320,22 @@ def _wrong_shape(key: str, part: str, tensor: Tensor, rank: int) -> list[str]:
 
 
 def load_adapter(
-    model: nn.Module, directory: str | Path, name: str = "default", lora_fa: bool = False
+    model: nn.Module,
+    directory: str | Path,
+    name: str = "default",
+    lora_fa: bool = False,
+    lora_dropout: float | None = None,
 ) -> None:
     """Put an adapter that PEFT or `save_adapter` wrote on the model under `name`, and make it active.
 
-    lora_fa: whether further training keeps A fixed; no file says so. Raises UserError for a configuration
+    lora_fa: whether further training keeps A fixed; no file says so. lora_dropout: for further training;
+    None: the file's. Raises UserError for a configuration
     that cannot be honoured. One UserError lists all missing, unexpected and wrongly shaped tensors. After an
     error the model is as it was.
     """
     adapter = read_adapter(directory)
-    adapter = replace(adapter, config=replace(adapter.config, lora_fa=lora_fa))
+    dropout = adapter.config.lora_dropout if lora_dropout is None else lora_dropout
+    adapter = replace(adapter, config=replace(adapter.config, lora_fa=lora_fa, lora_dropout=dropout))
     check_new_adapter(model, name)
     if problems := _misfits(model, adapter):
         raise UserError(f"{directory} does not fit the model: {summarize(problems)}")
@@ -438,6 +444,20 @@ def _is_the_same(layer: nn.Module, own: dict[str, Tensor]) -> bool:
         if not torch.equal(tensor.to(base.device, base.dtype), base):
             return False
     return True
+
+
+def vocabulary_of(directory: str | Path, otherwise: int) -> int:
+    """The number of tokens that a model has under an adapter: more, if the adapter brings its embedding."""
+    check_has_weights(directory)
+    path = Path(directory) / ADAPTER_WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in (tensor_key(EMBEDDING, part) for part in (WEIGHT, BASE_WEIGHT, ROWS_WEIGHT)):
+                if key in file.keys() and (shape := file.get_slice(key).get_shape()):
+                    return shape[0]
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or corrupt: {error}") from error
+    return otherwise
 
 
 def check_has_weights(directory: str | Path) -> None:

@@ -85,7 +85,8 @@ class Assistant:
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """Yield the answer to a conversation, piece by piece."""
-        prompt = encode_question(messages, self.tokenizer, self.template, self.model.config.vocab_size)
+        vocab_size = len(self.model.model.embed_tokens.weight)  # of the adapter, too
+        prompt = encode_question(messages, self.tokenizer, self.template, vocab_size)
         limit, decoder = self.answer_limit(prompt), StreamDecoder(self.tokenizer)
         self.cache = reuse_cache(self.model, self.cache, self.tokens, prompt, limit)
         self.tokens = list(prompt)
