@@ -12,7 +12,7 @@ from support.project import ROOT
 FLOORS = (
     ("system",),
     ("backend", "config", "recompute"),
-    ("ops", "quantization", "int8"),
+    ("ops", "quantization", "int8", "rope"),
     ("optim", "linear", "dora"),
     ("model", "lora"),
     ("loss", "loss_scale"),

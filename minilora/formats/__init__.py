@@ -1,6 +1,7 @@
 """Files that other programs read and write, each exactly as they do. Read in this order:
 
 config_fields.py     the fields of config.json: types, limits, defaults, meanings
+config_rope.py       its RoPE: types, both spellings, derived attention factors
 config_json.py       config.json <-> ModelConfig: every field is honoured, harmless or refused
 foreign_formats.py   formats of weights that are refused by name
 bnb.py               a 4-bit weight <-> its entries in bitsandbytes' state dict
