@@ -189,7 +189,8 @@ def load_encoding(config: TrainConfig) -> Encoding:
     model_dir = EMBEDDED_MODEL
     if config.model_name_or_path is not None:
         model_dir = resolve_model(config.model_name_or_path, config.model_revision, weights=False)
-    model_config, tokenizer = read_config(model_dir), load_tokenizer(model_dir)
+    model_config = read_config(model_dir, config.accepted_fields())
+    tokenizer = load_tokenizer(model_dir)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     return Encoding(model_config, tokenizer, template, token_settings(config, model_config))
 

@@ -32,7 +32,7 @@ from minilora.backend.choice import set_fused
 from minilora.data.examples import batch_for
 from minilora.formats.adapter import load_adapter, save_adapter
 from minilora.formats.lint import findings_text, lint_adapter
-from minilora.formats.weights import load_model, read_config
+from minilora.formats.weights import load_model
 from minilora.inference.evaluation import answers, evaluate_loss, exact_match
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
 from minilora.loss import causal_lm_loss
@@ -128,7 +128,8 @@ def build_model(plan: Plan) -> CausalLM:
     torch.manual_seed(config.seed)
     set_fused(config.fused)
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
-    model = load_model(plan.model_dir, config.quant_config(), plan.placement.dtype, plan.placement.device)
+    where, accepted = (plan.placement.dtype, plan.placement.device), config.accepted_fields()
+    model = load_model(plan.model_dir, config.quant_config(), *where, accept_config_fields=accepted)
     if adapter := plan.checkpoint or plan.start_adapter:
         load_adapter(model, adapter, lora_fa=config.lora_fa, lora_dropout=plan.lora.lora_dropout)
     else:
@@ -291,7 +292,7 @@ def finish(plan: Plan, run: Run) -> None:
     if plan.prompts:
         figures |= compare_answers(plan, model)
     report.write_model_card(plan, figures)
-    print("\n" + findings_text(lint_adapter(directory, read_config(plan.model_dir))))
+    print("\n" + findings_text(lint_adapter(directory, plan.base_config)))
     report.publish(plan, run)
 
 

@@ -12,7 +12,7 @@ from support.project import ROOT
 FLOORS = (
     ("system",),
     ("backend", "config", "recompute"),
-    ("ops", "quantization", "int8", "targets"),
+    ("ops", "quantization", "int8", "rope", "targets"),
     ("optim", "linear", "dora"),
     ("model", "lora", "adapted"),
     ("loss", "loss_scale"),

@@ -1,48 +1,57 @@
-"""Model directories in Hugging Face's layout: `config.json` and safetensors files, single or sharded.
+"""Model directories in Hugging Face's layout: `config.json` and weight files, single or sharded.
 
 Loading is lazy, tensor by tensor. The model is first built on the `meta` device, where parameters have shapes
 and no memory. The headers of the files, a few kilobytes each, list the tensors and their shapes. One error
 names every difference before the first weight is read. Then each tensor is read, converted, and put into its
 module. A file is mapped only while one of its tensors is copied out. So the peak is the model itself and one
 tensor, and no weight is ever held twice.
+
+A model that its author quantized, whole or in part, is taken as it is: layers that its files hold in 4 or 8
+bits stay so, and the others are not quantized. To quantize these too would give a model that its author never
+saw.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Callable
-from operator import itemgetter
+from collections.abc import Callable, Collection, Container, Iterable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minilora.config import ModelConfig, QuantConfig
 from minilora.formats.bnb import from_bitsandbytes, group_entries, to_bitsandbytes
+from minilora.formats.bnb_int8 import from_bitsandbytes_int8, group_int8_entries, to_bitsandbytes_int8
 from minilora.formats.config_json import read_config_file, to_config_json
-from minilora.int8 import quantize_int8
+from minilora.formats.foreign_formats import foreign_files, refuse_foreign_tensors
+from minilora.formats.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    index_of,
+    open_weights,
+    weight_files,
+)
+from minilora.int8 import Int8Tensor, quantize_int8
 from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
 from minilora.lora import OUTPUT_HEAD
+from minilora.memory.stored_layers import InFiles
 from minilora.model import CausalLM
-from minilora.quantization import FLOATS, QuantizedTensor, quantize_4bit
+from minilora.quantization import FLOATS, NESTED_BLOCK_SIZE, QuantizedTensor, quantize_4bit
 from minilora.system.errors import UserError, summarize
-from minilora.system.files import write_whole
+from minilora.system.files import read_json, write_whole
 from minilora.system.hub import resolve_model
-from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
+from minilora.system.schema import shown_name
 
 MODEL_CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-_INDEX_FIELDS = {
-    "weight_map": Field(dict, "tensor name -> file name", required=True),
-    "metadata": Field(dict, "such as the size of all tensors", nullable=True),
-}
-_SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a plain name: no folder, no hidden file
+SHARD_BYTES = 1_000_000_000  # of a weight file, unless one tensor alone is larger
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _FLOATS_IN_FILES = ("F32", "BF16", "F16")  # safetensors' names of FLOATS
 _ROTARY_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files
@@ -55,38 +64,36 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     token: str | None = None,
+    accept_config_fields: Collection[str] = (),
 ) -> CausalLM:
     """A frozen model, in evaluation mode, from a local directory or a hub id.
 
     quant: how to store the weights of the linear layers. The embedding, the head and the norms stay in
-    `dtype`. Weights that the files hold in bitsandbytes' 4 bits stay so. dtype: of the other weights and of
-    all computing; None takes the one that `config.json` names. Raises UserError for a directory that is not a
-    model, a configuration that cannot be honoured, and corrupt, missing, unexpected or misshapen tensors.
+    `dtype`. It does not apply to a model that its author quantized, which is read as it is. dtype: of the
+    other weights and of all computing; None takes the one that `config.json` names. accept_config_fields:
+    unknown fields of `config.json` that are harmless. Raises UserError for a directory that is not a model, a
+    configuration that cannot be honoured, and corrupt, missing, unexpected or misshapen tensors.
     """
     directory = resolve_model(str(path_or_hub_id), revision=revision, token=token)
-    config = read_config(directory)
+    config, stored = read_model(directory, accept_config_fields)
     dtype = dtype or FLOATS[config.dtype]
-    stored = StoredTensors(directory)
     with torch.device("meta"):
         model = CausalLM(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # lists a tied head only once
     stored.check(shapes, ignore=is_redundant(config))
-    if stored.quantized and quant is not None and quant.bits != 4:
-        raise UserError(
-            f"the weights in {directory} are quantized to 4 bits already; "
-            "load them without quantization to 8 bits, or take unquantized ones"
-        )
+    quant = stored.applicable(quant)
     large = sum(map(math.prod, shapes.values())) > 5e8
     for name in tqdm(shapes, desc="loading", unit=" tensors", leave=False, disable=None if large else True):
         parent, _, leaf = name.rpartition(".")
         layer = model.get_submodule(parent)
         if name in stored.quantized:
-            weight = stored.read_quantized(name, shapes[name], device)
-            model.set_submodule(parent, Linear4bit(weight, layer.bias))
+            weight = stored.read_quantized(name, shapes[name], dtype, device)
+            model.set_submodule(parent, _quantized_layer(weight, layer.bias))
         elif (
             quant is not None and isinstance(layer, nn.Linear) and leaf == "weight" and parent != OUTPUT_HEAD
         ):
-            model.set_submodule(parent, _quantized(stored, name, layer.bias, quant, device))
+            weight = _quantized(stored, name, quant, device)
+            model.set_submodule(parent, _quantized_layer(weight, layer.bias))
         else:
             weight = _finite(stored.read(name, dtype, device), name, directory)
             setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
@@ -94,34 +101,63 @@ def load_model(
     return model.eval()
 
 
-def read_config(directory: Path) -> ModelConfig:
+def read_model(
+    directory: Path, accept_config_fields: Collection[str] = ()
+) -> tuple[ModelConfig, "StoredTensors"]:
+    """The model in a directory: its configuration, and its tensors, still on disk.
+
+    A file may hold an output head of its own although `config.json` says that the head shares the embedding's
+    weight. Then the file is right, as for transformers and vLLM: the configuration comes back untied. Raises
+    UserError for a configuration that cannot be honoured, and for files that cannot be read.
+    """
+    config, stored = read_config(directory, accept_config_fields), StoredTensors(directory)
+    if config.tie_word_embeddings and stored.differ(HEAD, EMBEDDING):
+        config = replace(config, tie_word_embeddings=False)
+    return config, stored
+
+
+def read_config(directory: Path, accept_config_fields: Collection[str] = ()) -> ModelConfig:
     """The configuration in a model directory. Raises UserError if there is none that can be honoured."""
     if not (directory / MODEL_CONFIG_FILE).is_file():
-        raise UserError(f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}")
-    return read_config_file(directory / MODEL_CONFIG_FILE)
+        raise UserError(
+            f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}{foreign_files(directory)}"
+        )
+    return read_config_file(directory / MODEL_CONFIG_FILE, accept_config_fields)
 
 
 def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
     """A test of tensor names: whether files may hold the tensor although the model does not need it."""
-    tied_head = "lm_head.weight" if config.tie_word_embeddings else None
+    tied_head = HEAD if config.tie_word_embeddings else None
     return lambda name: name == tied_head or bool(_ROTARY_BUFFERS.fullmatch(name))
 
 
+def _quantized_layer(weight: QuantizedTensor | Int8Tensor, bias: nn.Parameter | None) -> QuantizedLinear:
+    return Linear8bit(weight, bias) if isinstance(weight, Int8Tensor) else Linear4bit(weight, bias)
+
+
 def _quantized(
-    stored: "StoredTensors",
-    name: str,
-    bias: nn.Parameter | None,
-    quant: QuantConfig,
-    device: torch.device | str,
-) -> QuantizedLinear:
-    """A layer whose weight is quantized from the file's dtype: the compute dtype must not round it first."""
+    stored: "StoredTensors", name: str, quant: QuantConfig, device: torch.device | str
+) -> QuantizedTensor | Int8Tensor:
+    """A weight quantized from the file's dtype: the compute dtype must not round it first."""
     weight = stored.read(name, None, device, copy=False)
     try:
-        if quant.bits == 8:
-            return Linear8bit(quantize_int8(_finite(weight, name, stored.directory)), bias)
-        return Linear4bit(quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant), bias)
+        return quantize(_finite(weight, name, stored.directory) if quant.bits == 8 else weight, quant)
     except UserError as error:
         raise UserError(f"{name} in {stored.directory}: {error}") from error
+
+
+def quantize(weight: Tensor, quant: QuantConfig) -> QuantizedTensor | Int8Tensor:
+    """The weight as `quant` asks for it. Raises UserError for one that cannot be quantized."""
+    if quant.bits == 8:
+        return quantize_int8(weight)
+    return quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant)
+
+
+def quant_config_of(weight: QuantizedTensor | Int8Tensor) -> QuantConfig:
+    """How a weight is quantized: `quantize` with it gives a weight of the same kind."""
+    if isinstance(weight, Int8Tensor):
+        return QuantConfig(8)
+    return QuantConfig(4, weight.quant_type, weight.nested_absmax is not None, weight.blocksize)
 
 
 def _finite(weight: Tensor, name: str, directory: Path) -> Tensor:
@@ -141,11 +177,13 @@ class StoredTensors:
         self.files: dict[str, Path] = {}  # tensor name -> the file that holds it
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}  # in safetensors' spelling: BF16, F32, ...
-        for path, promised in _weight_files(directory).items():
-            with _open(path) as file:
+        for path, promised in weight_files(directory).items():
+            with open_weights(path) as file:
                 if lacking := sorted(promised - set(file.keys())):
                     problem = summarize([shown_name(name) for name in lacking], 3)
-                    raise UserError(f"{path} lacks {problem}, which {INDEX_FILE} puts there; download again")
+                    raise UserError(
+                        f"{path} lacks {problem}, which {index_of(path)} puts there; download again"
+                    )
                 for name in file.keys():
                     if name in self.files:
                         raise UserError(
@@ -156,7 +194,48 @@ class StoredTensors:
                     self.files[name] = path
                     self.shapes[name] = tuple(entry.get_shape())
                     self.dtypes[name] = entry.get_dtype()
-        self.quantized = group_entries(self.files)  # weights in 4 bits: name -> the names of its entries
+        refuse_foreign_tensors(directory, self.files)
+        self._in_4_bits = group_entries(self.files)
+        # Weights in 4 or 8 bits: name -> the names of its entries.
+        self.quantized = self._in_4_bits | group_int8_entries(self.files)
+
+    @property
+    def prequantized(self) -> bool:
+        """Whether the author quantized the model, whole or in part: its tensors or its config say so."""
+        return bool(self.quantized) or bool(
+            read_json(self.directory / MODEL_CONFIG_FILE).get("quantization_config")
+        )
+
+    def quantized_layers(self) -> dict[str, InFiles] | None:
+        """Full name of each layer in 4 or 8 bits -> what its scales take, by the headers alone. None: the
+        model's author did not quantize it.
+        """
+        if not self.prequantized:
+            return None
+        layers = {}
+        for name in self.quantized:
+            layer = name.removesuffix(".weight")
+            blocks, nested_blocks, rows = (
+                math.prod(self.shapes.get(entry, (0,)))
+                for entry in (f"{name}.absmax", f"{name}.nested_absmax", f"{layer}.SCB")
+            )
+            # Nested blocks of 256 stay; `from_bitsandbytes` makes others float32.
+            nested = nested_blocks and nested_blocks == -(-blocks // NESTED_BLOCK_SIZE)
+            scales = blocks + 4 * nested_blocks + 4 if nested else 4 * (blocks + rows)
+            layers[layer] = InFiles(4 if name in self._in_4_bits else 8, scales)
+        return layers
+
+    def applicable(self, quant: QuantConfig | None) -> QuantConfig | None:
+        """`quant`, or None where it must not be applied, because the author has quantized the model.
+
+        Raises UserError if `quant` asks for 8 bits and the files hold 4, which can only be a mistake.
+        """
+        if quant is not None and quant.bits == 8 and self._in_4_bits:
+            raise UserError(
+                f"the weights in {self.directory} are quantized to 4 bits already; "
+                "load them without quantization to 8 bits, or take unquantized ones"
+            )
+        return None if self.prequantized else quant
 
     def check(self, wanted: dict[str, tuple[int, ...]], ignore: Callable[[str], bool]) -> None:
         """Compare with a model's names and shapes. One UserError lists every difference."""
@@ -164,6 +243,11 @@ class StoredTensors:
         described = {entry for name, entries in self.quantized.items() if name in wanted for entry in entries}
         extra = [name for name in self.shapes if name not in wanted and name not in described]
         problems += [f"unexpected {name}" for name in extra if not ignore(name)]
+        problems += [
+            f"{name} is quantized, but only linear layers can be"
+            for name in wanted
+            if name in self.quantized and (name == EMBEDDING or len(wanted[name]) != 2)
+        ]
         for name, shape in wanted.items():
             # The shape of packed bytes does not tell the weight's shape. `read_quantized` checks it.
             if name in self.quantized or name not in self.shapes:
@@ -178,6 +262,12 @@ class StoredTensors:
                 f"the weights in {self.directory} do not fit its {MODEL_CONFIG_FILE}: {summarize(problems)}"
             )
 
+    def differ(self, one: str, other: str) -> bool:
+        """Whether the files hold both tensors, with different contents."""
+        if one not in self.shapes or other not in self.shapes:
+            return False
+        return not torch.equal(*(self.read(name, None, "cpu", copy=False) for name in (one, other)))
+
     def read(
         self, name: str, dtype: torch.dtype | None, device: torch.device | str, copy: bool = True
     ) -> Tensor:
@@ -185,15 +275,22 @@ class StoredTensors:
 
         With `copy=False` it may be a view of the mapped file: use it at once, and drop it.
         """
-        with _open(self.files[name]) as file:
+        with open_weights(self.files[name]) as file:
             return file.get_tensor(name).to(device=device, dtype=dtype, copy=copy)
 
     def read_quantized(
-        self, name: str, shape: tuple[int, ...], device: torch.device | str
-    ) -> QuantizedTensor:
-        """A weight in bitsandbytes' 4 bits. Raises UserError for entries that contradict one another."""
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> QuantizedTensor | Int8Tensor:
+        """A weight in bitsandbytes' 4 or 8 bits, (out, in).
+
+        dtype: of 8-bit weights once dequantized, which their entries do not tell. Raises UserError for
+        entries that contradict one another.
+        """
         entries = {entry: self.read(entry, None, "cpu") for entry in self.quantized[name]}
-        weight = from_bitsandbytes(entries, name)
+        if name in self._in_4_bits:
+            weight = from_bitsandbytes(entries, name)
+        else:
+            weight = from_bitsandbytes_int8(entries, name, dtype)
         if tuple(weight.shape) != shape:
             raise UserError(
                 f"{name} in {self.directory} is {tuple(weight.shape)}, {MODEL_CONFIG_FILE} says {shape}"
@@ -201,85 +298,65 @@ class StoredTensors:
         return weight.to(device)
 
 
-def _weight_files(directory: Path) -> dict[Path, set[str]]:
-    """The safetensors files of a model directory, each with the tensors that its index puts there."""
-    index = directory / INDEX_FILE
-    if index.exists():
-        shards: dict[Path, set[str]] = {}
-        for name, file in sorted(_read_index(index).items(), key=itemgetter(1)):
-            shards.setdefault(directory / file, set()).add(name)
-        if absent := [path.name for path in shards if not path.is_file()]:
-            raise UserError(
-                f"{directory} lacks {summarize(absent)}, which {INDEX_FILE} names; download again"
-            )
-        return shards
-    if (directory / SINGLE_FILE).is_file():
-        return {directory / SINGLE_FILE: set()}
-    pickled = sorted(path.name for path in directory.glob("*.bin"))
-    hint = f" ({pickled[0]} is pickled and never read; convert it to safetensors)" if pickled else ""
-    raise UserError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a sharded model. No file outside its directory is named."""
-    try:
-        shards = read_fields(read_object(path), _INDEX_FIELDS)["weight_map"]
-        for name, file in shards.items():
-            if not isinstance(file, str) or not _SHARD.fullmatch(file):
-                raise UserError(
-                    f"{shown_name(name)} must lie in a file such as model-00001-of-00002.safetensors in the "
-                    f"same directory, not in {shown(file)}"
-                )
-    except UserError as error:
-        raise UserError(f"{path} is not a safetensors index: {error}") from error
-    if not shards:
-        raise UserError(f"{path} is not a safetensors index: weight_map is empty")
-    return shards
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt: {error}; download it again") from error
-
-
 def save_model(model: CausalLM, directory: str | Path) -> None:
     """Write a model without adapters as a directory that transformers and `load_model` read.
 
-    A tied head is written once. 4-bit weights are written in bitsandbytes' format. Raises UserError for 8-bit
-    weights, which have no format that others read.
+    A tied head is written once. Weights in 4 or 8 bits are written in bitsandbytes' format. Raises UserError
+    for a model with both, which transformers would not read.
     """
     directory = Path(directory)
     raw = to_config_json(model.config)
     raw["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLinear):
-            continue
-        weight = layer.weight
-        if not isinstance(weight, QuantizedTensor):
+    weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for name, weight in weights.items():
+        tensors |= to_entries(weight.to("cpu"), f"{name}.weight")
+    if weights:
+        kinds = [quant_config_of(weight) for weight in weights.values()]
+        if len({kind.bits for kind in kinds}) > 1:
             raise UserError(
-                f"{name} is in 8 bits, which no other program would read back: save the adapter alone"
+                "the model has layers in 4 and in 8 bits, which transformers cannot read from one directory: "
+                "save the adapter alone"
             )
-        tensors |= to_bitsandbytes(weight.to("cpu"), f"{name}.weight")
-        double_quant = weight.nested_absmax is not None
-        raw["quantization_config"] = bitsandbytes_config(weight.quant_type, double_quant, raw["torch_dtype"])
+        raw["quantization_config"] = bitsandbytes_config(kinds[0], plain_layers(model), raw["torch_dtype"])
     directory.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, directory / SINGLE_FILE)
     write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
-def bitsandbytes_config(quant_type: str, double_quant: bool, compute_dtype: str) -> dict:
-    """The `quantization_config` that tells transformers that the files hold 4 bits a weight."""
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": quant_type,
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-    }
+def to_entries(weight: QuantizedTensor | Int8Tensor, name: str) -> dict[str, Tensor]:
+    """The entries of a state dict that hold a quantized weight called `name`."""
+    if isinstance(weight, Int8Tensor):
+        return to_bitsandbytes_int8(weight, name)
+    return to_bitsandbytes(weight, name)
+
+
+def plain_layers(model: nn.Module, quantized: Container[str] = ()) -> list[str]:
+    """Full names of the linear layers whose weights are not quantized, and not named in `quantized`."""
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    return [name for name in names if f"{name}.weight" not in quantized]
+
+
+def bitsandbytes_config(quant: QuantConfig, skipped: list[str], compute_dtype: str) -> dict:
+    """The `quantization_config` that tells transformers how the files hold weights.
+
+    skipped: full names of the linear layers that are not quantized. transformers makes a quantized layer of
+    every other one, the output head included.
+    """
+    bits = {"quant_method": "bitsandbytes", f"load_in_{quant.bits}bit": True}
+    skip = {"llm_int8_skip_modules": skipped}  # under this name for 4 bits, too
+    if quant.bits == 8:
+        return bits | skip
+    return (
+        bits
+        | skip
+        | {
+            "bnb_4bit_quant_type": quant.quant_type,
+            "bnb_4bit_use_double_quant": quant.double_quant,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    )
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -295,3 +372,22 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> None:
+    """Write tensors in the order they come, into one file, or into several files and an index."""
+    held, shards, total = {}, [], 0  # shards: the names in each file
+    for tensors in chain(entries, [{}]):  # the empty one marks the end
+        if held and (not tensors or sum(t.nbytes for t in (held | tensors).values()) > SHARD_BYTES):
+            save_tensors(held, directory / f"{len(shards)}.safetensors")
+            shards.append(list(held))
+            total, held = total + sum(t.nbytes for t in held.values()), {}
+        held |= tensors
+    weight_map = {}
+    for i, names in enumerate(shards):  # A file's name holds the number of files, known only now.
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(directory / f"{i}.safetensors", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_whole(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")

@@ -64,7 +64,7 @@ class InferenceSetup:
     @property
     def files(self) -> list[Path]:
         """The files that are read: of the model, and of the adapters and their runs."""
-        names = "config.json", "*.safetensors*", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
+        names = "config.json", "*.safetensors*", "*.bin", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
         directories = self.base, *self.adapters.values()
         found = [file for directory in directories for name in names for file in directory.glob(name)]
         return [*found, Path(self.config_file)] if self.config_file else found
@@ -72,7 +72,10 @@ class InferenceSetup:
     def load_model(self) -> CausalLM:
         """The frozen model on this machine's device, in evaluation mode, with every adapter loaded."""
         placement = choose_placement(self.config.bf16, self.config.fp16)
-        model = load_model(self.base, self.config.quant_config(), placement.dtype, placement.device)
+        model = load_model(
+            self.base, self.config.quant_config(), placement.dtype, placement.device,
+            accept_config_fields=self.config.accepted_fields(),
+        )  # fmt: skip
         for name, directory in self.adapters.items():
             load_adapter(model, directory, name)
         set_adapter(model, self.first_adapter)
@@ -105,7 +108,7 @@ def prepare_inference(
     tokenizer = load_adapted_tokenizer(base, adapters)
     template = load_chat_template(config.template, tokenizer, now=now)
     config_file = parse_arguments(keys).get("config")
-    model_config = read_config(base)
+    model_config = read_config(base, config.accepted_fields())
     vocab_size = max((vocabulary_of(d, 0) for d in adapters.values()), default=0) or model_config.vocab_size
     model_config = replace(model_config, vocab_size=vocab_size)
     return InferenceSetup(adapters, config, base, model_config, tokenizer, template, config_file)

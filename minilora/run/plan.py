@@ -20,7 +20,7 @@ from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from minilora.formats.adapter import read_adapter_config, vocabulary_of
-from minilora.formats.weights import read_config
+from minilora.formats.weights import read_model
 from minilora.memory.allocator import (
     compiles_kernels,
     limit_compiled_kernels,
@@ -36,6 +36,7 @@ from minilora.memory.ledger import (
     process_memory,
 )
 from minilora.memory.planner import choose_recompute
+from minilora.memory.stored_layers import InFiles
 from minilora.optim import Schedule
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.datasets import load_datasets, token_settings
@@ -87,7 +88,8 @@ class Plan:
     placement: Placement  # device and dtype
     # the model and its data
     model_dir: Path
-    model_config: ModelConfig
+    base_config: ModelConfig  # as the model's files say
+    model_config: ModelConfig  # with the vocabulary that it has under the adapter
     lora: LoraConfig  # of the adapter to train
     start_adapter: Path | None  # the adapter to go on from; None: a new one
     tokenizer: Tokenizer
@@ -135,9 +137,9 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
         config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision
     )
     check_inputs(config, model_dir)
-    model_config = read_config(model_dir)
+    base_config, stored = read_model(model_dir, config.accepted_fields())
     start_adapter = resolve_model(config.adapter_name_or_path) if config.adapter_name_or_path else None
-    lora, model_config = choose_adapter(config, start_adapter, model_config)
+    lora, model_config = choose_adapter(config, start_adapter, base_config)
     tokenizer = load_tokenizer(start_adapter if has_tokenizer(start_adapter) else model_dir)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     train_set, eval_set = load_examples(config, model_config, tokenizer, template)
@@ -154,11 +156,13 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
-    memory = plan_memory(config, model_config, lora, placement, order, longest, lengths)
+    quantized = stored.quantized_layers()
+    memory = plan_memory(config, model_config, lora, placement, order, longest, lengths, quantized)
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
-        model_dir=model_dir, model_config=model_config, lora=lora, start_adapter=start_adapter,
+        model_dir=model_dir, base_config=base_config, model_config=model_config,
+        lora=lora, start_adapter=start_adapter,
         tokenizer=tokenizer, template=template,
         train_set=train_set, eval_set=eval_set, order=order, schedule=schedule, memory=memory,
         training=training, checkpoint=checkpoint, state=state,
@@ -260,6 +264,7 @@ def plan_memory(
     order: Order,
     eval_length: int,  # tokens of the longest held-out example; 0: there is none
     answers: tuple[int, int] | None = None,  # see `answer_lengths`
+    in_files: dict[str, InFiles] | None = None,  # see `StoredTensors.quantized_layers`
 ) -> MemoryPlan:
     """Choose the recompute policies and predict their memory. `auto` is the fastest plan that fits.
 
@@ -281,6 +286,7 @@ def plan_memory(
         device=device.type,
         eval_length=padded_length(eval_length) if rounded and eval_length else eval_length,
         process=process_memory() if device.type == "cpu" else 0,
+        in_files=in_files,
     )
     if device.type == "cpu":
         with_holes = partial(ledger_of, heap_holes=True)

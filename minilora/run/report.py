@@ -137,6 +137,8 @@ def training_figures(plan: Plan, run: Run) -> dict[str, str]:
         "peak memory": f"{used / 2**30:.2f} GiB ({predicted / 2**30:.2f} GiB predicted)",
         "training time": minutes(run.seconds),
     }
+    if accepted := plan.config.accepted_fields():
+        figures["fields of config.json declared harmless"] = ", ".join(accepted)
     if reserved is not None:
         figures["peak memory reserved of the GPU"] = f"{reserved / 2**30:.2f} GiB"
     if held_out:

@@ -56,10 +56,11 @@ _NEED_HELD_OUT = "load_best_model_at_end early_stopping_patience eval_steps exac
 # bf16 and fp16 by the dtype that they lead to.
 MAY_CHANGE = set(
     """
-    model_name_or_path model_revision dataset eval_dataset output_dir overwrite_output_dir
-    resume_from_checkpoint bf16 fp16 per_device_eval_batch_size gradient_checkpointing logging_steps
-    eval_steps save_steps save_total_limit early_stopping_patience exact_match_samples report_to run_name
-    mlflow_tracking_uri push_to_hub hub_private_repo upload hub_strategy
+    model_name_or_path model_revision accept_config_fields dataset eval_dataset output_dir
+    overwrite_output_dir resume_from_checkpoint bf16 fp16 per_device_eval_batch_size
+    gradient_checkpointing logging_steps eval_steps save_steps save_total_limit early_stopping_patience
+    exact_match_samples report_to run_name mlflow_tracking_uri push_to_hub hub_private_repo upload
+    hub_strategy
     """.split()
 )
 
@@ -71,6 +72,7 @@ class TrainConfig:
     # model
     model_name_or_path: str | None = None  # directory or hub id; none: the small model included in minilora
     model_revision: str | None = None  # branch, tag or commit on the hub; none: the hub's main branch
+    accept_config_fields: str | list[str] | None = None  # unknown fields of config.json that are harmless
     # data
     dataset: str | list[str] | None = None  # file, address or hub id; mixed by weight: a.json:0.7,b.json:0.3
     eval_dataset: str | list[str] | None = None  # held-out examples, named in the same way
@@ -264,8 +266,11 @@ class TrainConfig:
 
     def trackers(self) -> list[str]:
         """The names in `report_to`: the services that get the metrics besides metrics.jsonl."""
-        names = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to
-        return [name.strip() for name in names if name.strip() != "none"]
+        return [name for name in _names(self.report_to) if name != "none"]
+
+    def accepted_fields(self) -> list[str]:
+        """The names in `accept_config_fields`."""
+        return _names(self.accept_config_fields or [])
 
     def may_change(self) -> set[str]:
         """The keys that a resumed run may change, because no number of its training depends on them."""

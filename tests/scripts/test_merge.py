@@ -180,7 +180,7 @@ def test_sharded_and_single_files_hold_the_same_tensors(script, merge, place, mo
     shutil.copy(model_dir / "tokenizer.model", place / "base")
     arguments = ("--adapter", place / "adapter", "--output")
     assert merge(*arguments, place / "one")[0] == 0
-    monkeypatch.setattr(script, "SHARD_BYTES", 70_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 70_000)
     assert merge(*arguments, place / "many")[0] == 0
     files = sorted(path.name for path in (place / "many").glob("*.safetensors"))
     count = len(files)
@@ -416,7 +416,7 @@ def test_a_full_disk_prints_one_line_and_leaves_nothing(script, merge, place, mo
         save_file(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(weights, "save_file", full)
-    monkeypatch.setattr(script, "SHARD_BYTES", 70_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 70_000)
     code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
     assert code == 2 and "No space left on device" in err and err.count("\n") == 1
     assert len(calls) == 2 and {path.name for path in place.iterdir()} == {"base", "adapter"}
