@@ -1,0 +1,290 @@
+"""Where A and B start: PEFT's numbers on the same weight, and the function that the layer computes at step 0."""
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.families import relative_error
+from torch import nn
+
+from minilora import QuantizedTensor, UserError, dequantize_4bit, quantize_4bit
+from minilora.initialize import CHANGE_THE_BASE, InputDirections, check_kind, initialize
+from minilora.int8 import quantize_int8
+
+UNIT = 2.0**-24  # of float32
+
+# LAPACK's SVD and QR are backward stable: their factors are those of a matrix within p(n) units of W, in norm
+# (LAPACK Users' Guide, 4.9). p(n) is a small polynomial; for n = 48, a few tens. Two programs that call them
+# on the same W get the same numbers; twice the error leaves room for another order of the products behind.
+SVD = 100 * UNIT
+KINDS = ("pissa", "pissa_niter_4", "olora", "loftq")
+
+
+def weight(out_features=48, in_features=40, seed=0, rank=None) -> torch.Tensor:
+    """A random matrix whose singular values fall by a fifth from one to the next: no two of them are close."""
+    generator = torch.Generator().manual_seed(seed)
+    k = min(out_features, in_features)
+    U, V = (torch.linalg.qr(torch.randn(n, k, generator=generator))[0] for n in (out_features, in_features))
+    S = 0.8 ** torch.arange(k)
+    S[rank:] = 0 if rank is not None else S[rank:]
+    return (U * S) @ V.T
+
+
+def peft_layer(W: torch.Tensor, r: int, alpha: float, init, **settings):
+    """PEFT's layer for the weight, freshly initialised."""
+    peft = pytest.importorskip("peft")
+    base = nn.Linear(W.shape[1], W.shape[0], bias=False)
+    base.weight.data = W.clone()
+    model = nn.Sequential()
+    model.add_module("q", base)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=["q"], init_lora_weights=init, **settings)
+    return peft.get_peft_model(model, config).base_model.model.q
+
+
+def parts(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """PEFT's A, B and base."""
+    A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+    return A, B, layer.base_layer.weight.data
+
+
+@pytest.fixture
+def loftq_on_cpu(monkeypatch):
+    """PEFT's LoftQ, which names the GPU in its text, with the CPU in its place."""
+    module = pytest.importorskip("peft.utils.loftq_utils")
+    pytest.importorskip("bitsandbytes")
+    for name in ("loftq_init", "_loftq_init_new"):
+        source = inspect.getsource(getattr(module, name))
+        assert source.count('"cuda"') == 1
+        namespace = dict(vars(module))
+        exec(source.replace('"cuda"', '"cpu"'), namespace)
+        monkeypatch.setattr(module, name, namespace[name])
+    monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", module.loftq_init)
+    return module
+
+
+# ---- the starts that leave W alone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [True, "gaussian", "orthogonal"])
+def test_the_starts_that_leave_w_alone_draw_pefts_numbers_from_the_same_seed(kind):
+    W, r = weight(), 6
+    layer = peft_layer(W, r, 12, True)
+    torch.manual_seed(3)
+    layer.orthogonal_init("default") if kind == "orthogonal" else layer.reset_lora_parameters("default", kind)
+    torch.manual_seed(3)
+    A, B, base = initialize(kind, W, r, 2.0)
+    expected = parts(layer)
+    assert torch.equal(A, expected[0]) and torch.equal(B, expected[1]) and base is None
+    assert torch.equal(expected[2], W)  # nor does PEFT touch it
+
+
+@pytest.mark.parametrize("r", [2, 8])
+def test_orthogonal_starts_with_two_factors_that_are_not_zero_and_a_product_that_is(r):
+    torch.manual_seed(0)
+    A, B, _ = initialize("orthogonal", weight(), r, 1.0)
+    assert A.norm() > 0 and B.norm() > 0
+    # Each entry is a sum of r products that cancel; rows of Q are orthogonal to r units.
+    assert (B @ A).abs().max() <= 4 * r * UNIT * B.abs().max() * A.abs().max() * r
+
+
+def test_orthogonal_refuses_an_odd_rank_as_peft_does():
+    with pytest.raises(UserError, match="even lora_rank, not 3"):
+        initialize("orthogonal", weight(), 3, 1.0)
+    with pytest.raises(ValueError, match="even"):
+        peft_layer(weight(), 3, 3, "orthogonal")
+
+
+# ---- the starts that take a part of W ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("shape", [(48, 40), (24, 56)], ids=["tall", "wide"])
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_0", "pissa_niter_4", "olora"])
+def test_product_and_base_are_pefts(kind, shape, use_rslora):
+    W, r, alpha = weight(*shape), 6, 9
+    layer = peft_layer(W, r, alpha, True, use_rslora=use_rslora)
+    scaling = layer.scaling["default"]
+    torch.manual_seed(5)
+    layer.olora_init("default") if kind == "olora" else layer.pissa_init("default", kind)
+    torch.manual_seed(5)
+    A, B, base = initialize(kind, W, r, scaling)
+    their_A, their_B, their_base = parts(layer)
+    assert A.shape == their_A.shape and B.shape == their_B.shape
+    assert relative_error(B @ A, their_B @ their_A) <= SVD  # the signs of single vectors are free
+    assert relative_error(base, their_base) <= SVD
+    assert relative_error(their_base, W) > 0.1  # a large part was taken out
+
+
+@given(
+    kind=st.sampled_from(["pissa", "pissa_niter_2", "olora"]),
+    shape=st.tuples(st.integers(4, 40), st.integers(4, 40), st.integers(1, 4)),
+    scaling=st.floats(0.1, 16),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_base_and_adapter_together_are_w(kind, shape, scaling, seed):
+    out_features, in_features, r = shape
+    W = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed))
+    A, B, base = initialize(kind, W, r, scaling)
+    update = scaling * B.double() @ A.double()
+    # The product is a sum of r terms in float32, then one subtraction: at most r + 3 roundings, each of at most
+    # the sum of all magnitudes.
+    largest = W.double().abs() + scaling * B.double().abs() @ A.double().abs()
+    assert ((base.double() + update - W.double()).abs() <= (r + 3) * UNIT * largest).all()
+
+
+def test_pissa_takes_the_largest_singular_values_and_shares_each_between_a_and_b():
+    W, r, scaling = weight(), 5, 2.0
+    A, B, base = initialize("pissa", W, r, scaling)
+    S = 0.8 ** torch.arange(40.0)  # those of `weight`
+    torch.testing.assert_close(scaling * B.T @ B, torch.diag(S[:r]), rtol=0, atol=SVD)
+    torch.testing.assert_close(scaling * A @ A.T, torch.diag(S[:r]), rtol=0, atol=SVD)
+    torch.testing.assert_close(torch.linalg.svdvals(base)[: 40 - r], S[r:], rtol=0, atol=SVD)
+
+
+def test_more_subspace_iterations_come_nearer_to_pissa():
+    W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))  # flat: the hard case
+    exact = initialize("pissa", W, 8, 1.0)[2].norm()
+    torch.manual_seed(0)
+    left = [initialize(f"pissa_niter_{n}", W, 8, 1.0)[2].norm() / exact for n in (0, 2, 8, 32)]
+    # Eckart and Young: no matrix of rank 8 leaves less than the exact one.
+    assert all(1 - SVD <= after <= before for before, after in zip(left, left[1:], strict=False))
+    assert left[0] > 1.02 > 1.002 > left[-1]
+
+
+def test_olora_has_an_orthonormal_b():
+    _, B, _ = initialize("olora", weight(), 6, 2.0)
+    torch.testing.assert_close(B.T @ B, torch.eye(6), rtol=0, atol=SVD)
+
+
+# ---- bases in 4 bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+@pytest.mark.parametrize("alpha", [8, 16], ids=["scaling 1", "scaling 2"])
+def test_loftq_is_pefts_whose_layer_forgets_the_scaling(iterations, alpha, loftq_on_cpu):
+    W, r = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)), 8
+    layer = peft_layer(W, r, alpha, "loftq", loftq_config=dict(loftq_bits=4, loftq_iter=iterations))
+    their_A, their_B, their_base = parts(layer)
+    scaling = layer.scaling["default"]
+    A, B, base = initialize("loftq", W, r, scaling, loftq_iter=iterations)
+    assert torch.equal(base, their_base)  # as every code is
+    assert relative_error(scaling * B @ A, their_B @ their_A) <= SVD
+    ours = (base + scaling * B @ A - W).norm()
+    theirs = (their_base + scaling * their_B @ their_A - W).norm()
+    assert ours < (their_base - W).norm()
+    assert theirs > 1.05 * ours if scaling != 1 else theirs == pytest.approx(ours, rel=SVD)
+
+
+def test_loftq_in_8_bits_is_pefts(loftq_on_cpu):
+    W = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    layer = peft_layer(W, 8, 8, "loftq", loftq_config=dict(loftq_bits=8, loftq_iter=2))
+    their_A, their_B, their_base = parts(layer)
+    A, B, base = initialize(
+        "loftq", W, 8, 1.0, lambda w: quantize_int8(w.half()), loftq_iter=2
+    )  # as bitsandbytes
+    assert relative_error(base.dequantize(torch.float32), their_base) <= 2 * UNIT  # (data absmax) / 127
+    # What 8 bits lose is 1/250 of W, so that roundings of W's size are 250 times as large beside it.
+    assert relative_error(B @ A, their_B @ their_A) <= 250 * SVD
+
+
+def test_one_iteration_of_loftq_on_qloras_base_is_pefts_replace_lora_weights_loftq(loftq_on_cpu):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    W, r = torch.randn(64, 128, generator=torch.Generator().manual_seed(2)), 8
+    stored = bitsandbytes.nn.Params4bit(W.clone(), requires_grad=False, quant_type="nf4").to("cpu")
+    their_A, their_B = loftq_on_cpu._loftq_init_new(stored, W, num_bits=4, reduced_rank=r)
+    A, B, base = initialize("loftq", W, r, 1.0, quantize_4bit)  # doubly quantized, as bitsandbytes does it
+    assert isinstance(base, QuantizedTensor)
+    assert torch.equal(base.packed, quantize_4bit(W).packed)  # QLoRA's base is unchanged
+    assert relative_error(B @ A, their_B @ their_A) <= SVD
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "pissa_niter_8"])
+def test_a_quantized_base_holds_what_the_adapter_leaves(kind):
+    W, r = torch.randn(64, 128, generator=torch.Generator().manual_seed(2)), 8
+    torch.manual_seed(0)
+    A, B, base = initialize(kind, W, r, 2.0, quantize_4bit)
+    left = W - 2.0 * B @ A
+    assert torch.equal(base.packed, quantize_4bit(left).packed)
+    assert torch.equal(dequantize_4bit(base), dequantize_4bit(quantize_4bit(left)))
+
+
+def test_qpissa_loses_less_than_qlora_and_loftq_less_with_each_iteration():
+    W, r = weight(64, 128), 16  # PiSSA's paper, section 4: the residual has less to lose
+    start = (dequantize_4bit(quantize_4bit(W)) - W).norm()
+
+    def lost(kind, **settings):
+        A, B, base = initialize(kind, W, r, 2.0, quantize_4bit, **settings)
+        return (base.dequantize(torch.float32) + 2.0 * B @ A - W).norm() / start
+
+    assert lost("pissa") < 0.5
+    fitted = [lost("loftq", loftq_iter=n) for n in (1, 2, 5)]
+    assert 1 > fitted[0] > fitted[1] > fitted[2]
+
+
+# ---- EVA -----------------------------------------------------------------------------------------------------------
+
+
+def test_directions_of_inputs_are_those_of_pefts_incremental_pca():
+    pca = pytest.importorskip("peft.utils.incremental_pca").IncrementalPCA(4, lowrank=True, lowrank_seed=42)
+    directions, generator = InputDirections(4), torch.Generator().manual_seed(0)
+    mixing = weight(32, 32) * 10
+    for n in (20, 33, 8, 50):
+        x = torch.randn(n, 32, generator=generator) @ mixing + 1.0
+        pca.partial_fit(x)
+        directions.update(x)
+        torch.testing.assert_close(
+            directions.directions.to(pca.components_.dtype), pca.components_, rtol=0, atol=SVD
+        )
+    A, B, base = initialize("eva", weight(24, 32), 4, 1.0, directions=directions.directions)
+    assert torch.equal(A, directions.directions.float()) and not B.any() and base is None
+
+
+def test_directions_of_inputs_converge_to_the_principal_components_of_all_of_them():
+    generator, directions = torch.Generator().manual_seed(0), InputDirections(3)
+    x = torch.randn(4000, 16, generator=generator) * (0.5 ** torch.arange(16))
+    for batch in x.split(200):
+        assert not directions.converged or directions.seen > 200
+        directions.update(batch)
+    assert directions.converged
+    principal = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:3]
+    assert (directions.directions.float() @ principal.T).diagonal().abs().min() > 0.999
+
+
+def test_eva_without_directions_is_refused():
+    with pytest.raises(UserError, match="'eva' needs the directions"):
+        initialize("eva", weight(), 4, 1.0)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["corda", "lora_ga", "mica"])
+def test_kinds_that_are_not_supported_are_refused_by_name_and_reason(kind):
+    with pytest.raises(UserError, match=f"'{kind}' is not supported, since it"):
+        initialize(kind, weight(), 4, 1.0)
+
+
+@pytest.mark.parametrize(
+    "kind", ["pisa", "pissa_niter_", "pissa_niter_N", "pissa_niter_99999", "", False, "pissa_niter_٣"]
+)
+def test_kinds_that_nobody_knows_are_refused(kind):
+    with pytest.raises(UserError, match="is not known"):
+        check_kind(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_beyond_the_weights_sides_is_refused(kind):
+    with pytest.raises(UserError, match=r"lora_rank 41 exceeds a side of a \(48, 40\) weight"):
+        initialize(kind, weight(), 41, 1.0)
+
+
+def test_loftq_without_an_iteration_is_refused():
+    with pytest.raises(UserError, match="loftq_iter must be at least 1, not 0"):
+        initialize("loftq", weight(), 4, 1.0, loftq_iter=0)
+
+
+def test_every_kind_that_changes_the_base_is_tried_here():
+    assert {kind.replace("4", "N") for kind in KINDS} == set(CHANGE_THE_BASE)
