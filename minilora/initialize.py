@@ -195,8 +195,13 @@ class InputDirections:
         self.converged = False  # every direction turned by less than `tau` in the last update
 
     def update(self, x: Tensor, tau: float = 0.99) -> None:
-        """Take the inputs of one batch, (N, in) with N >= r. tau: the least cosine between old and new."""
+        """Take the inputs of one batch, (N, in); skip one of fewer rows than r, as PEFT does.
+
+        tau: the least cosine between an old and a new direction that have converged.
+        """
         x, n, before = x.float(), len(x), self.directions
+        if n < self.r:
+            return
         mean = x.mean(0, dtype=torch.float64)
         centred = (x - mean).float()
         if before is not None:
