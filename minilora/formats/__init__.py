@@ -7,9 +7,9 @@ weights.py           safetensors <-> model, tensor by tensor
 peft_format.py       PEFT's names: files, configuration keys, tensor keys, initialisations
 adapter.py           PEFT's adapter files <-> the adapter on a model
 adapter_header.py    an adapter's configuration, names and shapes, without its numbers
-adapter_arithmetic.py  sums, differences and shorter forms of adapters
-vera.py              PEFT's VeRA adapters, and VeRA as plain LoRA
 plain_adapter.py     factors without a model -> a plain LoRA adapter
+arithmetic.py        sums, differences and shorter forms of adapters
+vera_adapter.py      PEFT's VeRA adapters, and VeRA as plain LoRA
 peft_rules.py        which configurations PEFT refuses, and which layers they choose
 lint.py              does an adapter load in PEFT, vLLM, SGLang?
 gguf_vocabulary.py   a tokenizer in llama.cpp's terms
