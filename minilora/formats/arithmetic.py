@@ -118,6 +118,13 @@ def padded(A: Tensor, B: Tensor, r: int) -> Factors:
     return F.pad(A, (0, 0, 0, missing)).contiguous(), F.pad(B, (0, missing)).contiguous()
 
 
+def errors_text(errors: dict[str, float]) -> str:
+    """A line for each layer's error, and one for their mean."""
+    width = max(map(len, errors))
+    lines = [f"  {layer:{width}}  {error:.1e}" for layer, error in errors.items()]
+    return "\n".join([*lines, f"  {'mean':{width}}  {sum(errors.values()) / len(errors):.1e}"])
+
+
 # ---- to plain LoRA -----------------------------------------------------------------------------------------
 
 
