@@ -25,7 +25,8 @@ device.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from minilora.system.errors import UserError, suggestion
 
 Quantized = QuantizedTensor | Int8Tensor
 Start = tuple[Tensor, Tensor, Tensor | Quantized | None]  # A (r, in), B (out, r), base (out, in); None: W
+Batch = TypeVar("Batch")
 
 KEEP_THE_BASE = ("true", "gaussian", "orthogonal", "eva")
 CHANGE_THE_BASE = ("pissa", "pissa_niter_N", "olora", "loftq")
@@ -189,16 +191,13 @@ class InputDirections:
     earlier inputs (Ross et al. 2008, incremental PCA), so that no batch is kept.
     """
 
-    def __init__(self, r: int):
-        self.r, self.seen = r, 0
+    def __init__(self, r: int, tau: float = 0.99):
+        self.r, self.tau, self.seen = r, tau, 0
         self.directions: Tensor | None = None  # (r, in), orthonormal rows
-        self.converged = False  # every direction turned by less than `tau` in the last update
+        self.converged = False  # in the last update no direction turned by a cosine below `tau`
 
-    def update(self, x: Tensor, tau: float = 0.99) -> None:
-        """Take the inputs of one batch, (N, in); skip one of fewer rows than r, as PEFT does.
-
-        tau: the least cosine between an old and a new direction that have converged.
-        """
+    def update(self, x: Tensor) -> None:
+        """Take the inputs of one batch, (N, in); skip one of fewer rows than r, as PEFT does."""
         x, n, before = x.float(), len(x), self.directions
         if n < self.r:
             return
@@ -216,4 +215,36 @@ class InputDirections:
         self.directions, self.lengths = directions * largest.sign(), S[: self.r]
         self.mean, self.seen = mean, self.seen + n
         if before is not None:
-            self.converged = bool((torch.cosine_similarity(self.directions, before) >= tau).all())
+            self.converged = bool((torch.cosine_similarity(self.directions, before) >= self.tau).all())
+
+
+@torch.no_grad()
+def input_directions(
+    layers: dict[str, nn.Module],
+    r: int,
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], object],  # runs the model that holds the layers
+    tau: float = 0.99,
+) -> dict[str, Tensor]:
+    """Return each layer's `InputDirections.directions`, (r, in), after running a model on batches.
+
+    It stops when all have converged: `batches` may be endless. A layer that has converged is not updated
+    again, as in PEFT. Raises UserError if no batch had r rows.
+    """
+    found = {name: InputDirections(r, tau) for name in layers}
+
+    def watch(directions: InputDirections) -> Callable[[nn.Module, tuple], None]:
+        return lambda _, inputs: None if directions.converged else directions.update(inputs[0].flatten(0, -2))
+
+    handles = [layer.register_forward_pre_hook(watch(found[name])) for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            forward(batch)
+            if all(directions.converged for directions in found.values()):
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    if unseen := [name for name, directions in found.items() if not directions.seen]:
+        raise UserError(f"init_lora_weights 'eva': no batch has {r} tokens for {unseen[0]}; lower lora_rank")
+    return {name: directions.directions.float() for name, directions in found.items()}

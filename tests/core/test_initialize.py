@@ -1,17 +1,20 @@
 """Where A and B start: PEFT's numbers on the same weight, and the function that the layer computes at step 0."""
 
 import inspect
+import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import relative_error
+from support.families import relative_error, same_model_here, transformers_model
+from support.tiny import ids, tiny_model
 from torch import nn
 
-from minilora import QuantizedTensor, UserError, dequantize_4bit, quantize_4bit
-from minilora.initialize import CHANGE_THE_BASE, InputDirections, check_kind, initialize
+from minilora import LoraConfig, QuantizedTensor, UserError, add_lora, dequantize_4bit, quantize_4bit
+from minilora.initialize import CHANGE_THE_BASE, InputDirections, check_kind, initialize, input_directions
 from minilora.int8 import quantize_int8
+from minilora.lora import lora_layers
 
 UNIT = 2.0**-24  # of float32
 
@@ -251,6 +254,37 @@ def test_directions_of_inputs_converge_to_the_principal_components_of_all_of_the
     assert directions.converged
     principal = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:3]
     assert (directions.directions.float() @ principal.T).diagonal().abs().min() > 0.999
+
+
+def test_directions_of_a_models_layers_are_those_that_peft_finds():
+    eva = pytest.importorskip("peft.tuners.lora.eva")
+    import peft
+    from torch.utils.data import DataLoader
+
+    theirs, generator = transformers_model("llama-gqa"), torch.Generator().manual_seed(4)
+    batches = [torch.randint(0, 97, (2, 40), generator=generator) for _ in range(6)]
+    rows = [dict(input_ids=row, attention_mask=torch.ones_like(row)) for batch in batches for row in batch]
+    config = peft.LoraConfig(
+        r=3, target_modules=["q_proj", "k_proj", "down_proj"], init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=1.0, tau=0.9), task_type="CAUSAL_LM",
+    )  # fmt: skip
+    expected = eva.get_eva_state_dict(theirs, DataLoader(rows, batch_size=2), config, show_progress_bar=False)
+    ours = same_model_here(theirs)
+    add_lora(ours, LoraConfig(r=3, target_modules=["q_proj", "k_proj", "down_proj"]))
+    found = input_directions(lora_layers(ours), 3, itertools.cycle(batches), ours, tau=0.9)
+    assert found.keys() == expected.keys()
+    for name, directions in found.items():
+        # The inputs differ by float32 roundings; a direction turns by those over the gap between singular values.
+        assert torch.cosine_similarity(directions, expected[name].float()).min() > 1 - 1e-6, name
+    assert not any(layer._forward_pre_hooks for layer in lora_layers(ours).values())
+    assert torch.equal(found["model.layers.0.self_attn.q_proj"], found["model.layers.0.self_attn.k_proj"])
+
+
+def test_directions_without_enough_tokens_are_refused():
+    model = tiny_model()
+    add_lora(model, LoraConfig(r=8))
+    with pytest.raises(UserError, match="no batch has 8 tokens for model.layers.0.self_attn.q_proj"):
+        input_directions(lora_layers(model), 8, [ids(1, 5)], model)
 
 
 def test_eva_without_directions_is_refused():
