@@ -7,14 +7,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from support.families import relative_error, same_model_here, transformers_model
-from support.tiny import ids, tiny_model
+from support.tiny import AFTER_20_STEPS, TOLERANCE, ids, tiny_model
 from torch import nn
 
-from minilora import LoraConfig, QuantizedTensor, UserError, add_lora, dequantize_4bit, quantize_4bit
+from minilora import (
+    LoraConfig,
+    QuantizedTensor,
+    UserError,
+    add_lora,
+    dequantize_4bit,
+    quantize_4bit,
+    trainable_parameters,
+)
+from minilora.formats.arithmetic import to_plain
 from minilora.initialize import CHANGE_THE_BASE, InputDirections, check_kind, initialize, input_directions
 from minilora.int8 import quantize_int8
 from minilora.lora import lora_layers
+from minilora.loss import causal_lm_loss
+from minilora.optim import make_optimizer
 
 UNIT = 2.0**-24  # of float32
 
@@ -225,6 +237,87 @@ def test_qpissa_loses_less_than_qlora_and_loftq_less_with_each_iteration():
     assert lost("pissa") < 0.5
     fitted = [lost("loftq", loftq_iter=n) for n in (1, 2, 5)]
     assert 1 > fitted[0] > fitted[1] > fitted[2]
+
+
+# ---- a whole model ------------------------------------------------------------------------------------------------
+
+
+def model_with_widths_of_64():
+    """bitsandbytes dequantizes other widths wrongly on a CPU (see test_linear)."""
+    return transformers_model("llama-gqa", hidden_size=64, intermediate_size=128)
+
+
+def both_started(kind, **settings):
+    """The same model, here and in PEFT, after the same start on every layer of three kinds."""
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "v_proj", "down_proj"]
+    plain = model_with_widths_of_64()
+    ours = same_model_here(plain)
+    config = dict(r=4, lora_alpha=4, target_modules=targets)
+    theirs = peft.get_peft_model(
+        plain, peft.LoraConfig(**config, init_lora_weights=kind, task_type="CAUSAL_LM", **settings)
+    )
+    add_lora(ours, LoraConfig(**config))
+    loftq_iter = settings.get("loftq_config", {}).get("loftq_iter", 1)
+    for layer in lora_layers(ours).values():
+        W = layer.base_layer.weight.data
+        A, B, base = initialize(kind, W, 4, 1.0, loftq_iter=loftq_iter)
+        layer.lora_A["default"].data, layer.lora_B["default"].data = A, B
+        layer.base_layer.weight.data = base
+    return ours, theirs.eval()
+
+
+STARTS = {"pissa": {}, "olora": {}, "loftq": dict(loftq_config=dict(loftq_bits=4, loftq_iter=2))}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_20_adamw_steps_from_a_part_of_w_are_pefts(kind, loftq_on_cpu):
+    ours, theirs = both_started(kind, **STARTS[kind])
+    optimizer = make_optimizer("adamw_torch", trainable_parameters(ours), lr=1e-3, weight_decay=0.01)
+    reference = torch.optim.AdamW(
+        [p for p in theirs.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01
+    )
+    start = {name: layer.delta_weight("default").detach() for name, layer in lora_layers(ours).items()}
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        batch = torch.randint(0, 97, (2, 16), generator=generator)
+        (causal_lm_loss(ours, batch, batch) / 30).backward()
+        theirs(input_ids=batch, labels=batch).loss.backward()
+        for each in (optimizer, reference):
+            each.step()
+            each.zero_grad()
+    for name, layer in lora_layers(ours).items():
+        expected = theirs.base_model.model.get_submodule(name).get_delta_weight("default").detach()
+        assert relative_error(layer.delta_weight("default").detach(), expected) <= AFTER_20_STEPS, name
+        assert relative_error(start[name], expected) > 20 * AFTER_20_STEPS, name  # it was trained
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", STARTS)
+def test_an_adapter_that_peft_trained_from_a_part_of_w_is_applied_by_repeating_the_start(
+    kind, loftq_on_cpu, tmp_path
+):
+    peft = pytest.importorskip("peft")
+    ours, theirs = both_started(kind, **STARTS[kind])
+    torch.manual_seed(1)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    theirs.save_pretrained(tmp_path)
+    expected = theirs(ids(2, 12)).logits
+    again = peft.PeftModel.from_pretrained(model_with_widths_of_64(), tmp_path).eval()
+    assert relative_error(again(ids(2, 12)).logits, expected) <= TOLERANCE  # PEFT repeats it, too
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    plain = same_model_here(model_with_widths_of_64())
+    for name, layer in lora_layers(ours).items():
+        A, B = (tensors[f"base_model.model.{name}.{part}.weight"] for part in ("lora_A", "lora_B"))
+        A0, B0 = (factor.detach().clone() for factor in layer.parts("default").values())
+        layer.lora_A["default"].data, layer.lora_B["default"].data = A, B
+        plain_A, plain_B, r, alpha = to_plain(A, B, A0, B0, 4)
+        plain.get_submodule(name).weight += alpha / r * plain_B @ plain_A
+    assert relative_error(ours(ids(2, 12)), expected) <= TOLERANCE
+    # Beside the original W the plain adapter is the same function, but for what LoftQ's 4 bits lose.
+    assert (relative_error(plain(ids(2, 12)), expected) <= TOLERANCE) == (kind != "loftq")
 
 
 # ---- EVA -----------------------------------------------------------------------------------------------------------
