@@ -25,8 +25,7 @@ device.
 
 import math
 import re
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +36,6 @@ from minilora.system.errors import UserError, suggestion
 
 Quantized = QuantizedTensor | Int8Tensor
 Start = tuple[Tensor, Tensor, Tensor | Quantized | None]  # A (r, in), B (out, r), base (out, in); None: W
-Batch = TypeVar("Batch")
-
 KEEP_THE_BASE = ("true", "gaussian", "orthogonal", "eva")
 CHANGE_THE_BASE = ("pissa", "pissa_niter_N", "olora", "loftq")
 _REFUSED = {
@@ -71,7 +68,7 @@ def initialize(
     scaling: float,
     quantize: Callable[[Tensor], Quantized] | None = None,  # how frozen weights are stored; None: as they are
     loftq_iter: int = 1,
-    directions: Tensor | None = None,  # eva: (r, in), of `InputDirections`
+    directions: Tensor | None = None,  # eva: (r, in), of `eva.input_directions`
 ) -> Start:
     """Return A (r, in) and B (out, r), float32, and the weight to freeze: None leaves W, or what it was.
 
@@ -90,8 +87,13 @@ def initialize(
     if name == "loftq":
         return loftq(W, r, scaling, quantize, loftq_iter)
     A, B = olora(W, r) if name == "olora" else pissa(name, W, r, scaling)
-    base = W - scaling * B @ A
+    base = residual(W, A, B, scaling)
     return A, B, base if quantize is None else quantize(base)
+
+
+def residual(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """W - scaling * B A, (out, in): PiSSA's and OLoRA's base. A later run makes it from A and B of step 0."""
+    return W - scaling * B @ A
 
 
 # ---- starts with B A = 0 -----------------------------------------------------------------------------------
@@ -178,73 +180,3 @@ def _shared(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r) with B A = U S V^T; each takes the root of every singular value."""
     root = S.sqrt()
     return (root.view(-1, 1) * Vh).contiguous(), (U * root).contiguous()
-
-
-# ---- EVA ---------------------------------------------------------------------------------------------------
-
-
-class InputDirections:
-    """The r directions in which a layer's inputs vary most, updated batch by batch.
-
-    EVA (Paischer et al. 2024, arXiv:2410.07170, 3) makes them the rows of A: then x A^T keeps as much of the
-    inputs' variance as r numbers can. The directions so far, as long as their singular values, stand for all
-    earlier inputs (Ross et al. 2008, incremental PCA), so that no batch is kept.
-    """
-
-    def __init__(self, r: int, tau: float = 0.99):
-        self.r, self.tau, self.seen = r, tau, 0
-        self.directions: Tensor | None = None  # (r, in), orthonormal rows
-        self.converged = False  # in the last update no direction turned by a cosine below `tau`
-
-    def update(self, x: Tensor) -> None:
-        """Take the inputs of one batch, (N, in); skip one of fewer rows than r, as PEFT does."""
-        x, n, before = x.float(), len(x), self.directions
-        if n < self.r:
-            return
-        mean = x.mean(0, dtype=torch.float64)
-        centred = (x - mean).float()
-        if before is not None:
-            shift = math.sqrt(self.seen / (self.seen + n) * n) * (self.mean - mean)
-            centred = torch.vstack([self.lengths.view(-1, 1) * before, centred, shift])
-            mean = (self.mean * self.seen + mean * n) / (self.seen + n)
-        with torch.random.fork_rng():  # the same directions whatever was drawn before
-            torch.manual_seed(42)
-            _, S, V = torch.svd_lowrank(centred, q=min(2 * self.r, *centred.shape), niter=4)
-        directions = V.T[: self.r]
-        largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-        self.directions, self.lengths = directions * largest.sign(), S[: self.r]
-        self.mean, self.seen = mean, self.seen + n
-        if before is not None:
-            self.converged = bool((torch.cosine_similarity(self.directions, before) >= self.tau).all())
-
-
-@torch.no_grad()
-def input_directions(
-    layers: dict[str, nn.Module],
-    r: int,
-    batches: Iterable[Batch],
-    forward: Callable[[Batch], object],  # runs the model that holds the layers
-    tau: float = 0.99,
-) -> dict[str, Tensor]:
-    """Return each layer's `InputDirections.directions`, (r, in), after running a model on batches.
-
-    It stops when all have converged: `batches` may be endless. A layer that has converged is not updated
-    again, as in PEFT. Raises UserError if no batch had r rows.
-    """
-    found = {name: InputDirections(r, tau) for name in layers}
-
-    def watch(directions: InputDirections) -> Callable[[nn.Module, tuple], None]:
-        return lambda _, inputs: None if directions.converged else directions.update(inputs[0].flatten(0, -2))
-
-    handles = [layer.register_forward_pre_hook(watch(found[name])) for name, layer in layers.items()]
-    try:
-        for batch in batches:
-            forward(batch)
-            if all(directions.converged for directions in found.values()):
-                break
-    finally:
-        for handle in handles:
-            handle.remove()
-    if unseen := [name for name, directions in found.items() if not directions.seen]:
-        raise UserError(f"init_lora_weights 'eva': no batch has {r} tokens for {unseen[0]}; lower lora_rank")
-    return {name: directions.directions.float() for name, directions in found.items()}

@@ -36,7 +36,7 @@ def main() -> None:
     check_options(options)
     models = Models(resolve_model(options.base), resolve_model(options.tuned))
     layers = match_targets(models.shape, options.lora_target)
-    models.check(layers)
+    models.check(layers, options.lora_rank)
     factors, errors = {}, {}
     for layer in tqdm(layers, unit=" layers", leave=False, disable=None):
         factors[layer], errors[layer] = extract(*models.weights(f"{layer}.weight"), options.lora_rank)
@@ -69,8 +69,8 @@ def parse_options() -> argparse.Namespace:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise UserError for an impossible rank, and for an output that cannot be written."""
-    if not 1 <= options.lora_rank <= 65_536:
-        raise UserError(f"--lora_rank must be from 1 to 65,536, not {options.lora_rank}")
+    if options.lora_rank < 1:
+        raise UserError(f"--lora_rank must be at least 1, not {options.lora_rank}")
     if options.output.exists():
         raise UserError(f"output {options.output} exists; choose another directory, or remove it first")
     check_writable("output", options.output, parents=True)
@@ -87,8 +87,11 @@ class Models:
             self.shape = CausalLM(self.config)
         self.shapes = {name: tuple(p.shape) for name, p in self.shape.named_parameters()}
 
-    def check(self, layers: list[str]) -> None:
-        """Raise UserError for weights that one of the models lacks or has in another shape."""
+    def check(self, layers: list[str], rank: int) -> None:
+        """Raise UserError for weights that are missing or of another shape, and for too large a rank."""
+        for name in (f"{layer}.weight" for layer in layers):
+            if rank > min(self.shapes[name]):
+                raise UserError(f"--lora_rank {rank} exceeds a side of {name}, {self.shapes[name]}; lower it")
         for stored in self.stored:
             problems = []
             for name in (f"{layer}.weight" for layer in layers):

@@ -13,7 +13,7 @@ FLOORS = (
     ("system",),
     ("backend", "config", "recompute"),
     ("ops", "quantization", "int8"),
-    ("optim", "linear", "dora", "initialize", "vera"),
+    ("optim", "linear", "dora", "initialize", "eva", "vera"),
     ("model", "lora"),
     ("loss", "loss_scale"),
     ("data", "memory", "testing"),

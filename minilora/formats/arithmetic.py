@@ -41,12 +41,18 @@ def combine(
     """Return the weighted sum of adapters as factors by layer, all of one rank, and each layer's error.
 
     The error is the norm of the difference to the exact sum, over the sum's norm. svd_rank: of the result of
-    `svd`; None: the largest rank of the adapters. Raises UserError for shapes and ranks that do not fit.
+    `svd`; None: the adapters' largest rank. Raises UserError for shapes and ranks that do not fit.
     """
     if combination_type not in COMBINATION_TYPES:
         hint = suggestion(combination_type, COMBINATION_TYPES)
         raise UserError(f"combination_type {combination_type!r} is not known{hint}")
+    if not adapters or not all(adapters):
+        raise UserError("there is nothing to combine: an adapter holds no layers")
     ranks = [max(len(A) for A, _, _ in adapter.values()) for adapter in adapters]
+    if svd_rank is not None and svd_rank > sum(ranks):
+        raise UserError(
+            f"svd_rank {svd_rank} exceeds {sum(ranks)}, the sum's rank; leave it out, or choose 'cat'"
+        )
     rank = dict(cat=sum(ranks), linear=max(ranks), svd=svd_rank or max(ranks))[combination_type]
     combined, errors = {}, {}
     for layer in dict.fromkeys(name for adapter in adapters for name in adapter):

@@ -10,7 +10,7 @@ from support.families import relative_error, transformers_model
 from support.merging import make_adapter, make_base
 from support.tiny import TOLERANCE, ids
 
-from minilora import load_adapter, load_model
+from minilora import QuantConfig, load_adapter, load_model, save_model
 from minilora.formats.weights import StoredTensors
 from minilora.lora import lora_layers
 
@@ -89,7 +89,8 @@ def test_the_printed_error_is_the_distance_to_the_exact_sum(two, call):
         (["--adapter", "one"], "--adapter 'one' must be ADAPTER:WEIGHT, such as one:0.5"),
         (["--adapter", "one:"], "--adapter 'one:' must be ADAPTER:WEIGHT, such as one:0.5"),
         (["--adapter", "one:nan"], "--adapter 'one:nan' must be ADAPTER:WEIGHT"),
-        (["--adapter", "one:1", "--svd_rank", "0"], "--svd_rank must be from 1 to 65,536, not 0"),
+        (["--adapter", "one:1", "--svd_rank", "0"], "--svd_rank must be at least 1, not 0"),
+        (["--adapter", "one:1", "--svd_rank", "9999999"], "svd_rank 9999999 exceeds 4, the sum's rank"),
         (["--adapter", "one:1", "--svd_rank", "4", "--combination_type", "cat"], "--svd_rank holds for"),
         (["--adapter", "one:1", "--combination_type", "ties"], "argument --combination_type: invalid choice"),
         (["--adapter", "one:1", "--adapter", "two:1", "--combination_type", "linear"], "needs equal ranks"),
@@ -184,11 +185,32 @@ def test_the_printed_errors_are_those_of_the_adapter_and_other_differences_are_n
     assert raw["target_modules"] == ["down_proj", "q_proj"] and raw["lora_alpha"] == raw["r"] == 4
 
 
+def test_a_base_in_4_bits_is_compared_as_it_computes(merged, call):
+    save_model(load_model(merged / "base", QuantConfig()), merged / "four")
+    arguments = ("--base", merged / "four", "--tuned", merged / "merged", "--lora_rank", 8)
+    code, out, err = call("extract", *arguments, "--output", merged / "new")
+    assert code == 0, err
+    found, tuned, errors = (
+        updates(merged / "base", merged / "new"),
+        load_model(merged / "merged"),
+        printed(out),
+    )
+    four = load_model(merged / "four")
+    for name, delta in found.items():
+        exact = tuned.get_submodule(name).weight - four.get_submodule(name).weight.dequantize(torch.float32)
+        assert errors[name] == pytest.approx(((delta - exact).norm() / exact.norm()).item(), rel=0.06)
+    assert "other tensors differ" not in out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--tuned", "base"], "base has the weights of base in every layer that is adapted"),
-        (["--tuned", "merged", "--lora_rank", "0"], "--lora_rank must be from 1 to 65,536, not 0"),
+        (["--tuned", "merged", "--lora_rank", "0"], "--lora_rank must be at least 1, not 0"),
+        (
+            ["--tuned", "merged", "--lora_rank", "25"],
+            "--lora_rank 25 exceeds a side of model.layers.0.self_attn.k_proj",
+        ),
         (["--tuned", "merged", "--lora_target", "q_porj"], "names 'q_porj', which no linear layer is called"),
         (["--tuned", "other"], "model.layers.0.self_attn.q_proj.weight is (96, 96)"),
         (["--tuned", "nowhere"], "nowhere"),
