@@ -43,17 +43,7 @@ def combine(
     The error is the norm of the difference to the exact sum, over the sum's norm. svd_rank: of the result of
     `svd`; None: the adapters' largest rank. Raises UserError for shapes and ranks that do not fit.
     """
-    if combination_type not in COMBINATION_TYPES:
-        hint = suggestion(combination_type, COMBINATION_TYPES)
-        raise UserError(f"combination_type {combination_type!r} is not known{hint}")
-    if not adapters or not all(adapters):
-        raise UserError("there is nothing to combine: an adapter holds no layers")
-    ranks = [max(len(A) for A, _, _ in adapter.values()) for adapter in adapters]
-    if svd_rank is not None and svd_rank > sum(ranks):
-        raise UserError(
-            f"svd_rank {svd_rank} exceeds {sum(ranks)}, the sum's rank; leave it out, or choose 'cat'"
-        )
-    rank = dict(cat=sum(ranks), linear=max(ranks), svd=svd_rank or max(ranks))[combination_type]
+    rank = _rank_of_result(adapters, combination_type, svd_rank)
     combined, errors = {}, {}
     for layer in dict.fromkeys(name for adapter in adapters for name in adapter):
         updates = [
@@ -63,12 +53,27 @@ def combine(
         ]
         _check_shapes(layer, updates)
         exact = factors = stacked(updates)
+        if not (exact[0].norm() * exact[1].norm()).isfinite():  # a bound of the product's norm
+            raise UserError(f"the sum overflows float32 in {layer}; choose smaller weights")
         if combination_type == "svd":
             factors = shortened(*exact, rank)
         elif combination_type == "linear":
             factors = _linear(layer, updates)
         combined[layer], errors[layer] = padded(*factors, rank), distance(factors, exact)
     return combined, errors
+
+
+def _rank_of_result(adapters: list[Adapter], combination_type: str, svd_rank: int | None) -> int:
+    if combination_type not in COMBINATION_TYPES:
+        hint = suggestion(combination_type, COMBINATION_TYPES)
+        raise UserError(f"combination_type {combination_type!r} is not known{hint}")
+    if not adapters or not all(adapters):
+        raise UserError("there is nothing to combine: an adapter holds no layers")
+    ranks = [max(len(A) for A, _, _ in adapter.values()) for adapter in adapters]
+    if svd_rank is not None and svd_rank > sum(ranks):
+        exact = f"{sum(ranks)}, the sum's rank"
+        raise UserError(f"svd_rank {svd_rank} exceeds {exact}; leave it out, or choose 'cat'")
+    return dict(cat=sum(ranks), linear=max(ranks), svd=svd_rank or max(ranks))[combination_type]
 
 
 def scaled(update: Update, weight: float) -> Update:

@@ -89,6 +89,8 @@ def test_the_printed_error_is_the_distance_to_the_exact_sum(two, call):
         (["--adapter", "one"], "--adapter 'one' must be ADAPTER:WEIGHT, such as one:0.5"),
         (["--adapter", "one:"], "--adapter 'one:' must be ADAPTER:WEIGHT, such as one:0.5"),
         (["--adapter", "one:nan"], "--adapter 'one:nan' must be ADAPTER:WEIGHT"),
+        (["--adapter", "one:1e300"], "the sum overflows float32 in model.layers.0.mlp.down_proj; choose"),
+        (["--adapter", "one:1e37"], "the sum overflows float32 in model.layers.0.mlp.down_proj; choose"),
         (["--adapter", "one:1", "--svd_rank", "0"], "--svd_rank must be at least 1, not 0"),
         (["--adapter", "one:1", "--svd_rank", "9999999"], "svd_rank 9999999 exceeds 4, the sum's rank"),
         (["--adapter", "one:1", "--svd_rank", "4", "--combination_type", "cat"], "--svd_rank holds for"),
