@@ -229,6 +229,24 @@ def test_a_quantized_base_holds_what_the_adapter_leaves(kind):
     assert torch.equal(dequantize_4bit(base), dequantize_4bit(quantize_4bit(left)))
 
 
+def test_olora_on_a_base_in_4_bits_is_pefts():
+    peft, bitsandbytes = pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    W, r = torch.randn(64, 128, generator=torch.Generator().manual_seed(2)), 8
+    base = bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    base.weight = bitsandbytes.nn.Params4bit(W.clone(), requires_grad=False, quant_type="nf4")
+    model = nn.Sequential()
+    model.add_module("q", base.to("cpu"))
+    config = peft.LoraConfig(r=r, lora_alpha=16, target_modules=["q"], init_lora_weights="olora")
+    layer = peft.get_peft_model(model, config).base_model.model.q
+    their_A, their_B, packed = parts(layer)
+    # The original weight is gone: QR, difference and the second quantization see what 4 bits kept of it.
+    A, B, ours = initialize("olora", dequantize_4bit(quantize_4bit(W)), r, 2.0, quantize_4bit)
+    assert relative_error(B @ A, their_B @ their_A) <= SVD
+    assert torch.equal(ours.packed.flatten(), packed.flatten())
+    theirs = bitsandbytes.functional.dequantize_4bit(packed, layer.base_layer.weight.quant_state)
+    assert torch.equal(dequantize_4bit(ours), theirs)
+
+
 def test_qpissa_loses_less_than_qlora_and_loftq_less_with_each_iteration():
     W, r = weight(64, 128), 16  # PiSSA's paper, section 4: the residual has less to lose
     start = (dequantize_4bit(quantize_4bit(W)) - W).norm()
