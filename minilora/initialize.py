@@ -38,6 +38,7 @@ Quantized = QuantizedTensor | Int8Tensor
 Start = tuple[Tensor, Tensor, Tensor | Quantized | None]  # A (r, in), B (out, r), base (out, in); None: W
 KEEP_THE_BASE = ("true", "gaussian", "orthogonal", "eva")
 CHANGE_THE_BASE = ("pissa", "pissa_niter_N", "olora", "loftq")
+REPEATABLE = ("pissa", "olora", "loftq")  # they read W alone: whoever has W can make A, B and base again
 _REFUSED = {
     "corda": "it needs the covariance of every layer's inputs",
     "lora_ga": "it needs a gradient of the whole weight",
