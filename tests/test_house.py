@@ -13,7 +13,7 @@ FLOORS = (
     ("system",),
     ("backend", "config", "recompute"),
     ("ops", "quantization", "int8", "rope", "targets"),
-    ("optim", "linear", "dora"),
+    ("optim", "linear", "dora", "initialize", "eva", "vera"),
     ("model", "lora", "adapted"),
     ("loss", "loss_scale"),
     ("data", "memory", "testing"),
