@@ -374,3 +374,29 @@ def test_the_comparison_notices_a_layer_that_should_have_no_rope():
     ids = tokens(2, 40)
     assert relative_error(wrong(ids), theirs(ids).logits) > 100 * TOLERANCE
     assert relative_error(same_model_here(theirs)(ids), theirs(ids).logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_packed_and_cached_layers_without_rope_equal_transformers_on_each_document_alone(window):
+    # Without layer_types, SmolLM3's layers have a window where they have no RoPE.
+    changes = dict(use_sliding_window=window is not None, sliding_window=window, no_rope_layers=[1, 0, 1, 0])
+    theirs = transformers_model("smollm3-no-rope", **changes)
+    ours = same_model_here(theirs)
+    assert ours.config.layer_windows == (None, window, None, window)
+    documents = [tokens(1, n, seed=n) for n in (14, 3, 9)]
+    expected = torch.cat([theirs(document).logits for document in documents], dim=1)
+    ids, document_ids = torch.cat(documents, dim=1), torch.tensor([[0] * 14 + [1] * 3 + [2] * 9])
+    assert relative_error(ours(ids, document_ids=document_ids), expected) <= TOLERANCE
+    assert relative_error(cached_logits(ours, ids, [10, 6, 1, 9], document_ids), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "family", ["llama-gqa", "mistral-window", "ministral-some-windows", "qwen2-bias-tied", "smollm3-no-rope"]
+)
+@torch.no_grad()
+def test_heads_whose_width_is_given_equal_transformers(family):
+    theirs = transformers_model(family, head_dim=20)  # 4 heads of 20 on a width of 48
+    ours, ids = same_model_here(theirs), tokens(2, 40)
+    assert ours.config.head_dim == 20
+    assert relative_error(ours(ids), theirs(ids).logits) <= TOLERANCE
