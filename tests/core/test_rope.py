@@ -18,7 +18,7 @@ from minilora.backend.documents import PADDING, lengths_in_documents
 from minilora.formats.config_json import parse_config, to_config_json
 from minilora.inference.generation import pad_left
 from minilora.ops import rope_definition
-from minilora.rope import frequencies_at
+from minilora.rope import context_length, frequencies_at
 
 transformers = pytest.importorskip("transformers")
 
@@ -166,6 +166,22 @@ def test_at_the_new_length_dynamics_slowest_pair_turns_as_far_as_it_did_at_the_o
     assert new[0] == old[0] == 1
 
 
+@pytest.mark.parametrize(
+    "kind, tokens",
+    [
+        ("linear", 3 * 32),
+        ("llama3", 32),  # whose files name the stretched context
+        ("yarn", 4 * 16),
+        ("yarn, between pairs", 80),  # 2.5 * 32
+        ("dynamic", 73),  # 2.3 * 32 = 73.6
+        ("longrope", 32),
+    ],
+)
+def test_a_model_is_made_for_the_context_that_vllm_derives(kind, tokens):
+    assert context_length(parse_config(SIZES | dict(model_type="llama", rope_scaling=KINDS[kind]))) == tokens
+    assert context_length(parse_config(SIZES | dict(model_type="llama"))) == 32
+
+
 # ---- logits ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,13 +256,16 @@ def test_across_the_original_context_the_cache_gives_other_numbers_than_reading_
     assert relative_error(by_parts, ours(ids)) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("kind", STRETCHED)
 @torch.no_grad()
-def test_greedy_tokens_across_the_original_context_equal_transformers(kind):
+def test_greedy_tokens_across_the_original_context_equal_transformers(kind, use_cache):
     theirs, ours = pair(kind)
     prompt = tokens(1, 10)
-    how = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(prompt))
-    assert torch.equal(generate(ours, prompt, max_new_tokens=40), theirs.generate(prompt, **how))
+    how = dict(max_new_tokens=40, use_cache=use_cache)
+    mask = torch.ones_like(prompt)
+    expected = theirs.generate(prompt, attention_mask=mask, do_sample=False, pad_token_id=0, **how)
+    assert torch.equal(generate(ours, prompt, **how), expected)
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
