@@ -22,7 +22,7 @@ from minilora.rope import context_length, frequencies_at
 
 transformers = pytest.importorskip("transformers")
 
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
 # Both sides compute in float32 and differ in the order of their sums: see test_model.
 TOLERANCE = 1e-5
@@ -83,9 +83,10 @@ def pair(kind: str, family: str = "llama-gqa"):
 
 
 def transformers_frequencies(fields: dict, length: int) -> tuple[torch.Tensor, float]:
-    config = transformers.LlamaConfig.from_dict(fields)
-    compute = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
-    return compute(config, seq_len=torch.tensor(length))
+    """Frequencies and attention factor of a fresh transformers model that reads a text so long."""
+    rotary = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(fields))
+    rotary(torch.zeros(1), torch.tensor([[length - 1]]))
+    return rotary.inv_freq, rotary.attention_scaling
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 32, 33, 60, 4097])
