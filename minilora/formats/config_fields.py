@@ -75,7 +75,7 @@ CONFIG_FIELDS = {
     ),
     "pad_token_id": _token("padding; -1: none"),
     "auto_map": Field(dict, "the model's own code, which is never run: no entry for a model", nullable=True),
-    "quantization_config": Field(dict, "none, or bitsandbytes in 4 bits", nullable=True),
+    "quantization_config": Field(dict, "none, or bitsandbytes in 4 or 8 bits", nullable=True),
     "hidden_act": _only(str, "silu", "swish", meaning="the activation of the feed-forward layer"),
     "attention_dropout": _only(float, 0.0, nullable=True, meaning="dropout on attention's weights"),
     "partial_rotary_factor": _only(float, 1.0, nullable=True, meaning="the share of a head that is rotated"),
