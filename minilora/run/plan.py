@@ -150,7 +150,9 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
-    in_files = StoredTensors(model_dir).quantized_layers()
+    stored = StoredTensors(model_dir)
+    stored.applicable(config.quant_config())  # raises UserError for settings that contradict the files
+    in_files = stored.quantized_layers()
     memory = plan_memory(config, model_config, placement, order, longest, lengths, in_files)
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
