@@ -150,6 +150,7 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
+    stored.applicable(config.quant_config())  # raises UserError for settings that contradict the files
     memory = plan_memory(config, model_config, placement, order, longest, lengths, stored.quantized_layers())
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
