@@ -31,6 +31,18 @@ from minilora.config import ModelConfig, RopeConfig
 BY_LENGTH = ("dynamic", "longrope")  # types whose frequencies depend on the length of the document
 
 
+def context_length(config: ModelConfig) -> int:
+    """Return how many tokens the model is made for: max_position_embeddings, times the factor where the file
+    leaves that to the reader, as Qwen's cards do. vLLM has the same rule.
+    """
+    rope, positions = config.rope, config.max_position_embeddings
+    if rope.rope_type in ("linear", "dynamic"):
+        return int(positions * rope.factor)
+    if rope.rope_type == "yarn":
+        return max(positions, int(rope.original_max_position_embeddings * rope.factor))
+    return positions
+
+
 def rope_angles(config: ModelConfig, position_ids: Tensor, lengths: int | Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position * frequency, times the attention factor: two float32 (B or 1, T, K).
 
@@ -66,9 +78,11 @@ def frequencies_at(
     if isinstance(lengths, int):
         lengths = torch.full((), lengths, device=device)
     lengths = lengths[..., None]  # (1,) or (B, T, 1)
-    longer = _longer_longrope if rope.rope_type == "longrope" else _longer_dynamic
-    stretched = longer(rope, head_dim, lengths)
-    return torch.where(lengths > rope.original_max_position_embeddings, stretched, frequencies)
+    if rope.rope_type == "longrope":
+        longer = _long_frequencies(rope, head_dim, lengths.device)
+    else:
+        longer = _dynamic(rope, head_dim, lengths)
+    return torch.where(lengths > rope.original_max_position_embeddings, longer, frequencies)
 
 
 @lru_cache
@@ -121,8 +135,8 @@ def _yarn(rope: RopeConfig, powers: Tensor) -> Tensor:
     return 1.0 / (rope.factor * powers) * (1 - keep) + 1.0 / powers * keep
 
 
-def _longer_dynamic(rope: RopeConfig, head_dim: int, lengths: Tensor) -> Tensor:
-    """Return frequencies of a larger theta: lengths, (1,) or (B, T, 1) -> (K/2,) or (B, T, K/2).
+def _dynamic(rope: RopeConfig, head_dim: int, lengths: Tensor) -> Tensor:
+    """Return the frequencies of a larger theta: lengths, (1,) or (B, T, 1) -> (K/2,) or (B, T, K/2).
 
     theta * (s L / L_0 - s + 1)^(K / (K - 2)). With s = 1 the slowest pair turns, at L, as far as it did at
     L_0.
@@ -135,12 +149,8 @@ def _longer_dynamic(rope: RopeConfig, head_dim: int, lengths: Tensor) -> Tensor:
 
 @lru_cache
 def _long_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
-    return (1.0 / (torch.tensor(rope.long_factor) * rope.theta ** _shares(head_dim))).to(device)
-
-
-def _longer_longrope(rope: RopeConfig, head_dim: int, lengths: Tensor) -> Tensor:
     """Return frequencies divided by the long factors, (K/2,) (Ding et al. 2024, arXiv:2402.13753)."""
-    return _long_frequencies(rope, head_dim, lengths.device)
+    return (1.0 / (torch.tensor(rope.long_factor) * rope.theta ** _shares(head_dim))).to(device)
 
 
 # ---- attention factors: scores of a longer text are sharpened, by the factor's square ----

@@ -48,7 +48,7 @@ def read_rope(fields: dict, default_theta: float, head_dim: int) -> RopeConfig:
     rope[_ORIGINAL] = fields[_ORIGINAL] or rope[_ORIGINAL] or longest
     rope["theta"] = rope["rope_theta"] or fields["rope_theta"] or default_theta
     try:
-        values = _DERIVED[rope_type](rope, longest, head_dim)
+        values = _DERIVED[rope_type](rope, longest, head_dim) if rope_type in _DERIVED else {}
     except UserError as error:
         raise UserError(f"{source} of type {rope_type!r}: {error}") from error
     values = {name: rope[name] for name in _TAKEN[rope_type] if rope[name] is not None} | values
@@ -70,10 +70,6 @@ def _check_names(source: str, raw: dict, rope: dict, rope_type: str) -> None:
 
 
 # ---- what one field means for another, type by type: RopeConfig's values that are no fields of the file ----
-
-
-def _no_more(rope: dict, longest: int, head_dim: int) -> dict:
-    return {}
 
 
 def _llama3(rope: dict, longest: int, head_dim: int) -> dict:
@@ -117,8 +113,7 @@ def _longrope(rope: dict, longest: int, head_dim: int) -> dict:
     return dict(factor=factor, attention_factor=attention_factor, **lists)
 
 
-_DERIVED = dict(default=_no_more, linear=_no_more, llama3=_llama3, dynamic=_dynamic, yarn=_yarn)
-_DERIVED |= dict(longrope=_longrope)
+_DERIVED = dict(llama3=_llama3, dynamic=_dynamic, yarn=_yarn, longrope=_longrope)
 
 
 def write_rope(rope: RopeConfig) -> dict:

@@ -18,11 +18,11 @@ from minilora.backend.documents import PADDING, lengths_in_documents
 from minilora.formats.config_json import parse_config, to_config_json
 from minilora.inference.generation import pad_left
 from minilora.ops import rope_definition
-from minilora.rope import frequencies_at
+from minilora.rope import context_length, frequencies_at
 
 transformers = pytest.importorskip("transformers")
 
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
 # Both sides compute in float32 and differ in the order of their sums: see test_model.
 TOLERANCE = 1e-5
@@ -83,9 +83,10 @@ def pair(kind: str, family: str = "llama-gqa"):
 
 
 def transformers_frequencies(fields: dict, length: int) -> tuple[torch.Tensor, float]:
-    config = transformers.LlamaConfig.from_dict(fields)
-    compute = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
-    return compute(config, seq_len=torch.tensor(length))
+    """Frequencies and attention factor of a fresh transformers model that reads a text so long."""
+    rotary = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(fields))
+    rotary(torch.zeros(1), torch.tensor([[length - 1]]))
+    return rotary.inv_freq, rotary.attention_scaling
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 32, 33, 60, 4097])
@@ -166,6 +167,22 @@ def test_at_the_new_length_dynamics_slowest_pair_turns_as_far_as_it_did_at_the_o
     assert new[0] == old[0] == 1
 
 
+@pytest.mark.parametrize(
+    "kind, tokens",
+    [
+        ("linear", 3 * 32),
+        ("llama3", 32),  # whose files name the stretched context
+        ("yarn", 4 * 16),
+        ("yarn, between pairs", 80),  # 2.5 * 32
+        ("dynamic", 73),  # 2.3 * 32 = 73.6
+        ("longrope", 32),
+    ],
+)
+def test_a_model_is_made_for_the_context_that_vllm_derives(kind, tokens):
+    assert context_length(parse_config(SIZES | dict(model_type="llama", rope_scaling=KINDS[kind]))) == tokens
+    assert context_length(parse_config(SIZES | dict(model_type="llama"))) == 32
+
+
 # ---- logits ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,13 +257,16 @@ def test_across_the_original_context_the_cache_gives_other_numbers_than_reading_
     assert relative_error(by_parts, ours(ids)) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("kind", STRETCHED)
 @torch.no_grad()
-def test_greedy_tokens_across_the_original_context_equal_transformers(kind):
+def test_greedy_tokens_across_the_original_context_equal_transformers(kind, use_cache):
     theirs, ours = pair(kind)
     prompt = tokens(1, 10)
-    how = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(prompt))
-    assert torch.equal(generate(ours, prompt, max_new_tokens=40), theirs.generate(prompt, **how))
+    how = dict(max_new_tokens=40, use_cache=use_cache)
+    mask = torch.ones_like(prompt)
+    expected = theirs.generate(prompt, attention_mask=mask, do_sample=False, pad_token_id=0, **how)
+    assert torch.equal(generate(ours, prompt, **how), expected)
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
@@ -374,3 +394,29 @@ def test_the_comparison_notices_a_layer_that_should_have_no_rope():
     ids = tokens(2, 40)
     assert relative_error(wrong(ids), theirs(ids).logits) > 100 * TOLERANCE
     assert relative_error(same_model_here(theirs)(ids), theirs(ids).logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_packed_and_cached_layers_without_rope_equal_transformers_on_each_document_alone(window):
+    # Without layer_types, SmolLM3's layers have a window where they have no RoPE.
+    changes = dict(use_sliding_window=window is not None, sliding_window=window, no_rope_layers=[1, 0, 1, 0])
+    theirs = transformers_model("smollm3-no-rope", **changes)
+    ours = same_model_here(theirs)
+    assert ours.config.layer_windows == (None, window, None, window)
+    documents = [tokens(1, n, seed=n) for n in (14, 3, 9)]
+    expected = torch.cat([theirs(document).logits for document in documents], dim=1)
+    ids, document_ids = torch.cat(documents, dim=1), torch.tensor([[0] * 14 + [1] * 3 + [2] * 9])
+    assert relative_error(ours(ids, document_ids=document_ids), expected) <= TOLERANCE
+    assert relative_error(cached_logits(ours, ids, [10, 6, 1, 9], document_ids), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "family", ["llama-gqa", "mistral-window", "ministral-some-windows", "qwen2-bias-tied", "smollm3-no-rope"]
+)
+@torch.no_grad()
+def test_heads_whose_width_is_given_equal_transformers(family):
+    theirs = transformers_model(family, head_dim=20)  # 4 heads of 20 on a width of 48
+    ours, ids = same_model_here(theirs), tokens(2, 40)
+    assert ours.config.head_dim == 20
+    assert relative_error(ours(ids), theirs(ids).logits) <= TOLERANCE
