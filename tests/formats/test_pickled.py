@@ -1,5 +1,6 @@
 """Pickled weights: tensors are read to the bit, and nothing in a hostile file runs."""
 
+import io
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import OrderedDict
 
@@ -211,13 +213,20 @@ def hostile_calls(trace) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("kind", ["zip", "zip-protocol-4", "old", "bare"])
+@pytest.mark.parametrize("kind", ["zip", "zip-protocol-4", "old", "tar", "bare"])
 @pytest.mark.parametrize("name", hostile_calls(None))
 def test_a_function_that_builds_no_tensor_is_named_and_does_not_run(name, kind, tmp_path):
     trace, path = tmp_path / "ran", tmp_path / "pytorch_model.bin"
     content = {"w": torch.ones(2), "x": hostile_calls(trace)[name]}
+    program = pickle.dumps(content["x"], protocol=2)
     if kind == "bare":
-        path.write_bytes(pickle.dumps(content["x"], protocol=2))
+        path.write_bytes(program)
+    elif kind == "tar":  # the way of CVE-2025-32434
+        with tarfile.open(path, "w") as archive:
+            for member in ("storages", "tensors", "pickle"):
+                entry = tarfile.TarInfo(member)
+                entry.size = len(program)
+                archive.addfile(entry, io.BytesIO(program))
     else:
         protocol = 4 if kind == "zip-protocol-4" else 2
         torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=kind != "old")
