@@ -8,7 +8,8 @@ is the only loader here, and its list is not made longer.
 Around it stand three checks of our own. PyTorch must be 2.10 or newer: before 2.6 a tar archive, the format
 of 2016, got around `weights_only` (CVE-2025-32434), and before 2.10 a crafted file could write outside of its
 memory (CVE-2026-24747). An archive must hold its entries uncompressed, as PyTorch writes them: compressed
-ones can grow without end. And everything that comes out must be a tensor of plain numbers that the file holds.
+ones can grow without end. And everything that comes out must be a tensor of plain numbers that the file
+holds.
 
     {"model.norm.weight": tensor, ...}      read
     {"model": {"norm.weight": tensor}}      refused, as are optimizer states, counters, whole modules
