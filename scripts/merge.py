@@ -48,23 +48,25 @@ from minilora.formats.adapter import load_adapter, read_adapter
 from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.merging import Merging
 from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from minilora.formats.weights import (
-    MODEL_CONFIG_FILE,
-    StoredTensors,
+from minilora.formats.quantized import (
+    QuantizedWeight,
     bitsandbytes_config,
-    is_redundant,
     plain_layers,
     quant_config_of,
     quantize,
-    read_model,
     to_entries,
+)
+from minilora.formats.weights import (
+    MODEL_CONFIG_FILE,
+    StoredTensors,
+    is_redundant,
+    read_model,
     write_shards,
 )
 from minilora.inference.load import find_base, load_adapted_tokenizer, load_run_config
-from minilora.int8 import Int8Tensor
 from minilora.lora import match_targets
 from minilora.model import CausalLM
-from minilora.quantization import FLOATS, QUANT_TYPES, QuantizedTensor
+from minilora.quantization import FLOATS, QUANT_TYPES
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import read_yaml
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize
@@ -100,7 +102,7 @@ def parse_options() -> argparse.Namespace:
     add("--model", help="base model, directory or hub id; default: the one that the adapter names")
     add("--into", choices=("original", "dequantized"), help="default: original, if the files hold them")
     add("--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16")
-    add("--quantize", action="store_true", help="write them as training had them, in bitsandbytes' format")
+    add("--quantize", action="store_true", help="write them quantized, as training had them")
     add("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
     add("--double_quantization", choices=("true", "false"), help="as in training; default: true")
     add("--accept_config_fields", help="unknown fields of the base's config.json; default: as in training")
@@ -308,7 +310,7 @@ class Merger:
         """Whether the tensor is written quantized."""
         return self.plan.choice.quantize and name in self.plan.quantized
 
-    def _read(self, name: str) -> tuple[Tensor | None, QuantizedTensor | Int8Tensor | None]:
+    def _read(self, name: str) -> tuple[Tensor | None, QuantizedWeight | None]:
         """The weight as the file holds it, and quantized as training saw it. Either may be None."""
         plan, choice = self.plan, self.plan.choice
         name, changed = plan.merging.source(name), plan.merging.changes(name)
@@ -324,7 +326,7 @@ class Merger:
         return weight, None
 
     def _merged(
-        self, name: str, weight: Tensor | None, quantized: QuantizedTensor | Int8Tensor | None
+        self, name: str, weight: Tensor | None, quantized: QuantizedWeight | None
     ) -> dict[str, Tensor]:
         """The entries to write for an adapted weight."""
         layer, choice = name.removesuffix(".weight"), self.plan.choice

@@ -6,6 +6,7 @@ config_json.py       config.json <-> ModelConfig: every field is honoured, harml
 foreign_formats.py   formats of weights that are refused by name
 bnb.py               a 4-bit weight <-> its entries in bitsandbytes' state dict
 bnb_int8.py          the same for an 8-bit weight
+quantized.py         a weight of either kind: how it is made, stored and announced
 pickled.py           pickled weights: tensors come out, and nothing else
 weight_files.py      which files hold a model's weights
 weights.py           these files <-> model, tensor by tensor

@@ -64,7 +64,7 @@ class InferenceSetup:
     @property
     def files(self) -> list[Path]:
         """The files that are read: of the model, and of the adapters and their runs."""
-        names = "config.json", "*.safetensors*", "*.bin", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
+        names = "config.json", "*.safetensors*", "*.bin*", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
         directories = self.base, *self.adapters.values()
         found = [file for directory in directories for name in names for file in directory.glob(name)]
         return [*found, Path(self.config_file)] if self.config_file else found

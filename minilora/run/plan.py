@@ -156,6 +156,7 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
+    stored.applicable(config.quant_config())  # raises UserError for settings that contradict the files
     quantized = stored.quantized_layers()
     memory = plan_memory(config, model_config, lora, placement, order, longest, lengths, quantized)
     destinations, reporters = open_services(config) if processes.main else ([], [])

@@ -93,7 +93,7 @@ class TrainConfig:
     overwrite_output_dir: bool = False  # delete the results of an earlier run there
     resume_from_checkpoint: str | None = None  # latest: the newest in output_dir; or the path of a checkpoint
     # quantization of the frozen weights: QLoRA
-    quantization_bit: int | None = 4  # 4 or 8; none: keep the weights as stored, plain LoRA
+    quantization_bit: int | None = 4  # 4 or 8; none: as stored, plain LoRA; a quantized model stays as it is
     quantization_type: str = "nf4"  # nf4 or fp4, if quantization_bit is 4
     double_quantization: bool = True  # store the scales in 8 bits too: 4.127 bits a weight, not 4.5
     # adapter

@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant("minilora/formats/config_json.py", "    _check_code(fields[\"auto_map\"])\n", "", "tests/formats/test_config.py"),
     Mutant("minilora/formats/adapter.py", "if value not in (None, False, [])", "if value", "tests/formats/test_adapter.py"),
     Mutant("minilora/formats/weights.py", "if not torch.stack(torch.aminmax(weight)).isfinite().all():", "if False:", "tests/formats/test_weights.py"),
-    Mutant(PICKLED, "weights_only=True", "weights_only=False", "tests/formats/test_pickled.py"),
+    Mutant(PICKLED, "weights_only=True, mmap", "weights_only=False, mmap", "tests/formats/test_pickled.py"),
     Mutant(PICKLED, "if torch.__version__ < _SAFE_SINCE:", "if False:", "tests/formats/test_pickled.py"),
     Mutant(PICKLED, "if entry.compress_type != zipfile.ZIP_STORED:", "if False:", "tests/formats/test_pickled.py"),
     Mutant(PICKLED, "if type(value) not in (Tensor, nn.Parameter):", "if False:", "tests/formats/test_pickled.py"),

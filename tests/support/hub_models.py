@@ -300,9 +300,9 @@ def page() -> str:
     """docs/hub_models.md."""
     lines = [
         "# The best-known repositories, and what becomes of their config.json", "",
-        "Each accepted file is read as transformers reads it: `tests/formats/test_hub_models.py` compares heads, windows,",
-        "RoPE, ties and tokens with transformers' own configuration, and the number of parameters with the hub's. This page",
-        "is written by `python -m support.hub_models`, from the table of that test.", "",
+        "Each accepted file is read as transformers reads it. `tests/formats/test_hub_models.py` compares heads, windows,",
+        "RoPE, ties and tokens with transformers' own configuration, and the number of parameters with the hub's.",
+        "`python -m support.hub_models` writes this page from the table of that test (`tests/` must be on PYTHONPATH).", "",
         "| repository | parameters | `config.json` |", "|---|---:|---|",
     ]  # fmt: skip
     for name, repository in REPOSITORIES.items():
