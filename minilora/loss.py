@@ -45,7 +45,7 @@ def causal_lm_loss(
     head, rows = model.lm_head, rows_at_a_time(model.config.vocab_size)
     if isinstance(head, (nn.Linear, TrainedCopy)):
         return linear_cross_entropy(hidden, head.weight, labels)
-    hidden, targets = _supervised(hidden, labels)  # the head has an adapter: its logits are computed twice
+    hidden, targets = _supervised(hidden, labels)  # adapted or quantized: its logits are computed twice
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
     losses = [checkpoint(_head_loss, head, h, t, parameters=head.parameters()) for h, t in chunks]
     return torch.stack(losses).sum()
@@ -120,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dtype == torch.float32:
                     torch.mm(h, part.to(dtype).T, out=part_logits)
                 else:
-                    part_logits.copy_(h @ part.T)
+                    part_logits.copy_(h @ part.to(dtype).T)
             total += fastest("cross_entropy", logits, cross_entropy_definition)(logits, target).sum()
             if not (needs_hidden or needs_weight):
                 continue

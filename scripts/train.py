@@ -123,19 +123,17 @@ def load_batch(plan: Plan, indices: list[int]) -> tuple[Tensor, Tensor, Tensor |
 
 
 def build_model(plan: Plan) -> CausalLM:
-    """Load the frozen model and put an adapter on it: a new one, or the one of the checkpoint."""
+    """Load the frozen model and put an adapter on it: a new one, an old one, or the one of the checkpoint."""
     config = plan.config
     torch.manual_seed(config.seed)
     set_fused(config.fused)
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
-    model = load_model(
-        plan.model_dir, config.quant_config(), plan.placement.dtype, plan.placement.device,
-        accept_config_fields=config.accepted_fields(),
-    )  # fmt: skip
-    if plan.checkpoint is None:
-        add_lora(model, config.lora_config())
+    where, accepted = (plan.placement.dtype, plan.placement.device), config.accepted_fields()
+    model = load_model(plan.model_dir, config.quant_config(), *where, accept_config_fields=accepted)
+    if adapter := plan.checkpoint or plan.start_adapter:
+        load_adapter(model, adapter, lora_fa=config.lora_fa, lora_dropout=plan.lora.lora_dropout)
     else:
-        load_adapter(model, plan.checkpoint, lora_fa=config.lora_fa)
+        add_lora(model, plan.lora)
     set_recompute(model, plan.memory.policies)
     return model.train()
 
@@ -151,7 +149,7 @@ def start(plan: Plan, model: CausalLM, started: float) -> Run:
     rates = config.learning_rate, config.weight_decay, config.loraplus_lr_ratio
     optimizer = make_optimizer(config.optim, trainable, *rates)
     loss_scale = LossScale(device, enabled=plan.placement.dtype == torch.float16)
-    checkpoints.check_fits(plan.state, config, model, optimizer, loss_scale)
+    checkpoints.check_fits(plan.state, config, plan.lora, model, optimizer, loss_scale)
     run = Run(model, trainable, optimizer, loss_scale, report.open_output(plan), started)
     if processes.rank:
         torch.manual_seed(config.seed + processes.rank)  # each process draws dropout masks of its own
@@ -294,7 +292,7 @@ def finish(plan: Plan, run: Run) -> None:
     if plan.prompts:
         figures |= compare_answers(plan, model)
     report.write_model_card(plan, figures)
-    print("\n" + findings_text(lint_adapter(directory, plan.model_config)))
+    print("\n" + findings_text(lint_adapter(directory, plan.base_config)))
     report.publish(plan, run)
 
 

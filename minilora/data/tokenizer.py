@@ -53,6 +53,12 @@ _LONGEST_TEMPLATE = 1 << 20  # bytes; the longest that is published has some 10,
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
+def has_tokenizer(directory: Path | None) -> bool:
+    """Whether a directory holds a tokenizer, as an adapter's may."""
+    files = ("tokenizer.json", "tokenizer.model") if directory else ()
+    return any((directory / name).is_file() for name in files)
+
+
 def load_tokenizer(directory: str | Path) -> "Tokenizer":
     """Return the tokenizer of a model directory. Raises UserError if it is missing, damaged or incomplete."""
     directory = Path(directory)

@@ -33,7 +33,7 @@ from minilora.adapted import (
     wrapper,
 )
 from minilora.config import LoraConfig
-from minilora.formats.adapter_checks import Problem, chosen_layers, problems_alone, problems_on
+from minilora.formats.adapter_checks import Problem, adaptable, chosen_layers, problems_alone, problems_on
 from minilora.formats.adapter_file import (
     AdapterFile,
     check_has_weights,
@@ -62,7 +62,6 @@ from minilora.formats.peft_format import (
 from minilora.lora import (
     LoraLinear,
     check_new_adapter,
-    match_targets,
     remove_lora,
     set_adapter,
     wrap_targets,
@@ -71,7 +70,7 @@ from minilora.model import CausalLM
 from minilora.system.errors import UserError, suggestion, summarize
 from minilora.system.files import write_whole
 from minilora.system.schema import shown
-from minilora.targets import EMBEDDING, OUTPUT_HEAD, saved_modules
+from minilora.targets import EMBEDDING, OUTPUT_HEAD, chosen_targets, saved_modules
 
 _PARTS = {  # a wrapper's name for a part -> the file's
     "lora_A": A,
@@ -128,7 +127,8 @@ def adapter_config_json(model: nn.Module, name: str) -> dict:
 def _plain_targets(model: nn.Module, wrapped: list[str], config: LoraConfig) -> list[str]:
     """Leaf names if they name exactly the wrapped layers, else full names. Servers read no regex."""
     leaves = sorted({path.rpartition(".")[2] for path in wrapped})
-    return leaves if match_targets(model, replace(config, target_modules=leaves)) == wrapped else wrapped
+    names, _ = adaptable({_file_name(name): layer for name, layer in base_layers(model).items()})
+    return leaves if chosen_targets(names, replace(config, target_modules=leaves)) == wrapped else wrapped
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -193,9 +193,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     One UserError lists all tensors that PEFT does not write, lack their partners, or contradict the
     configuration.
     """
-    adapter = AdapterFile.of(
-        Path(directory), read_adapter_config(directory), _read_tensors(directory).items()
-    )
+    adapter = AdapterFile.of(Path(directory), read_adapter_config(directory), read_tensors(directory).items())
     if not adapter.modules and not adapter.unread:
         raise UserError(f"{directory} is not a sound adapter: it holds no tensors")
     with _named_config(adapter):
@@ -218,7 +216,7 @@ def _summary(problems: list[Problem]) -> str:
     return summarize(list(map(str, problems)))
 
 
-def _read_tensors(directory: str | Path) -> dict[str, Tensor]:
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     """All tensors of an adapter, by key. Raises UserError for no file, an infinity or NaN."""
     tensors = dict(stored_tensors(directory))
     problems = [
@@ -281,7 +279,7 @@ def load_adapter(
 
 def _no_layer(model: nn.Module, config: LoraConfig) -> str:
     targets = config.target_modules
-    leaves = {name.rpartition(".")[2] for name in match_targets(model, "all-linear")}
+    leaves = {name.rpartition(".")[2] for name in adaptable(base_layers(model))[1]}
     near = suggestion(targets if isinstance(targets, str) else targets[0], leaves)
     return f"target_modules = {shown(targets)} names no layer of the model{near}"
 

@@ -107,17 +107,20 @@ def chosen_layers(adapter: AdapterFile, model: nn.Module | None = None) -> list[
 
     Raises UserError for a pattern that is no regular expression.
     """
-    if model is None:
-        names = linear = adapter.layers
-    else:
-        layers = base_layers(model)
-        linear = [name for name, layer in layers.items() if hasattr(layer, "in_features")]
-        names = [name for name in layers if name in linear or name == EMBEDDING]
+    names = linear = adapter.layers
+    if model is not None:
+        names, linear = adaptable(base_layers(model))
     with _naming("target_modules or exclude_modules"):
         chosen = chosen_targets(names, adapter.config, linear)
     if OUTPUT_HEAD in adapter.layers and EMBEDDING in chosen and (model is None or _is_tied(model)):
         chosen += [] if OUTPUT_HEAD in chosen else [OUTPUT_HEAD]  # ensure_weight_tying
     return chosen
+
+
+def adaptable(layers: dict[str, nn.Module]) -> tuple[list[str], list[str]]:
+    """Return the names of the modules that may have an update, and those of linear layers alone."""
+    linear = [name for name, layer in layers.items() if hasattr(layer, "in_features")]
+    return [name for name in layers if name in linear or name == EMBEDDING], linear
 
 
 @contextmanager

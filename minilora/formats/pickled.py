@@ -5,10 +5,11 @@ stranger's file could delete yours. `torch.load(weights_only=True)` has an inter
 bytes. It knows a fixed list of functions, which build tensors and dictionaries, and stops at any other. It
 is the only loader here, and its list is not made longer.
 
-Around it stand three checks of our own. PyTorch must be 2.10 or newer: before 2.6 a file in a format of 2016
-got around `weights_only` (CVE-2025-32434), before 2.10 a crafted one could write outside of its memory
-(CVE-2026-24747). An archive must hold its entries uncompressed, as PyTorch writes them: compressed ones can
-grow without end. And everything that comes out must be a tensor of plain numbers that the file really holds.
+Around it stand three checks of our own. PyTorch must be 2.10 or newer: before 2.6 a tar archive, the format
+of 2016, got around `weights_only` (CVE-2025-32434), and before 2.10 a crafted file could write outside of its
+memory (CVE-2026-24747). An archive must hold its entries uncompressed, as PyTorch writes them: compressed
+ones can grow without end. And everything that comes out must be a tensor of plain numbers that the file
+holds.
 
     {"model.norm.weight": tensor, ...}      read
     {"model": {"norm.weight": tensor}}      refused, as are optimizer states, counters, whole modules
@@ -46,8 +47,8 @@ _DTYPES = {  # safetensors' names
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled file by name, on the CPU; views of the mapped file, if it is a zip archive.
 
-    Says on stderr, once a file, that it is pickled. Raises UserError for a file that asks for anything but
-    tensors (which is then not run), holds anything else, is damaged, or needs a newer PyTorch.
+    Says on stderr, once a directory, that they are pickled. Raises UserError for a file that asks for
+    anything but tensors (which is then not run), holds anything else, is damaged, or needs a newer PyTorch.
     """
     if torch.__version__ < _SAFE_SINCE:
         raise UserError(
@@ -56,7 +57,7 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise UserError(f"{path} is missing, or is no regular file")
-    _announce(path)
+    _announce(path.parent)
     content = _load(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name; take safetensors")
@@ -109,11 +110,11 @@ class PickledFile:
 
 
 @functools.cache
-def _announce(path: Path) -> None:
-    """Say once that a pickled file is read. stdout may carry answers, so this goes to stderr."""
+def _announce(directory: Path) -> None:
+    """Say once that pickled files are read. stdout may carry answers, so this goes to stderr."""
     print(
-        f"reading {path}: pickled tensors, with PyTorch's loader that builds tensors only; "
-        f"python scripts/convert.py --model {path.parent} --output NEW writes safetensors",
+        f"reading pickled weights in {directory}, with PyTorch's loader that builds tensors only; "
+        f"python scripts/convert.py --model {directory} --output NEW writes safetensors",
         file=sys.stderr,
     )
 

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Container, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -27,23 +27,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minilora.config import ModelConfig, QuantConfig
-from minilora.formats.bnb import from_bitsandbytes, group_entries, to_bitsandbytes
-from minilora.formats.bnb_int8 import from_bitsandbytes_int8, group_int8_entries, to_bitsandbytes_int8
+from minilora.formats.bnb import from_bitsandbytes, group_entries
+from minilora.formats.bnb_int8 import from_bitsandbytes_int8, group_int8_entries
 from minilora.formats.config_json import read_config_file, to_config_json
 from minilora.formats.foreign_formats import foreign_files, refuse_foreign_tensors
-from minilora.formats.weight_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    index_of,
-    open_weights,
-    weight_files,
+from minilora.formats.quantized import (
+    QuantizedWeight,
+    bitsandbytes_config,
+    plain_layers,
+    quant_config_of,
+    quantize,
+    quantized_layer,
+    to_entries,
 )
-from minilora.int8 import Int8Tensor, quantize_int8
-from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
+from minilora.formats.weight_files import INDEX_FILE, SINGLE_FILE, index_of, open_weights, weight_files
+from minilora.linear import QuantizedLinear
 from minilora.lora import OUTPUT_HEAD
 from minilora.memory.stored_layers import InFiles
 from minilora.model import CausalLM
-from minilora.quantization import FLOATS, NESTED_BLOCK_SIZE, QuantizedTensor, quantize_4bit
+from minilora.quantization import FLOATS, NESTED_BLOCK_SIZE
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, write_whole
 from minilora.system.hub import resolve_model
@@ -88,12 +90,12 @@ def load_model(
         layer = model.get_submodule(parent)
         if name in stored.quantized:
             weight = stored.read_quantized(name, shapes[name], dtype, device)
-            model.set_submodule(parent, _quantized_layer(weight, layer.bias))
+            model.set_submodule(parent, quantized_layer(weight, layer.bias))
         elif (
             quant is not None and isinstance(layer, nn.Linear) and leaf == "weight" and parent != OUTPUT_HEAD
         ):
             weight = _quantized(stored, name, quant, device)
-            model.set_submodule(parent, _quantized_layer(weight, layer.bias))
+            model.set_submodule(parent, quantized_layer(weight, layer.bias))
         else:
             weight = _finite(stored.read(name, dtype, device), name, directory)
             setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
@@ -131,33 +133,15 @@ def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
     return lambda name: name == tied_head or bool(_ROTARY_BUFFERS.fullmatch(name))
 
 
-def _quantized_layer(weight: QuantizedTensor | Int8Tensor, bias: nn.Parameter | None) -> QuantizedLinear:
-    return Linear8bit(weight, bias) if isinstance(weight, Int8Tensor) else Linear4bit(weight, bias)
-
-
 def _quantized(
     stored: "StoredTensors", name: str, quant: QuantConfig, device: torch.device | str
-) -> QuantizedTensor | Int8Tensor:
+) -> QuantizedWeight:
     """A weight quantized from the file's dtype: the compute dtype must not round it first."""
     weight = stored.read(name, None, device, copy=False)
     try:
         return quantize(_finite(weight, name, stored.directory) if quant.bits == 8 else weight, quant)
     except UserError as error:
         raise UserError(f"{name} in {stored.directory}: {error}") from error
-
-
-def quantize(weight: Tensor, quant: QuantConfig) -> QuantizedTensor | Int8Tensor:
-    """The weight as `quant` asks for it. Raises UserError for one that cannot be quantized."""
-    if quant.bits == 8:
-        return quantize_int8(weight)
-    return quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant)
-
-
-def quant_config_of(weight: QuantizedTensor | Int8Tensor) -> QuantConfig:
-    """How a weight is quantized: `quantize` with it gives a weight of the same kind."""
-    if isinstance(weight, Int8Tensor):
-        return QuantConfig(8)
-    return QuantConfig(4, weight.quant_type, weight.nested_absmax is not None, weight.blocksize)
 
 
 def _finite(weight: Tensor, name: str, directory: Path) -> Tensor:
@@ -280,7 +264,7 @@ class StoredTensors:
 
     def read_quantized(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> QuantizedTensor | Int8Tensor:
+    ) -> QuantizedWeight:
         """A weight in bitsandbytes' 4 or 8 bits, (out, in).
 
         dtype: of 8-bit weights once dequantized, which their entries do not tell. Raises UserError for
@@ -322,41 +306,6 @@ def save_model(model: CausalLM, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, directory / SINGLE_FILE)
     write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
-
-
-def to_entries(weight: QuantizedTensor | Int8Tensor, name: str) -> dict[str, Tensor]:
-    """The entries of a state dict that hold a quantized weight called `name`."""
-    if isinstance(weight, Int8Tensor):
-        return to_bitsandbytes_int8(weight, name)
-    return to_bitsandbytes(weight, name)
-
-
-def plain_layers(model: nn.Module, quantized: Container[str] = ()) -> list[str]:
-    """Full names of the linear layers whose weights are not quantized, and not named in `quantized`."""
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    return [name for name in names if f"{name}.weight" not in quantized]
-
-
-def bitsandbytes_config(quant: QuantConfig, skipped: list[str], compute_dtype: str) -> dict:
-    """The `quantization_config` that tells transformers how the files hold weights.
-
-    skipped: full names of the linear layers that are not quantized. transformers makes a quantized layer of
-    every other one, the output head included.
-    """
-    bits = {"quant_method": "bitsandbytes", f"load_in_{quant.bits}bit": True}
-    skip = {"llm_int8_skip_modules": skipped}  # under this name for 4 bits, too
-    if quant.bits == 8:
-        return bits | skip
-    return (
-        bits
-        | skip
-        | {
-            "bnb_4bit_quant_type": quant.quant_type,
-            "bnb_4bit_use_double_quant": quant.double_quant,
-            "bnb_4bit_compute_dtype": compute_dtype,
-            "bnb_4bit_quant_storage": "uint8",
-        }
-    )
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -19,6 +19,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import check_sampling, end_tokens, generate_stream, generate_text
 from minilora.lora import set_adapter
 from minilora.model import CausalLM, KVCache
+from minilora.rope import context_length
 from minilora.system.errors import UserError, suggestion
 
 
@@ -85,7 +86,8 @@ class Assistant:
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         """Yield the answer to a conversation, piece by piece."""
-        prompt = encode_question(messages, self.tokenizer, self.template, self.model.config.vocab_size)
+        vocab_size = len(self.model.model.embed_tokens.weight)  # of the adapter, too
+        prompt = encode_question(messages, self.tokenizer, self.template, vocab_size)
         limit, decoder = self.answer_limit(prompt), StreamDecoder(self.tokenizer)
         self.cache = reuse_cache(self.model, self.cache, self.tokens, prompt, limit)
         self.tokens = list(prompt)
@@ -112,7 +114,7 @@ class Assistant:
 
     def answer_limit(self, prompt: Sequence[int]) -> int:
         """The largest number of tokens that the answer to `prompt` may have."""
-        positions = self.model.config.max_position_embeddings
+        positions = context_length(self.model.config)
         if len(prompt) >= positions:
             raise UserError(
                 f"{len(prompt)} tokens fill the {positions} positions of the model; "

@@ -12,7 +12,7 @@ quantized, how rows are formatted and cut), except for keys that the command lin
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from torch import nn
 
 from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template
-from minilora.data.tokenizer import Tokenizer, load_tokenizer
+from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from minilora.formats.adapter import (
     ADAPTER_CONFIG_FILE,
     check_has_weights,
     load_adapter,
     read_adapter_config,
+    vocabulary_of,
 )
 from minilora.formats.weights import load_model, read_config
 from minilora.lora import set_adapter
@@ -51,7 +52,7 @@ class InferenceSetup:
     adapters: dict[str, Path]  # name -> directory; the first one is active
     config: TrainConfig  # the first adapter's run, with the keys of the command line
     base: Path
-    model_config: ModelConfig  # of the base model
+    model_config: ModelConfig  # of the base model, with the vocabulary that it has under the adapters
     tokenizer: Tokenizer
     template: ChatTemplate | None
     config_file: str | None  # that the user gave with --config
@@ -63,7 +64,7 @@ class InferenceSetup:
     @property
     def files(self) -> list[Path]:
         """The files that are read: of the model, and of the adapters and their runs."""
-        names = "config.json", "*.safetensors*", "*.bin", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
+        names = "config.json", "*.safetensors*", "*.bin*", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
         directories = self.base, *self.adapters.values()
         found = [file for directory in directories for name in names for file in directory.glob(name)]
         return [*found, Path(self.config_file)] if self.config_file else found
@@ -108,6 +109,8 @@ def prepare_inference(
     template = load_chat_template(config.template, tokenizer, now=now)
     config_file = parse_arguments(keys).get("config")
     model_config = read_config(base, config.accepted_fields())
+    vocab_size = max((vocabulary_of(d, 0) for d in adapters.values()), default=0) or model_config.vocab_size
+    model_config = replace(model_config, vocab_size=vocab_size)
     return InferenceSetup(adapters, config, base, model_config, tokenizer, template, config_file)
 
 
@@ -179,7 +182,7 @@ def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **overrid
 def load_adapted_tokenizer(base: Path, adapters: Mapping[str, Path]) -> Tokenizer:
     """The tokenizer saved with the first adapter's run, or else the base model's."""
     for directory in run_directories(adapters):
-        if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        if has_tokenizer(directory):
             return load_tokenizer(directory)
     return load_tokenizer(base)
 

@@ -55,6 +55,11 @@ DIGESTS_FILE = "training_state/digests.json"
 _FILES = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, STATE_FILE, TENSORS_FILE)
 _MAX_STATE_BYTES = 4 << 30  # it holds a record for every line of metrics.jsonl
 _NUMBER = re.compile("#(0|[1-9][0-9]{0,17})")
+# What the file of an adapter says in the words of its settings. Targets it says in its own.
+_ADAPTER_FIELDS = """
+    r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern modules_to_save lora_bias bias
+    trainable_token_indices
+    """.split()
 _PART, _OLD = ".part", ".old"  # suffixes of a checkpoint that is being written, and of one being deleted
 
 
@@ -211,7 +216,7 @@ def find_checkpoint(directory: Path) -> tuple[Path | None, dict, list[str]]:
 
 
 def find_resumed(
-    config: TrainConfig, training: dict, total_steps: int, device: torch.device
+    config: TrainConfig, lora: LoraConfig, training: dict, total_steps: int, device: torch.device
 ) -> tuple[Path | None, dict]:
     """Return the checkpoint to resume from and its state, or (None, {}) for a run that starts at step 0.
 
@@ -237,7 +242,7 @@ def find_resumed(
     except UserError as error:
         raise UserError(f"{checkpoint / STATE_FILE} is corrupt: {error}") from error
     check_same_training(state["training"], training, config.may_change(), checkpoint)
-    _check_adapter(checkpoint, config.lora_config())
+    _check_adapter(checkpoint, lora)
     _check_generators(state["random"], training["the number of processes"], device, checkpoint)
     if state["step"] > total_steps:
         raise UserError(
@@ -273,7 +278,7 @@ def check_same_training(saved: dict, now: dict, may_change: set[str], checkpoint
 def _check_adapter(checkpoint: Path, lora: LoraConfig) -> None:
     """Raise UserError if the saved adapter is not the one that the settings describe."""
     saved = read_adapter_config(checkpoint)
-    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
+    for name in _ADAPTER_FIELDS:
         if getattr(saved, name) != getattr(lora, name):
             raise UserError(
                 f"{checkpoint / ADAPTER_CONFIG_FILE} says {name} = {getattr(saved, name)}, and the settings "
@@ -298,6 +303,7 @@ def _check_generators(saved: list[dict], processes: int, device: torch.device, c
 def check_fits(
     state: dict,
     config: TrainConfig,
+    lora: LoraConfig,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss_scale: LossScale,
@@ -306,7 +312,7 @@ def check_fits(
     if not state:
         return
     problem = f"{config.resume_from_checkpoint}: the checkpoint does not fit"
-    if list(lora_layers(model)) != match_targets(model, config.lora_config().target_modules):
+    if list(lora_layers(model)) != match_targets(model, lora):
         raise UserError(f"{problem}: its adapter is on other layers than lora_target names")
     if state["loss_scale"]["scaler"].keys() != loss_scale.state_dict()["scaler"].keys():
         raise UserError(f"{problem}: its loss scale is of another dtype")

@@ -88,7 +88,7 @@ _TRUE = ("true", "yes", "1")
 _OFF = ("false", "no", "none", "null", "0", "", "{}", "[]")
 _MUST_BE_OFF = """
     deepspeed fsdp fsdp_config use_ray do_predict predict_with_generate streaming tokenized_path
-    interleave_probs tool_format eval_on_each_dataset adapter_name_or_path additional_target pissa_init
+    interleave_probs tool_format eval_on_each_dataset pissa_init
     pissa_convert use_galore use_apollo use_badam use_muon use_adam_mini use_llama_pro use_dft_loss
     use_asft_loss use_swanlab neftune_noise_alpha label_smoothing_factor shift_attn mixture_of_depths
     moe_aux_loss_coef rope_scaling resize_vocab add_tokens add_special_tokens new_special_tokens_config
@@ -115,7 +115,6 @@ INSTEAD = {  # key: advice to whoever gave it another value than NEEDED
     "finetuning_type": "the nearest is lora with lora_target: all and a high rank",
     "mix_strategy": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
     "interleave_probs": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
-    "adapter_name_or_path": "resume_from_checkpoint resumes a run of this trainer",
     "enable_thinking": "template: qwen3 learns to write <think> </think> and template: chatml does not",
     "default_system": "give the rows a system message, or a column system",
     "do_predict": "scripts/evaluate.py does this after the training",
@@ -213,7 +212,7 @@ def _translate_eval_strategy(
 def _missing_defaults(ours: dict[str, object]) -> dict[str, object]:
     """LLaMA-Factory's defaults for the keys that are not given. A preset gives the adapter's."""
     given = {*ours}
-    if "preset" in ours:
+    if "preset" in ours or "adapter_name_or_path" in ours:
         given |= {"lora_rank", "lora_dropout", "lora_target"}
     return {name: value for name, value in DEFAULTS.items() if name not in given}
 

@@ -6,19 +6,20 @@ and repositories to write to. A plan writes nothing on this machine.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from minilora.backend.choice import padded_length
-from minilora.config import ModelConfig
+from minilora.config import LoraConfig, ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
 from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids, tokens_read
 from minilora.data.packing import pack
 from minilora.data.rows import Row
-from minilora.data.tokenizer import Tokenizer, load_tokenizer
+from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from minilora.formats.adapter import read_adapter_config, vocabulary_of
 from minilora.formats.weights import read_model
 from minilora.memory.allocator import (
     compiles_kernels,
@@ -87,7 +88,10 @@ class Plan:
     placement: Placement  # device and dtype
     # the model and its data
     model_dir: Path
-    model_config: ModelConfig
+    base_config: ModelConfig  # as the model's files say
+    model_config: ModelConfig  # with the vocabulary that it has under the adapter
+    lora: LoraConfig  # of the adapter to train
+    start_adapter: Path | None  # the adapter to go on from; None: a new one
     tokenizer: Tokenizer
     template: ChatTemplate | None
     train_set: Dataset
@@ -133,8 +137,10 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
         config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision
     )
     check_inputs(config, model_dir)
-    model_config, stored = read_model(model_dir, config.accepted_fields())
-    tokenizer = load_tokenizer(model_dir)
+    base_config, stored = read_model(model_dir, config.accepted_fields())
+    start_adapter = resolve_model(config.adapter_name_or_path) if config.adapter_name_or_path else None
+    lora, model_config = choose_adapter(config, start_adapter, base_config)
+    tokenizer = load_tokenizer(start_adapter if has_tokenizer(start_adapter) else model_dir)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     train_set, eval_set = load_examples(config, model_config, tokenizer, template)
     order = make_order(config, train_set, processes)
@@ -146,19 +152,41 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
         "the fingerprint of the training examples": train_set.fingerprint(),
         "the fingerprint of the held-out examples": eval_set.fingerprint() if eval_set else None,
     }
-    checkpoint, state = find_resumed(config, training, schedule.total_steps, placement.device)
+    checkpoint, state = find_resumed(config, lora, training, schedule.total_steps, placement.device)
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
-    memory = plan_memory(config, model_config, placement, order, longest, lengths, stored.quantized_layers())
+    stored.applicable(config.quant_config())  # raises UserError for settings that contradict the files
+    quantized = stored.quantized_layers()
+    memory = plan_memory(config, model_config, lora, placement, order, longest, lengths, quantized)
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
-        model_dir=model_dir, model_config=model_config, tokenizer=tokenizer, template=template,
+        model_dir=model_dir, base_config=base_config, model_config=model_config,
+        lora=lora, start_adapter=start_adapter,
+        tokenizer=tokenizer, template=template,
         train_set=train_set, eval_set=eval_set, order=order, schedule=schedule, memory=memory,
         training=training, checkpoint=checkpoint, state=state,
         destinations=destinations, reporters=reporters,
     )  # fmt: skip
+
+
+def choose_adapter(
+    config: TrainConfig, start: Path | None, model_config: ModelConfig
+) -> tuple[LoraConfig, ModelConfig]:
+    """Return the adapter's configuration, and the model's with the vocabulary that it has under the adapter.
+
+    The adapter to go on from decides everything but dropout, and what no file says.
+    """
+    if start is None:
+        return config.lora_config(), model_config
+    lora = replace(read_adapter_config(start), lora_fa=config.lora_fa)
+    if config.lora_dropout is not None:
+        lora = replace(lora, lora_dropout=config.lora_dropout)
+    for name in ("use_rslora", "use_dora"):
+        if getattr(config, name) and not getattr(lora, name):
+            raise UserError(f"{name} is true, and {start} is an adapter without it: leave it out")
+    return lora, replace(model_config, vocab_size=vocabulary_of(start, model_config.vocab_size))
 
 
 def load_examples(
@@ -232,6 +260,7 @@ def open_services(config: TrainConfig) -> tuple[list[Destination], list[Reporter
 def plan_memory(
     config: TrainConfig,
     model_config: ModelConfig,
+    lora: LoraConfig,
     placement: Placement,
     order: Order,
     eval_length: int,  # tokens of the longest held-out example; 0: there is none
@@ -250,7 +279,7 @@ def plan_memory(
     ledger_of = partial(
         memory_ledger,
         model_config,
-        config.lora_config(),
+        lora,
         config.quant_config(),
         **_batch_sizes(order, rounded, config.padding_free),
         dtype=placement.dtype,

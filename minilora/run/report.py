@@ -41,7 +41,7 @@ class Run(Protocol):
 def print_plan(plan: Plan) -> None:
     """Print what is decided before a weight is read, a line for each part of it."""
     config, order, processes = plan.config, plan.order, plan.processes.count
-    lora, c = config.lora_config(), plan.model_config
+    lora, c = plan.lora, plan.model_config
     tokens = sum(order.lengths) / len(order.lengths) * min(order.examples_per_step, len(order.lengths))
     targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
     _print_lines({
@@ -230,7 +230,7 @@ def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
 
     The hub links to a base model of its own. A local directory is only named in the text.
     """
-    base_model, lora = plan.base_model, plan.config.lora_config()
+    base_model, lora = plan.base_model, plan.lora
     on_hub = (
         re.fullmatch(r"[\w.-]+/[\w.-]+", base_model)
         and not base_model.startswith("assets/")

@@ -93,7 +93,7 @@ class TrainConfig:
     overwrite_output_dir: bool = False  # delete the results of an earlier run there
     resume_from_checkpoint: str | None = None  # latest: the newest in output_dir; or the path of a checkpoint
     # quantization of the frozen weights: QLoRA
-    quantization_bit: int | None = 4  # 4 or 8; none: keep the weights as stored, plain LoRA
+    quantization_bit: int | None = 4  # 4 or 8; none: as stored, plain LoRA; a quantized model stays as it is
     quantization_type: str = "nf4"  # nf4 or fp4, if quantization_bit is 4
     double_quantization: bool = True  # store the scales in 8 bits too: 4.127 bits a weight, not 4.5
     # adapter
@@ -101,7 +101,11 @@ class TrainConfig:
     lora_rank: int | None = None  # rank of the update, r; none: the preset's
     lora_alpha: float | None = None  # the update is scaled by alpha / r; none: 2 * lora_rank or the preset's
     lora_dropout: float | None = None  # dropout on the adapter's input in training; none: the preset's
-    lora_target: str | list[str] | None = None  # layers (q_proj,v_proj), a regex, or all; none: the preset's
+    lora_target: str | list[str] | None = (
+        None  # q_proj,v_proj:16 (16: its rank), a regex or all; none: preset's
+    )
+    additional_target: str | list[str] | None = None  # train these whole, in a copy: embed_tokens,lm_head
+    adapter_name_or_path: str | None = None  # go on from this adapter, directory or hub id, and its settings
     use_rslora: bool = False  # rsLoRA: scale by alpha / sqrt(r)
     use_dora: bool = False  # DoRA: also learn a magnitude for each row of the weight
     lora_fa: bool = False  # LoRA-FA: train only B, so fewer activations are kept
@@ -214,6 +218,7 @@ class TrainConfig:
                 raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
 
     def _check_exclusive_keys(self) -> None:
+        self._check_adapter_to_go_on_from()
         for one, other in (("mask_history", "train_on_prompt"), ("packing", "group_by_length")):
             if getattr(self, one) and getattr(self, other):
                 raise UserError(f"{one} and {other} exclude each other; leave one of them out")
@@ -222,6 +227,16 @@ class TrainConfig:
                 "loraplus_lr_ratio gives B another learning rate than A, but lora_fa does not train A; "
                 "leave one of them out"
             )
+
+    def _check_adapter_to_go_on_from(self) -> None:
+        """Raise UserError for a key that only a new adapter has."""
+        if self.adapter_name_or_path is None:
+            return
+        for name in ("lora_rank", "lora_alpha", "lora_target", "additional_target"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"{name} is decided by the adapter that adapter_name_or_path names; leave it out"
+                )
 
     def quant_config(self) -> QuantConfig | None:
         """The quantization of the frozen weights, or None if they stay as they are stored."""
@@ -239,18 +254,23 @@ class TrainConfig:
         if self.lora_rank is not None and self.lora_alpha is None:
             overrides["lora_alpha"] = 2 * self.lora_rank
         if self.lora_target is not None:
-            overrides["target_modules"] = _parse_targets(self.lora_target)
+            overrides["target_modules"], ranks = parse_targets(self.lora_target)
+            overrides["rank_pattern"] = {re.escape(name): rank for name, rank in ranks.items()}
+            if self.lora_alpha is None:
+                overrides["alpha_pattern"] = {re.escape(name): 2 * rank for name, rank in ranks.items()}
+        if self.additional_target is not None:
+            overrides["modules_to_save"] = _names(self.additional_target)
         overrides = {name: value for name, value in overrides.items() if value is not None}
         variant = dict(use_rslora=self.use_rslora, use_dora=self.use_dora, lora_fa=self.lora_fa)
         return LoraConfig.preset(self.preset, **variant, **overrides)
 
     def trackers(self) -> list[str]:
         """The names in `report_to`: the services that get the metrics besides metrics.jsonl."""
-        return [name for name in _split(self.report_to) if name != "none"]
+        return [name for name in _names(self.report_to) if name != "none"]
 
     def accepted_fields(self) -> list[str]:
         """The names in `accept_config_fields`."""
-        return _split(self.accept_config_fields or [])
+        return _names(self.accept_config_fields or [])
 
     def may_change(self) -> set[str]:
         """The keys that a resumed run may change, because no number of its training depends on them."""
@@ -278,23 +298,30 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UserError(f"{name} = {value!r} is not known; choose from {', '.join(choices)}")
 
 
-def _split(names: str | list[str]) -> list[str]:
-    """Names from a list, or from a text with commas between them."""
-    return [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+def parse_targets(lora_target: str | list[str]) -> tuple[tuple[str, ...] | str, dict[str, int]]:
+    """The targets, and the ranks of those that are written as NAME:RANK.
 
-
-def _parse_targets(lora_target: str | list[str]) -> tuple[str, ...] | str:
-    """A tuple of layer names, "all-linear", or a regular expression as it is.
-
-    A text with any character that no list of names has (such as * or a bracket) is a regular expression.
+    The targets are a tuple of layer names, "all-linear", or a regular expression as it is. A text with any
+    character that no list of names has (such as * or a bracket) is a regular expression.
     """
-    if isinstance(lora_target, list):
-        return tuple(lora_target)
-    if lora_target in ("all", "all-linear"):
-        return "all-linear"
-    if re.fullmatch(r"[\w\s.,-]+", lora_target):
-        return tuple(name for name in re.split(r"[\s,]+", lora_target) if name)
-    return lora_target
+    if isinstance(lora_target, str):
+        if lora_target in ("all", "all-linear"):
+            return "all-linear", {}
+        if not re.fullmatch(r"[\w\s.,:-]+", lora_target):
+            return lora_target, {}
+    named = [name.partition(":") for name in _names(lora_target)]
+    for name, colon, rank in named:
+        if colon and not (rank.isdecimal() and 0 < int(rank) <= LARGEST["lora_rank"]):
+            raise UserError(
+                f"lora_target names {name}:{rank}; its rank must be from 1 to {LARGEST['lora_rank']:,}"
+            )
+    return tuple(name for name, _, _ in named), {name: int(rank) for name, colon, rank in named if colon}
+
+
+def _names(text: str | list[str]) -> tuple[str, ...]:
+    """A list of names, or the names in a text, divided by commas or blanks."""
+    names = re.split(r"[\s,]+", text) if isinstance(text, str) else text
+    return tuple(name for name in names if name)
 
 
 # ---- from a file and a command line to a TrainConfig -------------------------------------------------------

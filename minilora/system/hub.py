@@ -115,6 +115,8 @@ def _split_folder(name: str) -> tuple[str, str]:
     """The repository's id and the folder in it, "" for its top. An impossible folder stays in the id."""
     owner, *rest = name.split("/")
     if len(rest) > 1 and all(_FOLDER.fullmatch(part) for part in rest[1:]):
+        if Path(owner).is_dir():  # a slip in a path such as outputs/run/checkpoint-10
+            raise UserError(f"no such directory: {name!r}, although {owner!r} is one")
         return f"{owner}/{rest[0]}", "/".join(rest[1:])
     return name, ""
 

@@ -1,5 +1,6 @@
 """Pickled weights: tensors are read to the bit, and nothing in a hostile file runs."""
 
+import io
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import OrderedDict
 
@@ -20,7 +22,8 @@ from support.merging import make_base
 from support.project import PROGRAM_ENVIRONMENT, ROOT
 from support.tiny import ids, tiny_model
 
-from minilora import UserError, load_model, save_model
+from minilora import CausalLM, UserError, load_model, save_model
+from minilora.formats.config_json import parse_config
 from minilora.formats.pickled import read_pickled_tensors
 from minilora.formats.weights import StoredTensors
 
@@ -77,12 +80,12 @@ def test_a_pickled_file_beside_safetensors_is_not_opened(directory, capsys):
     assert "pickled" not in capsys.readouterr().err
 
 
-def test_one_line_on_stderr_says_that_a_file_is_pickled_and_how_to_convert_it(directory, capsys):
+def test_one_line_on_stderr_says_that_weights_are_pickled_and_how_to_convert_them(directory, capsys):
     load_model(directory)
     load_model(directory)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert err.startswith(f"reading {directory / 'pytorch_model.bin'}: pickled tensors")
+    assert err.startswith(f"reading pickled weights in {directory}, with PyTorch's loader")
     assert f"scripts/convert.py --model {directory} --output NEW" in err
 
 
@@ -93,6 +96,30 @@ def test_tensors_of_a_mapped_file_are_not_in_memory_before_they_are_used(directo
     del tensors
     with open("/proc/self/maps") as maps:
         assert not any(line.rstrip().endswith("pytorch_model.bin") for line in maps)
+
+
+def test_loading_never_holds_pickled_weights_twice(tmp_path):
+    """Measured in a process of its own, as for safetensors: a mapped file that stays open would count again."""
+    config = dict(
+        model_type="llama", vocab_size=8000, hidden_size=512, intermediate_size=1408, num_hidden_layers=20
+    )
+    model = CausalLM(parse_config(config | dict(num_attention_heads=8, num_key_value_heads=8))).bfloat16()
+    save_model(model, tmp_path)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    code = f"""
+import minilora, torch
+from minilora.system.device import memory_used
+before = memory_used(torch.device("cpu"))
+model = minilora.load_model({str(pickled(tmp_path))!r})
+print(memory_used(torch.device("cpu")) - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=PROGRAM_ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    # 144 MB of weights. Beside them: one tensor as it lies in the file (8 MB), and the allocator's and the
+    # modules' own 40 MB. A second copy would be 144 MB more.
+    assert 130e6 < size < int(done.stdout) * 1.02 and int(done.stdout) < size + 60e6
 
 
 def test_a_transposed_tensor_and_a_parameter_are_read_as_plain_tensors(tmp_path):
@@ -186,13 +213,20 @@ def hostile_calls(trace) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("kind", ["zip", "zip-protocol-4", "old", "bare"])
+@pytest.mark.parametrize("kind", ["zip", "zip-protocol-4", "old", "tar", "bare"])
 @pytest.mark.parametrize("name", hostile_calls(None))
 def test_a_function_that_builds_no_tensor_is_named_and_does_not_run(name, kind, tmp_path):
     trace, path = tmp_path / "ran", tmp_path / "pytorch_model.bin"
     content = {"w": torch.ones(2), "x": hostile_calls(trace)[name]}
+    program = pickle.dumps(content["x"], protocol=2)
     if kind == "bare":
-        path.write_bytes(pickle.dumps(content["x"], protocol=2))
+        path.write_bytes(program)
+    elif kind == "tar":  # the way of CVE-2025-32434
+        with tarfile.open(path, "w") as archive:
+            for member in ("storages", "tensors", "pickle"):
+                entry = tarfile.TarInfo(member)
+                entry.size = len(program)
+                archive.addfile(entry, io.BytesIO(program))
     else:
         protocol = 4 if kind == "zip-protocol-4" else 2
         torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=kind != "old")
@@ -209,7 +243,7 @@ def test_the_hostile_files_do_run_where_nothing_stops_them(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "convert.py"])
+@pytest.mark.parametrize("script", ["train.py", "convert.py"])
 def test_a_script_ends_with_code_2_and_one_line_and_the_payload_has_not_run(
     script, model_dir, dataset, tmp_path
 ):
@@ -218,7 +252,6 @@ def test_a_script_ends_with_code_2_and_one_line_and_the_payload_has_not_run(
     shutil.copy(dataset, tmp_path / "train.jsonl")
     options = {
         "train.py": ["--dataset", tmp_path / "train.jsonl", "--output_dir", tmp_path / "out"],
-        "evaluate.py": ["--dataset", tmp_path / "train.jsonl"],
         "convert.py": ["--output", tmp_path / "out"],
     }[script]
     command = [sys.executable, ROOT / "scripts" / script, "--model", directory, *options]
@@ -249,9 +282,9 @@ def rewritten(path, change, compression=zipfile.ZIP_STORED):
 
 def test_a_zip_bomb_is_refused_before_anything_is_unpacked(directory):
     path = directory / "pytorch_model.bin"
-    grow = lambda name, content: content + bytes(10**8 * name.endswith("data.pkl"))  # noqa: E731
+    grow = lambda name, content: content + bytes(10**7 * name.endswith("data.pkl"))  # noqa: E731
     rewritten(path, grow, zipfile.ZIP_DEFLATED)
-    assert path.stat().st_size < 10**6
+    assert path.stat().st_size < 10**5
     assert "holds compressed entries, which PyTorch never writes" in refusal(path)
 
 

@@ -249,6 +249,14 @@ def test_a_folder_of_a_repository_is_downloaded_alone(hub):
     assert files_in(resolve_model("owner/folders"))["model.safetensors"] == b"at the top"
 
 
+def test_a_path_below_a_directory_that_is_here_is_no_hub_id(hub, tmp_path):
+    (tmp_path / "owner").mkdir()
+    assert refusal("owner/folders/runs").startswith(
+        "no such directory: 'owner/folders/runs', although 'owner' is"
+    )
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("folder", ["runs/two", "runs/three", "nowhere"])
 def test_a_folder_without_a_model_is_named(hub, folder):
     assert f"owner/folders has no folder '{folder}' with a model's files" in refusal(
