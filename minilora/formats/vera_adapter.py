@@ -19,7 +19,12 @@ import safetensors.torch
 from torch import Tensor
 
 from minilora.formats.adapter import read_tensors
-from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PEFT_CHANGES_NOTHING
+from minilora.formats.peft_format import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    PEFT_CHANGES_NOTHING,
+    PEFT_HONOURED,
+)
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import write_whole
 from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
@@ -31,7 +36,7 @@ LAMBDA_D, LAMBDA_B = "vera_lambda_d", "vera_lambda_b"
 
 _KEY = re.compile(rf"base_model\.model\.(.+)\.({LAMBDA_D}|{LAMBDA_B})")
 _CHANGES_NOTHING = {
-    key: PEFT_CHANGES_NOTHING[key]
+    key: (PEFT_HONOURED | PEFT_CHANGES_NOTHING)[key]
     for key in ("auto_mapping", "inference_mode", "layers_pattern", "peft_version", "task_type")
 } | {
     "fan_in_fan_out": Field(bool, "of GPT-2's layers; PEFT turns it off for others", False, nullable=True),
