@@ -1,6 +1,8 @@
 """Frozen weights in 8 bits: a simpler quantizer than NF4, for those who have twice the memory.
 
 w  ~  data * absmax / 127            data: int8, one a weight            absmax: float32, one a row
+
+Codes and scales are bitsandbytes'; formats/bnb_int8.py reads and writes them.
 """
 
 from dataclasses import dataclass, replace
@@ -17,8 +19,8 @@ class Int8Tensor:
     """A matrix in 8 bits: w ~ data * absmax / 127, one absmax a row (LLM.int8's vector-wise quantization,
     arXiv:2208.07339).
 
-    Outliers are not split off into a 16-bit matrix as that paper does for activations: this is storage for
-    frozen weights only, whose products are taken in floating point.
+    Activations are not quantized, and their outliers are not multiplied apart, as in that paper and in
+    bitsandbytes' inference: this is storage for frozen weights, whose products are taken in floating point.
     """
 
     data: Tensor  # (..., in) int8

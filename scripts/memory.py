@@ -28,7 +28,7 @@ import torch
 
 from minilora.config import ModelConfig
 from minilora.formats.config_json import parse_config, read_config_file
-from minilora.formats.weights import MODEL_CONFIG_FILE, read_config
+from minilora.formats.weights import MODEL_CONFIG_FILE, StoredTensors, read_config
 from minilora.memory.ledger import (
     CATEGORIES,
     CUDA_CONTEXT,
@@ -39,6 +39,7 @@ from minilora.memory.ledger import (
     process_memory,
 )
 from minilora.memory.planner import advise, fastest_that_fits
+from minilora.memory.stored_layers import InFiles
 from minilora.recompute import POLICIES
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.assets import EMBEDDED_MODEL
@@ -88,7 +89,7 @@ def main() -> None:
     check_picture("--picture", options.picture)
     config = load_train_config(keys)
     name = config.model_name_or_path or str(EMBEDDED_MODEL)
-    model_config = find_model_config(name, config.model_revision)
+    model_config, in_files = find_model_config(name, config.model_revision), find_quantized_layers(name)
     target = this_machine(config) if options.gpu is None else gpu_of_size(options.gpu, config)
     batch_size = config.per_device_train_batch_size
     length = config.cutoff_len or min(1024, model_config.max_position_embeddings)
@@ -102,6 +103,7 @@ def main() -> None:
         device=target.device,
         eval_batch_size=config.per_device_eval_batch_size if config.eval_dataset or config.val_size else 0,
         process=target.process,
+        in_files=in_files,
     )
     policies = [policy for policy in POLICIES if policy != "offload" or target.device == "cuda"]
     of_batch = partial(ledger_of, batch_size=batch_size, length=length)
@@ -111,7 +113,9 @@ def main() -> None:
         ledgers["auto"] = planned
 
     model_name = config.model_name_or_path or "assets/base"
-    print(f"{model_name}, {batch_size} x {length} tokens, {describe(config, target.dtype)}, ", end="")
+    print(
+        f"{model_name}, {batch_size} x {length} tokens, {describe(config, target.dtype, in_files)}, ", end=""
+    )
     print(f"on {target.description}\n")
     print_table(ledgers, target.memory)
     if "auto" in ledgers:
@@ -158,11 +162,24 @@ def find_model_config(name: str, revision: str | None) -> ModelConfig:
         ) from error
 
 
-def describe(config: TrainConfig, dtype: torch.dtype) -> str:
+def find_quantized_layers(name: str) -> dict[str, InFiles] | None:
+    """The layers that the author of a local directory quantized. None: the settings say how to quantize.
+
+    Nothing is downloaded, and a directory may hold config.json alone.
+    """
+    directory = Path(name).expanduser()
+    if name in SHAPES or not any(directory.glob("*.safetensors")):
+        return None
+    return StoredTensors(directory).quantized_layers()
+
+
+def describe(config: TrainConfig, dtype: torch.dtype, in_files: dict[str, InFiles] | None) -> str:
     """Adapter, weights, optimizer and dtype in a few words, for the first printed line."""
     lora, quant = config.lora_config(), config.quant_config()
     targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
     weights = "unquantized" if quant is None else "int8" if quant.bits == 8 else quant.quant_type
+    if in_files is not None:
+        weights = f"{len(in_files)} layers quantized as in the files"
     rank = f"r {lora.r} on {targets}, dropout {lora.lora_dropout:g}"
     return f"{rank}, {weights}, {config.optim}, {str(dtype).removeprefix('torch.')}"
 

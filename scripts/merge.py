@@ -1,7 +1,7 @@
 """Merge a LoRA adapter into its base model, for every program that may run it.
 
     python scripts/merge.py --adapter outputs --output merged                     transformers, vLLM, minilora
-    python scripts/merge.py --adapter outputs --output merged --quantize          the same, in 4 bits again
+    python scripts/merge.py --adapter outputs --output merged --quantize          the same, quantized again
     python scripts/merge.py --adapter outputs --output model.gguf --outtype q8_0  llama.cpp, Ollama, LM Studio
     python scripts/merge.py --adapter outputs --export_adapter plain              any server; merges nothing
 
@@ -11,10 +11,13 @@ that 4 bits keep of W. So there are two weights to add the adapter to:
     --into original      W + scaling B A   nearer to the base model: undoes the quantization (the default)
     --into dequantized   Q + scaling B A   the weights of training, in every linear layer, adapted or not
 
+A base that its author quantized, whole or in part, holds Q and no W. Training read it as it is, so Q it is in
+the layers that its files hold in 4 or 8 bits, and W in the others.
+
 Neither is right in all cases. A table shows how far each lies from Q + scaling B A: the norm of the
 difference over the norm. It shows the adapter's own size on the same scale. And it shows the merged weights
 quantized once more, which may lose more than the adapter gained; only --quantize writes them. An adapter
-trained without quantization saw W, and goes into the original weights.
+trained without quantization, or a layer of it, saw W, and goes into the original weights.
 
 Sums are computed in float32 and rounded once, to the dtype of the file. Memory holds one tensor at a time,
 and one output file of about 1 GB until it is written: a 7B model needs less than 4 GB. The output appears
@@ -46,7 +49,6 @@ from minilora.data.chat import answer_end
 from minilora.data.tokenizer import Tokenizer
 from minilora.dora import row_factors
 from minilora.formats.adapter import load_adapter, read_adapter
-from minilora.formats.bnb import to_bitsandbytes
 from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.formats.weights import (
@@ -56,16 +58,21 @@ from minilora.formats.weights import (
     StoredTensors,
     bitsandbytes_config,
     is_redundant,
+    plain_layers,
+    quant_config_of,
+    quantize,
     read_config,
     save_tensors,
+    to_entries,
 )
 from minilora.inference.load import find_base, load_adapted_tokenizer
+from minilora.int8 import Int8Tensor
 from minilora.lora import OUTPUT_HEAD, match_targets
 from minilora.model import CausalLM
-from minilora.quantization import QUANT_TYPES, QuantizedTensor, quantize_4bit
+from minilora.quantization import FLOATS, QUANT_TYPES, QuantizedTensor
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import read_yaml
-from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
+from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize
 from minilora.system.files import check_writable, read_json, write_whole
 from minilora.system.hub import resolve_model
 from minilora.system.locks import LOCK_FILE
@@ -97,7 +104,7 @@ def parse_options() -> argparse.Namespace:
     add("--model", help="base model, directory or hub id; default: the one that the adapter names")
     add("--into", choices=("original", "dequantized"), help="default: original, if the files hold them")
     add("--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16")
-    add("--quantize", action="store_true", help="write the merged weights in bitsandbytes' 4 bits")
+    add("--quantize", action="store_true", help="write them as training had them, in bitsandbytes' format")
     add("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
     add("--double_quantization", choices=("true", "false"), help="as in training; default: true")
     options = parser.parse_args()
@@ -111,7 +118,7 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
         raise UserError("--outtype holds for a .gguf file only: let --output end in .gguf, or leave it out")
     if options.quantize and options.to_gguf:
         raise UserError(
-            "--quantize writes bitsandbytes' 4 bits, which no .gguf file holds: "
+            "--quantize writes bitsandbytes' format, which no .gguf file holds: "
             "leave it out, or choose --outtype q8_0"
         )
     stray = [f"--{name}" for name in _MERGING_OPTIONS if getattr(options, name)]
@@ -132,10 +139,10 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
 class Choice:
     """The weights to add the adapter to, and the quantization that training used."""
 
-    trained_in_4_bits: bool
+    trained_quantized: bool
     into: str  # original | dequantized
-    quant: QuantConfig
-    quantize: bool  # write the merged weights in 4 bits
+    quant: QuantConfig  # of training, and of --quantize
+    quantize: bool  # write the merged weights quantized
 
     @property
     def written(self) -> str:
@@ -154,7 +161,8 @@ class Plan:
     config: ModelConfig
     stored: StoredTensors  # the base model's tensors, still on disk
     shapes: dict[str, tuple[int, ...]]  # of every tensor to write
-    linear: set[str]  # names of the weights that QLoRA quantizes
+    quantized: set[str]  # names of the weights that the base's author, QLoRA or --quantize quantizes
+    plain: list[str]  # full names of the other linear layers
     tokenizer: Tokenizer
     choice: Choice
     gguf_type: str | None  # f16 | q8_0; None: write a directory
@@ -174,9 +182,12 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
     with torch.device("meta"):
         model = CausalLM(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    linear = {f"{layer}.weight" for layer in match_targets(model, "all-linear")}
+    linear = (f"{layer}.weight" for layer in match_targets(model, "all-linear"))
+    quantized = set(stored.quantized or linear)
+    plain = plain_layers(model, quantized)
     load_adapter(model, adapter)  # The model has shapes and no memory; every tensor must fit it.
     stored.check(shapes, ignore=is_redundant(config))
+    as_in_files = stored.prequantized
     return Plan(
         adapter=adapter,
         lora=lora,
@@ -185,47 +196,47 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
         config=config,
         stored=stored,
         shapes=shapes,
-        linear=linear,
+        quantized=quantized,
+        plain=plain,
         tokenizer=tokenizer,
-        choice=choose(options, stored, shapes, adapter),
+        choice=choose_as_in_files(options, stored, shapes) if as_in_files else choose(options, adapter),
         gguf_type=(options.outtype or "f16") if options.to_gguf else None,
     )
 
 
-def choose(
-    options: argparse.Namespace, stored: StoredTensors, shapes: dict[str, tuple[int, ...]], adapter: Path
-) -> Choice:
+def choose(options: argparse.Namespace, adapter: Path) -> Choice:
     """The choice of weights: by the options, else by the run's settings beside the adapter, else QLoRA's."""
-    if name := next((name for name in shapes if name in stored.quantized), None):
-        return choose_for_4_bit_files(options, stored, stored.read_quantized(name, shapes[name], "cpu"))
     run = read_yaml(adapter / SETTINGS_FILE) if (adapter / SETTINGS_FILE).exists() else {}
     requested = options.quantization_type is not None or options.double_quantization is not None
-    trained_in_4_bits = requested or run.get("quantization_bit", 4) == 4
-    if options.into == "dequantized" and not trained_in_4_bits:
+    bits = 4 if requested else run.get("quantization_bit", 4)
+    if options.into == "dequantized" and bits not in (4, 8):
         raise UserError(
-            f"{adapter} was not trained on weights in 4 bits (see its {SETTINGS_FILE}): "
+            f"{adapter} was not trained on weights in 4 bits, nor in 8 (see its {SETTINGS_FILE}): "
             "leave out --into dequantized"
         )
     quant_type = options.quantization_type or run.get("quantization_type", "nf4")
     double_quant = options.double_quantization or run.get("double_quantization", True)
-    quant = QuantConfig(4, quant_type, str(double_quant).lower() == "true")
-    return Choice(trained_in_4_bits, options.into or "original", quant, options.quantize)
+    quant = QuantConfig(8 if bits == 8 else 4, quant_type, str(double_quant).lower() == "true")
+    return Choice(bits in (4, 8), options.into or "original", quant, options.quantize)
 
 
-def choose_for_4_bit_files(
-    options: argparse.Namespace, stored: StoredTensors, weight: QuantizedTensor
+def choose_as_in_files(
+    options: argparse.Namespace, stored: StoredTensors, shapes: dict[str, tuple[int, ...]]
 ) -> Choice:
-    """Files in 4 bits leave no choice: the original weights are gone. weight: one of them."""
+    """Quantized files leave no choice: where they hold 4 or 8 bits, the original weights are gone."""
+    name = next(iter(stored.quantized), None)
+    if name is None:  # Only config.json says that the base is quantized: no weight of it is.
+        return Choice(False, "original", QuantConfig(), options.quantize)
+    quant = quant_config_of(stored.read_quantized(name, shapes[name], torch.float32, "cpu"))
     if options.into == "original" or options.quantization_type or options.double_quantization:
         raise UserError(
-            f"the files in {stored.directory} hold 4 bits a weight: "
+            f"the files in {stored.directory} hold {quant.bits} bits a weight: "
             "leave out --into original, --quantization_type and --double_quantization"
         )
     print(
-        "the base model's files hold 4 bits a weight, "
-        "so only merging into the dequantized weights is possible"
+        f"the base model's files hold {quant.bits} bits a weight in {len(stored.quantized)} layers, "
+        "so only merging into the dequantized weights is possible there"
     )
-    quant = QuantConfig(4, weight.quant_type, weight.nested_absmax is not None, weight.blocksize)
     return Choice(True, "dequantized", quant, options.quantize)
 
 
@@ -245,12 +256,17 @@ def merge_model(plan: Plan, output: Path) -> None:
         differences = write_gguf(output, directory, config, plan.shapes, merger.tensor, plan.gguf_type)
     else:
         write_directory(output, plan, merger)
-    if merger.errors:  # Empty if the adapter holds the output head alone, which is never quantized.
+    if merger.errors:
         print_table(merger.errors, plan.choice)
-    elif not plan.choice.trained_in_4_bits:
+    if not plan.choice.trained_quantized and not plan.choice.quantize:
         print(
             "training saw the original weights, unquantized: "
             "the output is exactly these weights plus the adapter, rounded once"
+        )
+    elif merger.exact:
+        print(
+            f"adapted layers that training saw unquantized: {summarize(merger.exact, 3)}: "
+            "exactly their weights plus the adapter, rounded once"
         )
     for difference in differences:
         print(f"note: {difference}")
@@ -264,68 +280,67 @@ class Merger:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.errors: dict[str, dict[str, float]] = {}  # choice -> layer -> relative error
+        self.errors: dict[str, dict[str, float]] = {}  # choice -> quantized layer -> relative error
+        self.exact: list[str] = []  # adapted layers that are not quantized, and hold W + scaling B A
 
     def tensor(self, name: str) -> Tensor:
         """The merged tensor to write under a name, unquantized."""
         return self.entries(name)[name]
 
     def entries(self, name: str) -> dict[str, Tensor]:
-        """The entries to write for a tensor: itself, or all of its 4-bit format."""
+        """The entries to write for a tensor: itself, or all of its quantized format."""
         choice = self.plan.choice
         weight, quantized = self._read(name)
         if name.removesuffix(".weight") in self.plan.factors:
             return self._merged(name, weight, quantized)
-        if self._in_4_bits(name):  # Bit-identical to training. Quantizing dequantized weights would not be.
-            return to_bitsandbytes(quantized, name)
+        if self._is_quantized(name):  # Bit-identical to training. Quantizing dequantized weights is not.
+            return to_entries(quantized, name)
         return {name: weight if quantized is None or choice.into == "original" else quantized.dequantize()}
 
-    def _in_4_bits(self, name: str) -> bool:
-        return self.plan.choice.quantize and name in self.plan.linear
+    def _is_quantized(self, name: str) -> bool:
+        """Whether the tensor is written quantized."""
+        return self.plan.choice.quantize and name in self.plan.quantized
 
-    def _read(self, name: str) -> tuple[Tensor | None, QuantizedTensor | None]:
-        """The weight as the file holds it, and as training saw it in 4 bits. Either may be None."""
+    def _read(self, name: str) -> tuple[Tensor | None, QuantizedTensor | Int8Tensor | None]:
+        """The weight as the file holds it, and quantized as training saw it. Either may be None."""
         plan, choice = self.plan, self.plan.choice
         if name in plan.stored.quantized:
-            return None, plan.stored.read_quantized(name, plan.shapes[name], "cpu")
+            return None, plan.stored.read_quantized(name, plan.shapes[name], FLOATS[plan.config.dtype], "cpu")
         weight = plan.stored.read(name, None, "cpu")
-        adapted = choice.trained_in_4_bits and name.removesuffix(".weight") in plan.factors
-        if name in plan.linear and (choice.quantize or choice.into == "dequantized" or adapted):
-            return weight, self._quantize(weight)
+        adapted = choice.trained_quantized and name.removesuffix(".weight") in plan.factors
+        if name in plan.quantized and (choice.quantize or choice.into == "dequantized" or adapted):
+            return weight, quantize(weight, choice.quant)
         return weight, None
 
-    def _quantize(self, weight: Tensor) -> QuantizedTensor:
-        quant = self.plan.choice.quant
-        return quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant)
-
     def _merged(
-        self, name: str, weight: Tensor | None, quantized: QuantizedTensor | None
+        self, name: str, weight: Tensor | None, quantized: QuantizedTensor | Int8Tensor | None
     ) -> dict[str, Tensor]:
         """The entries to write for an adapted weight."""
-        layer, scaling = name.removesuffix(".weight"), self.plan.lora.scaling
-        factors = self.plan.factors[layer]
-        sums = {}  # choice -> (out, in) float32
+        layer, choice = name.removesuffix(".weight"), self.plan.choice
+        bases = {}  # choice -> (out, in)
         if weight is not None:
-            sums["original"] = merged_weight(weight, factors, scaling)
-        if quantized is not None:
-            sums["dequantized"] = merged_weight(quantized.dequantize(torch.float32), factors, scaling)
-        # Training does not quantize the output head, whatever the choice for the other weights.
-        into = self.plan.choice.into if quantized is not None else "original"
+            bases["original"] = weight
+        if quantized is not None and choice.trained_quantized:
+            bases["dequantized"] = quantized.dequantize(torch.float32)
+        factors, scaling = self.plan.factors[layer], self.plan.lora.scaling
+        sums = {key: merged_weight(base, factors, scaling) for key, base in bases.items()}  # float32
+        # A layer that training did not quantize has one sum, whatever the choice for the others.
+        into = choice.into if choice.into in sums else "original"
         dtype = weight.dtype if quantized is None else quantized.dtype
-        rounded = {choice: total.to(dtype) for choice, total in sums.items()}
+        rounded = {key: total.to(dtype) for key, total in sums.items()}
         if not rounded[into].isfinite().all():
             raise UserError(
                 f"{name} is infinite or NaN once merged, in {dtype}; the adapter or the base model is damaged"
             )
         if quantized is None:
+            self.exact.append(layer)
             return {name: rounded[into]}
-        again = replace(self._quantize(sums[into]), dtype=dtype)
-        seen = sums["dequantized"]
-        for choice, value in rounded.items():
-            self._note_error(choice, layer, value, seen)
-        self._note_error("quantized", layer, again.dequantize(torch.float32), seen)
-        self._note_error("adapter", layer, quantized.dequantize(torch.float32), seen)
-        return to_bitsandbytes(again, name) if self._in_4_bits(name) else {name: rounded[into]}
+        again = replace(quantize(sums[into], quant_config_of(quantized)), dtype=dtype)
+        seen = "dequantized" if choice.trained_quantized else "original"
+        values = rounded | {"quantized": again.dequantize(torch.float32), "adapter": bases[seen]}
+        for key, value in values.items():
+            self._note_error(key, layer, value, sums[seen])
+        return to_entries(again, name) if self._is_quantized(name) else {name: rounded[into]}
 
     def _note_error(self, choice: str, layer: str, value: Tensor, seen: Tensor) -> None:
         """Note how far `value` lies from the sum that training saw."""
@@ -347,8 +362,10 @@ def print_table(errors: dict[str, dict[str, float]], choice: Choice) -> None:
         "quantized": f"{choice.into} weights merged, quantized",
         "adapter": "for comparison: the adapter itself",
     }
-    double = ", double quantization" * choice.quant.double_quant
-    print(f"relative error against what training saw: {choice.quant.quant_type}{double}")
+    kind = "int8" if choice.quant.bits == 8 else choice.quant.quant_type
+    kind += ", double quantization" * (choice.quant.bits == 4 and choice.quant.double_quant)
+    seen = kind if choice.trained_quantized else f"unquantized weights; quantized: {kind}"
+    print(f"relative error against what training saw: {seen}")
     print(f"{'':41}   worst   median")
     for key, text in rows.items():
         if key in errors:
@@ -387,10 +404,7 @@ def write_config(plan: Plan, directory: Path) -> None:
     raw = json.loads((plan.base / MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
     raw.pop("quantization_config", None)
     if plan.choice.quantize:
-        quant = plan.choice.quant
-        raw["quantization_config"] = bitsandbytes_config(
-            quant.quant_type, quant.double_quant, plan.config.dtype
-        )
+        raw["quantization_config"] = bitsandbytes_config(plan.choice.quant, plan.plain, plan.config.dtype)
     write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 

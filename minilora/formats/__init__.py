@@ -3,6 +3,7 @@
 config_fields.py     the fields of config.json: types, limits, defaults, meanings
 config_json.py       config.json <-> ModelConfig: every field is honoured, harmless or refused
 bnb.py               a 4-bit weight <-> its entries in bitsandbytes' state dict
+bnb_int8.py          the same for an 8-bit weight
 weights.py           safetensors <-> model, tensor by tensor
 peft_format.py       PEFT's names: files, configuration keys, tensor keys, initialisations
 adapter.py           PEFT's adapter files <-> the adapter on a model

@@ -2,7 +2,8 @@
 
 A state dict holds several entries for one weight:
 
-    weight                                    uint8 (ceil(n / 2), 1)   two symbols a byte
+    weight                                    uint8 (ceil(n / 2), 1)   two symbols a byte; or the same bytes
+                                                                       called bfloat16, say (quant_storage)
     weight.absmax                             float32, one scale a block; uint8 where scales are quantized too
     weight.quant_map                          float32 (16,)            the codebook
     weight.nested_absmax, .nested_quant_map   float32                  only where scales are quantized too
@@ -23,6 +24,7 @@ from minilora.quantization import (
     NESTED_BLOCK_SIZE,
     QUANT_TYPES,
     QuantizedTensor,
+    dequantize_dynamic,
     dynamic_code,
     four_bit_code,
 )
@@ -31,6 +33,8 @@ from minilora.system.schema import shown
 
 _STATE_KEY = ".quant_state.bitsandbytes__"  # between the weight's name and the quant_type
 _NESTED = (".nested_absmax", ".nested_quant_map")
+# What quant_storage may call the packed bytes, so that a program can shard them with other weights.
+_STORAGE = (torch.uint8, torch.int8, torch.float64, *FLOATS.values())
 
 
 def to_bitsandbytes(q: QuantizedTensor, name: str = "weight") -> dict[str, Tensor]:
@@ -77,20 +81,31 @@ def from_bitsandbytes(entries: dict[str, Tensor], name: str = "weight") -> Quant
     state = _find_state(entries, name)
     if problems := _packed_problems(entries[name], name, state) + _table_problems(entries, name, state):
         raise UserError(f"{name} cannot be read: {summarize(problems)}")
-    packed, nested_absmax, offset = entries[name], None, None
-    if state.offset is not None:
-        nested_absmax = entries[f"{name}.nested_absmax"].reshape(-1)
-        offset = torch.tensor(state.offset, dtype=torch.float32, device=packed.device)
     return QuantizedTensor(
-        packed=packed.contiguous().view(-1).view(torch.uint8),
-        absmax=entries[f"{name}.absmax"].reshape(-1),
+        packed=entries[name].contiguous().view(-1).view(torch.uint8),
         shape=state.shape,
         dtype=state.dtype,
         quant_type=state.quant_type,
         blocksize=state.blocksize,
-        nested_absmax=nested_absmax,
-        offset=offset,
+        **_read_scales(entries, name, state),
     )
+
+
+def _read_scales(entries: dict[str, Tensor], name: str, state: "_State") -> dict[str, Tensor]:
+    """The fields of a QuantizedTensor that hold scales.
+
+    All kernels know scales in nested blocks of 256, the only size that bitsandbytes writes. Scales in other
+    blocks become float32, with the same values and 0.4 bits a weight more.
+    """
+    absmax = entries[f"{name}.absmax"].reshape(-1)
+    if state.offset is None:
+        return {"absmax": absmax}
+    nested_absmax = entries[f"{name}.nested_absmax"].reshape(-1)
+    offset = torch.tensor(state.offset, dtype=torch.float32, device=absmax.device)
+    if state.nested_blocksize == NESTED_BLOCK_SIZE:
+        return {"absmax": absmax, "nested_absmax": nested_absmax, "offset": offset}
+    code = dynamic_code(True, absmax.device)
+    return {"absmax": dequantize_dynamic(absmax, nested_absmax, code, state.nested_blocksize) + offset}
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,7 @@ class _State:
     dtype: torch.dtype
     shape: torch.Size
     offset: float | None  # None: scales are not quantized
+    nested_blocksize: int | None  # scales that share one of theirs
 
 
 def _find_state(entries: dict[str, Tensor], name: str) -> _State:
@@ -131,32 +147,36 @@ def _parse_state(packed: Tensor, key: str) -> _State:
     quant_type, blocksize, dtype, shape = map(raw.get, ("quant_type", "blocksize", "dtype", "shape"))
     checks = {
         "quant_type": quant_type == key.rpartition("__")[2] and quant_type in QUANT_TYPES,
-        "blocksize": _is_size(blocksize) and blocksize in BLOCK_SIZES,
+        "blocksize": _is_block_size(blocksize),
         "dtype": dtype in list(FLOATS),
         "shape": isinstance(shape, list) and all(map(_is_size, shape)) and math.prod(shape) < 2**62,
     }
-    offset = raw.get("nested_offset")
+    offset, nested_blocksize = raw.get("nested_offset"), raw.get("nested_blocksize")
     nested = any(field.startswith("nested_") for field in raw)
     if nested:
         largest = torch.finfo(torch.float32).max
-        checks["nested_blocksize"] = raw.get("nested_blocksize") == NESTED_BLOCK_SIZE
+        checks["nested_blocksize"] = _is_block_size(nested_blocksize)
         checks["nested_dtype"] = raw.get("nested_dtype") == "float32"
         checks["nested_offset"] = type(offset) in (int, float) and abs(offset) <= largest
     if problems := [f"{field} = {shown(raw.get(field))}" for field, fits in checks.items() if not fits]:
         raise UserError(f"{key} cannot be honoured: {summarize(problems)}")
-    return _State(key, quant_type, blocksize, FLOATS[dtype], torch.Size(shape), offset if nested else None)
+    sizes = key, quant_type, blocksize, FLOATS[dtype], torch.Size(shape)
+    return _State(*sizes, offset if nested else None, nested_blocksize if nested else None)
 
 
 def _is_size(value: object) -> bool:
     return type(value) is int and value > 0
 
 
+def _is_block_size(value: object) -> bool:
+    return _is_size(value) and value in BLOCK_SIZES
+
+
 def _packed_problems(packed: Tensor, name: str, state: _State) -> list[str]:
     """A sentence if the packed symbols are not as many as the shape asks for."""
     weights = state.shape.numel()
     needed = (weights + 1) // 2
-    # Some programs relabel the bytes as bfloat16, say, so that they can shard them.
-    if packed.dtype in (torch.uint8, *FLOATS.values()) and packed.nbytes == needed:
+    if packed.dtype in _STORAGE and packed.nbytes == needed:
         return []
     return [f"{name} has {packed.nbytes} bytes of {packed.dtype}, {weights} weights need {needed}"]
 
@@ -170,7 +190,7 @@ def _table_problems(entries: dict[str, Tensor], name: str, state: _State) -> lis
         ".quant_map": (16, torch.float32, state.quant_type),
     }
     if nested:
-        expected[".nested_absmax"] = (-(-blocks // NESTED_BLOCK_SIZE), torch.float32, None)
+        expected[".nested_absmax"] = (-(-blocks // state.nested_blocksize), torch.float32, None)
         expected[".nested_quant_map"] = (256, torch.float32, "dynamic")
     problems = []
     for suffix, (size, dtype, codebook) in expected.items():

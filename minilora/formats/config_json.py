@@ -120,17 +120,18 @@ def _check_code(auto_map: dict | None) -> None:
 def _check_quantization(raw: dict | None) -> None:
     """Raise UserError for files in a quantized format that is not read here.
 
-    Quantized tensors describe themselves, so nothing else of the field is needed.
+    Quantized tensors describe themselves, so nothing else of the field is needed. Old files of bitsandbytes
+    name no quant_method.
     """
     if raw is None:
         return
     fields = read_fields(raw, QUANTIZATION_FIELDS, "quantization_config.")
     method = fields["quant_method"]
-    bits = 4 if fields["load_in_4bit"] else 8 if fields["load_in_8bit"] else None
-    if (method, bits) != ("bitsandbytes", 4):
-        given = f"{method} in {bits} bits" if bits else str(method)
+    if method is None and (fields["load_in_4bit"] or fields["load_in_8bit"]):
+        method = "bitsandbytes"
+    if method != "bitsandbytes":
         raise UserError(
-            f"quantization_config is of {given}; only bitsandbytes in 4 bits is read: "
+            f"quantization_config is of {method}; only bitsandbytes in 4 or 8 bits is read: "
             "take the unquantized weights"
         )
 

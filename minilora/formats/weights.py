@@ -5,13 +5,17 @@ and no memory. The headers of the files, a few kilobytes each, list the tensors 
 names every difference before the first weight is read. Then each tensor is read, converted, and put into its
 module. A file is mapped only while one of its tensors is copied out. So the peak is the model itself and one
 tensor, and no weight is ever held twice.
+
+A model that its author quantized, whole or in part, is taken as it is: layers that its files hold in 4 or 8
+bits stay so, and the others are not quantized. To quantize these too would give a model that its author never
+saw.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from operator import itemgetter
 from pathlib import Path
 
@@ -23,14 +27,16 @@ from tqdm import tqdm
 
 from minilora.config import ModelConfig, QuantConfig
 from minilora.formats.bnb import from_bitsandbytes, group_entries, to_bitsandbytes
+from minilora.formats.bnb_int8 import from_bitsandbytes_int8, group_int8_entries, to_bitsandbytes_int8
 from minilora.formats.config_json import read_config_file, to_config_json
-from minilora.int8 import quantize_int8
+from minilora.int8 import Int8Tensor, quantize_int8
 from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
 from minilora.lora import OUTPUT_HEAD
+from minilora.memory.stored_layers import InFiles
 from minilora.model import CausalLM
-from minilora.quantization import FLOATS, QuantizedTensor, quantize_4bit
+from minilora.quantization import FLOATS, NESTED_BLOCK_SIZE, QuantizedTensor, quantize_4bit
 from minilora.system.errors import UserError, summarize
-from minilora.system.files import write_whole
+from minilora.system.files import read_json, write_whole
 from minilora.system.hub import resolve_model
 from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
 
@@ -45,6 +51,7 @@ _INDEX_FIELDS = {
 _SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a plain name: no folder, no hidden file
 
 _FLOATS_IN_FILES = ("F32", "BF16", "F16")  # safetensors' names of FLOATS
+_EMBEDDING = "model.embed_tokens.weight"
 _ROTARY_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files
 
 
@@ -59,9 +66,10 @@ def load_model(
     """A frozen model, in evaluation mode, from a local directory or a hub id.
 
     quant: how to store the weights of the linear layers. The embedding, the head and the norms stay in
-    `dtype`. Weights that the files hold in bitsandbytes' 4 bits stay so. dtype: of the other weights and of
-    all computing; None takes the one that `config.json` names. Raises UserError for a directory that is not a
-    model, a configuration that cannot be honoured, and corrupt, missing, unexpected or misshapen tensors.
+    `dtype`. It does not apply to a model that its author quantized, which is read as it is. dtype: of the
+    other weights and of all computing; None takes the one that `config.json` names. Raises UserError for a
+    directory that is not a model, a configuration that cannot be honoured, and corrupt, missing, unexpected
+    or misshapen tensors.
     """
     directory = resolve_model(str(path_or_hub_id), revision=revision, token=token)
     config = read_config(directory)
@@ -71,22 +79,19 @@ def load_model(
         model = CausalLM(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # lists a tied head only once
     stored.check(shapes, ignore=is_redundant(config))
-    if stored.quantized and quant is not None and quant.bits != 4:
-        raise UserError(
-            f"the weights in {directory} are quantized to 4 bits already; "
-            "load them without quantization to 8 bits, or take unquantized ones"
-        )
+    quant = stored.applicable(quant)
     large = sum(map(math.prod, shapes.values())) > 5e8
     for name in tqdm(shapes, desc="loading", unit=" tensors", leave=False, disable=None if large else True):
         parent, _, leaf = name.rpartition(".")
         layer = model.get_submodule(parent)
         if name in stored.quantized:
-            weight = stored.read_quantized(name, shapes[name], device)
-            model.set_submodule(parent, Linear4bit(weight, layer.bias))
+            weight = stored.read_quantized(name, shapes[name], dtype, device)
+            model.set_submodule(parent, _quantized_layer(weight, layer.bias))
         elif (
             quant is not None and isinstance(layer, nn.Linear) and leaf == "weight" and parent != OUTPUT_HEAD
         ):
-            model.set_submodule(parent, _quantized(stored, name, layer.bias, quant, device))
+            weight = _quantized(stored, name, quant, device)
+            model.set_submodule(parent, _quantized_layer(weight, layer.bias))
         else:
             weight = _finite(stored.read(name, dtype, device), name, directory)
             setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
@@ -107,21 +112,33 @@ def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
     return lambda name: name == tied_head or bool(_ROTARY_BUFFERS.fullmatch(name))
 
 
+def _quantized_layer(weight: QuantizedTensor | Int8Tensor, bias: nn.Parameter | None) -> QuantizedLinear:
+    return Linear8bit(weight, bias) if isinstance(weight, Int8Tensor) else Linear4bit(weight, bias)
+
+
 def _quantized(
-    stored: "StoredTensors",
-    name: str,
-    bias: nn.Parameter | None,
-    quant: QuantConfig,
-    device: torch.device | str,
-) -> QuantizedLinear:
-    """A layer whose weight is quantized from the file's dtype: the compute dtype must not round it first."""
+    stored: "StoredTensors", name: str, quant: QuantConfig, device: torch.device | str
+) -> QuantizedTensor | Int8Tensor:
+    """A weight quantized from the file's dtype: the compute dtype must not round it first."""
     weight = stored.read(name, None, device, copy=False)
     try:
-        if quant.bits == 8:
-            return Linear8bit(quantize_int8(_finite(weight, name, stored.directory)), bias)
-        return Linear4bit(quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant), bias)
+        return quantize(_finite(weight, name, stored.directory) if quant.bits == 8 else weight, quant)
     except UserError as error:
         raise UserError(f"{name} in {stored.directory}: {error}") from error
+
+
+def quantize(weight: Tensor, quant: QuantConfig) -> QuantizedTensor | Int8Tensor:
+    """The weight as `quant` asks for it. Raises UserError for one that cannot be quantized."""
+    if quant.bits == 8:
+        return quantize_int8(weight)
+    return quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant)
+
+
+def quant_config_of(weight: QuantizedTensor | Int8Tensor) -> QuantConfig:
+    """How a weight is quantized: `quantize` with it gives a weight of the same kind."""
+    if isinstance(weight, Int8Tensor):
+        return QuantConfig(8)
+    return QuantConfig(4, weight.quant_type, weight.nested_absmax is not None, weight.blocksize)
 
 
 def _finite(weight: Tensor, name: str, directory: Path) -> Tensor:
@@ -156,7 +173,47 @@ class StoredTensors:
                     self.files[name] = path
                     self.shapes[name] = tuple(entry.get_shape())
                     self.dtypes[name] = entry.get_dtype()
-        self.quantized = group_entries(self.files)  # weights in 4 bits: name -> the names of its entries
+        self._in_4_bits = group_entries(self.files)
+        # Weights in 4 or 8 bits: name -> the names of its entries.
+        self.quantized = self._in_4_bits | group_int8_entries(self.files)
+
+    @property
+    def prequantized(self) -> bool:
+        """Whether the author quantized the model, whole or in part: its tensors or its config say so."""
+        return bool(self.quantized) or bool(
+            read_json(self.directory / MODEL_CONFIG_FILE).get("quantization_config")
+        )
+
+    def quantized_layers(self) -> dict[str, InFiles] | None:
+        """Full name of each layer in 4 or 8 bits -> what its scales take, by the headers alone. None: the
+        model's author did not quantize it.
+        """
+        if not self.prequantized:
+            return None
+        layers = {}
+        for name in self.quantized:
+            layer = name.removesuffix(".weight")
+            blocks, nested_blocks, rows = (
+                math.prod(self.shapes.get(entry, (0,)))
+                for entry in (f"{name}.absmax", f"{name}.nested_absmax", f"{layer}.SCB")
+            )
+            # Nested blocks of 256 stay; `from_bitsandbytes` makes others float32.
+            nested = nested_blocks and nested_blocks == -(-blocks // NESTED_BLOCK_SIZE)
+            scales = blocks + 4 * nested_blocks + 4 if nested else 4 * (blocks + rows)
+            layers[layer] = InFiles(4 if name in self._in_4_bits else 8, scales)
+        return layers
+
+    def applicable(self, quant: QuantConfig | None) -> QuantConfig | None:
+        """`quant`, or None where it must not be applied, because the author has quantized the model.
+
+        Raises UserError if `quant` asks for 8 bits and the files hold 4, which can only be a mistake.
+        """
+        if quant is not None and quant.bits == 8 and self._in_4_bits:
+            raise UserError(
+                f"the weights in {self.directory} are quantized to 4 bits already; "
+                "load them without quantization to 8 bits, or take unquantized ones"
+            )
+        return None if self.prequantized else quant
 
     def check(self, wanted: dict[str, tuple[int, ...]], ignore: Callable[[str], bool]) -> None:
         """Compare with a model's names and shapes. One UserError lists every difference."""
@@ -164,6 +221,11 @@ class StoredTensors:
         described = {entry for name, entries in self.quantized.items() if name in wanted for entry in entries}
         extra = [name for name in self.shapes if name not in wanted and name not in described]
         problems += [f"unexpected {name}" for name in extra if not ignore(name)]
+        problems += [
+            f"{name} is quantized, but only linear layers can be"
+            for name in wanted
+            if name in self.quantized and (name == _EMBEDDING or len(wanted[name]) != 2)
+        ]
         for name, shape in wanted.items():
             # The shape of packed bytes does not tell the weight's shape. `read_quantized` checks it.
             if name in self.quantized or name not in self.shapes:
@@ -189,11 +251,18 @@ class StoredTensors:
             return file.get_tensor(name).to(device=device, dtype=dtype, copy=copy)
 
     def read_quantized(
-        self, name: str, shape: tuple[int, ...], device: torch.device | str
-    ) -> QuantizedTensor:
-        """A weight in bitsandbytes' 4 bits. Raises UserError for entries that contradict one another."""
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> QuantizedTensor | Int8Tensor:
+        """A weight in bitsandbytes' 4 or 8 bits, (out, in).
+
+        dtype: of 8-bit weights once dequantized, which their entries do not tell. Raises UserError for
+        entries that contradict one another.
+        """
         entries = {entry: self.read(entry, None, "cpu") for entry in self.quantized[name]}
-        weight = from_bitsandbytes(entries, name)
+        if name in self._in_4_bits:
+            weight = from_bitsandbytes(entries, name)
+        else:
+            weight = from_bitsandbytes_int8(entries, name, dtype)
         if tuple(weight.shape) != shape:
             raise UserError(
                 f"{name} in {self.directory} is {tuple(weight.shape)}, {MODEL_CONFIG_FILE} says {shape}"
@@ -247,39 +316,62 @@ def _open(path: Path):
 def save_model(model: CausalLM, directory: str | Path) -> None:
     """Write a model without adapters as a directory that transformers and `load_model` read.
 
-    A tied head is written once. 4-bit weights are written in bitsandbytes' format. Raises UserError for 8-bit
-    weights, which have no format that others read.
+    A tied head is written once. Weights in 4 or 8 bits are written in bitsandbytes' format. Raises UserError
+    for a model with both, which transformers would not read.
     """
     directory = Path(directory)
     raw = to_config_json(model.config)
     raw["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLinear):
-            continue
-        weight = layer.weight
-        if not isinstance(weight, QuantizedTensor):
+    weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for name, weight in weights.items():
+        tensors |= to_entries(weight.to("cpu"), f"{name}.weight")
+    if weights:
+        kinds = [quant_config_of(weight) for weight in weights.values()]
+        if len({kind.bits for kind in kinds}) > 1:
             raise UserError(
-                f"{name} is in 8 bits, which no other program would read back: save the adapter alone"
+                "the model has layers in 4 and in 8 bits, which transformers cannot read from one directory: "
+                "save the adapter alone"
             )
-        tensors |= to_bitsandbytes(weight.to("cpu"), f"{name}.weight")
-        double_quant = weight.nested_absmax is not None
-        raw["quantization_config"] = bitsandbytes_config(weight.quant_type, double_quant, raw["torch_dtype"])
+        raw["quantization_config"] = bitsandbytes_config(kinds[0], plain_layers(model), raw["torch_dtype"])
     directory.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, directory / SINGLE_FILE)
     write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
-def bitsandbytes_config(quant_type: str, double_quant: bool, compute_dtype: str) -> dict:
-    """The `quantization_config` that tells transformers that the files hold 4 bits a weight."""
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": quant_type,
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-    }
+def to_entries(weight: QuantizedTensor | Int8Tensor, name: str) -> dict[str, Tensor]:
+    """The entries of a state dict that hold a quantized weight called `name`."""
+    if isinstance(weight, Int8Tensor):
+        return to_bitsandbytes_int8(weight, name)
+    return to_bitsandbytes(weight, name)
+
+
+def plain_layers(model: nn.Module, quantized: Container[str] = ()) -> list[str]:
+    """Full names of the linear layers whose weights are not quantized, and not named in `quantized`."""
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    return [name for name in names if f"{name}.weight" not in quantized]
+
+
+def bitsandbytes_config(quant: QuantConfig, skipped: list[str], compute_dtype: str) -> dict:
+    """The `quantization_config` that tells transformers how the files hold weights.
+
+    skipped: full names of the linear layers that are not quantized. transformers makes a quantized layer of
+    every other one, the output head included.
+    """
+    bits = {"quant_method": "bitsandbytes", f"load_in_{quant.bits}bit": True}
+    skip = {"llm_int8_skip_modules": skipped}  # under this name for 4 bits, too
+    if quant.bits == 8:
+        return bits | skip
+    return (
+        bits
+        | skip
+        | {
+            "bnb_4bit_quant_type": quant.quant_type,
+            "bnb_4bit_use_double_quant": quant.double_quant,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    )
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

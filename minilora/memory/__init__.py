@@ -1,7 +1,8 @@
 """Where the bytes of a training step go, predicted before a weight is read.
 
-ledger.py        everything by category and moment
-planner.py       which layers are recomputed, so that it fits; advice
-activations.py   the part that depends on tokens: what a layer and the loss hold
-allocator.py     a CPU's heap and its compiled kernels: how both are kept small
+ledger.py          everything by category and moment
+planner.py         which layers are recomputed, so that it fits; advice
+stored_layers.py   the part that depends on quantization: frozen layers, and the buffer to dequantize into
+activations.py     the part that depends on tokens: what a layer and the loss hold
+allocator.py       a CPU's heap and its compiled kernels: how both are kept small
 """

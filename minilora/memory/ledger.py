@@ -25,8 +25,7 @@ What is not a tensor is assumed, not predicted: see MARGIN and CUDA_CONTEXT.
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,7 +34,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from minilora.backend import native
 from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_parameters
@@ -53,9 +51,9 @@ from minilora.memory.activations import (
     widths_of,
 )
 from minilora.memory.allocator import HEAP_HOLES, compiled_kernel_bytes, compiles_kernels
+from minilora.memory.stored_layers import InFiles, StoredLayer, dequantized_bytes, stored_layers
 from minilora.model import CausalLM
 from minilora.optim import MOMENT_BLOCK_SIZE, OPTIMIZERS
-from minilora.quantization import NESTED_BLOCK_SIZE
 from minilora.recompute import POLICIES
 from minilora.system.device import memory_used
 
@@ -151,6 +149,7 @@ def memory_ledger(
     row_lengths: int = 1,  # how many different ones: on some CPUs each has compiled kernels
     document_lengths: int = 1,  # the same, of documents within the rows
     heap_holes: bool = False,  # on a CPU, unless `allocator.return_freed_memory` was called
+    in_files: Mapping[str, InFiles] | None = None,  # layers that the author quantized, instead of `quant`
 ) -> Ledger:
     """Predict training on batches of `batch_size` examples of `length` tokens, with no padding between them.
     Allocates no weight and draws no random number.
@@ -159,18 +158,21 @@ def memory_ledger(
     """
     policies = _policies_in_effect(recompute, model_config.num_hidden_layers, device)
     counts, widths = _count(model_config, lora), widths_of(model_config, dtype, device)
-    tokens = tokens or batch_size * length
-    staying = {"process": process} | _staying_bytes(counts, widths, quant, optim, device)
-    packed_weights = quant is not None and quant.bits == 4 and _multiplies_packed(dtype, device)
-    if packed_weights:
+    if in_files is not None and OUTPUT_HEAD in in_files:
+        counts = counts.with_quantized_head(model_config)
+    tokens, rows = tokens or batch_size * length, None
+    if _multiplies_packed(dtype, device):
         prompts = answers.batch_size * answers.prompt if answers else 0
         rows = max(tokens, eval_batch_size * (eval_length or length), prompts)
-        staying["scratch"] = _tile_bytes(counts.shapes, rows, lora.use_dora)
+    layers = stored_layers(counts.shapes, quant, in_files, widths.number)
+    staying = {"process": process} | _staying_bytes(counts, layers, widths, optim, device)
+    staying["scratch"] = dequantized_bytes(layers, widths, rows, lora.use_dora)
     sizes = partial(_Sizes, model_config, lora, counts, widths, device)
     batch = sizes(batch_size, length, tokens)
     staying["scratch"] = _scratch_bytes(batch, staying["scratch"])
     if compiles_kernels(dtype, device):
         attention_lengths = 0 if widths.groups else document_lengths  # a kernel of our own is none of these
+        packed_weights = rows is not None and all(layer.bits == 4 for layer in layers)
         staying["compiled kernels"] = compiled_kernel_bytes(row_lengths, attention_lengths, packed_weights)
     moments = _training_moments(batch, policies)
     if eval_batch_size:
@@ -200,20 +202,16 @@ def _policies_in_effect(recompute: str | Sequence[str], layers: int, device: str
 
 
 def _staying_bytes(
-    counts: "_Counts", widths: Widths, quant: QuantConfig | None, optim: str, device: str
+    counts: "_Counts", layers: Sequence[StoredLayer], widths: Widths, optim: str, device: str
 ) -> dict[str, int]:
     """Return the bytes that are there from the first step to the last."""
-    stored = {shape: _stored_bytes(shape, quant, widths.number) for shape in counts.shapes}
-    # A weight is dequantized before it is multiplied, int8 by way of float32; a plain one may be widened.
-    scratch_number = widths.wide if quant is None else widths.product + (4 if quant.bits == 8 else 0)
     return {
-        "linear weights": sum(count * stored[shape][0] for shape, count in counts.shapes.items()),
-        "scales": sum(count * stored[shape][1] for shape, count in counts.shapes.items()),
+        "linear weights": sum(layer.weight for layer in layers),
+        "scales": sum(layer.scales for layer in layers),
         "embeddings, head, norms": counts.rest * widths.number,
         "adapter": 4 * counts.adapter,
         "gradients": 4 * sum(counts.trainable),
         "optimizer states": sum(_state_bytes(n, optim, device) for n in counts.trainable),
-        "scratch": scratch_number * max(map(math.prod, counts.shapes)),
     }
 
 
@@ -221,17 +219,6 @@ def _multiplies_packed(dtype: torch.dtype, device: str) -> bool:
     """Whether 4-bit weights are dequantized in a CPU's cache: see `linear._multiplies_packed`."""
     like = torch.empty(0, dtype=dtype, device="cpu")
     return device == "cpu" and form_for(like.to(product_dtype(like)), "matmul") == "c"
-
-
-def _tile_bytes(shapes: Iterable[tuple[int, int]], rows: int, use_dora: bool) -> int:
-    """Return the bytes of the scratch buffer where weights are dequantized in the cache.
-
-    It holds tiles. Only weights of other shapes, and with DoRA's norms all, are dequantized into it.
-    """
-    numbers = [math.prod(shape) for shape in shapes if use_dora or not native.multiplies(shape)]
-    for shape in filter(native.multiplies, shapes):
-        numbers += [native.tile_numbers(shape, rows, backward)[0] for backward in (False, True)]
-    return 2 * max(numbers)
 
 
 @dataclass(frozen=True)
@@ -273,7 +260,7 @@ class _Sizes:
     @property
     def loss(self) -> LossBytes:
         supervised = self.tokens - self.batch_size  # all but the first token of each example
-        return loss_bytes(self.model_config, self.counts.head_is_adapted, supervised, self.widths)
+        return loss_bytes(self.model_config, not self.counts.head_is_plain, supervised, self.widths)
 
 
 def _scratch_bytes(batch: _Sizes, dequantized: int) -> int:
@@ -368,14 +355,20 @@ def process_memory() -> int:
 class _Counts(NamedTuple):
     """How many numbers there are of everything."""
 
-    shapes: Counter[tuple[int, int]]  # of the decoder's linear layers: how many have which (out, in)
+    shapes: dict[str, tuple[int, int]]  # of the decoder's linear layers: (out, in)
     rest: int  # embeddings, head, norms, biases
     adapter: int
     trainable: list[int]  # of every tensor of it that learns
     adapted: list[frozenset[str]]  # of every decoder layer, the products that have an adapter
     first_adapted: int  # the first decoder layer that has any
-    head_is_adapted: bool
+    head_is_plain: bool  # no adapter, not quantized: the loss never computes its logits twice
     not_rerun: int  # weights of linear layers that a second run skips (see `recompute.py`)
+
+    def with_quantized_head(self, c: ModelConfig) -> "_Counts":
+        """Return the counts of a model whose output head is a quantized layer like those of the decoder."""
+        head = c.vocab_size, c.hidden_size
+        rest, shapes = self.rest - math.prod(head), self.shapes | {OUTPUT_HEAD: head}
+        return self._replace(shapes=shapes, rest=rest, head_is_plain=False)
 
 
 @lru_cache
@@ -398,30 +391,17 @@ def _count(model_config: ModelConfig, lora: LoraConfig) -> _Counts:
     ]
     with_values = layers if lora.use_dora else ()
     return _Counts(
-        shapes=Counter(tuple(w.shape) for w in weights.values()),
+        shapes={name: tuple(weight.shape) for name, weight in weights.items()},
         rest=rest,
         adapter=sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name),
         trainable=[p.numel() for p in trainable_parameters(model).values()],
         adapted=adapted,
         first_adapted=next((i for i, products in enumerate(adapted) if products), len(adapted)),
-        head_is_adapted=OUTPUT_HEAD in layers,
+        head_is_plain=OUTPUT_HEAD not in layers,
         not_rerun=sum(
             w.numel() for name, w in weights.items() if name.endswith("down_proj") and name not in with_values
         ),
     )
-
-
-def _stored_bytes(shape: tuple[int, int], quant: QuantConfig | None, number: int) -> tuple[int, int]:
-    """Return a linear layer's bytes: weight and scales. number: bytes of one weight that is not quantized."""
-    n = math.prod(shape)
-    if quant is None:
-        return n * number, 0
-    if quant.bits == 8:
-        return n, 4 * shape[0]
-    blocks = -(-n // quant.blocksize)
-    nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
-    scales = blocks + 4 * nested_blocks + 4 if quant.double_quant else 4 * blocks
-    return (n + 1) // 2, scales
 
 
 def _state_bytes(n: int, optim: str, device: str) -> int:
@@ -442,7 +422,7 @@ def _flop_per_token(c: ModelConfig, counts: _Counts, length: int, policies: Sequ
     Frozen matrices are multiplied in forward and for dx, an adapter's also for its own gradient. Attention's
     backward has five products to its forward's two.
     """
-    linear = 2 * sum(n * math.prod(shape) for shape, n in counts.shapes.items())
+    linear = 2 * sum(math.prod(shape) for name, shape in counts.shapes.items() if name != OUTPUT_HEAD)
     head = 2 * c.vocab_size * c.hidden_size
     adapter, learning = 2 * counts.adapter, 2 * sum(counts.trainable)
     windows = [min(window or length, length) for window in c.layer_windows]

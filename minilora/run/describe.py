@@ -3,25 +3,39 @@
 import torch
 from torch import nn
 
+from minilora.int8 import Int8Tensor
 from minilora.linear import QuantizedLinear
+from minilora.lora import OUTPUT_HEAD
 from minilora.quantization import QuantizedTensor
 
 
 def describe_weights(model: nn.Module) -> str:
     """How the linear layers of the decoder are stored, for people: 'nf4 with double quantization, 4.13 bits a
     weight, 3.3 GiB'.
+
+    Only files of an author who quantized a part of the layers, or the output head too, give another choice of
+    layers: then it says which.
     """
-    quantized = [m.weight for m in model.modules() if isinstance(m, QuantizedLinear)]
-    if not quantized:
-        return str(next(model.parameters()).dtype).removeprefix("torch.")
-    bytes_ = sum(weight.nbytes for weight in quantized)
-    bits = 8 * bytes_ / sum(weight.shape.numel() for weight in quantized)
-    kind = "int8, a scale a row"
-    if isinstance(quantized[0], QuantizedTensor):
-        kind = quantized[0].quant_type + (
-            " with double quantization" if quantized[0].nested_absmax is not None else ""
-        )
-    return f"{kind}, {bits:.2f} bits a weight, {bytes_ / 2**20:,.1f} MiB"
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, QuantizedLinear))}
+    weights = {name: m.weight for name, m in layers.items() if isinstance(m, QuantizedLinear)}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if not weights:
+        return dtype
+    bytes_ = sum(weight.nbytes for weight in weights.values())
+    bits = 8 * bytes_ / sum(weight.shape.numel() for weight in weights.values())
+    kinds = " and ".join(dict.fromkeys(map(_kind, weights.values())))
+    size = f"{bits:.2f} bits a weight, {bytes_ / 2**20:,.1f} MiB"
+    plain = [name.partition(".")[0] for name in layers if name not in weights]
+    if plain == [OUTPUT_HEAD]:
+        return f"{kinds}, {size}"
+    others = f"; {dtype} in the other {len(plain)}" if plain else ""
+    return f"{kinds} in {len(weights)} of {len(layers)} linear layers, as in the files, {size}{others}"
+
+
+def _kind(weight: QuantizedTensor | Int8Tensor) -> str:
+    if isinstance(weight, Int8Tensor):
+        return "int8, a scale a row"
+    return weight.quant_type + " with double quantization" * (weight.nested_absmax is not None)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from minilora.formats.adapter import read_adapter_config, vocabulary_of
-from minilora.formats.weights import read_config
+from minilora.formats.weights import StoredTensors, read_config
 from minilora.memory.allocator import (
     compiles_kernels,
     limit_compiled_kernels,
@@ -36,6 +36,7 @@ from minilora.memory.ledger import (
     process_memory,
 )
 from minilora.memory.planner import choose_recompute
+from minilora.memory.stored_layers import InFiles
 from minilora.optim import Schedule
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.datasets import load_datasets, token_settings
@@ -154,7 +155,8 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
-    memory = plan_memory(config, model_config, lora, placement, order, longest, lengths)
+    in_files = StoredTensors(model_dir).quantized_layers()
+    memory = plan_memory(config, model_config, lora, placement, order, longest, lengths, in_files)
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
@@ -260,6 +262,7 @@ def plan_memory(
     order: Order,
     eval_length: int,  # tokens of the longest held-out example; 0: there is none
     answers: tuple[int, int] | None = None,  # see `answer_lengths`
+    in_files: dict[str, InFiles] | None = None,  # see `StoredTensors.quantized_layers`
 ) -> MemoryPlan:
     """Choose the recompute policies and predict their memory. `auto` is the fastest plan that fits.
 
@@ -281,6 +284,7 @@ def plan_memory(
         device=device.type,
         eval_length=padded_length(eval_length) if rounded and eval_length else eval_length,
         process=process_memory() if device.type == "cpu" else 0,
+        in_files=in_files,
     )
     if device.type == "cpu":
         with_holes = partial(ledger_of, heap_holes=True)

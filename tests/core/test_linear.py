@@ -231,12 +231,6 @@ def test_lora_wraps_quantized_layers_unchanged_and_merging_into_them_is_refused(
     assert all(isinstance(layer.base_layer, Linear4bit) for layer in lora_layers(model).values())
 
 
-def test_a_model_in_8_bits_is_not_saved_in_a_format_that_nobody_reads(directory, tmp_path):
-    with pytest.raises(UserError, match="in 8 bits"):
-        save_model(load_model(directory, QuantConfig(bits=8)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @torch.no_grad()
 def test_the_compute_dtype_is_the_callers_not_the_files(directory):
     model = load_model(directory, QuantConfig(), dtype=torch.bfloat16)

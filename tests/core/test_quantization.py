@@ -531,7 +531,7 @@ def test_a_missing_or_truncated_entry_is_refused_by_name(suffix):
         {"quant_type": "fp4"}, {"quant_type": None}, {"blocksize": 48}, {"blocksize": "64"}, {"blocksize": [64]},
         {"dtype": "float64"}, {"dtype": []}, {"shape": None}, {"shape": [64, -100]}, {"shape": [64, 0]}, {"shape": "64"},
         {"shape": [2**40, 2**40]}, {"shape": [True, 64]}, {"nested_offset": True},
-        {"nested_blocksize": 128}, {"nested_offset": None}, {"nested_offset": float("nan")}, {"nested_dtype": "float16"},
+        {"nested_blocksize": 48}, {"nested_offset": None}, {"nested_offset": float("nan")}, {"nested_dtype": "float16"},
     ],
 )  # fmt: skip
 def test_a_state_that_contradicts_itself_is_refused_by_name(changes):

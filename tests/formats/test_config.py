@@ -85,10 +85,6 @@ def test_windows_follow_use_sliding_window_max_window_layers_and_layer_types():
         (dict(layer_types=["sliding_attention"] * 2), "layer_types"),
         (dict(auto_map={"AutoModelForCausalLM": "modeling_x.X"}), "auto_map"),
         (dict(quantization_config={"quant_method": "gptq"}), "quantization_config is of gptq"),
-        (
-            dict(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-            "bitsandbytes in 8 bits",
-        ),
         (dict(num_key_value_heads=3), "num_key_value_heads = 3"),
         (dict(head_dim=5), "head_dim = 5"),
         (dict(hidden_size=0), "hidden_size"),

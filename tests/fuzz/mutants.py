@@ -91,6 +91,8 @@ MUTANTS = [
     Mutant("minilora/formats/config_json.py", "    _check_code(fields[\"auto_map\"])\n", "", "tests/formats/test_config.py"),
     Mutant("minilora/formats/adapter.py", "if value not in (None, False, [])", "if value", "tests/formats/test_adapter.py"),
     Mutant("minilora/formats/weights.py", "if not torch.stack(torch.aminmax(weight)).isfinite().all():", "if False:", "tests/formats/test_weights.py"),
+    Mutant("minilora/formats/weights.py", "return None if self.prequantized else quant", "return quant", "tests/formats/test_prequantized.py"),
+    Mutant("minilora/formats/bnb_int8.py", "layout.item() == 0", "layout.item() < 4", "tests/formats/test_prequantized.py"),
     Mutant("minilora/run/saved_state.py", "if all(part.isfinite().all() for part in parts.values()):", "if True:", "tests/run/test_checkpoints.py -k wrong_contents"),
     Mutant(FILES, "if len(fields) < len(pairs):", "if False:", "tests/system/test_files.py"),
     Mutant(FILES, "    if not path.is_file():\n", "    if False:\n", "tests/system/test_files.py"),

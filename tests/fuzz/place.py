@@ -2,6 +2,7 @@
 
     model/        a Llama of 30,000 parameters with a sentencepiece vocabulary of 320 pieces
     shards/       the same in two files with an index
+    in4bits/      the same in bitsandbytes' 4 bits, but for the output head; in8bits/ in 8
     words/        the same with a tokenizer.json and a chat template
     train.jsonl, chat.jsonl, alpaca.json, table.csv, plain.txt, questions.jsonl
     run.yaml      settings of a training; run/ is what it left, with checkpoints 1 and 2
@@ -22,7 +23,7 @@ import tokenizers
 from safetensors.torch import load_file, save_file
 from support.project import WORDS
 
-from minilora import CausalLM, save_model
+from minilora import CausalLM, QuantConfig, load_model, save_model
 from minilora.formats.config_json import parse_config
 from minilora.system.errors import run_script
 
@@ -50,6 +51,8 @@ def make_files() -> None:
     """Models and datasets, in the working directory."""
     _make_model(Path("model"))
     _make_shards(Path("model"), Path("shards"))
+    for bits in (4, 8):
+        save_model(load_model("model", QuantConfig(bits)), f"in{bits}bits")
     _make_words(Path("model"), Path("words"))
     _make_datasets()
     Path("run.yaml").write_text(json.dumps(SETTINGS))  # JSON is YAML

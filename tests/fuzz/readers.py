@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from minilora.data.prepared import load_tokens
 from minilora.data.rows import read_rows
 from minilora.formats.adapter import read_adapter
 from minilora.formats.lint import findings_text, lint_adapter
-from minilora.formats.weights import read_config
+from minilora.formats.weights import StoredTensors, read_config
 from minilora.run.checkpoints import read_checkpoint
 from minilora.run.settings import load_train_config
 
@@ -51,6 +52,11 @@ class Target:
 
 def _read_model() -> None:
     load_model(MODEL)
+
+
+def _read_quantized_model(name: str) -> None:
+    StoredTensors(Path(name)).quantized_layers()  # by the headers alone, as a run's plan does
+    load_model(name)
 
 
 def _read_sharded_model() -> None:
@@ -124,6 +130,10 @@ TARGETS = [
     Target("adapter_config.json, mutated", ADAPTER / "adapter_config.json", mutations.json_files, _read_an_adapter),
     Target("adapter_config.json, mutated and linted", ADAPTER / "adapter_config.json", mutations.json_files, _lint),
     Target("model.safetensors, mutated", MODEL / "model.safetensors", mutations.safetensors_files, _read_model),
+    Target("model.safetensors in 4 bits, mutated", Path("in4bits/model.safetensors"),
+           mutations.safetensors_files, partial(_read_quantized_model, "in4bits")),
+    Target("model.safetensors in 8 bits, mutated", Path("in8bits/model.safetensors"),
+           mutations.safetensors_files, partial(_read_quantized_model, "in8bits")),
     Target("adapter_model.safetensors, mutated", ADAPTER / "adapter_model.safetensors",
            mutations.safetensors_files, _read_an_adapter),
     Target("adapter_model.safetensors, mutated and linted", ADAPTER / "adapter_model.safetensors",
