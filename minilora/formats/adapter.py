@@ -26,7 +26,9 @@ from minilora.adapted import (
     TrainedRows,
     adapted_layers,
     base_layers,
+    has_grown,
     plain_name,
+    take_new_rows,
     weight_under,
     wrap_tokens,
     wrapper,
@@ -167,12 +169,13 @@ def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     around = {}  # name without wrappers -> the outermost wrapper with this adapter
     for path, layer in layers.items():
         around.setdefault(_file_name(path), layer)
-    found: dict[int, tuple[str, nn.Parameter]] = {}  # each parameter once: a tied head shares trained rows
+    found: dict[object, tuple[str, nn.Parameter]] = {}
     for path, layer in layers.items():
         module = _file_name(path)
         for kind, parameter in layer.parts(name).items():
             key = tensor_key(module, _file_part(kind, layer, around[module]))
-            found.setdefault(id(parameter), (key, parameter))
+            shared = id(parameter) if isinstance(layer, TrainedRows) else key  # a tied head's rows: once
+            found.setdefault(shared, (key, parameter))
     return dict(found.values())
 
 
@@ -415,7 +418,10 @@ def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:
     whole = saved_modules(layers, config.modules_to_save)
     for module in adapter.modules:
         own, trained = adapter.own(module), module in whole or (WEIGHT not in adapter.own(module))
-        if own and (trained or not _is_the_same(layers[module], own)):
+        grown = module in (EMBEDDING, OUTPUT_HEAD) and has_grown(model, layers[module])
+        if grown and WEIGHT in own and not trained:
+            own[WEIGHT] = take_new_rows(model, layers[module], own[WEIGHT])
+        if own and (trained or grown or not _is_the_same(layers[module], own)):
             copy = wrapper(model, module, TrainedCopy)
             copy.add_adapter(name, config, own.get(WEIGHT), own.get(BIAS), trained)
     wrap_targets(model, [n for n in layers if n in adapter.layers], config, name)
