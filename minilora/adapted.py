@@ -356,7 +356,7 @@ def wrap_rows(model: nn.Module, path: str, config: LoraConfig, name: str, rows: 
     layer.add_adapter(name, config, rows)
     if path == EMBEDDING and model.config.tie_word_embeddings and OUTPUT_HEAD not in token_rows(config):
         head = model.get_submodule(OUTPUT_HEAD)
-        if not isinstance(head, TrainedCopy) or name not in head.configs:
+        if not isinstance(head, TrainedCopy) or name not in head.configs or not head.is_trained(name):
             head = wrapper(model, OUTPUT_HEAD, TrainedRows)
             head.add_adapter(name, config, rows, layer.trainable_tokens_delta[name])
 
@@ -395,10 +395,10 @@ def grow_vocabulary(model: nn.Module, rows: int, seed: int = 0) -> None:
     Raises UserError for an output head in 4 or 8 bits.
     """
     layers, generator = base_layers(model), torch.Generator().manual_seed(seed)
+    if layers[EMBEDDING].weight.shape[0] >= rows:
+        return
     if not isinstance(layers[OUTPUT_HEAD].weight, Tensor):
-        raise UserError(
-            f"{OUTPUT_HEAD} is in 4 or 8 bits, which takes no new tokens: load the model unquantized"
-        )
+        raise UserError(f"{OUTPUT_HEAD} is in 4 or 8 bits, and takes no new tokens: load it unquantized")
     for path in (EMBEDDING, OUTPUT_HEAD):
         layer = layers[path]
         if path == OUTPUT_HEAD and model.config.tie_word_embeddings:

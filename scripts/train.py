@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minilora.adapted import grow_vocabulary
 from minilora.backend.choice import set_fused
 from minilora.data.examples import batch_for
 from minilora.formats.adapter import load_adapter, save_adapter
@@ -123,12 +124,12 @@ def load_batch(plan: Plan, indices: list[int]) -> tuple[Tensor, Tensor, Tensor |
 
 
 def build_model(plan: Plan) -> CausalLM:
-    """Load the frozen model and put an adapter on it: a new one, an old one, or the one of the checkpoint."""
+    """Load the frozen model, each weight quantized once it is read. Put an adapter on it, new or saved."""
     config = plan.config
     torch.manual_seed(config.seed)
     set_fused(config.fused)
-    # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
     model = load_model(plan.model_dir, config.quant_config(), plan.placement.dtype, plan.placement.device)
+    grow_vocabulary(model, plan.model_config.vocab_size, config.seed)
     if adapter := plan.checkpoint or plan.start_adapter:
         load_adapter(model, adapter, lora_fa=config.lora_fa, lora_dropout=plan.lora.lora_dropout)
     else:

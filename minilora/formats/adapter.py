@@ -107,6 +107,10 @@ def save_adapter(
     tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_tensors(model, name).items()}
     if not tensors:
         raise UserError(f"the model has no adapter called {name!r} to save")
+    first = {
+        t.data_ptr(): key for key, t in reversed(tensors.items())
+    }  # a tied head's weight is written twice
+    tensors = {key: t if first[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
     raw = adapter_config_json(model, name) | {"base_model_name_or_path": base_model_name_or_path}
     write_adapter(directory, raw, tensors)
 
@@ -169,13 +173,14 @@ def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     around = {}  # name without wrappers -> the outermost wrapper with this adapter
     for path, layer in layers.items():
         around.setdefault(_file_name(path), layer)
+    copied = {_file_name(path) for path, layer in layers.items() if isinstance(layer, TrainedCopy)}
     found: dict[object, tuple[str, nn.Parameter]] = {}
     for path, layer in layers.items():
         module = _file_name(path)
         for kind, parameter in layer.parts(name).items():
             key = tensor_key(module, _file_part(kind, layer, around[module]))
-            shared = id(parameter) if isinstance(layer, TrainedRows) else key  # a tied head's rows: once
-            found.setdefault(shared, (key, parameter))
+            # A tied head shares trained rows. As in PEFT, they are written once, unless its weight is too.
+            found.setdefault(key if module in copied else id(parameter), (key, parameter))
     return dict(found.values())
 
 

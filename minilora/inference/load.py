@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import nn
 
+from minilora.adapted import grow_vocabulary
 from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template
 from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -73,6 +74,7 @@ class InferenceSetup:
         """The frozen model on this machine's device, in evaluation mode, with every adapter loaded."""
         placement = choose_placement(self.config.bf16, self.config.fp16)
         model = load_model(self.base, self.config.quant_config(), placement.dtype, placement.device)
+        grow_vocabulary(model, self.model_config.vocab_size)  # the base model reads new tokens, too
         for name, directory in self.adapters.items():
             load_adapter(model, directory, name)
         set_adapter(model, self.first_adapter)
