@@ -246,8 +246,10 @@ class TrainedRows(Adapted):
         rows = torch.tensor(self.rows[name], device=x.device)  # (n,)
         values = self.trainable_tokens_delta[name].to(y.dtype)
         if not x.is_floating_point():  # ids: (...) -> (..., D)
-            same = x.unsqueeze(-1) == rows  # (..., n)
-            return torch.where(same.any(-1, keepdim=True), F.embedding(same.int().argmax(-1), values), y)
+            number = torch.full((len(weight_under(self.base_layer, name)),), -1, device=x.device)  # (V,)
+            number[rows] = torch.arange(len(rows), device=x.device)
+            chosen = number[x]  # (...): which trained row, or -1
+            return torch.where((chosen >= 0).unsqueeze(-1), F.embedding(chosen.clamp_min(0), values), y)
         return y.index_copy(-1, rows, F.linear(x, values))  # (..., D) -> (..., V)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import NoReturn, Protocol
 
 from minilora.data.examples import Order
 from minilora.data.rows import Row
+from minilora.formats.weights import read_config
 from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
@@ -216,7 +217,8 @@ dropout {lora.lora_dropout:g}, on: {targets}.
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_model!r}), {address!r})
+base = AutoModelForCausalLM.from_pretrained({base_model!r})
+{resize}model = PeftModel.from_pretrained(base, {address!r})
 ```
 
 All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.
@@ -235,9 +237,12 @@ def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
         and not Path(base_model).exists()
     )
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    rows = plan.model_config.vocab_size
+    grown = rows > read_config(plan.model_dir).vocab_size  # PEFT wants the base model to have these rows
     card = MODEL_CARD.format(
         link=f"base_model: {base_model}\n" if on_hub else "",
         base_model=str(base_model),
+        resize=f"base.resize_token_embeddings({rows})\n" if grown else "",
         title=as_markdown(base_model),
         lora=lora,
         scaling="alpha / sqrt(r)" if lora.use_rslora else "alpha / r",
