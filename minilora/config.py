@@ -8,21 +8,27 @@ from minilora.system.errors import UserError, suggestion
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and two ways to stretch its context."""
+    """Rotary position embedding and how its context is stretched: see `minilora.rope`."""
 
     theta: float = 10000.0  # base of the geometric series of wavelengths
-    rope_type: str = "default"  # default | linear | llama3
-    factor: float = 1.0  # linear, llama3: by how much the context is stretched
+    rope_type: str = "default"  # default | linear | llama3 | yarn | dynamic | longrope
+    factor: float = 1.0  # linear, llama3, yarn, dynamic: by how much the context is stretched
     low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are stretched by the whole factor
     high_freq_factor: float = 4.0  # llama3: wavelengths below original / high are kept
-    original_max_position_embeddings: int = 8192  # llama3: context length before stretching
+    original_max_position_embeddings: int = 8192  # context length before stretching
+    beta_fast: float = 32.0  # yarn: pairs of more turns within the original context are kept
+    beta_slow: float = 1.0  # yarn: pairs of fewer turns take the whole factor
+    truncate: bool = True  # yarn: the blend between them begins and ends at whole pairs
+    attention_factor: float = 1.0  # yarn, longrope: cos and sin are multiplied by it
+    short_factor: tuple[float, ...] = ()  # longrope: divides each frequency, within the original context
+    long_factor: tuple[float, ...] = ()  # longrope: the same in longer documents; K/2 numbers each
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of one decoder. Field names are Hugging Face's where Hugging Face has the field."""
 
-    model_type: str  # llama | mistral | qwen2 | qwen3
+    model_type: str  # llama | mistral | ministral | qwen2 | qwen3 | smollm3
     vocab_size: int  # V
     hidden_size: int  # D
     intermediate_size: int  # F
@@ -32,6 +38,7 @@ class ModelConfig:
     head_dim: int  # K, even; H * K need not be D
     layer_windows: tuple[int | None, ...]  # each layer's sliding window, in tokens; None: no window
     rope: RopeConfig = RopeConfig()
+    layer_rope: tuple[bool, ...] = ()  # whether each layer rotates queries and keys; empty: all do
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False  # lm_head shares the embedding's weight

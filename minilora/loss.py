@@ -45,7 +45,7 @@ def causal_lm_loss(
     head, rows = model.lm_head, rows_at_a_time(model.config.vocab_size)
     if isinstance(head, (nn.Linear, TrainedCopy)):
         return linear_cross_entropy(hidden, head.weight, labels)
-    hidden, targets = _supervised(hidden, labels)  # the head has an adapter: its logits are computed twice
+    hidden, targets = _supervised(hidden, labels)  # adapted or quantized: its logits are computed twice
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
     losses = [checkpoint(_head_loss, head, h, t, parameters=head.parameters()) for h, t in chunks]
     return torch.stack(losses).sum()

@@ -1,19 +1,18 @@
-"""One decoder for Llama, Mistral, Qwen2 and Qwen3.
+"""One decoder for Llama, Mistral, Qwen2, Qwen3 and SmolLM3.
 
     x = embed(ids)                                            (B, T, D)
     for each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
     logits = lm_head(norm(x))                                 (B, T, V)
 
-The families differ only in flags of `ModelConfig`: biases, a norm on queries and keys, a window, a tied head.
-Parameter names are Hugging Face's: loading a checkpoint is the identity, and PEFT's keys are a prefix away.
+The families differ only in flags of `ModelConfig`: biases, a norm on queries and keys, windows and RoPE by
+layer, a tied head. Parameter names are Hugging Face's: loading a checkpoint is the identity, and PEFT's keys
+are a prefix away.
 
 Packed rows. `document_ids` (B, T) says which document each token belongs to, in runs. A token sees only
 tokens of its own document, and positions restart with each one. So several short examples in one row give
 exactly the numbers they give alone. Padding is part of no document: attention gives it zeros. document_ids
 best stay on the CPU (see backend/documents.py).
 """
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,10 @@ from minilora.backend.documents import (
     positions_in_documents,
 )
 from minilora.backend.offload import OffloadedInputs
-from minilora.config import ModelConfig, RopeConfig
+from minilora.config import ModelConfig
 from minilora.linear import apply_each
 from minilora.recompute import checkpoint
+from minilora.rope import document_lengths, rope_angles
 
 Sight = Documents | Tensor | None  # what tokens see: their documents, or with a cache a mask or all before
 
@@ -94,6 +94,7 @@ class Attention(nn.Module):
         H, G, K = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         D = config.hidden_size
         self.layer = layer
+        self.has_rope = not config.layer_rope or config.layer_rope[layer]
         self.q_proj = nn.Linear(D, H * K, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.qkv_bias)
@@ -113,7 +114,9 @@ class Attention(nn.Module):
         T, K = cos.shape[1:]
         products = apply_each(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(-1, T, y.shape[-1] // K, K) for y in products)
-        q, k = ops.rope(self.q_norm(q), self.k_norm(k), cos, sin)  # (B, T, H, K), (B, T, G, K)
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, H, K), (B, T, G, K)
+        if self.has_rope:
+            q, k = ops.rope(q, k, cos, sin)
         if cache is None:
             y = ops.document_attention(q, k, v, seen, kept)  # (B, T, H, K)
         else:
@@ -192,9 +195,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Return hidden states after the final norm, (B, T, D)."""
         x = self.embed_tokens(input_ids)  # (B, T, D)
-        positions, sights = self._sights(x, document_ids, cache)
-        position_ids = positions if position_ids is None else position_ids
-        cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, position_ids))  # (B or 1, T, K)
+        positions, lengths, sights = self._sights(x, document_ids, cache)
+        if position_ids is not None:
+            positions, lengths = position_ids, position_ids.max() + 1
+        cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, positions, lengths))  # (B or 1, T, K)
         x = x.flatten(0, 1)  # (N, D)
         has_backward = cache is None and torch.is_grad_enabled()
         policies = self.recompute if has_backward else ("off",) * len(self.layers)
@@ -212,18 +216,23 @@ class Decoder(nn.Module):
 
     def _sights(
         self, x: Tensor, document_ids: Tensor | None, cache: KVCache | None
-    ) -> tuple[Tensor, dict[int | None, Sight]]:
-        """Return the position of each token, (B or 1, T), and what tokens see within each layer's window."""
+    ) -> tuple[Tensor, int | Tensor, dict[int | None, Sight]]:
+        """Return the position of each token, (B or 1, T), the length of its document so far, and what tokens
+        see within each layer's window.
+        """
         (B, T, _), device, windows = x.shape, x.device, set(self.config.layer_windows)
+        rope = self.config.rope
         if cache is None:
             given = document_ids is not None
             documents = documents_of_ids(document_ids, device) if given else documents_of_rows(B, T, device)
-            return documents.positions, {w: documents.within(w) for w in windows}
+            lengths = document_lengths(rope, document_ids, T, T, device)
+            return documents.positions, lengths, {w: documents.within(w) for w in windows}
         S, document_ids = cache.length + T, cache.add_documents(document_ids, T)
         masks = {w: additive(attention_mask(T, S, w, document_ids, device), x) for w in windows}
+        lengths = document_lengths(rope, document_ids, S, T, device)
         if document_ids is None:
-            return torch.arange(cache.length, S, device=device).unsqueeze(0), masks
-        return positions_in_documents(document_ids)[:, cache.length :], masks
+            return torch.arange(cache.length, S, device=device).unsqueeze(0), lengths, masks
+        return positions_in_documents(document_ids)[:, cache.length :], lengths, masks
 
 
 class CausalLM(nn.Module):
@@ -282,29 +291,3 @@ def attention_mask(
     if document_ids is not None:
         mask = mask & (document_ids[:, None, -T:, None] == document_ids[:, None, None, :])  # (B, 1, T, S)
     return mask
-
-
-def rope_angles(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position * frequency: (B, T) -> two float32 (B, T, K), both halves alike."""
-    frequencies = rope_frequencies(config.rope, config.head_dim, position_ids.device)  # (K/2,)
-    angles = position_ids[:, :, None].float() * frequencies  # (B, T, K/2)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-@lru_cache
-def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return radians per token of each of the K/2 rotating pairs, float32 (K/2,).
-
-    default: theta^(-2i/K) (arXiv:2104.09864, 3.3). linear: all divided by `factor` (arXiv:2306.15595).
-    llama3 (Llama 3.1): low frequencies divided by `factor`, high ones kept, and a linear blend between.
-    """
-    frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    if rope.rope_type == "linear":
-        frequencies = frequencies / rope.factor
-    if rope.rope_type == "llama3":
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        turns = rope.original_max_position_embeddings * frequencies / (2 * torch.pi)  # within the old context
-        keep = (turns - low) / (high - low)  # share of the old frequency
-        frequencies = torch.lerp(frequencies / rope.factor, frequencies, keep.clamp(0, 1))
-    return frequencies.to(device)

@@ -44,6 +44,7 @@ from minilora.data.rows import alpaca_question
 from minilora.inference.assistant import Assistant, GenerationSettings, encode_question
 from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
 from minilora.lora import adapter_names
+from minilora.rope import context_length
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, suggestion, summarize
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 from minilora.system.terminal import visible
@@ -181,7 +182,7 @@ def encode_questions(
     Raises UserError that names the rows which cannot be formatted or leave no room for an answer.
     """
     prompts, too_long = [], []
-    positions = setup.model_config.max_position_embeddings
+    positions = context_length(setup.model_config)
     for location, form, messages in questions:
         template = templates[form]
         if template is None and (system or form == "messages"):

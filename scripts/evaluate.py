@@ -64,7 +64,8 @@ COLUMNS = {  # of the printed table: key in the JSON -> heading, format
     "bleu": ("BLEU", "{:.1f}"),
 }
 RECORDED_SETTINGS = (
-    "template cutoff_len train_on_prompt mask_history quantization_bit quantization_type double_quantization"
+    "template cutoff_len train_on_prompt mask_history quantization_bit quantization_type double_quantization "
+    "accept_config_fields"
 ).split()
 
 

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,8 @@ def main() -> None:
     check_picture("--picture", options.picture)
     config = load_train_config(keys)
     name = config.model_name_or_path or str(EMBEDDED_MODEL)
-    model_config, in_files = find_model_config(name, config.model_revision), find_quantized_layers(name)
+    model_config = find_model_config(name, config.model_revision, config.accepted_fields())
+    in_files = find_quantized_layers(name)
     target = this_machine(config) if options.gpu is None else gpu_of_size(options.gpu, config)
     batch_size = config.per_device_train_batch_size
     length = config.cutoff_len or min(1024, model_config.max_position_embeddings)
@@ -145,16 +146,16 @@ def this_machine(config: TrainConfig) -> Target:
     return Target(device, placement.dtype, memory, process, f"the {memory / GB:.1f} GB that are free")
 
 
-def find_model_config(name: str, revision: str | None) -> ModelConfig:
+def find_model_config(name: str, revision: str | None, accepted: Collection[str] = ()) -> ModelConfig:
     """The config of a well-known shape, a directory or a hub id. Only config.json is downloaded."""
     if name in SHAPES:
         return SHAPES[name]
     if Path(name).expanduser().is_dir():
-        return read_config(Path(name).expanduser())
+        return read_config(Path(name).expanduser(), accepted)
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        return read_config_file(hf_hub_download(name, MODEL_CONFIG_FILE, revision=revision))
+        return read_config_file(hf_hub_download(name, MODEL_CONFIG_FILE, revision=revision), accepted)
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
         raise UserError(
             f"{name!r} is not a directory, not one of {', '.join(SHAPES)}, and the hub does not return its "

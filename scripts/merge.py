@@ -33,10 +33,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -47,29 +44,29 @@ from tqdm import tqdm
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.data.chat import answer_end
 from minilora.data.tokenizer import Tokenizer
-from minilora.dora import row_factors
 from minilora.formats.adapter import load_adapter, read_adapter
 from minilora.formats.lint import findings_text, lint_adapter
+from minilora.formats.merging import Merging
 from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from minilora.formats.weights import (
-    INDEX_FILE,
-    MODEL_CONFIG_FILE,
-    SINGLE_FILE,
-    StoredTensors,
+from minilora.formats.quantized import (
+    QuantizedWeight,
     bitsandbytes_config,
-    is_redundant,
     plain_layers,
     quant_config_of,
     quantize,
-    read_config,
-    save_tensors,
     to_entries,
 )
-from minilora.inference.load import find_base, load_adapted_tokenizer
-from minilora.int8 import Int8Tensor
-from minilora.lora import OUTPUT_HEAD, match_targets
+from minilora.formats.weights import (
+    MODEL_CONFIG_FILE,
+    StoredTensors,
+    is_redundant,
+    read_model,
+    write_shards,
+)
+from minilora.inference.load import find_base, load_adapted_tokenizer, load_run_config
+from minilora.lora import match_targets
 from minilora.model import CausalLM
-from minilora.quantization import FLOATS, QUANT_TYPES, QuantizedTensor
+from minilora.quantization import FLOATS, QUANT_TYPES
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import read_yaml
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize
@@ -78,8 +75,9 @@ from minilora.system.hub import resolve_model
 from minilora.system.locks import LOCK_FILE
 from minilora.system.outputs import check_output, whole_output
 
-SHARD_BYTES = 1_000_000_000
-_MERGING_OPTIONS = ("model", "into", "quantize", "quantization_type", "double_quantization")
+_MERGING_OPTIONS = (
+    "model", "into", "quantize", "quantization_type", "double_quantization", "accept_config_fields"
+)  # fmt: skip
 
 
 def main() -> None:
@@ -104,9 +102,10 @@ def parse_options() -> argparse.Namespace:
     add("--model", help="base model, directory or hub id; default: the one that the adapter names")
     add("--into", choices=("original", "dequantized"), help="default: original, if the files hold them")
     add("--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16")
-    add("--quantize", action="store_true", help="write them as training had them, in bitsandbytes' format")
+    add("--quantize", action="store_true", help="write them quantized, as training had them")
     add("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
     add("--double_quantization", choices=("true", "false"), help="as in training; default: true")
+    add("--accept_config_fields", help="unknown fields of the base's config.json; default: as in training")
     options = parser.parse_args()
     options.to_gguf = options.output is not None and options.output.suffix == ".gguf"
     return options
@@ -154,12 +153,10 @@ class Choice:
 class Plan:
     """Everything that is decided before the first weight is read."""
 
-    adapter: Path
-    lora: LoraConfig
-    factors: dict[str, tuple[Tensor, ...]]  # layer -> A (r, in), B (out, r), for DoRA also m (out,)
+    merging: Merging  # the adapter, and what it makes of each tensor
     base: Path
-    config: ModelConfig
     stored: StoredTensors  # the base model's tensors, still on disk
+    base_shapes: dict[str, tuple[int, ...]]  # of the base model's tensors
     shapes: dict[str, tuple[int, ...]]  # of every tensor to write
     quantized: set[str]  # names of the weights that the base's author, QLoRA or --quantize quantizes
     plain: list[str]  # full names of the other linear layers
@@ -167,41 +164,48 @@ class Plan:
     choice: Choice
     gguf_type: str | None  # f16 | q8_0; None: write a directory
 
+    @property
+    def config(self) -> ModelConfig:
+        """The merged model's configuration."""
+        return self.merging.config
+
 
 def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
     """Read the adapter and the base model's headers. Raises UserError if they do not fit together."""
-    lora, factors = read_adapter(adapter)
+    file = read_adapter(adapter)
     base = find_base(options.model, [adapter])
-    config, stored = read_config(base), StoredTensors(base)
+    config, stored = read_model(base, accepted_fields(options, adapter))
     tokenizer = load_adapted_tokenizer(base, {"adapter": adapter})  # with training's chat template
-    if OUTPUT_HEAD in factors and config.tie_word_embeddings:
-        raise UserError(
-            f"{adapter} adapts {OUTPUT_HEAD}, whose weight is also the embedding in {base}: "
-            "use the adapter unmerged"
-        )
+    merging = Merging(file, config)
     with torch.device("meta"):
-        model = CausalLM(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        model, merged = CausalLM(config), CausalLM(merging.config)
+    base_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linear = (f"{layer}.weight" for layer in match_targets(model, "all-linear"))
     quantized = set(stored.quantized or linear)
     plain = plain_layers(model, quantized)
     load_adapter(model, adapter)  # The model has shapes and no memory; every tensor must fit it.
-    stored.check(shapes, ignore=is_redundant(config))
+    merging.check(base_shapes)
+    stored.check(base_shapes, ignore=is_redundant(config))
     as_in_files = stored.prequantized
     return Plan(
-        adapter=adapter,
-        lora=lora,
-        factors=factors,
+        merging=merging,
         base=base,
-        config=config,
         stored=stored,
-        shapes=shapes,
+        base_shapes=base_shapes,
+        shapes={name: tuple(p.shape) for name, p in merged.named_parameters()},
         quantized=quantized,
         plain=plain,
         tokenizer=tokenizer,
-        choice=choose_as_in_files(options, stored, shapes) if as_in_files else choose(options, adapter),
+        choice=choose_as_in_files(options, stored, base_shapes) if as_in_files else choose(options, adapter),
         gguf_type=(options.outtype or "f16") if options.to_gguf else None,
     )
+
+
+def accepted_fields(options: argparse.Namespace, adapter: Path) -> list[str]:
+    """Unknown fields of the base's `config.json` that the user, or else the adapter's run, calls harmless."""
+    given = options.accept_config_fields
+    keys = [f"--accept_config_fields={given}"] if given else []
+    return load_run_config({"adapter": adapter}, keys).accepted_fields()
 
 
 def choose(options: argparse.Namespace, adapter: Path) -> Choice:
@@ -245,8 +249,9 @@ def choose_as_in_files(
 
 def merge_model(plan: Plan, output: Path) -> None:
     """Write the merged model, and print the errors of each choice."""
-    size = f"r {plan.lora.r}, scaling {plan.lora.scaling:g}, {len(plan.factors)} layers"
-    print(f"merging {plan.adapter} ({size}) into the {plan.choice.into} weights of {plan.base}")
+    file = plan.merging.adapter
+    size = f"r {file.config.r}, scaling {file.config.scaling:g}, {len(file.layers)} layers"
+    print(f"merging {file.directory} ({size}) into the {plan.choice.into} weights of {plan.base}")
     merger = Merger(plan)
     differences = []
     if plan.gguf_type is not None:
@@ -268,6 +273,10 @@ def merge_model(plan: Plan, output: Path) -> None:
             f"adapted layers that training saw unquantized: {summarize(merger.exact, 3)}: "
             "exactly their weights plus the adapter, rounded once"
         )
+    if whole := plan.merging.replaced:
+        print(f"taken from the adapter, whole: {summarize(whole, 3)}")
+    if plan.merging.unties:
+        print("the merged model has an output head of its own, apart from the embedding")
     for difference in differences:
         print(f"note: {difference}")
     files = output.glob("*.safetensors") if output.is_dir() else [output]
@@ -291,7 +300,7 @@ class Merger:
         """The entries to write for a tensor: itself, or all of its quantized format."""
         choice = self.plan.choice
         weight, quantized = self._read(name)
-        if name.removesuffix(".weight") in self.plan.factors:
+        if self.plan.merging.changes(name):
             return self._merged(name, weight, quantized)
         if self._is_quantized(name):  # Bit-identical to training. Quantizing dequantized weights is not.
             return to_entries(quantized, name)
@@ -301,19 +310,23 @@ class Merger:
         """Whether the tensor is written quantized."""
         return self.plan.choice.quantize and name in self.plan.quantized
 
-    def _read(self, name: str) -> tuple[Tensor | None, QuantizedTensor | Int8Tensor | None]:
+    def _read(self, name: str) -> tuple[Tensor | None, QuantizedWeight | None]:
         """The weight as the file holds it, and quantized as training saw it. Either may be None."""
         plan, choice = self.plan, self.plan.choice
+        name, changed = plan.merging.source(name), plan.merging.changes(name)
         if name in plan.stored.quantized:
-            return None, plan.stored.read_quantized(name, plan.shapes[name], FLOATS[plan.config.dtype], "cpu")
+            shape, dtype = plan.base_shapes[name], FLOATS[plan.config.dtype]
+            return None, plan.stored.read_quantized(name, shape, dtype, "cpu")
         weight = plan.stored.read(name, None, "cpu")
-        adapted = choice.trained_quantized and name.removesuffix(".weight") in plan.factors
+        if plan.merging.replaces(name):
+            return weight, None  # training saw the adapter's own weight
+        adapted = choice.trained_quantized and changed
         if name in plan.quantized and (choice.quantize or choice.into == "dequantized" or adapted):
             return weight, quantize(weight, choice.quant)
         return weight, None
 
     def _merged(
-        self, name: str, weight: Tensor | None, quantized: QuantizedTensor | Int8Tensor | None
+        self, name: str, weight: Tensor | None, quantized: QuantizedWeight | None
     ) -> dict[str, Tensor]:
         """The entries to write for an adapted weight."""
         layer, choice = name.removesuffix(".weight"), self.plan.choice
@@ -322,8 +335,7 @@ class Merger:
             bases["original"] = weight
         if quantized is not None and choice.trained_quantized:
             bases["dequantized"] = quantized.dequantize(torch.float32)
-        factors, scaling = self.plan.factors[layer], self.plan.lora.scaling
-        sums = {key: merged_weight(base, factors, scaling) for key, base in bases.items()}  # float32
+        sums = {key: self.plan.merging.merged(name, base) for key, base in bases.items()}  # float32
         # A layer that training did not quantize has one sum, whatever the choice for the others.
         into = choice.into if choice.into in sums else "original"
         dtype = weight.dtype if quantized is None else quantized.dtype
@@ -333,7 +345,10 @@ class Merger:
                 f"{name} is infinite or NaN once merged, in {dtype}; the adapter or the base model is damaged"
             )
         if quantized is None:
-            self.exact.append(layer)
+            if not self.plan.merging.replaces(name):
+                self.exact.append(layer)
+            if self._is_quantized(name):
+                return to_entries(replace(quantize(sums[into], choice.quant), dtype=dtype), name)
             return {name: rounded[into]}
         again = replace(quantize(sums[into], quant_config_of(quantized)), dtype=dtype)
         seen = "dequantized" if choice.trained_quantized else "original"
@@ -345,13 +360,6 @@ class Merger:
     def _note_error(self, choice: str, layer: str, value: Tensor, seen: Tensor) -> None:
         """Note how far `value` lies from the sum that training saw."""
         self.errors.setdefault(choice, {})[layer] = ((value - seen).norm() / seen.norm()).item()
-
-
-def merged_weight(weight: Tensor, factors: tuple[Tensor, ...], scaling: float) -> Tensor:
-    """W + scaling B A of one layer, (out, in) float32. For DoRA, each row is then rescaled to length m."""
-    A, B, *magnitude = factors
-    V = ((B @ A) * scaling).add_(weight)
-    return V.mul_(row_factors(V, *magnitude)) if magnitude else V
 
 
 def print_table(errors: dict[str, dict[str, float]], choice: Choice) -> None:
@@ -403,28 +411,11 @@ def write_config(plan: Plan, directory: Path) -> None:
     """The base model's `config.json`, with a `quantization_config` only if the weights are quantized."""
     raw = json.loads((plan.base / MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
     raw.pop("quantization_config", None)
+    raw["tie_word_embeddings"] = plan.config.tie_word_embeddings  # as the files hold the head
+    raw["vocab_size"] = plan.config.vocab_size
     if plan.choice.quantize:
         raw["quantization_config"] = bitsandbytes_config(plan.choice.quant, plan.plain, plan.config.dtype)
     write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
-
-
-def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> None:
-    """Write tensors in the order they come, into one file, or into several files and an index."""
-    held, shards, total = {}, [], 0  # shards: the names in each file
-    for tensors in chain(entries, [{}]):  # the empty one marks the end
-        if held and (not tensors or sum(t.nbytes for t in (held | tensors).values()) > SHARD_BYTES):
-            save_tensors(held, directory / f"{len(shards)}.safetensors")
-            shards.append(list(held))
-            total, held = total + sum(t.nbytes for t in held.values()), {}
-        held |= tensors
-    weight_map = {}
-    for i, names in enumerate(shards):  # A file's name holds the number of files, known only now.
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        os.replace(directory / f"{i}.safetensors", directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_whole(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 # ---- the adapter alone ----
@@ -432,7 +423,7 @@ def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> None:
 
 def export_adapter(adapter: Path, output: Path) -> None:
     """Write an adapter as plain LoRA: rsLoRA's alpha times sqrt(r), and everything else unchanged."""
-    lora, _ = read_adapter(adapter)
+    lora = read_adapter(adapter).config
     if lora.use_dora:
         raise UserError(
             f"{adapter} is a DoRA adapter, which plain LoRA cannot express: merge it, with --output"

@@ -190,8 +190,11 @@ def load_encoding(config: TrainConfig) -> Encoding:
     model_dir = EMBEDDED_MODEL
     if config.model_name_or_path is not None:
         model_dir = resolve_model(config.model_name_or_path, config.model_revision, weights=False)
-    tokenizer = load_run_tokenizer(config, model_dir)
-    _, model_config = choose_vocabulary(config, config.lora_config(), read_config(model_dir), tokenizer)
+    base_config, tokenizer = (
+        read_config(model_dir, config.accepted_fields()),
+        load_run_tokenizer(config, model_dir),
+    )
+    _, model_config = choose_vocabulary(config, config.lora_config(), base_config, tokenizer)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     return Encoding(model_config, tokenizer, template, token_settings(config, model_config))
 

@@ -28,12 +28,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.adapted import grow_vocabulary
 from minilora.backend.choice import set_fused
 from minilora.data.examples import batch_for
 from minilora.formats.adapter import load_adapter, save_adapter
 from minilora.formats.lint import findings_text, lint_adapter
-from minilora.formats.weights import load_model, read_config
 from minilora.inference.evaluation import answers, evaluate_loss, exact_match
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
 from minilora.loss import causal_lm_loss
@@ -48,6 +46,7 @@ from minilora.run.random_state import random_state, set_random_state
 from minilora.run.settings import TrainConfig, load_train_config, manual
 from minilora.run.stop_signal import StopSignal
 from minilora.run.tracker import StepMetrics, Tracker
+from minilora.run.vocabulary import load_base_model
 from minilora.system.assets import DEFAULT_RUN
 from minilora.system.distributed import Processes, join_processes
 from minilora.system.errors import run_script
@@ -124,12 +123,12 @@ def load_batch(plan: Plan, indices: list[int]) -> tuple[Tensor, Tensor, Tensor |
 
 
 def build_model(plan: Plan) -> CausalLM:
-    """Load the frozen model, each weight quantized once it is read. Put an adapter on it, new or saved."""
+    """Load the frozen model and put an adapter on it: a new one, an old one, or the one of the checkpoint."""
     config = plan.config
     torch.manual_seed(config.seed)
     set_fused(config.fused)
-    model = load_model(plan.model_dir, config.quant_config(), plan.placement.dtype, plan.placement.device)
-    grow_vocabulary(model, plan.model_config.vocab_size, config.seed)
+    # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
+    model = load_base_model(plan.model_dir, config, plan.placement, plan.model_config.vocab_size)
     if adapter := plan.checkpoint or plan.start_adapter:
         load_adapter(model, adapter, lora_fa=config.lora_fa, lora_dropout=plan.lora.lora_dropout)
     else:
@@ -292,7 +291,7 @@ def finish(plan: Plan, run: Run) -> None:
     if plan.prompts:
         figures |= compare_answers(plan, model)
     report.write_model_card(plan, figures)
-    print("\n" + findings_text(lint_adapter(directory, read_config(plan.model_dir))))
+    print("\n" + findings_text(lint_adapter(directory, plan.base_config)))
     report.publish(plan, run)
 
 

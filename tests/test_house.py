@@ -12,8 +12,8 @@ from support.project import ROOT
 FLOORS = (
     ("system",),
     ("backend", "config", "recompute"),
-    ("ops", "quantization", "int8", "targets"),
-    ("optim", "linear", "dora"),
+    ("ops", "quantization", "int8", "rope", "targets"),
+    ("optim", "linear", "dora", "initialize", "eva", "vera"),
     ("model", "lora", "adapted"),
     ("loss", "loss_scale"),
     ("data", "memory", "testing"),

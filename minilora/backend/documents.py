@@ -115,3 +115,9 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def lengths_in_documents(document_ids: Tensor) -> Tensor:
+    """Return the length of each token's run, (B, S) -> (B, S): [7, 7, 7, 2, 2] -> [3, 3, 3, 2, 2]."""
+    to_the_end = positions_in_documents(document_ids.flip(1)).flip(1)
+    return positions_in_documents(document_ids) + to_the_end + 1

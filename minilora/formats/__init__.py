@@ -1,14 +1,22 @@
 """Files that other programs read and write, each exactly as they do. Read in this order:
 
 config_fields.py     the fields of config.json: types, limits, defaults, meanings
+config_rope.py       its RoPE: types, both spellings, derived attention factors
 config_json.py       config.json <-> ModelConfig: every field is honoured, harmless or refused
+foreign_formats.py   formats of weights that are refused by name
 bnb.py               a 4-bit weight <-> its entries in bitsandbytes' state dict
 bnb_int8.py          the same for an 8-bit weight
-weights.py           safetensors <-> model, tensor by tensor
+quantized.py         a weight of either kind: how it is made, stored and announced
+pickled.py           pickled weights: tensors come out, and nothing else
+weight_files.py      which files hold a model's weights
+weights.py           these files <-> model, tensor by tensor
 peft_format.py       PEFT's names: files, configuration keys, tensor keys, initialisations
 adapter.py           PEFT's adapter files <-> the adapter on a model
 merging.py           what an adapter makes of each parameter of its base
 adapter_header.py    an adapter's configuration, names and shapes, without its numbers
+plain_adapter.py     factors without a model -> a plain LoRA adapter
+arithmetic.py        sums, differences and shorter forms of adapters
+vera_adapter.py      PEFT's VeRA adapters, and VeRA as plain LoRA
 peft_rules.py        which configurations PEFT refuses, and which layers they choose
 lint.py              does an adapter load in PEFT, vLLM, SGLang?
 gguf_vocabulary.py   a tokenizer in llama.cpp's terms

@@ -63,7 +63,6 @@ from minilora.formats.peft_format import (
 from minilora.lora import (
     LoraLinear,
     check_new_adapter,
-    match_targets,
     remove_lora,
     set_adapter,
     wrap_targets,
@@ -140,7 +139,14 @@ def adapter_config_json(model: nn.Module, name: str) -> dict:
 def _plain_targets(model: nn.Module, wrapped: list[str], config: LoraConfig) -> list[str]:
     """Leaf names if they name exactly the wrapped layers, else full names. Servers read no regex."""
     leaves = sorted({path.rpartition(".")[2] for path in wrapped})
-    return leaves if match_targets(model, replace(config, target_modules=leaves)) == wrapped else wrapped
+    adaptable, _ = _adaptable({_file_name(name): layer for name, layer in base_layers(model).items()})
+    return leaves if chosen_targets(adaptable, replace(config, target_modules=leaves)) == wrapped else wrapped
+
+
+def _adaptable(layers: dict[str, nn.Module]) -> tuple[list[str], list[str]]:
+    """Names of the modules that may have an update, and those of linear layers alone."""
+    linear = [name for name, layer in layers.items() if hasattr(layer, "in_features")]
+    return [name for name in layers if name in linear or name == EMBEDDING], linear
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -366,8 +372,7 @@ def _misfits(model: nn.Module, adapter: AdapterFile) -> list[str]:
     for each that nobody asked for.
     """
     layers, config = base_layers(model), adapter.config
-    linear = [name for name, layer in layers.items() if _is_linear(layer)]
-    adaptable = [name for name in layers if name in linear or name == EMBEDDING]
+    adaptable, linear = _adaptable(layers)
     try:
         chosen = chosen_targets(adaptable, config, linear)
     except UserError as error:
@@ -411,10 +416,6 @@ def _wrong_weights(layers: dict[str, nn.Module], adapter: AdapterFile) -> list[s
             else:
                 problems.append(f"{key} replaces a weight in 4 or 8 bits; load the model unquantized")
     return problems
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features")
 
 
 def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:

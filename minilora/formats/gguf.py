@@ -8,10 +8,14 @@ out. This file translates the model into llama.cpp's terms:
                int8, 8.5 bits a weight. A matrix whose rows are no multiple of 32 long stays f16.
     vectors    norms and biases, always float32
     q and k    RoPE turns pairs of dimensions of each head. Hugging Face, and minilora, pair (i, i + K/2).
-               llama.cpp's architecture `llama`, which is Llama's and Mistral's, pairs (2i, 2i + 1). So the
-               rows of every head are taken in turn from its two halves. Queries and keys are reordered
-               alike, so their scores do not change. `qwen2` and `qwen3` pair (i, i + K/2): no row moves.
-    RoPE       linear: a factor. llama3: rope_freqs.weight (K/2,), by which llama.cpp divides every frequency
+               llama.cpp's architecture `llama`, which is Llama's and Mistral's, pairs (2i, 2i + 1), and so
+               does `smollm3`. So the rows of every head are taken in turn from its two halves. Queries and
+               keys are reordered alike, so their scores do not change. `qwen2` and `qwen3` pair
+               (i, i + K/2): no row moves.
+    RoPE       linear: a factor. llama3: rope_freqs.weight (K/2,), by which llama.cpp divides every frequency.
+               yarn: a factor; llama.cpp multiplies cos and sin by 1 + 0.1 ln(factor) of its own accord, and
+               attn_factor is what remains. longrope: rope_factors_short.weight and
+               rope_factors_long.weight (K/2,)
     tied head  not written: llama.cpp takes the embedding
 
 Memory holds one tensor at a time, and the file appears complete or not at all. A model that llama.cpp cannot
@@ -30,11 +34,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minilora.config import ModelConfig
+from minilora.config import ModelConfig, RopeConfig
 from minilora.data.chat import answer_end
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.gguf_vocabulary import CONTROL, Vocabulary, read_vocabulary
-from minilora.model import rope_frequencies
+from minilora.rope import rope_frequencies, yarn_attention_factor
 from minilora.system.errors import UserError
 from minilora.system.outputs import whole_output
 
@@ -46,7 +50,9 @@ except ImportError as error:
         "a .gguf file is written with the gguf package, which is not installed: pip install gguf"
     ) from error
 
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES = dict(llama="llama", mistral="llama", ministral="llama", qwen2="qwen2", qwen3="qwen3")
+_ARCHITECTURES |= dict(smollm3="smollm3")
+_PAIRS_NEIGHBOURS = ("llama", "smollm3")  # architectures whose RoPE turns the pairs (2i, 2i + 1)
 _ROWS = 4096  # rows of a matrix that are converted at a time
 
 
@@ -103,12 +109,19 @@ def write_gguf(
 def _refuse_inexpressible(config: ModelConfig, architecture: str) -> None:
     """Raise UserError for a model that needs more than llama.cpp's code for its architecture computes."""
     heads, size, width = config.num_attention_heads, config.head_dim, config.hidden_size
-    problem = None
+    rope, problem = config.rope, None
+    every_fourth = tuple((i + 1) % 4 != 0 for i in range(config.num_hidden_layers))
     if architecture != "llama" and (config.o_bias or config.mlp_bias):
         problem = "biases on o_proj or in the feed-forward layers"
-    elif architecture != "llama" and config.rope.rope_type == "llama3":
-        problem = "rope_scaling of type 'llama3'"
-    elif architecture == "qwen2" and heads * size != width:
+    elif rope.rope_type == "dynamic" or (
+        rope.rope_type in ("llama3", "longrope") and architecture != "llama"
+    ):
+        problem = f"rope_scaling of type {rope.rope_type!r}"
+    elif rope.rope_type == "yarn" and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32.0, 1.0, True):
+        problem = "rope_scaling with other values than beta_fast = 32, beta_slow = 1, truncate = true"
+    elif config.layer_rope not in ((), every_fourth):
+        problem = "layers without RoPE other than every fourth"
+    elif architecture in ("qwen2", "smollm3") and heads * size != width:
         problem = f"{heads} heads of size {size} that do not add up to hidden_size {width}"
     if problem:
         raise UserError(
@@ -126,18 +139,29 @@ def _entries(
     """llama.cpp's name -> entry, of all tensors of the file."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     reordered = {}
-    if architecture == "llama":
+    if architecture in _PAIRS_NEIGHBOURS:
         reordered = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    entries = {}
-    if config.rope.rope_type == "llama3":
-        unstretched = rope_frequencies(replace(config.rope, rope_type="default"), config.head_dim)
-        divisors = unstretched / rope_frequencies(config.rope, config.head_dim)  # (K/2,)
-        entries["rope_freqs.weight"] = _Entry(tuple(divisors.shape), Type.F32, None, values=divisors)
+    entries = {
+        name: _Entry(tuple(divisors.shape), Type.F32, None, values=divisors)
+        for name, divisors in _frequency_divisors(config).items()
+    }
     for source, shape in shapes.items():
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         heads = reordered.get(source.split(".")[-2])
         entries[name] = _Entry(shape, _type(shape, outtype), source, heads)
     return entries
+
+
+def _frequency_divisors(config: ModelConfig) -> dict[str, Tensor]:
+    """llama.cpp's name -> the numbers by which it divides every frequency, (K/2,)."""
+    rope = config.rope
+    if rope.rope_type == "llama3":
+        unstretched = rope_frequencies(replace(rope, rope_type="default"), config.head_dim)
+        return {"rope_freqs.weight": unstretched / rope_frequencies(rope, config.head_dim)}
+    if rope.rope_type == "longrope":
+        lists = {"short": rope.short_factor, "long": rope.long_factor}
+        return {f"rope_factors_{name}.weight": torch.tensor(factors) for name, factors in lists.items()}
+    return {}
 
 
 def _type(shape: tuple[int, ...], outtype: str) -> Type:
@@ -208,9 +232,20 @@ def _add_model(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope.theta)
-    if config.rope.rope_type == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope.factor)
+    _add_rope_scaling(writer, config.rope)
+
+
+def _add_rope_scaling(writer: gguf.GGUFWriter, rope: RopeConfig) -> None:
+    if rope.rope_type not in ("linear", "yarn", "longrope"):
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType[rope.rope_type.upper()])
+    if rope.rope_type != "longrope":
+        writer.add_rope_scaling_factor(rope.factor)
+    if rope.rope_type == "linear":
+        return
+    writer.add_rope_scaling_orig_ctx_len(rope.original_max_position_embeddings)
+    its_own = yarn_attention_factor(rope.factor) if rope.rope_type == "yarn" else 1.0
+    writer.add_rope_scaling_attn_factors(rope.attention_factor / its_own)
 
 
 def _context_length(config: ModelConfig) -> int:
@@ -258,6 +293,12 @@ def _differences(
         differences.append(
             "llama.cpp has no sliding window for this model: "
             f"exact up to {context} tokens, the context length written"
+        )
+    if config.rope.rope_type == "longrope":
+        original = config.rope.original_max_position_embeddings
+        differences.append(
+            "llama.cpp chooses LongRoPE's factors by its context (-c), not by each text's length: "
+            f"texts of up to {original} tokens are exact where -c is at most {original}, longer ones always"
         )
     if vocabulary.normalizes:
         differences.append(

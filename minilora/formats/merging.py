@@ -69,6 +69,16 @@ class Merging:
         parts = self.adapter.modules.get(module, {})
         return LORA_BIAS in parts or "bias" in self.adapter.own(module) if leaf == "bias" else bool(parts)
 
+    def replaces(self, name: str) -> bool:
+        """Whether the adapter holds the parameter itself, not an update of the base's."""
+        module, _, leaf = name.rpartition(".")
+        return leaf in self.adapter.own(module) and module not in self.adapter.layers
+
+    @property
+    def replaced(self) -> list[str]:
+        """The names of the modules that the adapter holds whole."""
+        return [module for module in self.adapter.modules if self.replaces(f"{module}.{WEIGHT}")]
+
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError if the base model has no place for a bias. shapes: of its parameters."""
         for module, parts in self.adapter.modules.items():

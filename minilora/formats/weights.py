@@ -1,4 +1,4 @@
-"""Model directories in Hugging Face's layout: `config.json` and safetensors files, single or sharded.
+"""Model directories in Hugging Face's layout: `config.json` and weight files, single or sharded.
 
 Loading is lazy, tensor by tensor. The model is first built on the `meta` device, where parameters have shapes
 and no memory. The headers of the files, a few kilobytes each, list the tensors and their shapes. One error
@@ -15,43 +15,47 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Container
-from operator import itemgetter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minilora.config import ModelConfig, QuantConfig
-from minilora.formats.bnb import from_bitsandbytes, group_entries, to_bitsandbytes
-from minilora.formats.bnb_int8 import from_bitsandbytes_int8, group_int8_entries, to_bitsandbytes_int8
+from minilora.formats.bnb import from_bitsandbytes, group_entries
+from minilora.formats.bnb_int8 import from_bitsandbytes_int8, group_int8_entries
 from minilora.formats.config_json import read_config_file, to_config_json
-from minilora.int8 import Int8Tensor, quantize_int8
-from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear
+from minilora.formats.foreign_formats import foreign_files, refuse_foreign_tensors
+from minilora.formats.quantized import (
+    QuantizedWeight,
+    bitsandbytes_config,
+    plain_layers,
+    quant_config_of,
+    quantize,
+    quantized_layer,
+    to_entries,
+)
+from minilora.formats.weight_files import INDEX_FILE, SINGLE_FILE, index_of, open_weights, weight_files
+from minilora.linear import QuantizedLinear
 from minilora.lora import OUTPUT_HEAD
 from minilora.memory.stored_layers import InFiles
 from minilora.model import CausalLM
-from minilora.quantization import FLOATS, NESTED_BLOCK_SIZE, QuantizedTensor, quantize_4bit
+from minilora.quantization import FLOATS, NESTED_BLOCK_SIZE
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, write_whole
 from minilora.system.hub import resolve_model
-from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
+from minilora.system.schema import shown_name
 
 MODEL_CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-_INDEX_FIELDS = {
-    "weight_map": Field(dict, "tensor name -> file name", required=True),
-    "metadata": Field(dict, "such as the size of all tensors", nullable=True),
-}
-_SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)  # a plain name: no folder, no hidden file
+SHARD_BYTES = 1_000_000_000  # of a weight file, unless one tensor alone is larger
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _FLOATS_IN_FILES = ("F32", "BF16", "F16")  # safetensors' names of FLOATS
-_EMBEDDING = "model.embed_tokens.weight"
 _ROTARY_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in old Llama files
 
 
@@ -62,19 +66,19 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     token: str | None = None,
+    accept_config_fields: Collection[str] = (),
 ) -> CausalLM:
     """A frozen model, in evaluation mode, from a local directory or a hub id.
 
     quant: how to store the weights of the linear layers. The embedding, the head and the norms stay in
     `dtype`. It does not apply to a model that its author quantized, which is read as it is. dtype: of the
-    other weights and of all computing; None takes the one that `config.json` names. Raises UserError for a
-    directory that is not a model, a configuration that cannot be honoured, and corrupt, missing, unexpected
-    or misshapen tensors.
+    other weights and of all computing; None takes the one that `config.json` names. accept_config_fields:
+    unknown fields of `config.json` that are harmless. Raises UserError for a directory that is not a model, a
+    configuration that cannot be honoured, and corrupt, missing, unexpected or misshapen tensors.
     """
     directory = resolve_model(str(path_or_hub_id), revision=revision, token=token)
-    config = read_config(directory)
+    config, stored = read_model(directory, accept_config_fields)
     dtype = dtype or FLOATS[config.dtype]
-    stored = StoredTensors(directory)
     with torch.device("meta"):
         model = CausalLM(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}  # lists a tied head only once
@@ -86,12 +90,12 @@ def load_model(
         layer = model.get_submodule(parent)
         if name in stored.quantized:
             weight = stored.read_quantized(name, shapes[name], dtype, device)
-            model.set_submodule(parent, _quantized_layer(weight, layer.bias))
+            model.set_submodule(parent, quantized_layer(weight, layer.bias))
         elif (
             quant is not None and isinstance(layer, nn.Linear) and leaf == "weight" and parent != OUTPUT_HEAD
         ):
             weight = _quantized(stored, name, quant, device)
-            model.set_submodule(parent, _quantized_layer(weight, layer.bias))
+            model.set_submodule(parent, quantized_layer(weight, layer.bias))
         else:
             weight = _finite(stored.read(name, dtype, device), name, directory)
             setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
@@ -99,46 +103,45 @@ def load_model(
     return model.eval()
 
 
-def read_config(directory: Path) -> ModelConfig:
+def read_model(
+    directory: Path, accept_config_fields: Collection[str] = ()
+) -> tuple[ModelConfig, "StoredTensors"]:
+    """The model in a directory: its configuration, and its tensors, still on disk.
+
+    A file may hold an output head of its own although `config.json` says that the head shares the embedding's
+    weight. Then the file is right, as for transformers and vLLM: the configuration comes back untied. Raises
+    UserError for a configuration that cannot be honoured, and for files that cannot be read.
+    """
+    config, stored = read_config(directory, accept_config_fields), StoredTensors(directory)
+    if config.tie_word_embeddings and stored.differ(HEAD, EMBEDDING):
+        config = replace(config, tie_word_embeddings=False)
+    return config, stored
+
+
+def read_config(directory: Path, accept_config_fields: Collection[str] = ()) -> ModelConfig:
     """The configuration in a model directory. Raises UserError if there is none that can be honoured."""
     if not (directory / MODEL_CONFIG_FILE).is_file():
-        raise UserError(f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}")
-    return read_config_file(directory / MODEL_CONFIG_FILE)
+        raise UserError(
+            f"{directory} is not a model directory: it has no {MODEL_CONFIG_FILE}{foreign_files(directory)}"
+        )
+    return read_config_file(directory / MODEL_CONFIG_FILE, accept_config_fields)
 
 
 def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
     """A test of tensor names: whether files may hold the tensor although the model does not need it."""
-    tied_head = "lm_head.weight" if config.tie_word_embeddings else None
+    tied_head = HEAD if config.tie_word_embeddings else None
     return lambda name: name == tied_head or bool(_ROTARY_BUFFERS.fullmatch(name))
-
-
-def _quantized_layer(weight: QuantizedTensor | Int8Tensor, bias: nn.Parameter | None) -> QuantizedLinear:
-    return Linear8bit(weight, bias) if isinstance(weight, Int8Tensor) else Linear4bit(weight, bias)
 
 
 def _quantized(
     stored: "StoredTensors", name: str, quant: QuantConfig, device: torch.device | str
-) -> QuantizedTensor | Int8Tensor:
+) -> QuantizedWeight:
     """A weight quantized from the file's dtype: the compute dtype must not round it first."""
     weight = stored.read(name, None, device, copy=False)
     try:
         return quantize(_finite(weight, name, stored.directory) if quant.bits == 8 else weight, quant)
     except UserError as error:
         raise UserError(f"{name} in {stored.directory}: {error}") from error
-
-
-def quantize(weight: Tensor, quant: QuantConfig) -> QuantizedTensor | Int8Tensor:
-    """The weight as `quant` asks for it. Raises UserError for one that cannot be quantized."""
-    if quant.bits == 8:
-        return quantize_int8(weight)
-    return quantize_4bit(weight, quant.quant_type, quant.blocksize, quant.double_quant)
-
-
-def quant_config_of(weight: QuantizedTensor | Int8Tensor) -> QuantConfig:
-    """How a weight is quantized: `quantize` with it gives a weight of the same kind."""
-    if isinstance(weight, Int8Tensor):
-        return QuantConfig(8)
-    return QuantConfig(4, weight.quant_type, weight.nested_absmax is not None, weight.blocksize)
 
 
 def _finite(weight: Tensor, name: str, directory: Path) -> Tensor:
@@ -158,11 +161,13 @@ class StoredTensors:
         self.files: dict[str, Path] = {}  # tensor name -> the file that holds it
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}  # in safetensors' spelling: BF16, F32, ...
-        for path, promised in _weight_files(directory).items():
-            with _open(path) as file:
+        for path, promised in weight_files(directory).items():
+            with open_weights(path) as file:
                 if lacking := sorted(promised - set(file.keys())):
                     problem = summarize([shown_name(name) for name in lacking], 3)
-                    raise UserError(f"{path} lacks {problem}, which {INDEX_FILE} puts there; download again")
+                    raise UserError(
+                        f"{path} lacks {problem}, which {index_of(path)} puts there; download again"
+                    )
                 for name in file.keys():
                     if name in self.files:
                         raise UserError(
@@ -173,6 +178,7 @@ class StoredTensors:
                     self.files[name] = path
                     self.shapes[name] = tuple(entry.get_shape())
                     self.dtypes[name] = entry.get_dtype()
+        refuse_foreign_tensors(directory, self.files)
         self._in_4_bits = group_entries(self.files)
         # Weights in 4 or 8 bits: name -> the names of its entries.
         self.quantized = self._in_4_bits | group_int8_entries(self.files)
@@ -224,7 +230,7 @@ class StoredTensors:
         problems += [
             f"{name} is quantized, but only linear layers can be"
             for name in wanted
-            if name in self.quantized and (name == _EMBEDDING or len(wanted[name]) != 2)
+            if name in self.quantized and (name == EMBEDDING or len(wanted[name]) != 2)
         ]
         for name, shape in wanted.items():
             # The shape of packed bytes does not tell the weight's shape. `read_quantized` checks it.
@@ -240,6 +246,12 @@ class StoredTensors:
                 f"the weights in {self.directory} do not fit its {MODEL_CONFIG_FILE}: {summarize(problems)}"
             )
 
+    def differ(self, one: str, other: str) -> bool:
+        """Whether the files hold both tensors, with different contents."""
+        if one not in self.shapes or other not in self.shapes:
+            return False
+        return not torch.equal(*(self.read(name, None, "cpu", copy=False) for name in (one, other)))
+
     def read(
         self, name: str, dtype: torch.dtype | None, device: torch.device | str, copy: bool = True
     ) -> Tensor:
@@ -247,12 +259,12 @@ class StoredTensors:
 
         With `copy=False` it may be a view of the mapped file: use it at once, and drop it.
         """
-        with _open(self.files[name]) as file:
+        with open_weights(self.files[name]) as file:
             return file.get_tensor(name).to(device=device, dtype=dtype, copy=copy)
 
     def read_quantized(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> QuantizedTensor | Int8Tensor:
+    ) -> QuantizedWeight:
         """A weight in bitsandbytes' 4 or 8 bits, (out, in).
 
         dtype: of 8-bit weights once dequantized, which their entries do not tell. Raises UserError for
@@ -268,49 +280,6 @@ class StoredTensors:
                 f"{name} in {self.directory} is {tuple(weight.shape)}, {MODEL_CONFIG_FILE} says {shape}"
             )
         return weight.to(device)
-
-
-def _weight_files(directory: Path) -> dict[Path, set[str]]:
-    """The safetensors files of a model directory, each with the tensors that its index puts there."""
-    index = directory / INDEX_FILE
-    if index.exists():
-        shards: dict[Path, set[str]] = {}
-        for name, file in sorted(_read_index(index).items(), key=itemgetter(1)):
-            shards.setdefault(directory / file, set()).add(name)
-        if absent := [path.name for path in shards if not path.is_file()]:
-            raise UserError(
-                f"{directory} lacks {summarize(absent)}, which {INDEX_FILE} names; download again"
-            )
-        return shards
-    if (directory / SINGLE_FILE).is_file():
-        return {directory / SINGLE_FILE: set()}
-    pickled = sorted(path.name for path in directory.glob("*.bin"))
-    hint = f" ({pickled[0]} is pickled and never read; convert it to safetensors)" if pickled else ""
-    raise UserError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a sharded model. No file outside its directory is named."""
-    try:
-        shards = read_fields(read_object(path), _INDEX_FIELDS)["weight_map"]
-        for name, file in shards.items():
-            if not isinstance(file, str) or not _SHARD.fullmatch(file):
-                raise UserError(
-                    f"{shown_name(name)} must lie in a file such as model-00001-of-00002.safetensors in the "
-                    f"same directory, not in {shown(file)}"
-                )
-    except UserError as error:
-        raise UserError(f"{path} is not a safetensors index: {error}") from error
-    if not shards:
-        raise UserError(f"{path} is not a safetensors index: weight_map is empty")
-    return shards
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt: {error}; download it again") from error
 
 
 def save_model(model: CausalLM, directory: str | Path) -> None:
@@ -339,41 +308,6 @@ def save_model(model: CausalLM, directory: str | Path) -> None:
     write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
-def to_entries(weight: QuantizedTensor | Int8Tensor, name: str) -> dict[str, Tensor]:
-    """The entries of a state dict that hold a quantized weight called `name`."""
-    if isinstance(weight, Int8Tensor):
-        return to_bitsandbytes_int8(weight, name)
-    return to_bitsandbytes(weight, name)
-
-
-def plain_layers(model: nn.Module, quantized: Container[str] = ()) -> list[str]:
-    """Full names of the linear layers whose weights are not quantized, and not named in `quantized`."""
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    return [name for name in names if f"{name}.weight" not in quantized]
-
-
-def bitsandbytes_config(quant: QuantConfig, skipped: list[str], compute_dtype: str) -> dict:
-    """The `quantization_config` that tells transformers how the files hold weights.
-
-    skipped: full names of the linear layers that are not quantized. transformers makes a quantized layer of
-    every other one, the output head included.
-    """
-    bits = {"quant_method": "bitsandbytes", f"load_in_{quant.bits}bit": True}
-    skip = {"llm_int8_skip_modules": skipped}  # under this name for 4 bits, too
-    if quant.bits == 8:
-        return bits | skip
-    return (
-        bits
-        | skip
-        | {
-            "bnb_4bit_quant_type": quant.quant_type,
-            "bnb_4bit_use_double_quant": quant.double_quant,
-            "bnb_4bit_compute_dtype": compute_dtype,
-            "bnb_4bit_quant_storage": "uint8",
-        }
-    )
-
-
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file, complete or not at all, with the permissions of any new file."""
     part = path.with_name(path.name + ".part")
@@ -387,3 +321,22 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_shards(entries: Iterable[dict[str, Tensor]], directory: Path) -> None:
+    """Write tensors in the order they come, into one file, or into several files and an index."""
+    held, shards, total = {}, [], 0  # shards: the names in each file
+    for tensors in chain(entries, [{}]):  # the empty one marks the end
+        if held and (not tensors or sum(t.nbytes for t in (held | tensors).values()) > SHARD_BYTES):
+            save_tensors(held, directory / f"{len(shards)}.safetensors")
+            shards.append(list(held))
+            total, held = total + sum(t.nbytes for t in held.values()), {}
+        held |= tensors
+    weight_map = {}
+    for i, names in enumerate(shards):  # A file's name holds the number of files, known only now.
+        file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(directory / f"{i}.safetensors", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_whole(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")

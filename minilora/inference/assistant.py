@@ -19,6 +19,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import check_sampling, end_tokens, generate_stream, generate_text
 from minilora.lora import set_adapter
 from minilora.model import CausalLM, KVCache
+from minilora.rope import context_length
 from minilora.system.errors import UserError, suggestion
 
 
@@ -113,7 +114,7 @@ class Assistant:
 
     def answer_limit(self, prompt: Sequence[int]) -> int:
         """The largest number of tokens that the answer to `prompt` may have."""
-        positions = self.model.config.max_position_embeddings
+        positions = context_length(self.model.config)
         if len(prompt) >= positions:
             raise UserError(
                 f"{len(prompt)} tokens fill the {positions} positions of the model; "

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from torch import nn
 
-from minilora.adapted import grow_vocabulary
 from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template
 from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -29,12 +28,13 @@ from minilora.formats.adapter import (
     read_adapter_config,
     vocabulary_of,
 )
-from minilora.formats.weights import load_model, read_config
+from minilora.formats.weights import read_config
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
 from minilora.run.describe import describe_weights
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import TrainConfig, load_train_config, parse_arguments
+from minilora.run.vocabulary import load_base_model
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.device import choose_placement
 from minilora.system.errors import ArgumentParser, UserError
@@ -65,7 +65,7 @@ class InferenceSetup:
     @property
     def files(self) -> list[Path]:
         """The files that are read: of the model, and of the adapters and their runs."""
-        names = "config.json", "*.safetensors*", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
+        names = "config.json", "*.safetensors*", "*.bin*", "*.jinja", "tokenizer*", "adapter_*", SETTINGS_FILE
         directories = self.base, *self.adapters.values()
         found = [file for directory in directories for name in names for file in directory.glob(name)]
         return [*found, Path(self.config_file)] if self.config_file else found
@@ -73,8 +73,7 @@ class InferenceSetup:
     def load_model(self) -> CausalLM:
         """The frozen model on this machine's device, in evaluation mode, with every adapter loaded."""
         placement = choose_placement(self.config.bf16, self.config.fp16)
-        model = load_model(self.base, self.config.quant_config(), placement.dtype, placement.device)
-        grow_vocabulary(model, self.model_config.vocab_size)  # the base model reads new tokens, too
+        model = load_base_model(self.base, self.config, placement, self.model_config.vocab_size)
         for name, directory in self.adapters.items():
             load_adapter(model, directory, name)
         set_adapter(model, self.first_adapter)
@@ -107,7 +106,7 @@ def prepare_inference(
     tokenizer = load_adapted_tokenizer(base, adapters)
     template = load_chat_template(config.template, tokenizer, now=now)
     config_file = parse_arguments(keys).get("config")
-    model_config = read_config(base)
+    model_config = read_config(base, config.accepted_fields())
     vocab_size = max((vocabulary_of(d, 0) for d in adapters.values()), default=0) or model_config.vocab_size
     model_config = replace(model_config, vocab_size=vocab_size)
     return InferenceSetup(adapters, config, base, model_config, tokenizer, template, config_file)

@@ -159,19 +159,17 @@ def memory_ledger(
     Raises UserError for an adapter that names layers which the model does not have.
     """
     policies = _policies_in_effect(recompute, model_config.num_hidden_layers, device)
-    counts, widths = _count(model_config, lora), widths_of(model_config, dtype, device)
-    if in_files is not None and OUTPUT_HEAD in in_files:
-        counts = counts.with_quantized_head(model_config)
+    widths = widths_of(model_config, dtype, device)
+    counts = _count(model_config, lora, OUTPUT_HEAD in (in_files or ()))
     tokens, rows = tokens or batch_size * length, None
     if _multiplies_packed(dtype, device):
         prompts = answers.batch_size * answers.prompt if answers else 0
         rows = max(tokens, eval_batch_size * (eval_length or length), prompts)
     layers = stored_layers(counts.shapes, quant, in_files, widths.number)
     staying = {"process": process} | _staying_bytes(counts, layers, widths, optim, device)
-    staying["scratch"] = dequantized_bytes(layers, widths, rows, lora.use_dora)
     sizes = partial(_Sizes, model_config, lora, counts, widths, device)
     batch = sizes(batch_size, length, tokens)
-    staying["scratch"] = _scratch_bytes(batch, staying["scratch"])
+    staying["scratch"] = _scratch_bytes(batch, dequantized_bytes(layers, widths, rows, lora.use_dora))
     if compiles_kernels(dtype, device):
         attention_lengths = 0 if widths.groups else document_lengths  # a kernel of our own is none of these
         packed_weights = rows is not None and all(layer.bits == 4 for layer in layers)
@@ -183,10 +181,9 @@ def memory_ledger(
     if answers:
         prompts = sizes(answers.batch_size, answers.prompt)
         moments["answers"] = {"gradients": 0} | _answer_bytes(prompts, answers)
-    for held in moments.values():
-        if heap_holes:
-            activations = (size for name, size in held.items() if name not in staying)
-            held["heap holes"] = int(HEAP_HOLES * sum(activations))
+    for held in moments.values() if heap_holes else ():
+        activations = (size for name, size in held.items() if name not in staying)
+        held["heap holes"] = int(HEAP_HOLES * sum(activations))
     return Ledger(
         {name: dict.fromkeys(CATEGORIES, 0) | staying | held for name, held in moments.items()},
         batch_size,
@@ -366,7 +363,7 @@ def process_memory() -> int:
 class _Counts(NamedTuple):
     """How many numbers there are of everything."""
 
-    shapes: dict[str, tuple[int, int]]  # of the decoder's linear layers: (out, in)
+    shapes: dict[str, tuple[int, int]]  # (out, in) of the decoder's linear layers, and of a quantized head
     rest: int  # embeddings, head, norms, biases
     adapter: int
     trainable: list[int]  # of every tensor of it that learns
@@ -376,22 +373,16 @@ class _Counts(NamedTuple):
     whole: frozenset[str]  # of the embedding and the head, those that are trained whole
     not_rerun: int  # weights of linear layers that a second run skips (see `recompute.py`)
 
-    def with_quantized_head(self, c: ModelConfig) -> "_Counts":
-        """Return the counts of a model whose output head is a quantized layer like those of the decoder."""
-        head = c.vocab_size, c.hidden_size
-        rest, shapes = self.rest - math.prod(head), self.shapes | {OUTPUT_HEAD: head}
-        return self._replace(shapes=shapes, rest=rest, head_is_plain=False)
-
 
 @lru_cache
-def _count(model_config: ModelConfig, lora: LoraConfig) -> _Counts:
+def _count(model_config: ModelConfig, lora: LoraConfig, head_is_quantized: bool) -> _Counts:
     """Built on the meta device, where tensors have shapes and no memory."""
     with torch.device("meta"):
         model = CausalLM(model_config)
     weights = {
         name: m.weight
         for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and name != OUTPUT_HEAD
+        if isinstance(m, nn.Linear) and (name != OUTPUT_HEAD or head_is_quantized)
     }
     rest = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in weights.values())
     add_lora(model, lora)
@@ -412,7 +403,7 @@ def _count(model_config: ModelConfig, lora: LoraConfig) -> _Counts:
         trainable=[p.numel() for p in trainable_parameters(model).values()],
         adapted=adapted,
         first_adapted=min(_first_layer(plain_name(name), len(adapted)) for name in changed),
-        head_is_plain=isinstance(model.lm_head, (nn.Linear, TrainedCopy)),
+        head_is_plain=isinstance(model.lm_head, (nn.Linear, TrainedCopy)) and not head_is_quantized,
         whole=frozenset({EMBEDDING, OUTPUT_HEAD} & whole),
         not_rerun=sum(
             w.numel() for name, w in weights.items() if name.endswith("down_proj") and name not in with_values

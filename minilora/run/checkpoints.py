@@ -371,7 +371,8 @@ def sample_model(directory: Path, samples: int = 64, size: int = 4096) -> Iterat
     Their `fingerprint` identifies a model without reading all of its weights.
     """
     yield (directory / "config.json").read_bytes()
-    for path in sorted(directory.glob("*.safetensors")):
+    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    for path in weights:
         length = path.stat().st_size
         yield length.to_bytes(8, "little")
         with path.open("rb") as file:

@@ -12,6 +12,7 @@ from minilora.data.examples import Dataset, split, tokenize
 from minilora.data.prepared import load_tokens, tokens_file, tokens_key
 from minilora.data.rows import Row, mix_rows, parse_datasets, read_rows
 from minilora.data.tokenizer import Tokenizer
+from minilora.rope import context_length
 from minilora.run.settings import TrainConfig
 from minilora.system.assets import ASSETS
 from minilora.system.errors import UserError, raise_error
@@ -100,7 +101,7 @@ def tokenize_rows(
 
 def token_settings(config: TrainConfig, model_config: ModelConfig) -> dict[str, object]:
     """Return the settings for `tokenize`. Raises UserError if cutoff_len exceeds the model's positions."""
-    limit = model_config.max_position_embeddings
+    limit = context_length(model_config)
     cutoff_len = config.cutoff_len or min(1024, limit)
     if cutoff_len > limit:
         raise UserError(

@@ -20,7 +20,7 @@ from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, has_tokenizer
 from minilora.formats.adapter import read_adapter_config, vocabulary_of
-from minilora.formats.weights import StoredTensors, read_config
+from minilora.formats.weights import read_model
 from minilora.memory.allocator import (
     compiles_kernels,
     limit_compiled_kernels,
@@ -89,7 +89,8 @@ class Plan:
     placement: Placement  # device and dtype
     # the model and its data
     model_dir: Path
-    model_config: ModelConfig
+    base_config: ModelConfig  # as the model's files say
+    model_config: ModelConfig  # with the vocabulary that it has under the adapter
     lora: LoraConfig  # of the adapter to train
     start_adapter: Path | None  # the adapter to go on from; None: a new one
     tokenizer: Tokenizer
@@ -137,9 +138,9 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
         config.model_name_or_path or str(EMBEDDED_MODEL), revision=config.model_revision
     )
     check_inputs(config, model_dir)
-    model_config = read_config(model_dir)
+    base_config, stored = read_model(model_dir, config.accepted_fields())
     start_adapter = resolve_model(config.adapter_name_or_path) if config.adapter_name_or_path else None
-    lora, model_config = choose_adapter(config, start_adapter, model_config)
+    lora, model_config = choose_adapter(config, start_adapter, base_config)
     tokenizer = load_run_tokenizer(config, start_adapter if has_tokenizer(start_adapter) else model_dir)
     lora, model_config = choose_vocabulary(config, lora, model_config, tokenizer)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
@@ -157,12 +158,14 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
-    in_files = StoredTensors(model_dir).quantized_layers()
-    memory = plan_memory(config, model_config, lora, placement, order, longest, lengths, in_files)
+    stored.applicable(config.quant_config())  # raises UserError for settings that contradict the files
+    quantized = stored.quantized_layers()
+    memory = plan_memory(config, model_config, lora, placement, order, longest, lengths, quantized)
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
-        model_dir=model_dir, model_config=model_config, lora=lora, start_adapter=start_adapter,
+        model_dir=model_dir, base_config=base_config, model_config=model_config,
+        lora=lora, start_adapter=start_adapter,
         tokenizer=tokenizer, template=template,
         train_set=train_set, eval_set=eval_set, order=order, schedule=schedule, memory=memory,
         training=training, checkpoint=checkpoint, state=state,

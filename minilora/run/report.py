@@ -7,7 +7,6 @@ from typing import NoReturn, Protocol
 
 from minilora.data.examples import Order
 from minilora.data.rows import Row
-from minilora.formats.weights import read_config
 from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
@@ -138,6 +137,8 @@ def training_figures(plan: Plan, run: Run) -> dict[str, str]:
         "peak memory": f"{used / 2**30:.2f} GiB ({predicted / 2**30:.2f} GiB predicted)",
         "training time": minutes(run.seconds),
     }
+    if accepted := plan.config.accepted_fields():
+        figures["fields of config.json declared harmless"] = ", ".join(accepted)
     if reserved is not None:
         figures["peak memory reserved of the GPU"] = f"{reserved / 2**30:.2f} GiB"
     if held_out:
@@ -238,7 +239,7 @@ def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
     )
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     rows = plan.model_config.vocab_size
-    grown = rows > read_config(plan.model_dir).vocab_size  # PEFT wants the base model to have these rows
+    grown = rows > plan.base_config.vocab_size  # PEFT wants the base model to have these rows
     card = MODEL_CARD.format(
         link=f"base_model: {base_model}\n" if on_hub else "",
         base_model=str(base_model),

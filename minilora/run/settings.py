@@ -58,10 +58,11 @@ _NEED_HELD_OUT = "load_best_model_at_end early_stopping_patience eval_steps exac
 # bf16 and fp16 by the dtype that they lead to.
 MAY_CHANGE = set(
     """
-    model_name_or_path model_revision dataset eval_dataset output_dir overwrite_output_dir
-    resume_from_checkpoint bf16 fp16 per_device_eval_batch_size gradient_checkpointing logging_steps
-    eval_steps save_steps save_total_limit early_stopping_patience exact_match_samples report_to run_name
-    mlflow_tracking_uri push_to_hub hub_private_repo upload hub_strategy
+    model_name_or_path model_revision accept_config_fields dataset eval_dataset output_dir
+    overwrite_output_dir resume_from_checkpoint bf16 fp16 per_device_eval_batch_size
+    gradient_checkpointing logging_steps eval_steps save_steps save_total_limit early_stopping_patience
+    exact_match_samples report_to run_name mlflow_tracking_uri push_to_hub hub_private_repo upload
+    hub_strategy
     """.split()
 )
 
@@ -73,6 +74,7 @@ class TrainConfig:
     # model
     model_name_or_path: str | None = None  # directory or hub id; none: the small model included in minilora
     model_revision: str | None = None  # branch, tag or commit on the hub; none: the hub's main branch
+    accept_config_fields: str | list[str] | None = None  # unknown fields of config.json that are harmless
     new_special_tokens: str | list[str] | None = None  # add and train these tokens: <call>,</call>
     add_tokens: str | list[str] | None = None  # the same for plain tokens; special ones decode to nothing
     resize_vocab: bool = False  # also train tokens of the tokenizer for which the model has no rows yet
@@ -96,7 +98,7 @@ class TrainConfig:
     overwrite_output_dir: bool = False  # delete the results of an earlier run there
     resume_from_checkpoint: str | None = None  # latest: the newest in output_dir; or the path of a checkpoint
     # quantization of the frozen weights: QLoRA
-    quantization_bit: int | None = 4  # 4 or 8; none: keep the weights as stored, plain LoRA
+    quantization_bit: int | None = 4  # 4 or 8; none: as stored, plain LoRA; a quantized model stays as it is
     quantization_type: str = "nf4"  # nf4 or fp4, if quantization_bit is 4
     double_quantization: bool = True  # store the scales in 8 bits too: 4.127 bits a weight, not 4.5
     # adapter
@@ -277,8 +279,11 @@ class TrainConfig:
 
     def trackers(self) -> list[str]:
         """The names in `report_to`: the services that get the metrics besides metrics.jsonl."""
-        names = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to
-        return [name.strip() for name in names if name.strip() != "none"]
+        return [name for name in _names(self.report_to) if name != "none"]
+
+    def accepted_fields(self) -> list[str]:
+        """The names in `accept_config_fields`."""
+        return _names(self.accept_config_fields or [])
 
     def may_change(self) -> set[str]:
         """The keys that a resumed run may change, because no number of its training depends on them."""

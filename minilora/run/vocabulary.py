@@ -16,10 +16,14 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from minilora.adapted import grow_vocabulary
 from minilora.config import LoraConfig, ModelConfig
 from minilora.data.new_tokens import add_new_tokens
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
+from minilora.formats.weights import load_model
+from minilora.model import CausalLM
 from minilora.run.settings import TrainConfig
+from minilora.system.device import Placement
 from minilora.system.errors import UserError, summarize, until_end
 from minilora.system.schema import shown
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, matching_names, saved_modules
@@ -42,6 +46,14 @@ def load_run_tokenizer(config: TrainConfig, directory: Path) -> Tokenizer:
     there = f"; there already, and only trained: {summarize([*map(shown, old)], 5)}" if old else ""
     print(f"tokens     {in_words}{there}")
     return extended
+
+
+def load_base_model(directory: Path, config: TrainConfig, placement: Placement, rows: int) -> CausalLM:
+    """Return the frozen model as the settings store it, with `rows` rows of embedding, or more."""
+    where, accepted = (placement.dtype, placement.device), config.accepted_fields()
+    model = load_model(directory, config.quant_config(), *where, accept_config_fields=accepted)
+    grow_vocabulary(model, rows, config.seed)
+    return model
 
 
 def choose_vocabulary(

@@ -27,7 +27,7 @@ from minilora.system.errors import UserError
 from minilora.system.files import read_json
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "an object"}
-_LISTS = {int: "whole numbers", str: "texts", dict: "objects", list: "lists"}
+_LISTS = {int: "whole numbers", float: "numbers", str: "texts", dict: "objects", list: "lists"}
 _LARGEST = sys.float_info.max
 
 
@@ -83,8 +83,10 @@ class Field:
         if value is None and self.required:
             raise UserError(f"the key {name} is missing")
         kinds = self.kinds if isinstance(self.kinds, tuple) else (self.kinds,)
-        if float in kinds and int not in kinds and type(value) is int and abs(value) <= _LARGEST:
-            value = float(value)
+        if float in kinds and int not in kinds:
+            value = _as_fraction(value)
+        if list in kinds and self.items is float and type(value) is list:
+            value = [_as_fraction(item) for item in value]
         if type(value) not in kinds or not self._holds(value):
             raise UserError(f"{name} must be {self.allowed()}, not {shown(value)}")
         if self.choices and value not in self.choices:
@@ -97,7 +99,7 @@ class Field:
             return len(value) <= self.longest and (value.isprintable() or not self.one_line)
         if isinstance(value, list):
             right = all(type(item) is self.items for item in value) and len(value) <= self.longest
-            return right and (self.items not in (int, str) or all(map(self._holds, value)))
+            return right and (self.items not in (int, float, str) or all(map(self._holds, value)))
         if isinstance(value, bool | dict):
             return True
         bounds = (
@@ -108,6 +110,11 @@ class Field:
         )
         # NaN is never between two numbers. An infinity is allowed where the table names it as a bound.
         return all(bounds) and (-_LARGEST <= value <= _LARGEST or value == self.high)
+
+
+def _as_fraction(value: Any) -> Any:
+    """A whole number as a fraction, anything else as it is."""
+    return float(value) if type(value) is int and abs(value) <= _LARGEST else value
 
 
 def read_fields(raw: Any, table: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:

@@ -355,3 +355,44 @@ def test_half_precision_adapters_are_loaded_as_float32(tmp_path):
     assert all(
         p.dtype == torch.float32 for layer in lora_layers(model).values() for p in layer.lora_A.values()
     )
+
+
+class Wrapper(torch.nn.Module):
+    """What DDP and FSDP do to names."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def compiled_layers(model):
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(layer, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        Wrapper,
+        lambda m: Wrapper(Wrapper(m)),
+        compiled_layers,
+    ],
+    ids=["torch.compile", "wrapper", "two wrappers", "layer by layer"],
+)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+@torch.no_grad()
+def test_a_wrapped_model_is_saved_under_the_names_of_the_plain_one(wrap, targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = transformers_model("llama-gqa")
+    model = same_model_here(base)
+    add_lora(model, LoraConfig(r=4, target_modules=targets, modules_to_save=["norm"]))
+    randomize(model)
+    expected = model(ids(2, 9))
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(wrap(model), tmp_path / "wrapped")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "wrapped" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "wrapped").eval()
+    assert relative_error(theirs(input_ids=ids(2, 9)).logits, expected) <= TOLERANCE

@@ -12,18 +12,24 @@ from support.tiny import AFTER_20_STEPS, TOLERANCE, ids
 
 from minilora import (
     CausalLM,
+    LoraConfig,
     UserError,
+    add_lora,
     load_adapter,
     merge_lora,
+    quantize_4bit,
     remove_lora,
     save_adapter,
     set_adapter,
+    set_recompute,
     unmerge_lora,
 )
+from minilora.adapted import adapted_layers
 from minilora.formats.adapter import adapter_tensors, read_adapter
 from minilora.formats.config_json import parse_config
 from minilora.formats.merging import Merging
 from minilora.formats.peft_format import LORA_BIAS
+from minilora.linear import Linear4bit
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
 
@@ -146,3 +152,85 @@ def test_merged_file_by_file_it_is_pefts_merged_model(pair):
         source = base[merging.source(name)]
         parameter.copy_(merging.merged(name, source) if merging.changes(name) else source)
     assert relative_error(model(tokens(kind)), expected) <= TOLERANCE
+
+
+def in_4_bits(model):
+    """The model with its decoder's linear layers in NF4."""
+    for name, layer in list(model.model.layers.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            bias = None if layer.bias is None else layer.bias.data
+            model.model.layers.set_submodule(name, Linear4bit(quantize_4bit(layer.weight.data), bias))
+    return model
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "modules_to_save, a linear layer"])
+@torch.no_grad()
+def test_on_a_base_in_4_bits_it_is_pefts_on_the_dequantized_weights(kind, tmp_path):
+    kind, base = KINDS[kind], base_of(KINDS[kind])
+    ours = in_4_bits(same_model_here(base))
+    for name, layer in ours.named_modules():
+        if isinstance(layer, Linear4bit):
+            base.get_submodule(name).weight.copy_(layer.weight.dequantize(torch.float32))
+    theirs = peft_model(kind, tmp_path / "base", base)
+    theirs.save_pretrained(tmp_path / "theirs", **kind.saving)
+    load_adapter(ours, tmp_path / "theirs")
+    expected = theirs(input_ids=tokens(kind)).logits
+    assert relative_error(ours(tokens(kind)), expected) <= TOLERANCE
+
+
+def test_a_layer_in_4_bits_is_not_trained_whole(tmp_path):
+    ours = in_4_bits(same_model_here(base_of(KINDS["plain"])))
+    with pytest.raises(UserError, match="names model.layers.0.self_attn.k_proj, which is in 4 or 8 bits"):
+        add_lora(ours, LoraConfig(target_modules=["q_proj"], modules_to_save=["k_proj"]))
+    kind = KINDS["modules_to_save, a linear layer"]
+    peft_model(kind, tmp_path / "base").save_pretrained(tmp_path / "theirs")
+    ours = in_4_bits(same_model_here(base_of(kind)))
+    with pytest.raises(UserError, match="k_proj.weight replaces a weight in 4 or 8 bits; load the model"):
+        load_adapter(ours, tmp_path / "theirs")
+    assert not adapted_layers(ours)
+
+
+RECOMPUTED = (
+    "modules_to_save, tied",
+    "modules_to_save, norms",
+    "lora_bias",
+    "bias, all",
+    "LoRA on embed_tokens",
+)
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+@pytest.mark.parametrize("kind", [*RECOMPUTED, "trainable_token_indices, tied", "LoRA on lm_head, tied"])
+def test_recompute_changes_no_gradient_of_it(kind, policy, tmp_path):
+    kind = KINDS[kind]
+    peft_model(kind, tmp_path / "base").save_pretrained(tmp_path / "theirs")
+    ours = same_model_here(base_of(kind))
+    load_adapter(ours, tmp_path / "theirs")
+    gradients = {}
+    for name in ("off", policy):
+        set_recompute(ours, name)
+        ours.zero_grad(set_to_none=True)
+        causal_lm_loss(ours, tokens(kind), tokens(kind)).backward()
+        gradients[name] = {n: p.grad for n, p in trainable_parameters(ours).items()}
+    assert all(torch.equal(g, gradients[policy][n]) for n, g in gradients["off"].items())
+
+
+@pytest.mark.parametrize(
+    "kind", ["modules_to_save, tied", "modules_to_save, norms", "lora_bias", "bias, all"]
+)
+@torch.no_grad()
+def test_what_is_trained_is_float32_beside_a_base_in_bfloat16(kind, tmp_path):
+    kind = KINDS[kind]
+    peft_model(kind, tmp_path / "base").save_pretrained(tmp_path / "theirs")
+    exact = same_model_here(base_of(kind))
+    load_adapter(exact, tmp_path / "theirs")
+    ours = same_model_here(base_of(kind)).bfloat16()
+    load_adapter(ours, tmp_path / "theirs")
+    assert {p.dtype for p in trainable_parameters(ours).values()} == {torch.float32}
+    logits = ours(tokens(kind))
+    assert logits.dtype == torch.bfloat16
+    # bfloat16 rounds every activation to 2^-9 of itself; three layers of a few roundings each stay below 2^-4.
+    assert relative_error(logits.float(), exact(tokens(kind))) <= 2**-4
+    with torch.enable_grad():
+        causal_lm_loss(ours, tokens(kind), tokens(kind)).backward()
+    assert all(p.grad.dtype == torch.float32 for p in trainable_parameters(ours).values())

@@ -7,6 +7,7 @@ itself runs where its wheel is installed: the package xllamacpp carries it.
 
 import errno
 import json
+import math
 import shutil
 import sys
 import urllib.request
@@ -44,7 +45,15 @@ TINY = dict(
     num_attention_heads=2,
     max_position_embeddings=64,
 )
+ARCHITECTURES = dict(Llama="llama", Mistral="llama", Ministral="llama", Qwen2="qwen2", Qwen3="qwen3")
+ARCHITECTURES |= dict(SmolLM3="smollm3")
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LONGROPE = dict(
+    rope_type="longrope",
+    short_factor=[1.0 + 0.05 * i for i in range(8)],
+    long_factor=[1.0 + 0.5 * i for i in range(8)],
+    original_max_position_embeddings=256,  # llama.cpp's context in these tests
+)
 QWEN2 = next(steps[0] for steps, name in _SPLITS.items() if name == "qwen2")
 F16, F32, Q8_0 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 
@@ -151,7 +160,10 @@ def test_every_tensor_is_the_models_with_llama_cpps_name_type_and_order_of_rows(
     for name, parameter in model.named_parameters():
         if name.startswith("model.layers."):
             layer, leaf, kind = (name.split(".")[i] for i in (2, -2, -1))
-            if config.model_type in ("llama", "mistral") and leaf in ("q_proj", "k_proj"):
+            if config.model_type in ("llama", "mistral", "ministral", "smollm3") and leaf in (
+                "q_proj",
+                "k_proj",
+            ):
                 K, rows = config.head_dim, []
                 for head in range(parameter.shape[0] // K):
                     for pair in range(K // 2):
@@ -173,11 +185,15 @@ def test_every_key_of_the_header_agrees_with_the_configuration_and_the_tokenizer
     directory, path, _ = exported(family)
     config, arch = (
         read_config(directory),
-        {"Llama": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}[FAMILIES[family][0]],
+        ARCHITECTURES[FAMILIES[family][0]],
     )
     shape = {
-        "block_count": 3,
-        "context_length": {"mistral-window": 7, "qwen2-some-windows": 5}.get(family, 256),
+        "block_count": {"smollm3-no-rope": 4}.get(family, 3),
+        "context_length": {
+            "mistral-window": 7,
+            "qwen2-some-windows": 5,
+            "ministral-some-windows": 6,
+        }.get(family, 256),
         "embedding_length": 64,
         "feed_forward_length": 80,
         "attention.head_count": 4,
@@ -187,10 +203,16 @@ def test_every_key_of_the_header_agrees_with_the_configuration_and_the_tokenizer
         "attention.layer_norm_rms_epsilon": pytest.approx(config.rms_norm_eps, rel=1e-6),  # float32
         "vocab_size": V,
         "rope.dimension_count": config.head_dim,
-        "rope.freq_base": 500000.0 if family == "llama3-rope" else 10000.0,
+        "rope.freq_base": {"llama3-rope": 500000.0, "smollm3-no-rope": 2000000.0}.get(family, 10000.0),
     }
     if family == "llama-linear-rope":
         shape |= {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    if family in ("llama-yarn", "qwen3-yarn"):
+        shape |= {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+        shape |= {"rope.scaling.original_context_length": 16}
+        its_own = 1 + 0.1 * math.log(4)
+        given = (1 + 0.15 * math.log(4)) / (1 + 0.05 * math.log(4)) if family == "llama-yarn" else its_own
+        shape |= {"rope.scaling.attn_factor": pytest.approx(given / its_own, rel=1e-6)}  # float32
     pieces = load_tokenizer(model_dir)._backend._model
     n = pieces.vocab_size()
     assert n < V
@@ -316,8 +338,11 @@ def test_differences_in_llama_cpp_are_returned(exported):
 # ---- the logits of llama.cpp's conventions ----------------------------------------------------------------------------
 
 
-def logits_of_llama_cpp(path: Path, tokens: list[int]) -> np.ndarray:
-    """Logits (T, V) as llama.cpp's code computes them, in float64, from the tensors and the header alone."""
+def logits_of_llama_cpp(path: Path, tokens: list[int], factors: str = "short") -> np.ndarray:
+    """Logits (T, V) as llama.cpp's code computes them, in float64, from the tensors and the header alone.
+
+    factors: LongRoPE's, "short" or "long", which llama.cpp chooses by the context that it is given.
+    """
     w, header = {name: t.astype(np.float64) for name, t in tensors(path).items()}, values(path)
     arch = header["general.architecture"]
     get = lambda key, default=None: header.get(f"{arch}.{key}", default)  # noqa: E731
@@ -327,6 +352,8 @@ def logits_of_llama_cpp(path: Path, tokens: list[int]) -> np.ndarray:
         get("attention.key_length"),
         len(tokens),
     )
+
+    neighbours = arch in ("llama", "smollm3")
 
     def norm(x, name):
         return (
@@ -338,17 +365,31 @@ def logits_of_llama_cpp(path: Path, tokens: list[int]) -> np.ndarray:
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
-    def rope(x):  # (T, heads, K)
-        frequencies = get("rope.freq_base") ** (-np.arange(0, K, 2) / K) / w.get("rope_freqs.weight", 1.0)
-        angles = np.arange(T)[:, None, None] * frequencies / get("rope.scaling.factor", 1.0)  # (T, 1, K/2)
-        first, second = (
-            (x[..., 0::2], x[..., 1::2]) if arch == "llama" else (x[..., : K // 2], x[..., K // 2 :])
+    def yarn(old, new, original):  # the pairs between 32 and 1 turns within the original context
+        first, last = (
+            K * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(get("rope.freq_base")))
+            for turns in (32, 1)
         )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), K - 1)
+        share = np.clip((np.arange(K // 2) - first) / max(last - first, 0.001), 0, 1)
+        return old * (1 - share) + new * share
+
+    def rope(x):  # (T, heads, K)
+        old = get("rope.freq_base") ** (-np.arange(0, K, 2) / K)
+        frequencies = old / w.get("rope_freqs.weight", w.get(f"rope_factors_{factors}.weight", 1.0))
+        frequencies = frequencies / get("rope.scaling.factor", 1.0)
+        length = get("rope.scaling.attn_factor", 1.0)
+        if get("rope.scaling.type") == "yarn":
+            frequencies = yarn(old, frequencies, get("rope.scaling.original_context_length"))
+            length *= 1 + 0.1 * math.log(get("rope.scaling.factor"))
+        angles = np.arange(T)[:, None, None] * frequencies  # (T, 1, K/2)
+        first, second = (x[..., 0::2], x[..., 1::2]) if neighbours else (x[..., : K // 2], x[..., K // 2 :])
         turned = (
             first * np.cos(angles) - second * np.sin(angles),
             first * np.sin(angles) + second * np.cos(angles),
         )
-        return np.stack(turned, -1).reshape(x.shape) if arch == "llama" else np.concatenate(turned, -1)
+        x = np.stack(turned, -1).reshape(x.shape) if neighbours else np.concatenate(turned, -1)
+        return length * x
 
     x = w["token_embd.weight"][tokens]
     for i in range(get("block_count")):
@@ -356,7 +397,9 @@ def logits_of_llama_cpp(path: Path, tokens: list[int]) -> np.ndarray:
         q, k, v = (linear(y, f"blk.{i}.attn_{p}").reshape(T, n, K) for p, n in (("q", H), ("k", G), ("v", G)))
         if arch == "qwen3":
             q, k = norm(q, f"blk.{i}.attn_q_norm"), norm(k, f"blk.{i}.attn_k_norm")
-        q, k, v = rope(q), rope(k).repeat(H // G, 1), v.repeat(H // G, 1)
+        if arch != "smollm3" or (i + 1) % 4:
+            q, k = rope(q), rope(k)
+        k, v = k.repeat(H // G, 1), v.repeat(H // G, 1)
         scores = np.einsum("thk,shk->hts", q, k) / np.sqrt(K) + np.triu(np.full((T, T), -np.inf), 1)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         shares /= shares.sum(-1, keepdims=True)
@@ -381,6 +424,33 @@ def test_by_llama_cpps_conventions_the_file_is_the_model(exported, family):
     # Sums in float64 there and in float32 here, as in test_model; frequencies go through a float32 quotient.
     # Observed: 1e-6.
     assert relative_error(torch.from_numpy(logits_of_llama_cpp(path, tokens[0].tolist())), expected) <= 1e-5
+
+
+def longrope_model(original: int) -> CausalLM:
+    config = dict(model_type="llama", vocab_size=V, num_key_value_heads=1, max_position_embeddings=512)
+    scaling = LONGROPE | dict(original_max_position_embeddings=original)
+    model = CausalLM(parse_config(TINY | config | dict(rope_scaling=scaling))).eval()
+    model.init_weights(std=0.3)  # large enough for scores that differ, and tokens without near rivals
+    return model.half().float()
+
+
+@pytest.mark.parametrize("length, factors", [(16, "short"), (24, "long")])
+@torch.no_grad()
+def test_longrope_is_written_as_two_lists_of_divisors(tmp_path, model_dir, length, factors):
+    model, tokens = longrope_model(original=20), ids(1, length)
+    notes = write(path := tmp_path / "model.gguf", model, model_dir)
+    assert len(notes) == 1 and "llama.cpp chooses LongRoPE's factors by its context (-c)" in notes[0]
+    header, written = values(path), tensors(path)
+    assert header["llama.rope.scaling.type"] == "longrope" and "llama.rope.scaling.factor" not in header
+    assert header["llama.rope.scaling.original_context_length"] == 20
+    attention_factor = math.sqrt(1 + math.log(512 / 20) / math.log(20))  # arXiv:2402.13753's code
+    assert header["llama.rope.scaling.attn_factor"] == pytest.approx(attention_factor, rel=1e-6)  # float32
+    for name in ("short", "long"):
+        expected = np.array(LONGROPE[f"{name}_factor"], dtype=np.float32)
+        assert np.array_equal(written[f"rope_factors_{name}.weight"], expected)
+    found = logits_of_llama_cpp(path, tokens[0].tolist(), factors)
+    # As in test_by_llama_cpps_conventions_the_file_is_the_model.
+    assert relative_error(torch.from_numpy(found), model(tokens)[0]) <= 1e-5
 
 
 @given(
@@ -477,6 +547,18 @@ def test_llama_cpp_generates_the_same_greedy_tokens(exported, ascii_tokenizer, t
     assert_generates_the_same(
         path, load_model(directory, dtype=torch.float32), ids(1, length // 2), length - length // 2, 0.02
     )
+
+
+@pytest.mark.parametrize("original", [256, 8])
+@torch.no_grad()
+def test_llama_cpp_takes_longropes_factors_by_its_context_and_the_attention_factor(
+    tmp_path, ascii_tokenizer, original
+):
+    model = longrope_model(original)
+    write(path := tmp_path / "model.gguf", model, ascii_tokenizer)
+    # llama.cpp's context is 256 here: short factors where the original one is too, long ones where it is 8.
+    # The tolerance is that of test_llama_cpp_generates_the_same_greedy_tokens.
+    assert_generates_the_same(path, model, ids(1, 10), 10, 0.02)
 
 
 @torch.no_grad()
@@ -651,6 +733,30 @@ def test_without_the_package_the_error_names_it(merge, place, monkeypatch):
         (
             dict(model_type="qwen2", rope_scaling=LLAMA3 | {"rope_type": "llama3"}),
             "qwen2 has no rope_scaling of type 'llama3'",
+        ),
+        (
+            dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+            "llama has no rope_scaling of type 'dynamic'",
+        ),
+        (
+            dict(model_type="qwen3", head_dim=16, rope_scaling=LONGROPE),
+            "qwen3 has no rope_scaling of type 'longrope'",
+        ),
+        (
+            dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}),
+            "llama has no rope_scaling with other values than beta_fast = 32",
+        ),
+        (
+            dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "truncate": False}),
+            "llama has no rope_scaling with other values than beta_fast = 32",
+        ),
+        (
+            dict(model_type="smollm3", no_rope_layers=[0]),
+            "smollm3 has no layers without RoPE other than every fourth",
+        ),
+        (
+            dict(model_type="smollm3", mlp_bias=True),
+            "smollm3 has no biases on o_proj or in the feed-forward layers",
         ),
         (dict(vocab_size=100), "tokens, and the model's embedding 100 rows"),
     ],

@@ -124,10 +124,8 @@ def test_truncated_and_corrupt_files_are_named(directory):
             load_model(directory)
 
 
-def test_a_missing_shard_a_broken_index_and_pickled_weights_are_named(directory):
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pytorch_model.bin is pickled and never read"):
-        load_model(directory)
+def test_a_missing_shard_and_a_broken_index_are_named(directory):
+    (directory / "model.safetensors").unlink()
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(UserError, match="lacks model-00001-of-00002.safetensors"):

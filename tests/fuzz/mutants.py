@@ -40,6 +40,7 @@ class Mutant(NamedTuple):
 REDACTION, REMOTE, ERRORS = (f"minilora/system/{name}.py" for name in ("redaction", "remote", "errors"))
 FILES, LOAD = "minilora/system/files.py", "minilora/inference/load.py"
 SCHEMA, TERMINAL = "minilora/system/schema.py", "minilora/system/terminal.py"
+PICKLED = "minilora/formats/pickled.py"
 TRUST = "tests/scripts/test_trust.py"
 
 MUTANTS = [
@@ -87,10 +88,20 @@ MUTANTS = [
     Mutant(SCHEMA, "type(value) not in kinds or not", "not isinstance(value, kinds) or not", "tests/system/test_schema.py"),
     Mutant(SCHEMA, "self.low is None or self.low <= value", "self.low is None or self.low < value", "tests/system/test_schema.py"),
     Mutant(SCHEMA, "value.isprintable() or not self.one_line", "True", "tests/system/test_schema.py"),
+    Mutant(SCHEMA, "(int, float, str)", "(int, str)", "tests/formats/test_config.py -k refused"),
+    Mutant("minilora/formats/config_rope.py", "if len(factors) != head_dim // 2:", "if False:", "tests/formats/test_config.py -k refused"),
+    Mutant("minilora/formats/config_rope.py", 'if rope["theta"] == 1:', "if False:", "tests/formats/test_config.py -k refused"),
+    Mutant("minilora/formats/config_json.py", 'if window is None and "sliding_attention" in types:', "if False:", "tests/formats/test_config.py -k windows"),
     Mutant("minilora/formats/config_json.py", "if count > MAX_PARAMETERS:", "if False:", "tests/formats/test_config.py"),
     Mutant("minilora/formats/config_json.py", "    _check_code(fields[\"auto_map\"])\n", "", "tests/formats/test_config.py"),
     Mutant("minilora/formats/adapter.py", "if value not in (None, False, [])", "if value", "tests/formats/test_adapter.py"),
     Mutant("minilora/formats/weights.py", "if not torch.stack(torch.aminmax(weight)).isfinite().all():", "if False:", "tests/formats/test_weights.py"),
+    Mutant(PICKLED, "weights_only=True, mmap", "weights_only=False, mmap", "tests/formats/test_pickled.py"),
+    Mutant(PICKLED, "if torch.__version__ < _SAFE_SINCE:", "if False:", "tests/formats/test_pickled.py"),
+    Mutant(PICKLED, "if entry.compress_type != zipfile.ZIP_STORED:", "if False:", "tests/formats/test_pickled.py"),
+    Mutant(PICKLED, "if type(value) not in (Tensor, nn.Parameter):", "if False:", "tests/formats/test_pickled.py"),
+    Mutant(PICKLED, "value.numel() * value.element_size() >", "False and", "tests/formats/test_pickled.py"),
+    Mutant(PICKLED, "if not path.is_file():", "if False:", "tests/formats/test_pickled.py"),
     Mutant("minilora/formats/weights.py", "return None if self.prequantized else quant", "return quant", "tests/formats/test_prequantized.py"),
     Mutant("minilora/formats/bnb_int8.py", "layout.item() == 0", "layout.item() < 4", "tests/formats/test_prequantized.py"),
     Mutant("minilora/run/saved_state.py", "if all(part.isfinite().all() for part in parts.values()):", "if True:", "tests/run/test_checkpoints.py -k wrong_contents"),

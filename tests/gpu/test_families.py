@@ -15,7 +15,7 @@ from minilora.recompute import POLICIES, set_recompute
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
 
-@pytest.mark.parametrize(("family", "policy"), list(zip(FAMILIES, 2 * POLICIES, strict=True)))
+@pytest.mark.parametrize(("family", "policy"), list(zip(FAMILIES, 3 * POLICIES, strict=True)))
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_micro_batch_of_every_family_waits_for_nothing_and_mixes_no_devices(family, policy, packed):
     model = adapted(same_model_here(transformers_model(family)), quantized=True)

@@ -73,6 +73,7 @@ FAMILIES = {
     "mistral": shape("mistral", sliding_window=7),
     "qwen2-biased-tied": shape("qwen2", tie_word_embeddings=True),
     "qwen3-normed": shape("qwen3", head_dim=20),
+    "smollm3-no-rope": shape("smollm3", no_rope_layer_interval=2),
 }
 
 

@@ -139,7 +139,6 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
         ("pissa_init", True, "leave it out"),
         ("neftune_noise_alpha", 5, "leave it out"),
         ("adam_beta2", 0.95, "it must be 0.999"),
-        ("additional_target", "embed_tokens", "leave it out"),
         ("mix_strategy", "interleave_under", "a.jsonl:0.7"),
         ("eval_strategy", "often", "choose from steps, epoch, no"),
         ("template", "gemma", "choose from alpaca"),

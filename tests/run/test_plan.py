@@ -35,7 +35,9 @@ def planned(model_dir, monkeypatch):
         order = Order(lengths, batch_size=2, accumulation=1, seed=0)
         placement = Placement(CPU, dtype, "a test")
         config = TrainConfig(quantization_bit=None, **settings)
-        memory = plan_memory(config, read_config(model_dir), placement, order, held_out, answers)
+        memory = plan_memory(
+            config, read_config(model_dir), config.lora_config(), placement, order, held_out, answers
+        )
         return memory, len(calls)
 
     return plan

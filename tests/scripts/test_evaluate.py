@@ -249,7 +249,7 @@ def test_a_missing_package_is_named_with_the_command_to_install_it(monkeypatch, 
     "changes, message",
     [
         ({"--dataset": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
-        ({"--model": "nowhere/at/all"}, "no such directory: 'nowhere/at/all'"),
+        ({"--model": "./nowhere/at/all"}, "no such directory: './nowhere/at/all'"),
         ({"--adapter": "MODEL"}, "is not an adapter"),
         ({"--cutoff_len": 300}, "cutoff_len = 300 is more than the 256 positions of the model"),
         ({"--per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be above 0, not 0"),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from support.adapter_kinds import KINDS, peft_model
 from support.families import relative_error, transformers_model
 from support.merging import adapted, change_config, change_tensors, make_adapter, make_base
 from support.project import ROOT
@@ -180,7 +181,7 @@ def test_sharded_and_single_files_hold_the_same_tensors(script, merge, place, mo
     shutil.copy(model_dir / "tokenizer.model", place / "base")
     arguments = ("--adapter", place / "adapter", "--output")
     assert merge(*arguments, place / "one")[0] == 0
-    monkeypatch.setattr(script, "SHARD_BYTES", 70_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 70_000)
     assert merge(*arguments, place / "many")[0] == 0
     files = sorted(path.name for path in (place / "many").glob("*.safetensors"))
     count = len(files)
@@ -338,7 +339,7 @@ DAMAGE = {
         lambda place: change_tensors(
             place, lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4)})
         ),
-        "embed_tokens.lora_embedding_A is no lora_A.weight",
+        "missing base_model.model.model.embed_tokens.lora_embedding_B",
     ),
     "other width": (
         lambda place: change_tensors(place, lambda t: t.update({KEY.format(0, "A"): torch.ones(4, 47)})),
@@ -390,16 +391,60 @@ def test_an_output_that_exists_or_cannot_be_written_is_refused_and_kept(merge, p
     assert (place / "file").read_text() == "mine"
 
 
-def test_a_tied_output_head_is_not_merged(merge, place, model_dir):
+@torch.no_grad()
+def test_a_tied_output_head_with_an_adapter_becomes_a_head_of_its_own(merge, place, model_dir):
     shutil.rmtree(place / "adapter")
-    make_adapter(place / "base", place / "adapter", target_modules=["lm_head"])
     make_base(place / "tied", model_dir, family="qwen2-bias-tied")
-    code, _, err = merge(
-        "--adapter", place / "adapter", "--model", place / "tied", "--output", place / "merged"
+    make_adapter(place / "tied", place / "adapter", target_modules=["lm_head"])
+    code, out, _ = merge("--adapter", place / "adapter", "--output", place / "merged")
+    assert code == 0 and "an output head of its own, apart from the embedding" in out
+    merged = in_transformers(place / "merged")
+    assert not merged.config.tie_word_embeddings
+    ours = load_model(place / "tied")
+    load_adapter(ours, place / "adapter")
+    assert relative_error(merged(ids(2, 9)).logits, ours(ids(2, 9))) <= TOLERANCE
+    assert torch.equal(
+        stored(place / "merged")["model.embed_tokens.weight"],
+        stored(place / "tied")["model.embed_tokens.weight"],
     )
-    assert (
-        code == 2 and "lm_head, whose weight is also the embedding" in err and not (place / "merged").exists()
-    )
+
+
+MERGED_KINDS = [
+    "modules_to_save, tied",
+    "modules_to_save, norms",
+    "modules_to_save, a linear layer",
+    "resized vocabulary, tied",
+    "resized vocabulary, trained rows",
+    "LoRA on both embeddings, resized",
+    "rank_pattern and alpha_pattern, rslora",
+    "bias, all",
+    "trainable_token_indices, tied",
+]
+
+
+@pytest.mark.parametrize("kind", MERGED_KINDS)
+@torch.no_grad()
+def test_any_kind_of_adapter_is_merged_into_what_peft_computes(merge, place, model_dir, kind):
+    theirs = peft_model(KINDS[kind], place / "base of PEFT")
+    shutil.copy(model_dir / "tokenizer.model", place / "base of PEFT")
+    theirs.save_pretrained(place / "adapter of PEFT")
+    code, out, _ = merge("--adapter", place / "adapter of PEFT", "--output", place / "merged")
+    assert code == 0
+    merged = in_transformers(place / "merged", dtype=torch.float32)
+    vocab = KINDS[kind].vocab_size or 97
+    assert merged.config.vocab_size == vocab
+    tokens = ids(2, 15, vocab=vocab)
+    expected = theirs(input_ids=tokens).logits
+    assert relative_error(merged(tokens).logits, expected) <= TOLERANCE
+    assert relative_error(load_model(place / "merged")(tokens), expected) <= TOLERANCE
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_refused(merge, place, model_dir):
+    peft_model(KINDS["lora_bias"], place / "base of PEFT").save_pretrained(place / "adapter of PEFT")
+    shutil.copy(model_dir / "tokenizer.model", place / "base of PEFT")
+    code, _, err = merge("--adapter", place / "adapter of PEFT", "--output", place / "merged")
+    assert code == 2 and "(lora_bias), where the base model has none" in err and err.count("\n") == 1
+    assert not (place / "merged").exists()
 
 
 @pytest.mark.parametrize(
@@ -416,7 +461,7 @@ def test_a_full_disk_prints_one_line_and_leaves_nothing(script, merge, place, mo
         save_file(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(weights, "save_file", full)
-    monkeypatch.setattr(script, "SHARD_BYTES", 70_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 70_000)
     code, _, err = merge("--adapter", place / "adapter", "--output", place / "merged")
     assert code == 2 and "No space left on device" in err and err.count("\n") == 1
     assert len(calls) == 2 and {path.name for path in place.iterdir()} == {"base", "adapter"}

@@ -121,6 +121,26 @@ def test_an_adapter_on_a_quantized_head_is_merged_into_what_training_saw(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_a_gguf_file_holds_the_merged_directory_s_tensors_in_float16(merge, quantized_place, tmp_path, bits):
+    gguf = pytest.importorskip("gguf", reason="an extra: llama.cpp's files")
+    quantized_place(bits, SKIPPED["some layers"])
+    for output in ("merged", "merged.gguf"):
+        assert merge("--adapter", tmp_path / "adapter", "--output", tmp_path / output)[0] == 0
+    found = {
+        t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(tmp_path / "merged.gguf").tensors
+    }
+    expected = stored(tmp_path / "merged")
+    for ours, theirs in (
+        ("mlp.down_proj", "ffn_down"),
+        ("self_attn.v_proj", "attn_v"),
+        ("mlp.up_proj", "ffn_up"),
+    ):
+        for i in range(2):  # q and k have their rows in another order
+            weight = expected[f"model.layers.{i}.{ours}.weight"].half()
+            assert torch.equal(found[f"blk.{i}.{theirs}.weight"], weight), (ours, i)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_options_that_ask_for_weights_the_files_do_not_hold_are_refused(
     merge, quantized_place, tmp_path, bits
 ):

@@ -8,7 +8,7 @@ from support.families import relative_error
 from support.prequantized import SKIPPED, quantized_by_transformers
 from support.tiny import TOLERANCE, ids
 
-from minilora import load_adapter, load_model
+from minilora import QuantConfig, load_adapter, load_model, save_model
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -34,3 +34,10 @@ def test_a_run_says_how_the_weights_are_stored_and_its_merged_model_is_the_train
         assert relative_error(load_model(tmp_path / "merged")(ids(2, 20)), expected) <= TOLERANCE
     code, _, err = call("evaluate", "--adapter", tmp_path / "out", "--dataset", dataset)
     assert code == 0 and line in err
+
+
+def test_8_bits_of_a_base_in_4_bits_are_refused_before_anything_is_written(train, model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "base")
+    save_model(load_model(model_dir, QuantConfig()), tmp_path / "base")
+    directory, said = train(model=tmp_path / "base", quantization_bit=8, code=2)
+    assert "are quantized to 4 bits already" in said and said.count("\n") == 1 and not directory.exists()

@@ -315,8 +315,8 @@ def test_pain_1_adapters_of_a_bfloat16_model_are_float32_under_the_float16_scale
     in_float16()
     load, watched = trainer.load_model, []
 
-    def load_and_watch(*arguments):
-        model = load(*arguments)
+    def load_and_watch(*arguments, **settings):
+        model = load(*arguments, **settings)
         for (
             operation,
             dtypes,

@@ -23,6 +23,8 @@ _LLAMA3_ROPE = dict(
     rope_theta=500000.0,
 )
 
+_YARN_ROPE = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, rope_theta=10000.0)
+
 FAMILIES = {
     "llama-mha": ("Llama", dict(num_key_value_heads=4)),
     "llama-gqa": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
@@ -38,6 +40,24 @@ FAMILIES = {
         dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     ),
     "qwen3-qk-norm": ("Qwen3", dict(num_key_value_heads=2, head_dim=20)),
+    "llama-yarn": (
+        "Llama",
+        dict(
+            num_key_value_heads=2,
+            rope_parameters=_YARN_ROPE | dict(mscale=1.5, mscale_all_dim=0.5),
+        ),
+    ),
+    "qwen3-yarn": ("Qwen3", dict(num_key_value_heads=2, head_dim=20, rope_parameters=_YARN_ROPE)),
+    "ministral-some-windows": (
+        "Ministral",
+        dict(
+            num_key_value_heads=2,
+            head_dim=12,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "smollm3-no-rope": ("SmolLM3", dict(num_key_value_heads=2, num_hidden_layers=4, pad_token_id=None)),
 }
 
 

@@ -46,10 +46,22 @@ ADAPTER = {
     "adapter_model.safetensors": b"A and B",
     "adapter_model.bin": b"pickle",
 }
+PICKLED = {
+    "config.json": b"{}",
+    "pytorch_model.bin.index.json": b"{}",
+    "pytorch_model-00001-of-00002.bin": b"pickle",
+    "pytorch_model-00002-of-00002.bin": b"pickle",
+}
 REPOSITORIES = {
     "owner/model": {MAIN: READ | NOT_READ, OLD: {"config.json": b"{}", "model.safetensors": b"older"}},
     "owner/adapter": {MAIN: ADAPTER},
-    "owner/pickled": {MAIN: {"config.json": b"{}", "pytorch_model.bin": b"pickle"}},
+    "owner/pickled": {MAIN: PICKLED | {"consolidated.00.pth": b"pickle", "training_args.bin": b"pickle"}},
+    "owner/gguf": {MAIN: {"config.json": b"{}", "model-Q4_K_M.gguf": b"GGUF"}},
+    "owner/folders": {
+        MAIN: {"config.json": b"{}", "model.safetensors": b"at the top"}
+        | {f"runs/one/{name}": data for name, data in ADAPTER.items()}
+        | {"runs/one/deeper/adapter_config.json": b"{}", "runs/two/README.md": b"no model"}
+    },
     "owner/gated": {MAIN: READ},
     "owner/mistaken-token": {},
     "owner/broken": {},
@@ -173,7 +185,21 @@ def test_a_local_directory_is_returned_even_if_it_looks_like_a_hub_id(hub, tmp_p
 
 
 @pytest.mark.parametrize(
-    "path", ["./nope", "../nope", "/nope", "~/nope", "a\\b", "a/b/c", "nope--nope", "two words", "x.git", ""]
+    "path",
+    [
+        "./nope",
+        "../nope",
+        "/nope",
+        "~/nope",
+        "a\\b",
+        "a/b/../c",
+        "a/b/c*",
+        "a/b/",
+        "nope--nope",
+        "two words",
+        "x.git",
+        "",
+    ],
 )
 def test_a_path_that_does_not_exist_is_no_such_directory_and_makes_no_request(hub, path):
     assert refusal(path).startswith(f"no such directory: {path!r}")
@@ -204,6 +230,38 @@ def test_an_adapter_is_downloaded_by_the_same_call(hub):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_pickled_weights_are_downloaded_only_where_there_are_no_safetensors(hub, monkeypatch):
+    snapshot = resolve_model("owner/pickled")
+    assert files_in(snapshot) == PICKLED, "no other pickle"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model("owner/pickled") == snapshot
+
+
+def test_a_folder_of_a_repository_is_downloaded_alone(hub):
+    directory = resolve_model("owner/folders/runs/one")
+    assert files_in(directory) == {
+        name: ADAPTER[name] for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    fetched = [path for _, path, _ in hub.requests if "/resolve/" in path]
+    assert fetched and all("/runs/one/adapter_" in path for path in fetched)
+    assert files_in(resolve_model("owner/folders"))["model.safetensors"] == b"at the top"
+
+
+def test_a_path_below_a_directory_that_is_here_is_no_hub_id(hub, tmp_path):
+    (tmp_path / "owner").mkdir()
+    assert refusal("owner/folders/runs").startswith(
+        "no such directory: 'owner/folders/runs', although 'owner' is"
+    )
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("folder", ["runs/two", "runs/three", "nowhere"])
+def test_a_folder_without_a_model_is_named(hub, folder):
+    assert f"owner/folders has no folder '{folder}' with a model's files" in refusal(
+        f"owner/folders/{folder}"
+    )
 
 
 @pytest.mark.parametrize("revision", ["v0", OLD])
@@ -252,10 +310,10 @@ def test_a_missing_revision_is_reported(hub):
     assert "owner/model has no revision 'v9'" in refusal("owner/model", revision="v9", token=TOKEN)
 
 
-def test_pickled_weights_alone_are_refused_and_not_downloaded(hub):
-    message = refusal("owner/pickled")
-    assert "owner/pickled has no .safetensors weights, and minilora never reads pickled ones" in message
-    assert not any(path.endswith(".bin") for _, path, _ in hub.requests)
+def test_a_repository_without_weights_that_are_read_is_refused(hub):
+    message = refusal("owner/gguf")
+    assert "owner/gguf holds neither *.safetensors nor pytorch_model*.bin nor adapter_model.bin" in message
+    assert not any(path.endswith(".gguf") for _, path, _ in hub.requests)
 
 
 def test_a_missing_cache_is_reported_offline(hub, monkeypatch):

@@ -9,6 +9,7 @@ of config.json with a value of each wrong sort. A new way to fail becomes one mo
     config_json.py     a model's config.json: every honoured field with wrong values; the file as a whole
     adapters.py        an adapter's adapter_config.json
     weights.py         safetensors files and their index
+    pickled.py         pickled weights
     vocabularies.py    tokenizers
     templates.py       chat templates
     datasets.py        rows in every format
@@ -29,6 +30,7 @@ from fuzz.bad_inputs import (
     datasets,
     environment,
     outputs,
+    pickled,
     records,
     templates,
     vocabularies,
@@ -37,7 +39,7 @@ from fuzz.bad_inputs import (
 )
 
 KINDS = (
-    controls, command_line, yaml_files, config_json, adapters, weights, vocabularies, templates, datasets,
-    addresses, outputs, checkpoints, environment, records,
+    controls, command_line, yaml_files, config_json, adapters, weights, pickled, vocabularies, templates,
+    datasets, addresses, outputs, checkpoints, environment, records,
 )  # fmt: skip
 TABLE = [case for kind in KINDS for case in kind.cases()]
