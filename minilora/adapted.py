@@ -91,11 +91,16 @@ class TrainedCopy(Adapted):
         bias: Tensor | None,
         trained: bool = True,
     ) -> None:
-        """Copy a weight, a bias or both. A copy that is not trained has the base layer's dtype."""
+        """Copy a weight, a bias or both.
+
+        A copy that is not trained has the base layer's dtype. It may be the base layer's own weight.
+        """
         base = self.base_layer.weight
         dtype = torch.float32 if trained else base.dtype
         for kind, tensor in ((self.saved_weight, weight), (self.saved_bias, bias)):
-            if tensor is not None:
+            if tensor is base and not trained:
+                kind[name] = base  # one tensor in memory
+            elif tensor is not None:
                 kind[name] = nn.Parameter(tensor.detach().to(base.device, dtype, copy=True))
         self.configs[name] = config
         self.frozen |= set() if trained else {name}
@@ -241,8 +246,10 @@ class TrainedRows(Adapted):
         rows = torch.tensor(self.rows[name], device=x.device)  # (n,)
         values = self.trainable_tokens_delta[name].to(y.dtype)
         if not x.is_floating_point():  # ids: (...) -> (..., D)
-            same = x.unsqueeze(-1) == rows  # (..., n)
-            return torch.where(same.any(-1, keepdim=True), F.embedding(same.int().argmax(-1), values), y)
+            number = torch.full((len(weight_under(self.base_layer, name)),), -1, device=x.device)  # (V,)
+            number[rows] = torch.arange(len(rows), device=x.device)
+            chosen = number[x]  # (...): which trained row, or -1
+            return torch.where((chosen >= 0).unsqueeze(-1), F.embedding(chosen.clamp_min(0), values), y)
         return y.index_copy(-1, rows, F.linear(x, values))  # (..., D) -> (..., V)
 
     @torch.no_grad()
@@ -303,7 +310,7 @@ def wrapper(model: nn.Module, path: str, kind: type[Adapted]) -> Adapted:
 
 
 def wrap_whole(model: nn.Module, targets: list[str], config: LoraConfig, name: str) -> None:
-    """Add copies of the modules and biases that an adapter trains whole.
+    """Add copies of the modules and biases that an adapter trains whole, and of a vocabulary that has grown.
 
     targets: names of the layers with A and B. Raises UserError for a module without a weight.
     """
@@ -322,6 +329,10 @@ def wrap_whole(model: nn.Module, targets: list[str], config: LoraConfig, name: s
             raise UserError(f"modules_to_save names {path}, which {why}")
         copy = wrapper(model, path, TrainedCopy)
         copy.add_adapter(name, config, weight, getattr(layers[path], "bias", None))
+    for path in (EMBEDDING, OUTPUT_HEAD):
+        if path in layers and has_grown(model, layers[path]) and name not in _copies(model, path):
+            grown = layers[path].weight
+            wrapper(model, path, TrainedCopy).add_adapter(name, config, grown, None, trained=False)
     if config.bias != "none":
         for path in layers if config.bias == "all" else targets:
             if getattr(layers[path], "bias", None) is not None and name not in _copies(model, path):
@@ -347,7 +358,7 @@ def wrap_rows(model: nn.Module, path: str, config: LoraConfig, name: str, rows: 
     layer.add_adapter(name, config, rows)
     if path == EMBEDDING and model.config.tie_word_embeddings and OUTPUT_HEAD not in token_rows(config):
         head = model.get_submodule(OUTPUT_HEAD)
-        if not isinstance(head, TrainedCopy) or name not in head.configs:
+        if not isinstance(head, TrainedCopy) or name not in head.configs or not head.is_trained(name):
             head = wrapper(model, OUTPUT_HEAD, TrainedRows)
             head.add_adapter(name, config, rows, layer.trainable_tokens_delta[name])
 
@@ -362,3 +373,60 @@ def untie_for_merging(model: nn.Module) -> None:
         head = base_layers(model)[OUTPUT_HEAD]
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config = replace(model.config, tie_word_embeddings=False)
+
+
+# ---- a vocabulary that grows -------------------------------------------------------------------------------
+
+_NOISE = 1e-9**0.5  # of the distance of an old row from the mean
+
+
+def has_grown(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether an embedding or output head has more rows than its base model's files."""
+    return layer.weight.shape[0] > model.config.vocab_size
+
+
+@torch.no_grad()
+def grow_vocabulary(model: nn.Module, rows: int, seed: int = 0) -> None:
+    """Give the embedding and the output head `rows` rows, where they have fewer.
+
+    New rows lie at the mean of the old rows W: row = mean + 3e-5 (W[i] - mean), of a random i. Mean and
+    covariance are those of transformers' `mean_resizing`. In the head n such rows take at most n / (n + V) of
+    the probability, by Jensen's inequality: exp(h mean) <= mean exp(h W) (Hewitt 2021, Initializing New Word
+    Embeddings for Pretrained Language Models). LLaMA-Factory's noise is as large as a row, and breaks this.
+
+    Raises UserError for an output head in 4 or 8 bits.
+    """
+    layers, generator = base_layers(model), torch.Generator().manual_seed(seed)
+    if layers[EMBEDDING].weight.shape[0] >= rows:
+        return
+    if not isinstance(layers[OUTPUT_HEAD].weight, Tensor):
+        raise UserError(f"{OUTPUT_HEAD} is in 4 or 8 bits, and takes no new tokens: load it unquantized")
+    for path in (EMBEDDING, OUTPUT_HEAD):
+        layer = layers[path]
+        if path == OUTPUT_HEAD and model.config.tie_word_embeddings:
+            _set_weight(layer, layers[EMBEDDING].weight)
+        else:
+            old = layer.weight
+            mean = old.mean(0, dtype=torch.float32)  # (D,)
+            chosen = torch.randint(len(old), (rows - len(old),), generator=generator).to(old.device)
+            new = mean + _NOISE * (old[chosen].float() - mean)  # (new, D)
+            weight = torch.cat((old, new.to(old.dtype)))
+            _set_weight(layer, nn.Parameter(weight, requires_grad=False))
+
+
+def _set_weight(layer: nn.Module, weight: nn.Parameter) -> None:
+    layer.weight = weight
+    setattr(layer, "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features", len(weight))
+
+
+@torch.no_grad()
+def take_new_rows(model: nn.Module, layer: nn.Module, own: Tensor) -> Tensor:
+    """Let a layer that has grown take its new rows from an adapter's own weight.
+
+    Returns the weight for the adapter: the layer's, if now it is the same, so that memory holds one.
+    """
+    base, old = layer.weight, model.config.vocab_size
+    if base.shape != own.shape or base.is_meta:
+        return own
+    base[old:] = own[old:].to(base)
+    return base if torch.equal(own.to(base), base) else own

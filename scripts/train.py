@@ -32,7 +32,6 @@ from minilora.backend.choice import set_fused
 from minilora.data.examples import batch_for
 from minilora.formats.adapter import load_adapter, save_adapter
 from minilora.formats.lint import findings_text, lint_adapter
-from minilora.formats.weights import load_model
 from minilora.inference.evaluation import answers, evaluate_loss, exact_match
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
 from minilora.loss import causal_lm_loss
@@ -47,6 +46,7 @@ from minilora.run.random_state import random_state, set_random_state
 from minilora.run.settings import TrainConfig, load_train_config, manual
 from minilora.run.stop_signal import StopSignal
 from minilora.run.tracker import StepMetrics, Tracker
+from minilora.run.vocabulary import load_base_model
 from minilora.system.assets import DEFAULT_RUN
 from minilora.system.distributed import Processes, join_processes
 from minilora.system.errors import run_script
@@ -128,8 +128,7 @@ def build_model(plan: Plan) -> CausalLM:
     torch.manual_seed(config.seed)
     set_fused(config.fused)
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
-    where, accepted = (plan.placement.dtype, plan.placement.device), config.accepted_fields()
-    model = load_model(plan.model_dir, config.quant_config(), *where, accept_config_fields=accepted)
+    model = load_base_model(plan.model_dir, config, plan.placement, plan.model_config.vocab_size)
     if adapter := plan.checkpoint or plan.start_adapter:
         load_adapter(model, adapter, lora_fa=config.lora_fa, lora_dropout=plan.lora.lora_dropout)
     else:

@@ -27,7 +27,9 @@ from minilora.adapted import (
     TrainedRows,
     adapted_layers,
     base_layers,
+    has_grown,
     plain_name,
+    take_new_rows,
     weight_under,
     wrap_tokens,
     wrapper,
@@ -98,6 +100,10 @@ def save_adapter(
     tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_tensors(model, name).items()}
     if not tensors:
         raise UserError(f"the model has no adapter called {name!r} to save")
+    first = {
+        t.data_ptr(): key for key, t in reversed(tensors.items())
+    }  # a tied head's weight is written twice
+    tensors = {key: t if first[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
     raw = adapter_config_json(model, name) | {"base_model_name_or_path": base_model_name_or_path}
     write_adapter(directory, raw, tensors)
 
@@ -161,12 +167,14 @@ def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     around = {}  # name without wrappers -> the outermost wrapper with this adapter
     for path, layer in layers.items():
         around.setdefault(_file_name(path), layer)
-    found: dict[int, tuple[str, nn.Parameter]] = {}  # each parameter once: a tied head shares trained rows
+    copied = {_file_name(path) for path, layer in layers.items() if isinstance(layer, TrainedCopy)}
+    found: dict[object, tuple[str, nn.Parameter]] = {}
     for path, layer in layers.items():
         module = _file_name(path)
         for kind, parameter in layer.parts(name).items():
             key = tensor_key(module, _file_part(kind, layer, around[module]))
-            found.setdefault(id(parameter), (key, parameter))
+            # A tied head shares trained rows. As in PEFT, they are written once, unless its weight is too.
+            found.setdefault(key if module in copied else id(parameter), (key, parameter))
     return dict(found.values())
 
 
@@ -290,7 +298,10 @@ def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:
     whole = saved_modules(layers, config.modules_to_save)
     for module in adapter.modules:
         own, trained = adapter.own(module), module in whole or (WEIGHT not in adapter.own(module))
-        if own and (trained or not _is_the_same(layers[module], own)):
+        grown = module in (EMBEDDING, OUTPUT_HEAD) and has_grown(model, layers[module])
+        if grown and WEIGHT in own and not trained:
+            own[WEIGHT] = take_new_rows(model, layers[module], own[WEIGHT])
+        if own and (trained or grown or not _is_the_same(layers[module], own)):
             copy = wrapper(model, module, TrainedCopy)
             copy.add_adapter(name, config, own.get(WEIGHT), own.get(BIAS), trained)
     wrap_targets(model, [n for n in layers if n in adapter.layers], config, name)

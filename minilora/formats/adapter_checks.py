@@ -198,7 +198,10 @@ def problems_on(model: nn.Module, adapter: AdapterFile) -> list[Problem]:
             problems += [Problem(UNEXPECTED, module, part) for part in parts]
         else:
             allowed = _needed_and_allowed(adapter, module)[1]
-            found = [_misfit(layers[module], module, part, adapter) for part in parts if part in allowed]
+            tied = _is_tied(model) and module == OUTPUT_HEAD
+            found = [
+                _misfit(layers[module], module, part, adapter, tied) for part in parts if part in allowed
+            ]
             problems += filter(None, found)
     return problems
 
@@ -222,8 +225,10 @@ def _promised(
     return promised
 
 
-def _misfit(layer: nn.Module, module: str, part: str, adapter: AdapterFile) -> Problem | None:
-    """What is wrong with one tensor of a module, beside the base model's layer."""
+def _misfit(layer: nn.Module, module: str, part: str, adapter: AdapterFile, tied: bool) -> Problem | None:
+    """What is wrong with one tensor of a module, beside the base model's layer. tied: a head that shares the
+    embedding's trained rows.
+    """
     shape = tuple(adapter.modules[module][part].shape)
     if part in OWN_WEIGHTS:
         return _misfit_of_own(getattr(layer, part.rpartition(".")[2], None), module, part, shape)
@@ -233,7 +238,8 @@ def _misfit(layer: nn.Module, module: str, part: str, adapter: AdapterFile) -> P
     if weight is None or len(weight.shape) != 2:
         return Problem(UNEXPECTED, module, part)
     if part == ROWS:
-        return _misfit_of_rows(rows_of(module, adapter.config), weight, module, shape)
+        rows = rows_of(module, adapter.config) or (rows_of(EMBEDDING, adapter.config) if tied else [])
+        return _misfit_of_rows(rows, weight, module, shape)
     mine, theirs = _WIDTHS[part]
     if len(shape) > mine and shape[mine] != weight.shape[theirs]:
         return Problem(UNFIT, module, part, f"is {shape}, and the base model's weight {tuple(weight.shape)}")

@@ -48,10 +48,10 @@ class Merging:
     @cached_property
     def unties(self) -> bool:
         """Whether a tied head and the embedding part ways."""
-        embedding = self.adapter.modules.get(EMBEDDING, {})
-        return self.base.tie_word_embeddings and (
-            OUTPUT_HEAD in self.adapter.modules or any(part != ROWS for part in embedding)
-        )
+        embedding, head = (self.adapter.modules.get(name, {}) for name in (EMBEDDING, OUTPUT_HEAD))
+        if not self.base.tie_word_embeddings or _are_equal(embedding, head):  # PEFT may write one twice
+            return False
+        return bool(head) or any(part != ROWS for part in embedding)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -116,10 +116,18 @@ class Merging:
         values = self.adapter.modules.get(module, {}).get(ROWS)
         if values is None:
             return weight
-        rows = torch.tensor(rows_of(module, self.adapter.config))
-        return weight.index_copy(0, rows, values.float())
+        config = self.adapter.config
+        rows = rows_of(module, config) or rows_of(EMBEDDING, config)  # of a tied head
+        return weight.index_copy(0, torch.tensor(rows), values.float())
 
 
 def _is_rounded(base: Tensor, own: Tensor) -> bool:
     """Whether a weight in an adapter's file is the base's, which PEFT writes beside A and B."""
     return base.shape == own.shape and torch.equal(base.to(own.dtype), own)
+
+
+def _are_equal(parts: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    same = parts.keys() == others.keys() and all(
+        part.shape == others[key].shape for key, part in parts.items()
+    )
+    return same and all(torch.equal(part, others[key]) for key, part in parts.items())

@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minilora.adapted import plain_name
 from minilora.config import LoraConfig
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
 from minilora.formats.weights import save_tensors
@@ -312,7 +313,7 @@ def check_fits(
     if not state:
         return
     problem = f"{config.resume_from_checkpoint}: the checkpoint does not fit"
-    if list(lora_layers(model)) != match_targets(model, lora):
+    if [plain_name(name) for name in lora_layers(model)] != match_targets(model, lora):
         raise UserError(f"{problem}: its adapter is on other layers than lora_target names")
     if state["loss_scale"]["scaler"].keys() != loss_scale.state_dict()["scaler"].keys():
         raise UserError(f"{problem}: its loss scale is of another dtype")

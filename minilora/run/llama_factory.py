@@ -39,6 +39,7 @@ TRANSLATED = {  # key: its meaning here
     "evaluation_strategy": "`eval_strategy`",
     "disable_gradient_checkpointing": "`gradient_checkpointing: off`",
     "pure_bf16": "`bf16`; adapters stay float32",
+    "add_special_tokens": "`new_special_tokens`",
     "hub_model_id": "the repository for `push_to_hub: true`, which is `push_to_hub: NAME` here",
 }
 VALUES = {  # key: {LLaMA-Factory's value: the same value here}
@@ -91,7 +92,7 @@ _MUST_BE_OFF = """
     interleave_probs tool_format eval_on_each_dataset pissa_init
     pissa_convert use_galore use_apollo use_badam use_muon use_adam_mini use_llama_pro use_dft_loss
     use_asft_loss use_swanlab neftune_noise_alpha label_smoothing_factor shift_attn mixture_of_depths
-    moe_aux_loss_coef rope_scaling resize_vocab add_tokens add_special_tokens new_special_tokens_config
+    moe_aux_loss_coef rope_scaling new_special_tokens_config
     split_special_tokens train_from_scratch fp8 auto_find_batch_size use_cpu lr_scheduler_kwargs
     greater_is_better default_system
     """.split()
@@ -109,6 +110,7 @@ NEEDED = {  # key: the values that this trainer accepts, as `_normalize` writes 
     "metric_for_best_model": ("eval_loss", "loss"),
 } | dict.fromkeys(_MUST_BE_OFF, _OFF)
 INSTEAD = {  # key: advice to whoever gave it another value than NEEDED
+    "new_special_tokens_config": "name the tokens in new_special_tokens, without descriptions",
     "stage": "plain text (pt) is learned from a dataset with a text column; preferences are not",
     "deepspeed": "torchrun --nproc-per-node N scripts/train.py shares the batches between GPUs",
     "fsdp": "torchrun --nproc-per-node N scripts/train.py shares the batches between GPUs",
@@ -146,7 +148,10 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
     _translate_switches(theirs, ours)
     _translate_push_to_hub(theirs, ours)
     _translate_eval_strategy(theirs, ours, is_llama_factory)
+    if "add_special_tokens" in theirs:
+        ours["new_special_tokens"] = theirs["add_special_tokens"]
     if is_llama_factory:
+        notes += _train_embeddings(ours)
         defaults = _missing_defaults(ours)
         notes += _defaults_taken(defaults)
         ours = defaults | ours
@@ -182,6 +187,16 @@ def _translate_switches(theirs: dict[str, object], ours: dict[str, object]) -> N
     ):
         if _normalize(theirs.get(switch)) in _TRUE:
             ours[name] = value
+
+
+def _train_embeddings(ours: dict[str, object]) -> list[str]:
+    """With new tokens LLaMA-Factory trains the embedding and the head whole, unless the file names others."""
+    keys = ("new_special_tokens", "add_tokens", "resize_vocab")
+    given = [name for name in keys if _normalize(ours.get(name)) not in _OFF]
+    if not given or ours.get("additional_target") is not None:
+        return []
+    ours["additional_target"] = "embed_tokens,lm_head"
+    return [f"{given[0]}: embed_tokens and lm_head are trained whole, as in LLaMA-Factory"]
 
 
 def _translate_push_to_hub(theirs: dict[str, object], ours: dict[str, object]) -> None:

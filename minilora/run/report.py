@@ -218,7 +218,8 @@ dropout {lora.lora_dropout:g}, on: {targets}.
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_model!r}), {address!r})
+base = AutoModelForCausalLM.from_pretrained({base_model!r})
+{resize}model = PeftModel.from_pretrained(base, {address!r})
 ```
 
 All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.
@@ -237,9 +238,12 @@ def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
         and not Path(base_model).exists()
     )
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    rows = plan.model_config.vocab_size
+    grown = rows > plan.base_config.vocab_size  # PEFT wants the base model to have these rows
     card = MODEL_CARD.format(
         link=f"base_model: {base_model}\n" if on_hub else "",
         base_model=str(base_model),
+        resize=f"base.resize_token_embeddings({rows})\n" if grown else "",
         title=as_markdown(base_model),
         lora=lora,
         scaling="alpha / sqrt(r)" if lora.use_rslora else "alpha / r",

@@ -25,6 +25,7 @@ import yaml
 
 from minilora.config import LoraConfig, QuantConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE
+from minilora.data.new_tokens import check_new_tokens
 from minilora.data.templates import TEMPLATES
 from minilora.optim import OPTIMIZERS, SCHEDULES
 from minilora.quantization import QUANT_TYPES
@@ -50,6 +51,7 @@ LARGEST = dict(
 _MAY_BE_ZERO = set(
     "val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples".split()
 )
+NEW_TOKENS = ("new_special_tokens", "add_tokens", "resize_vocab")
 _NEED_HELD_OUT = "load_best_model_at_end early_stopping_patience eval_steps exact_match_samples".split()
 
 # Keys that a resumed run may change. Model and data are compared by their contents instead of their names,
@@ -73,6 +75,9 @@ class TrainConfig:
     model_name_or_path: str | None = None  # directory or hub id; none: the small model included in minilora
     model_revision: str | None = None  # branch, tag or commit on the hub; none: the hub's main branch
     accept_config_fields: str | list[str] | None = None  # unknown fields of config.json that are harmless
+    new_special_tokens: str | list[str] | None = None  # add and train these tokens: <call>,</call>
+    add_tokens: str | list[str] | None = None  # the same for plain tokens; special ones decode to nothing
+    resize_vocab: bool = False  # also train tokens of the tokenizer for which the model has no rows yet
     # data
     dataset: str | list[str] | None = None  # file, address or hub id; mixed by weight: a.json:0.7,b.json:0.3
     eval_dataset: str | list[str] | None = None  # held-out examples, named in the same way
@@ -101,9 +106,7 @@ class TrainConfig:
     lora_rank: int | None = None  # rank of the update, r; none: the preset's
     lora_alpha: float | None = None  # the update is scaled by alpha / r; none: 2 * lora_rank or the preset's
     lora_dropout: float | None = None  # dropout on the adapter's input in training; none: the preset's
-    lora_target: str | list[str] | None = (
-        None  # q_proj,v_proj:16 (16: its rank), a regex or all; none: preset's
-    )
+    lora_target: str | list[str] | None = None  # q_proj,v_proj:16 (its rank), a regex or all; none: preset's
     additional_target: str | list[str] | None = None  # train these whole, in a copy: embed_tokens,lm_head
     adapter_name_or_path: str | None = None  # go on from this adapter, directory or hub id, and its settings
     use_rslora: bool = False  # rsLoRA: scale by alpha / sqrt(r)
@@ -153,8 +156,9 @@ class TrainConfig:
         self._check_schedule()
         self._check_held_out()
         self._check_exclusive_keys()
-        self.quant_config()  # these two check their own fields
+        self.quant_config()  # these three check their own fields
         self.lora_config()
+        self.new_tokens()
 
     def _check_texts(self) -> None:
         for name, value in vars(self).items():
@@ -232,8 +236,9 @@ class TrainConfig:
         """Raise UserError for a key that only a new adapter has."""
         if self.adapter_name_or_path is None:
             return
-        for name in ("lora_rank", "lora_alpha", "lora_target", "additional_target"):
-            if getattr(self, name) is not None:
+        adapters = "lora_rank lora_alpha lora_target additional_target"
+        for name in (*adapters.split(), *NEW_TOKENS):
+            if getattr(self, name) not in (None, False):
                 raise UserError(
                     f"{name} is decided by the adapter that adapter_name_or_path names; leave it out"
                 )
@@ -263,6 +268,12 @@ class TrainConfig:
         overrides = {name: value for name, value in overrides.items() if value is not None}
         variant = dict(use_rslora=self.use_rslora, use_dora=self.use_dora, lora_fa=self.lora_fa)
         return LoraConfig.preset(self.preset, **variant, **overrides)
+
+    def new_tokens(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The tokens to add: those that are text, and special ones."""
+        plain, special = (tuple(_parts(value)) for value in (self.add_tokens, self.new_special_tokens))
+        check_new_tokens(plain + special)
+        return plain, special
 
     def trackers(self) -> list[str]:
         """The names in `report_to`: the services that get the metrics besides metrics.jsonl."""
@@ -316,6 +327,11 @@ def parse_targets(lora_target: str | list[str]) -> tuple[tuple[str, ...] | str, 
                 f"lora_target names {name}:{rank}; its rank must be from 1 to {LARGEST['lora_rank']:,}"
             )
     return tuple(name for name, _, _ in named), {name: int(rank) for name, colon, rank in named if colon}
+
+
+def _parts(value: str | list[str] | None) -> list[str]:
+    """A list as it is, or the parts of a text between commas, without the spaces around them."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value or []
 
 
 def _names(text: str | list[str]) -> tuple[str, ...]:

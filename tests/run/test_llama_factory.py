@@ -157,6 +157,22 @@ def test_a_request_for_another_training_is_refused_in_one_line(tmp_path, key, va
     assert key in str(error.value) and advice in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "tokens",
+    [{"add_tokens": "<a>"}, {"add_special_tokens": "<a>"}, {"resize_vocab": True}],
+    ids=lambda t: next(iter(t)),
+)
+def test_with_new_tokens_a_file_trains_both_embeddings_whole_unless_it_names_others(tokens):
+    file = {"stage": "sft", "finetuning_type": "lora", **tokens}
+    ours, notes = translate(file)
+    assert ours["additional_target"] == "embed_tokens,lm_head"
+    assert any("embed_tokens and lm_head are trained whole, as in LLaMA-Factory" in note for note in notes)
+    assert translate(file | {"additional_target": "norm"})[0]["additional_target"] == "norm"
+    assert "additional_target" not in translate(tokens)[0]  # not LLaMA-Factory's file: only the new rows
+    off = dict.fromkeys(tokens, False)
+    assert "additional_target" not in translate({"stage": "sft", "finetuning_type": "lora", **off})[0]
+
+
 @pytest.mark.parametrize("off", [False, None, 0, "", {}, "false", "none"])
 def test_a_key_that_is_off_requests_nothing(off):
     names = [name for name, allowed in NEEDED.items() if "none" in allowed]
@@ -355,6 +371,7 @@ MEANINGS = {  # LLaMA-Factory's key: (the keys of a file, what they become here)
         {"gradient_checkpointing": "off"},
     ),
     "pure_bf16": ({"pure_bf16": True}, {"bf16": True}),
+    "add_special_tokens": ({"add_special_tokens": "<a>,<b>"}, {"new_special_tokens": "<a>,<b>"}),
     "hub_model_id": ({"hub_model_id": "owner/name", "push_to_hub": True}, {"push_to_hub": "owner/name"}),
 }
 

@@ -41,6 +41,12 @@ KINDS = {
     "resized vocabulary, tied": Kind({}, TIED, vocab_size=101),
     "resized vocabulary, trained": Kind(dict(modules_to_save=_EMBEDDINGS), vocab_size=101),
     "resized vocabulary, trained rows": Kind(dict(trainable_token_indices=[97, 98]), vocab_size=101),
+    "resized vocabulary, trained rows, tied": Kind(
+        dict(trainable_token_indices=[97, 98]), TIED, vocab_size=101
+    ),
+    "resized vocabulary, trained rows of both": Kind(
+        dict(trainable_token_indices={"embed_tokens": [97, 98], "lm_head": [97]}), vocab_size=101
+    ),
     "embeddings saved unchanged": Kind({}, saving=dict(save_embedding_layers=True)),
     "LoRA on lm_head": Kind(dict(target_modules=["q_proj", "lm_head"])),
     "LoRA on lm_head, tied": Kind(dict(target_modules=["q_proj", "lm_head"]), TIED),
