@@ -235,8 +235,9 @@ def _misfit(layer: nn.Module, module: str, part: str, adapter: AdapterFile) -> P
     if part == ROWS:
         return _misfit_of_rows(rows_of(module, adapter.config), weight, module, shape)
     mine, theirs = _WIDTHS[part]
-    if len(shape) > mine and shape[mine] != weight.shape[theirs]:
-        return Problem(UNFIT, module, part, f"is {shape}, and the base model's weight {tuple(weight.shape)}")
+    if len(shape) > mine and shape[mine] != (width := weight.shape[theirs]):
+        needed = (*shape[:mine], width, *shape[mine + 1 :])
+        return Problem(UNFIT, module, part, f"is {shape}, the model needs {needed}")
     return None
 
 
