@@ -59,7 +59,10 @@ _WIDTHS = {A: (1, 1), EMBEDDING_A: (1, 0), EMBEDDING_B: (0, 1)}
 _WIDTHS |= dict.fromkeys((B, MAGNITUDE, LORA_BIAS), (0, 0))
 _VECTORS = (MAGNITUDE, LORA_BIAS, BIAS, BASE_BIAS)
 # The modules with parameters in the models of config.json's model_type llama, mistral, qwen2, qwen3.
-_MODULE = re.compile(r"lm_head|model\.(embed_tokens|norm|layers\.\d+\.(\w+norm|(self_attn|mlp)\.\w+))")
+_MODULE = re.compile(
+    r"lm_head|model\.(embed_tokens|norm|layers\.\d+\.("
+    r"(input|post_attention)_layernorm|self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj))"
+)
 
 
 class Problem(NamedTuple):

@@ -134,7 +134,7 @@ def _vllm_tensors(adapter: AdapterHeader) -> Iterator[Finding]:
 def _is_no_layer(adapter: AdapterHeader, module: str) -> bool:
     if adapter.base is None:
         return not is_name(module)
-    return module not in adapter.modules()[1]
+    return module not in adapter.modules[1]
 
 
 # ---- SGLang ----
