@@ -59,7 +59,10 @@ _WIDTHS = {A: (1, 1), EMBEDDING_A: (1, 0), EMBEDDING_B: (0, 1)}
 _WIDTHS |= dict.fromkeys((B, MAGNITUDE, LORA_BIAS), (0, 0))
 _VECTORS = (MAGNITUDE, LORA_BIAS, BIAS, BASE_BIAS)
 # The modules with parameters in the models of config.json's model_type llama, mistral, qwen2, qwen3.
-_MODULE = re.compile(r"lm_head|model\.(embed_tokens|norm|layers\.\d+\.(\w+norm|(self_attn|mlp)\.\w+))")
+_MODULE = re.compile(
+    r"lm_head|model\.(embed_tokens|norm|layers\.\d+\.("
+    r"(input|post_attention)_layernorm|self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj))"
+)
 
 
 class Problem(NamedTuple):
@@ -241,8 +244,9 @@ def _misfit(layer: nn.Module, module: str, part: str, adapter: AdapterFile, tied
         rows = rows_of(module, adapter.config) or (rows_of(EMBEDDING, adapter.config) if tied else [])
         return _misfit_of_rows(rows, weight, module, shape)
     mine, theirs = _WIDTHS[part]
-    if len(shape) > mine and shape[mine] != weight.shape[theirs]:
-        return Problem(UNFIT, module, part, f"is {shape}, and the base model's weight {tuple(weight.shape)}")
+    if len(shape) > mine and shape[mine] != (width := weight.shape[theirs]):
+        needed = (*shape[:mine], width, *shape[mine + 1 :])
+        return Problem(UNFIT, module, part, f"is {shape}, the model needs {needed}")
     return None
 
 

@@ -81,6 +81,7 @@ class AdapterHeader:
         """Those of the keys that are missing or null."""
         return [key for key in keys if self.config.get(key) is None]
 
+    @cached_property
     def modules(self) -> tuple[list[str], list[str]]:
         """The names that PEFT matches target_modules with, and those of them that can have an update."""
         if self.base is None:

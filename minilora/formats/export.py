@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.config import LoraConfig
 from minilora.formats.adapter_file import AdapterFile
 from minilora.formats.peft_format import (
     BASE_WEIGHT,
@@ -65,27 +66,33 @@ def as_plain(adapter: AdapterFile, raw: dict) -> PlainAdapter:
         raise UserError(
             f"{adapter.directory} {what}, which plain LoRA cannot express: merge it, with --output"
         )
-    layers, config = ranks_and_alphas(adapter.layers, adapter.config), adapter.config
-    scalings = {layer: config.scaling_of(rank, alpha) for layer, (rank, alpha) in layers.items()}
+    layers = ranks_and_alphas(adapter.layers, adapter.config)
     r = max(rank for rank, _ in layers.values())
-    scaling = Counter(scalings.values()).most_common(1)[0][0]
+    alpha = _alpha(adapter.config, r, *Counter(layers.values()).most_common(1)[0][0])
     tensors, rounded = {}, []
     for module, parts in adapter.modules.items():
-        ratio = scalings[module] / scaling
+        ratio = _alpha(adapter.config, r, *layers[module]) / alpha
         if math.frexp(ratio)[0] != 0.5:  # no power of two
             rounded.append(module)
         for part, tensor in parts.items():
-            tensors[tensor_key(module, part)] = _plain_part(part, tensor, r, ratio)
-    changes = dict(r=r, lora_alpha=_whole(scaling * r), target_modules=_targets(adapter), use_rslora=False)
+            tensors[tensor_key(module, part)] = _plain_part(module, part, tensor, r, ratio)
+    changes = dict(r=r, lora_alpha=_whole(alpha), target_modules=_targets(adapter), use_rslora=False)
     patterns = dict(rank_pattern={}, alpha_pattern={})
     chosen = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"))
-    return PlainAdapter(PEFT_DEFAULTS | raw | changes | patterns | chosen, tensors, rounded, scaling)
+    return PlainAdapter(PEFT_DEFAULTS | raw | changes | patterns | chosen, tensors, rounded, alpha / r)
 
 
-def _plain_part(part: str, tensor: Tensor, r: int, ratio: float) -> Tensor:
-    """A part of an update of rank r. B takes the ratio of the scalings, in float32 if it is not 1."""
+def _alpha(config: LoraConfig, r: int, rank: int, alpha: float) -> float:
+    """The alpha' with which plain LoRA of rank r scales as a layer of another rank does: alpha' / r."""
+    return alpha * (rank**0.5 if config.use_rslora else 1) * (r / rank)
+
+
+def _plain_part(module: str, part: str, tensor: Tensor, r: int, ratio: float) -> Tensor:
+    """A part of an update of rank r. B takes the ratio of the alphas, in float32 if it is not 1."""
     if part in (B, EMBEDDING_B):
-        tensor = tensor if ratio == 1 else tensor.float() * ratio
+        tensor = tensor if ratio == 1 else (tensor.double() * ratio).float()  # rounded once
+        if not tensor.isfinite().all():
+            raise UserError(f"{module} overflows float32, scaled to the alpha of the other layers")
         return F.pad(tensor, (0, r - tensor.shape[1])).contiguous()
     if part in (A, EMBEDDING_A):
         return F.pad(tensor, (0, 0, 0, r - tensor.shape[0])).contiguous()

@@ -9,15 +9,23 @@ answers:
     ranks                  any, by layer     to --max-lora-rank  one for all layers
     alphas by layer        yes               yes                 ignored
     targets                names or regex    as the tensors say  names; q needs v; k, v need q; up needs gate
-    trained biases, copies yes               refused             refused or left out
-    PiSSA, LoftQ, ...      yes               refused             loaded without their change of the base model
+    copies, rows, biases   yes               refused             refused or left out
+    another vocabulary     resize it first   refused             left out
+    PiSSA, OLoRA           repeated          refused             loaded without their change of the base model
+    pissa_niter, LoRA-GA   drawn otherwise   refused             the same
     missing tensors        stay untrained    refused             refused
+    no tensors at all      nothing applied   nothing applied     nothing applied
+    names of wrapped models  not read        not read            read: by number and leaf
     NaN, an infinite alpha computes NaN      computes NaN        computes NaN
     other *.safetensors    not read          not read            read as if they belonged to the adapter
 
-The weights are read once, one tensor at a time, to find a NaN; a few hundred megabytes take about a second.
+The files are read once, one tensor at a time, to find a NaN; a few hundred megabytes take about a second.
 With the configuration of the base model, names and shapes are compared with its layers. No finding means
-"loads"; of a feature that the linter does not know, it says "cannot tell".
+"loads"; of a feature that the linter does not know, it says "cannot tell". A remedy is a command that takes
+this adapter, or none.
+
+PEFT's rules are in lint_peft.py, those of the servers in lint_servers.py, the comparison of the two files in
+adapter_checks.py.
 """
 
 from dataclasses import replace

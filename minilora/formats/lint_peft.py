@@ -53,7 +53,7 @@ def _unjudged(adapter: AdapterHeader) -> list[str]:
 
 def _layers(adapter: AdapterHeader) -> Iterator[Finding]:
     refused, targets = partial(found, "PEFT", WILL_NOT_LOAD), shown(adapter.get("target_modules"))
-    names, weights = adapter.modules()
+    names, weights = adapter.modules
     chosen = chosen_targets(names, adapter.file.config, [n for n in weights if n != EMBEDDING])
     if names and not chosen:
         whose = "of the base model" if adapter.base else "that the file adapts"

@@ -119,8 +119,10 @@ def _vllm_tensors(adapter: AdapterHeader) -> Iterator[Finding]:
     if unread:
         yield refused([f"{shown_name(key)} is no LoRA tensor" for key in unread], EXPORT)
     misfits = [str(p) for p in adapter.of_kind(UNFIT) if p.part in PARTNERS]
-    if wrong := _halves(adapter) + misfits + adapter.other_vocabulary():
+    if wrong := _halves(adapter) + misfits:
         yield refused(wrong, SAVE_AGAIN)
+    if grown := adapter.other_vocabulary():
+        yield refused(grown)
     if foreign := [key for key in ignored if key.split(".lora_")[0].rpartition(".")[2] not in _LEAVES]:
         yield refused([f"the base model has no layer {shown_name(key)}" for key in foreign], SAVE_AGAIN)
     elif ignored:
@@ -134,7 +136,7 @@ def _vllm_tensors(adapter: AdapterHeader) -> Iterator[Finding]:
 def _is_no_layer(adapter: AdapterHeader, module: str) -> bool:
     if adapter.base is None:
         return not is_name(module)
-    return module not in adapter.modules()[1]
+    return module not in adapter.modules[1]
 
 
 # ---- SGLang ----

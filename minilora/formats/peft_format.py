@@ -23,7 +23,7 @@ from minilora.system.schema import Field
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_WEIGHTS_FILE = "adapter_model.bin"  # older versions of PEFT wrote it; unpickling runs code
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"  # of older versions of PEFT; see pickled.py
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE, LORA_BIAS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_B.bias"

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,3 +183,27 @@ def test_a_changed_adapter_does_in_peft_what_the_linter_says_and_is_read_here_if
         outcome == LOADS
     ):  # Without the base model the linter knows less, and finds no fault with what is right.
         assert verdict(directory, None) == LOADS
+
+
+# ---- docs/adapters.md ------------------------------------------------------------------------------------------------
+
+
+def rows_of_the_page() -> dict[str, list[str]]:
+    lines = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {name: cells for name, *cells in rows[1:]}
+
+
+def test_the_committed_page_has_a_row_for_every_kind_and_no_difference_to_peft():
+    rows = rows_of_the_page()
+    assert list(rows) == list(KINDS)
+    assert all(cells[:3] == ["yes"] * 3 and cells[4] == "yes" for cells in rows.values())
+    assert {name for name, cells in rows.items() if cells[3] != "yes"} == {"lora_bias"}  # merged into no bias
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_committed_page_says_of_the_servers_what_the_linter_says(name, made):
+    directory, _ = made(name)
+    config = parse_config(config_dict(base_of(KINDS[name])))
+    cells = rows_of_the_page()[name]
+    assert [verdict(directory / "adapter", config, server) for server in ("vLLM", "SGLang")] == cells[5:7]

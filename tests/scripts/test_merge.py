@@ -8,8 +8,6 @@ from statistics import median
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import SafetensorError
 from support.adapter_kinds import KINDS, peft_model
 from support.families import relative_error, transformers_model
@@ -18,7 +16,6 @@ from support.project import ROOT
 from support.tiny import TOLERANCE, ids
 
 from minilora import (
-    LoraConfig,
     QuantConfig,
     load_adapter,
     load_model,
@@ -507,17 +504,6 @@ def test_an_export_copies_all_files_but_other_tensors(merge, place):
     assert (
         copied["adapter_model.safetensors"] == (place / "adapter" / "adapter_model.safetensors").read_bytes()
     )
-
-
-@given(st.integers(1, 600), st.floats(0.01, 1000))
-def test_an_exported_scaling_is_the_adapters_whatever_rank_and_alpha(r, alpha):
-    from merge import as_plain_lora
-
-    lora = LoraConfig(r, alpha, use_rslora=True)
-    plain = as_plain_lora(lora)
-    # Roundings of 2^-53 each: root and quotient on one side, root, product and quotient on the other.
-    assert not plain.use_rslora and plain.scaling == pytest.approx(lora.scaling, rel=5 * 2**-53)
-    assert as_plain_lora(plain) == plain
 
 
 def test_plain_lora_is_exported_as_it_is(merge, place):

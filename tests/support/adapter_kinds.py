@@ -48,11 +48,13 @@ KINDS = {
         dict(trainable_token_indices={"embed_tokens": [97, 98], "lm_head": [97]}), vocab_size=101
     ),
     "embeddings saved unchanged": Kind({}, saving=dict(save_embedding_layers=True)),
-    "LoRA on lm_head": Kind(dict(target_modules=["q_proj", "lm_head"])),
-    "LoRA on lm_head, tied": Kind(dict(target_modules=["q_proj", "lm_head"]), TIED),
-    "LoRA on embed_tokens": Kind(dict(target_modules=["q_proj", "embed_tokens"])),
-    "LoRA on both embeddings, tied": Kind(dict(target_modules=["q_proj", *_EMBEDDINGS]), TIED),
-    "LoRA on both embeddings, resized": Kind(dict(target_modules=["q_proj", *_EMBEDDINGS]), vocab_size=101),
+    "LoRA on lm_head": Kind(dict(target_modules=["q_proj", "v_proj", "lm_head"])),
+    "LoRA on lm_head, tied": Kind(dict(target_modules=["q_proj", "v_proj", "lm_head"]), TIED),
+    "LoRA on embed_tokens": Kind(dict(target_modules=["q_proj", "v_proj", "embed_tokens"])),
+    "LoRA on both embeddings, tied": Kind(dict(target_modules=["q_proj", "v_proj", *_EMBEDDINGS]), TIED),
+    "LoRA on both embeddings, resized": Kind(
+        dict(target_modules=["q_proj", "v_proj", *_EMBEDDINGS]), vocab_size=101
+    ),
     "rank_pattern": Kind(dict(rank_pattern={"q_proj": 2})),
     "rank_pattern, full names": Kind(
         dict(rank_pattern={"model.layers.0.self_attn.q_proj": 2, "^model.layers.1.self_attn.v_proj": 8})
