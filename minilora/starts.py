@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from minilora import vera
-from minilora.adapted import weight_under
+from minilora.adapted import adapted_layers, plain_name, weight_under
 from minilora.config import LoraConfig
 from minilora.initialize import check_kind, check_rank, initialize, takes_part_of_base
 from minilora.system.errors import UserError
+from minilora.targets import ranks_and_alphas
 
 _NOT_WITH_VERA = """
     use_dora use_rslora lora_fa lora_bias rank_pattern alpha_pattern modules_to_save trainable_token_indices
@@ -78,7 +79,7 @@ def start(
     """
     kind = check_kind(config.init_lora_weights)
     if config.use_vera and layers:
-        share(layers, name, *_projections(layers, config))
+        share(layers, name, *projections(layers, config))
     for path, layer in layers.items() if kind != "true" else ():
         A, B, weight = layer.lora_A[name], layer.lora_B[name], weight_under(layer.base_layer, name)
         check_rank(kind, len(A), weight.shape)
@@ -154,6 +155,26 @@ def in_files(config: LoraConfig) -> LoraConfig:
     return doubled(config) if takes_part_of_base(config.init_lora_weights) else config
 
 
+def split(model: nn.Module, config: LoraConfig, name: str) -> None:
+    """Take the factors of a file, of rank 2r, apart again: A and B to train, A0 and -B0 frozen, bit for bit.
+
+    Raises UserError for a rank that is not twice the training's.
+    """
+    layers = adapted_layers(model, name)
+    linear = {path: layer for path, layer in layers.items() if hasattr(layer, "frozen_A")}
+    plain = {path: plain_name(path) for path in linear}
+    ranks = ranks_and_alphas(list(plain.values()), config)
+    for path, layer in linear.items():
+        (r, alpha), A, B = ranks[plain[path]], layer.lora_A[name].detach(), layer.lora_B[name].detach()
+        if len(A) != 2 * r:
+            raise UserError(f"{plain[path]} has rank {len(A)} in the file, not twice the {r} of the training")
+        layer.lora_A[name], layer.frozen_A[name] = nn.Parameter(A[:r].clone()), _frozen(A[r:].clone())
+        layer.lora_B[name], layer.frozen_B[name] = nn.Parameter(B[:, :r].clone()), _frozen(B[:, r:].clone())
+        layer.scalings[name] = config.scaling_of(r, alpha)
+    for layer in layers.values():
+        layer.configs[name] = config
+
+
 # ---- VeRA --------------------------------------------------------------------------------------------------
 
 
@@ -172,9 +193,15 @@ def share(layers: Mapping[str, nn.Module], name: str, A: Tensor, B: Tensor) -> N
         layer.frozen_A[name], layer.frozen_B[name] = A, B
 
 
-def _projections(layers: Mapping[str, nn.Module], config: LoraConfig) -> tuple[Tensor, Tensor]:
-    shapes = [layer.plain_layer.weight.shape for layer in layers.values()]
-    widest_out, widest_in = (max(sides) for sides in zip(*shapes, strict=True))
+def widest(layers: Mapping[str, nn.Module]) -> tuple[int, int]:
+    """Return the most inputs and the most outputs of a layer."""
+    widest_out, widest_in = map(max, *(layer.plain_layer.weight.shape for layer in layers.values()), (0, 0))
+    return widest_in, widest_out
+
+
+def projections(layers: Mapping[str, nn.Module], config: LoraConfig) -> tuple[Tensor, Tensor]:
+    """Return the A and B that VeRA's seed draws for these layers; on the meta device, shapes alone."""
+    widest_in, widest_out = widest(layers)
     if next(iter(layers.values())).plain_layer.weight.device.type == "meta":
         return torch.empty(config.r, widest_in), torch.empty(widest_out, config.r)
     return vera.shared_projections(config.r, widest_in, widest_out, config.projection_prng_key)

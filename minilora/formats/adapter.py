@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from minilora import starts
 from minilora.adapted import (
     Adapted,
     LoraEmbedding,
@@ -51,6 +52,7 @@ from minilora.formats.peft_format import (
     ROWS,
     ROWS_WEIGHT,
     SAVED_TWICE,
+    STARTS_FROM_W,
     WEIGHT,
     A,
     B,
@@ -58,14 +60,20 @@ from minilora.formats.peft_format import (
     split_any_key,
     tensor_key,
 )
-from minilora.lora import (
-    LoraLinear,
-    check_new_adapter,
-    match_targets,
-    remove_lora,
-    set_adapter,
-    wrap_targets,
+from minilora.formats.vera_adapter import (
+    LAMBDA_B,
+    LAMBDA_D,
+    SHARED_A,
+    SHARED_B,
+    VERA,
+    check_projections,
+    parse_vera_config,
+    sort_vera,
+    vera_config_json,
 )
+from minilora.initialize import takes_part_of_base
+from minilora.lora import LoraLinear, lora_layers, remove_lora, set_adapter, wrap_targets
+from minilora.matching import check_new_adapter, match_targets
 from minilora.model import CausalLM
 from minilora.system.errors import UserError, suggestion, summarize
 from minilora.system.files import write_whole
@@ -80,6 +88,8 @@ _PARTS = {  # a wrapper's name for a part -> the file's
     "lora_embedding_A": EMBEDDING_A,
     "lora_embedding_B": EMBEDDING_B,
     "trainable_tokens_delta": ROWS,
+    "vera_lambda_d": LAMBDA_D,
+    "vera_lambda_b": LAMBDA_B,
 }
 _OWN_WEIGHTS = (WEIGHT, BIAS, BASE_WEIGHT, BASE_BIAS, ROWS_WEIGHT)
 # Parts of torch.compile's, DDP's and FSDP's names, which no file should hold.
@@ -100,7 +110,8 @@ def save_adapter(
     """Write one adapter in PEFT's two files, each of them complete or not at all.
 
     The model may be compiled or wrapped, whole or layer by layer: the names in the files are those of the
-    plain model. Raises UserError if the model has no such adapter.
+    plain model. An adapter that started with a part of W is written as plain LoRA of twice its rank, a VeRA
+    adapter as PEFT's. Raises UserError if the model has no such adapter.
     """
     tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_tensors(model, name).items()}
     if not tensors:
@@ -121,8 +132,10 @@ def adapter_config_json(model: nn.Module, name: str) -> dict:
     """PEFT's `adapter_config.json` of an adapter on the model."""
     model = unwrapped(model)
     layers = adapted_layers(model, name)
-    config = next(iter(layers.values())).configs[name]
+    config = starts.in_files(next(iter(layers.values())).configs[name])
     chosen = [_file_name(n) for n, m in layers.items() if isinstance(m, (LoraLinear, LoraEmbedding))]
+    if config.use_vera:
+        return vera_config_json(config, _plain_targets(model, chosen, config))
     raw = {field: getattr(config, field) for field in _LORA_CONFIG}
     raw = {field: list(value) if isinstance(value, tuple) else value for field, value in raw.items()}
     raw = {field: PEFT_DEFAULTS[field] if value == [] else value for field, value in raw.items()}
@@ -144,6 +157,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """
     model = unwrapped(model)
     tensors, layers = dict(_parameters(model, name)), adapted_layers(model, name)
+    tensors |= _frozen_tensors(lora_layers(model, name), name)
     if not any(isinstance(layer, TrainedRows) for layer in layers.values()):
         for path, layer in layers.items():
             if isinstance(layer, (LoraLinear, LoraEmbedding)) and _file_name(path) in (
@@ -153,6 +167,20 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
                 weight = weight_under(layer.base_layer, name)
                 if isinstance(weight, Tensor):  # PEFT leaves out a head in 4 bits, too
                     tensors.setdefault(tensor_key(_file_name(path), BASE_WEIGHT), weight.detach().clone())
+    return tensors
+
+
+def _frozen_tensors(layers: dict[str, LoraLinear], name: str) -> dict[str, Tensor]:
+    """What a start or VeRA makes of A and B, by their keys in the file."""
+    tensors = {}
+    for path, layer in layers.items():
+        if name in layer.vera_lambda_d:
+            tensors = {SHARED_A: layer.frozen_A[name], SHARED_B: layer.frozen_B[name]}
+        elif name in layer.frozen_A:
+            factors = layer.factors(name)
+            tensors |= {
+                tensor_key(_file_name(path), part): f for part, f in zip((A, B), factors, strict=True)
+            }
     return tensors
 
 
@@ -207,6 +235,8 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
 
 def parse_adapter_config(raw: dict) -> LoraConfig:
     """The adapter that the contents of an `adapter_config.json` describe. Raises UserError."""
+    if raw.get("peft_type") == VERA:
+        return parse_vera_config(raw)
     fields = read_fields(raw, PEFT_HONOURED)
     read_fields(raw, PEFT_CHANGES_NOTHING)
     for key, value in raw.items():
@@ -218,6 +248,8 @@ def parse_adapter_config(raw: dict) -> LoraConfig:
     given = {key: fields[key] for key in _LORA_CONFIG if fields[key] is not None}
     if not given["target_modules"]:
         raise UserError("target_modules is empty")
+    if str(init := raw.get(PEFT_INIT)).lower() in STARTS_FROM_W:
+        given[PEFT_INIT] = init.lower()
     return LoraConfig(**given)
 
 
@@ -226,7 +258,8 @@ def _check_honoured(key: str, value: object) -> None:
     if key in PEFT_HONOURED or key in PEFT_CHANGES_NOTHING:
         return
     if key == PEFT_INIT:
-        if not isinstance(value, bool) and changes_base(str(value)):
+        repeatable = isinstance(value, str) and value.lower() in STARTS_FROM_W
+        if not isinstance(value, bool) and changes_base(str(value)) and not repeatable:
             raise UserError(
                 f"{key} = {shown(value)} changed the base weights; convert it to plain LoRA first"
             )
@@ -247,11 +280,12 @@ class AdapterFile:
     directory: Path
     config: LoraConfig
     modules: dict[str, dict[str, Tensor]]  # full name -> part (A, B, WEIGHT, ROWS, ...) -> tensor
+    shared: tuple[Tensor, Tensor] | None = None  # VeRA's A and B; None: drawn from the seed
 
     @property
     def layers(self) -> list[str]:
         """Names of the modules that have an update A, B."""
-        return [name for name, parts in self.modules.items() if A in parts or EMBEDDING_A in parts]
+        return [name for name, parts in self.modules.items() if parts.keys() & {A, EMBEDDING_A, LAMBDA_D}]
 
     def own(self, name: str) -> dict[str, Tensor]:
         """Return the weight and the bias that take the place of a module's own, as WEIGHT and BIAS."""
@@ -268,6 +302,12 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     modules: dict[str, dict[str, Tensor]] = {}
     strange = []
     tensors = _read_tensors(Path(directory) / ADAPTER_WEIGHTS_FILE)
+    if config.use_vera:
+        raw = read_object(Path(directory) / ADAPTER_CONFIG_FILE)
+        modules, shared, problems = sort_vera(tensors, raw, config)
+        if problems:
+            raise UserError(f"{directory} is not a sound VeRA adapter: {summarize(problems)}")
+        return AdapterFile(Path(directory), config, modules, shared)
     for key, tensor in sorted(tensors.items()):
         module, part = split_any_key(key) or ("", "")
         if SAVED_TWICE.search(key):
@@ -325,13 +365,14 @@ def load_adapter(
     name: str = "default",
     lora_fa: bool = False,
     lora_dropout: float | None = None,
+    started: LoraConfig | None = None,
 ) -> None:
     """Put an adapter that PEFT or `save_adapter` wrote on the model under `name`, and make it active.
 
     lora_fa: whether further training keeps A fixed; no file says so. lora_dropout: for further training;
-    None: the file's. Raises UserError for a configuration
-    that cannot be honoured. One UserError lists all missing, unexpected and wrongly shaped tensors. After an
-    error the model is as it was.
+    None: the file's. started: the configuration of a training that started with a part of W, and that goes on
+    from the file. Raises UserError for a configuration that cannot be honoured. One UserError lists all
+    missing, unexpected and wrongly shaped tensors. After an error the model is as it was.
     """
     adapter = read_adapter(directory)
     dropout = adapter.config.lora_dropout if lora_dropout is None else lora_dropout
@@ -344,6 +385,10 @@ def load_adapter(
         parameter.requires_grad_(False)
     try:
         _put_on(model, adapter, name)
+        if takes_part_of_base(adapter.config.init_lora_weights):
+            starts.repeat(lora_layers(model, name), adapter.config, name)
+        elif started is not None and takes_part_of_base(started.init_lora_weights):
+            starts.split(model, replace(started, lora_fa=lora_fa, lora_dropout=dropout), name)
     except UserError as error:
         if any(name in layer.configs for layer in adapted_layers(model).values()):
             remove_lora(model, name)
@@ -370,7 +415,8 @@ def _misfits(model: nn.Module, adapter: AdapterFile) -> list[str]:
         asked = config.target_modules if isinstance(config.target_modules, str) else config.target_modules[0]
         near = suggestion(asked, {name.rpartition(".")[2] for name in linear})
         return [f"target_modules = {shown(config.target_modules)} names no layer of it{near}"]
-    promised = [(layer, EMBEDDING_A if layer == EMBEDDING else A) for layer in chosen]
+    linear_part = LAMBDA_D if config.use_vera else A
+    promised = [(layer, EMBEDDING_A if layer == EMBEDDING else linear_part) for layer in chosen]
     for module in saved_modules(layers, config.modules_to_save):
         promised += [(module, leaf) for leaf, _ in layers[module].named_parameters(recurse=False)]
     for module in chosen if config.bias == "lora_only" else layers if config.bias == "all" else ():
@@ -430,9 +476,19 @@ def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:
             problems.append(f"{key} is {stored}, the model needs {needed}")
     if problems:
         raise UserError(summarize(sorted(problems)))
+    if config.use_vera:
+        _share_projections(model, adapter, name)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
+
+
+def _share_projections(model: nn.Module, adapter: AdapterFile, name: str) -> None:
+    """Give VeRA's layers the file's A and B, or those of the seed."""
+    layers = lora_layers(model, name)
+    A, B = adapter.shared or starts.projections(layers, adapter.config)
+    check_projections(A, B, *starts.widest(layers))
+    starts.share(layers, name, A, B)
 
 
 def _is_the_same(layer: nn.Module, own: dict[str, Tensor]) -> bool:
