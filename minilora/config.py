@@ -116,6 +116,8 @@ class LoraConfig:
                 raise UserError(f"lora_alpha must be above 0, not {value!r}")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
+        if self.init_lora_weights == "true":
+            object.__setattr__(self, "init_lora_weights", True)
         if self.bias not in ("none", "lora_only", "all"):
             raise UserError(f"bias must be 'none', 'lora_only' or 'all', not {self.bias!r}")
         if not self.target_modules:

@@ -151,7 +151,9 @@ def doubled(config: LoraConfig) -> LoraConfig:
 
 
 def in_files(config: LoraConfig) -> LoraConfig:
-    """The configuration under which an adapter of this one is saved."""
+    """The configuration under which an adapter of this one is saved. VeRA's files know no alpha."""
+    if config.use_vera:
+        return replace(config, lora_alpha=LoraConfig.lora_alpha)
     return doubled(config) if takes_part_of_base(config.init_lora_weights) else config
 
 

@@ -4,11 +4,11 @@
 
     base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_d            float32 (r,)
     base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_b            float32 (out,)
-    base_model.vera_A    base_model.vera_B        (r, widest in), (widest out, r), unless save_projection is false
+    base_model.vera_A    base_model.vera_B                                    (r, widest in), (widest out, r)
 
-Without the last two, `projection_prng_key` is the seed that draws them again. Written they always are: then
-the file does not depend on a generator. No server loads VeRA. `plain_adapter.as_plain` makes LoRA of it, the
-same function in a larger file.
+A file with `save_projection: false` lacks the last two; `projection_prng_key` is the seed that draws them
+again. Here they are always written: then the file does not depend on a generator. No server loads VeRA.
+`plain_adapter.plain_factors` makes LoRA of it, the same function in a larger file.
 """
 
 import re

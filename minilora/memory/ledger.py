@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from minilora import starts
 from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_parameters
@@ -158,6 +159,7 @@ def memory_ledger(
     """
     policies = _policies_in_effect(recompute, model_config.num_hidden_layers, device)
     counts, widths = _count(model_config, lora), widths_of(model_config, dtype, device)
+    lora = starts.in_files(lora)  # the rank of the products is twice that of a start with a part of W
     if in_files is not None and OUTPUT_HEAD in in_files:
         counts = counts.with_quantized_head(model_config)
     tokens, rows = tokens or batch_size * length, None
@@ -351,6 +353,9 @@ def process_memory() -> int:
     return memory_used(torch.device("cpu"))
 
 
+_OF_ADAPTERS = re.compile(r"\.(lora|vera|frozen)_")  # in names of parameters
+
+
 class _Counts(NamedTuple):
     """How many numbers there are of everything."""
 
@@ -392,7 +397,7 @@ def _count(model_config: ModelConfig, lora: LoraConfig) -> _Counts:
     return _Counts(
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
         rest=rest,
-        adapter=sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name),
+        adapter=sum(p.numel() for name, p in model.named_parameters() if _OF_ADAPTERS.search(name)),
         trainable=[p.numel() for p in trainable_parameters(model).values()],
         adapted=adapted,
         first_adapted=next((i for i, products in enumerate(adapted) if products), len(adapted)),
