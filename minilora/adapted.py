@@ -168,17 +168,21 @@ class LoraEmbedding(Adapted):
 
     def add_adapter(self, name: str, config: LoraConfig, r: int, alpha: float) -> None:
         """Add A = 0, (r, V), and B ~ normal(0, 1), (D, r)."""
-        start = takes_part_of_base(config.init_lora_weights)
-        asked = {"use_dora": config.use_dora, "use_vera": config.use_vera}
-        asked[f"init_lora_weights {config.init_lora_weights!r}"] = start
-        if refused := [key for key, is_asked in asked.items() if is_asked]:
-            raise UserError(f"{refused[0]} is not supported on the embedding; leave embed_tokens out")
         weight = weight_under(self.base_layer, name)
         options = dict(dtype=torch.float32, device=weight.device)
         self.lora_embedding_A[name] = nn.Parameter(torch.zeros(r, weight.shape[0], **options))
         B = torch.empty(weight.shape[1], r, device="meta" if weight.device.type == "meta" else "cpu")
         self.lora_embedding_B[name] = nn.Parameter(B.normal_().to(weight.device))
         self.configs[name], self.scalings[name] = config, config.scaling_of(r, alpha)
+
+    @staticmethod
+    def check(config: LoraConfig) -> None:
+        """Raise UserError for what no embedding can have."""
+        asked = {"use_dora": config.use_dora, "use_vera": config.use_vera}
+        start = takes_part_of_base(config.init_lora_weights)
+        asked[f"init_lora_weights {config.init_lora_weights!r}"] = start
+        if refused := [key for key, is_asked in asked.items() if is_asked]:
+            raise UserError(f"{refused[0]} is not supported on the embedding; leave embed_tokens out")
 
     def forward(self, ids: Tensor) -> Tensor:
         y, name = self.base_layer(ids), self.applied

@@ -265,6 +265,8 @@ def wrap_targets(model: nn.Module, targets: Sequence[str], config: LoraConfig, n
     """Add A and B to the layers of these names, each of its rank."""
     for path, (r, alpha) in ranks_and_alphas(targets, config).items():
         kind = LoraEmbedding if isinstance(base_layers(model)[path], nn.Embedding) else LoraLinear
+        if kind is LoraEmbedding:
+            LoraEmbedding.check(config)
         wrapper(model, path, kind).add_adapter(name, config, r, alpha)
 
 

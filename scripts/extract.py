@@ -108,7 +108,8 @@ class Models:
         found = []
         for stored in self.stored:
             if name in stored.quantized:
-                weight = stored.read_quantized(name, self.shapes[name], "cpu").dequantize(torch.float32)
+                packed = stored.read_quantized(name, self.shapes[name], torch.float32, "cpu")
+                weight = packed.dequantize(torch.float32)
             else:
                 weight = stored.read(name, torch.float32, "cpu")
             if not weight.isfinite().all():

@@ -13,9 +13,9 @@ peft_format.py       PEFT's names: files, configuration keys, tensor keys, initi
 adapter.py           PEFT's adapter files <-> the adapter on a model
 merging.py           what an adapter makes of each parameter of its base
 adapter_header.py    an adapter's configuration, names and shapes, without its numbers
-plain_adapter.py     factors without a model -> a plain LoRA adapter
+plain_adapter.py     any update as A and B beside W; factors without a model -> a plain LoRA adapter
 arithmetic.py        sums, differences and shorter forms of adapters
-vera_adapter.py      PEFT's VeRA adapters, and VeRA as plain LoRA
+vera_adapter.py      VeRA's configuration and tensors
 peft_rules.py        which configurations PEFT refuses, and which layers they choose
 lint.py              does an adapter load in PEFT, vLLM, SGLang?
 gguf_vocabulary.py   a tokenizer in llama.cpp's terms

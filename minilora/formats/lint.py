@@ -25,7 +25,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from minilora.config import ModelConfig
+from minilora.formats.adapter import load_adapter, read_adapter
 from minilora.formats.adapter_header import AdapterHeader, UnreadableAdapter
 from minilora.formats.peft_format import (
     ADAPTER_CONFIG_FILE,
@@ -45,6 +48,8 @@ from minilora.formats.peft_rules import (
     unsupported_targets,
     wrong_copies,
 )
+from minilora.formats.vera_adapter import VERA
+from minilora.model import CausalLM
 from minilora.system.errors import UserError, summarize
 from minilora.system.schema import shown
 from minilora.system.terminal import printable
@@ -98,6 +103,8 @@ def lint_adapter(directory: str | Path, base_config: ModelConfig | None = None) 
         adapter = AdapterHeader.read(directory, base_config)
     except UnreadableAdapter as problem:
         return [Finding(server, WILL_NOT_LOAD, str(problem), _SAVE_AGAIN) for server in SERVERS]
+    if adapter.config.get("peft_type") == VERA:
+        return _vera(directory, base_config)
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     other_files = [name for name in files if name != ADAPTER_WEIGHTS_FILE]
     findings = [*_peft(adapter), *_vllm(adapter), *_sglang(adapter, other_files)]
@@ -147,6 +154,22 @@ def _changed_base(adapter: AdapterHeader) -> str | None:
 def _foreign_parts(adapter: AdapterHeader) -> list[str]:
     """Names of the tensors of an update that are neither A nor B: DoRA's magnitudes."""
     return [f"{layer}.{part}" for layer, part, _ in adapter.tensors() if part not in PARTNERS]
+
+
+def _vera(directory: Path, base_config: ModelConfig | None) -> list[Finding]:
+    """The findings about a VeRA adapter, which PEFT alone knows."""
+    findings = []
+    try:
+        read_adapter(directory)
+        if base_config is not None:
+            with torch.device("meta"):
+                model = CausalLM(base_config)
+            load_adapter(model, directory)
+    except UserError as error:
+        findings.append(_finding("PEFT", WILL_NOT_LOAD, str(error), _SAVE_AGAIN))
+    merge = _MERGE.replace("DIRECTORY", str(directory))
+    why = "peft_type 'VERA' is not supported"
+    return findings + [_finding(server, WILL_NOT_LOAD, why, merge) for server in SERVERS if server != "PEFT"]
 
 
 # ---- PEFT ----

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.families import relative_error, same_model_here, transformers_model
+from support.families import config_dict, relative_error, same_model_here, transformers_model
 from support.tiny import TOLERANCE, ids
 from support.vera import peft_vera, vectors_of
 
 from minilora import UserError, load_adapter, save_adapter, trainable_parameters
 from minilora.formats.adapter import read_adapter, read_adapter_config
+from minilora.formats.config_json import parse_config
+from minilora.formats.lint import lint_adapter
 from minilora.formats.plain_adapter import plain_factors, shared_matrices, write_plain_adapter
 from minilora.formats.vera_adapter import SHARED_A, SHARED_B
 from minilora.lora import lora_layers
@@ -198,3 +200,21 @@ def test_shared_matrices_too_small_for_a_layer_are_refused(saved):
     with pytest.raises(UserError, match=message):
         load_adapter(ours, saved)
     assert not lora_layers(ours)
+
+
+def test_the_linter_says_that_peft_loads_it_and_no_server_does(saved):
+    config = parse_config(config_dict(transformers_model("llama-gqa")))
+    for base in (None, config):
+        assert [(f.server, f.verdict) for f in lint_adapter(saved, base)] == [
+            ("vLLM", "will not load"),
+            ("SGLang", "will not load"),
+        ]
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{Q}.vera_lambda_b"] = torch.ones(47)
+    save_file(tensors, path)
+    found = lint_adapter(saved, config)[0]
+    assert (found.server, found.verdict) == ("PEFT", "will not load") and "(47,), the model needs (48,)" in found.why
+    peft = pytest.importorskip("peft")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(transformers_model("llama-gqa"), saved)
