@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minilora import ops
 from minilora.config import LoraConfig
+from minilora.initialize import takes_part_of_base
 from minilora.linear import frozen_linear
 from minilora.model import RMSNorm
 from minilora.system.errors import UserError, suggestion
@@ -30,11 +31,12 @@ class Adapted(nn.Module):
     """A layer of the base model and the parts that adapters add to it, by adapter."""
 
     kinds: tuple[str, ...] = ()  # names of the ParameterDicts that hold parts, adapter -> parameter
+    frozen_kinds: tuple[str, ...] = ()  # the same, of tensors that are never trained and no parts
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        for kind in self.kinds:
+        for kind in self.kinds + self.frozen_kinds:
             setattr(self, kind, nn.ParameterDict())
         self.configs: dict[str, LoraConfig] = {}
         self.active: str | None = None  # the adapter that forward applies
@@ -55,8 +57,9 @@ class Adapted(nn.Module):
         return True
 
     def remove_adapter(self, name: str) -> None:
-        for kind in self.parts(name):
-            del getattr(self, kind)[name]
+        for kind in self.kinds + self.frozen_kinds:
+            if name in getattr(self, kind):
+                del getattr(self, kind)[name]
         del self.configs[name]
         self.active = None if self.active == name else self.active
         self.merged = None if self.merged == name else self.merged
@@ -170,14 +173,21 @@ class LoraEmbedding(Adapted):
 
     def add_adapter(self, name: str, config: LoraConfig, r: int, alpha: float) -> None:
         """Add A = 0, (r, V), and B ~ normal(0, 1), (D, r)."""
-        if config.use_dora:
-            raise UserError("use_dora is not supported on the embedding; leave embed_tokens out")
         weight = weight_under(self.base_layer, name)
         options = dict(dtype=torch.float32, device=weight.device)
         self.lora_embedding_A[name] = nn.Parameter(torch.zeros(r, weight.shape[0], **options))
         B = torch.empty(weight.shape[1], r, device="meta" if weight.device.type == "meta" else "cpu")
         self.lora_embedding_B[name] = nn.Parameter(B.normal_().to(weight.device))
         self.configs[name], self.scalings[name] = config, config.scaling_of(r, alpha)
+
+    @staticmethod
+    def check(config: LoraConfig) -> None:
+        """Raise UserError for what no embedding can have."""
+        asked = {"use_dora": config.use_dora, "use_vera": config.use_vera}
+        start = takes_part_of_base(config.init_lora_weights)
+        asked[f"init_lora_weights {config.init_lora_weights!r}"] = start
+        if refused := [key for key, is_asked in asked.items() if is_asked]:
+            raise UserError(f"{refused[0]} is not supported on the embedding; leave embed_tokens out")
 
     def forward(self, ids: Tensor) -> Tensor:
         y, name = self.base_layer(ids), self.applied

@@ -65,7 +65,7 @@ from minilora.formats.weights import (
     write_shards,
 )
 from minilora.inference.load import find_base, load_adapted_tokenizer, load_run_config
-from minilora.lora import match_targets
+from minilora.matching import match_targets
 from minilora.model import CausalLM
 from minilora.quantization import FLOATS, QUANT_TYPES
 from minilora.run.output_dir import SETTINGS_FILE

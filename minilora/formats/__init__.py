@@ -17,9 +17,9 @@ adapter_checks.py    what contradicts what in them, and in a base model
 adapter.py           PEFT's adapter files <-> the adapter on a model
 merging.py           what an adapter makes of each parameter of its base
 export.py            any adapter as plain LoRA
-plain_adapter.py     factors without a model -> a plain LoRA adapter
+plain_adapter.py     any update as A and B beside W; factors without a model -> a plain LoRA adapter
 arithmetic.py        sums, differences and shorter forms of adapters
-vera_adapter.py      PEFT's VeRA adapters, and VeRA as plain LoRA
+vera_adapter.py      VeRA's configuration and tensors
 adapter_header.py    an adapter's configuration, names and shapes, without its numbers
 findings.py          what the linter says: verdicts and remedies
 lint_peft.py         PEFT's verdict

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from minilora import starts
 from minilora.adapted import (
     Adapted,
     LoraEmbedding,
@@ -61,17 +62,22 @@ from minilora.formats.peft_format import (
     B,
     tensor_key,
 )
-from minilora.lora import (
-    LoraLinear,
-    check_new_adapter,
-    remove_lora,
-    set_adapter,
-    wrap_targets,
+from minilora.formats.vera_adapter import (
+    LAMBDA_B,
+    LAMBDA_D,
+    SHARED_A,
+    SHARED_B,
+    check_projections,
+    sort_vera,
+    vera_config_json,
 )
+from minilora.initialize import takes_part_of_base
+from minilora.lora import LoraLinear, lora_layers, remove_lora, set_adapter, wrap_targets
+from minilora.matching import check_new_adapter
 from minilora.model import CausalLM
 from minilora.system.errors import UserError, suggestion, summarize
 from minilora.system.files import write_whole
-from minilora.system.schema import shown
+from minilora.system.schema import read_object, shown
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, chosen_targets, saved_modules
 
 _PARTS = {  # a wrapper's name for a part -> the file's
@@ -82,6 +88,8 @@ _PARTS = {  # a wrapper's name for a part -> the file's
     "lora_embedding_A": EMBEDDING_A,
     "lora_embedding_B": EMBEDDING_B,
     "trainable_tokens_delta": ROWS,
+    "vera_lambda_d": LAMBDA_D,
+    "vera_lambda_b": LAMBDA_B,
 }
 # Parts of torch.compile's, DDP's and FSDP's names, which no file should hold.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
@@ -95,7 +103,8 @@ def save_adapter(
     """Write one adapter in PEFT's two files, each of them complete or not at all.
 
     The model may be compiled or wrapped, whole or layer by layer: the names in the files are those of the
-    plain model. Raises UserError if the model has no such adapter.
+    plain model. An adapter that started with a part of W is written as plain LoRA of twice its rank, a VeRA
+    adapter as PEFT's. Raises UserError if the model has no such adapter.
     """
     tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_tensors(model, name).items()}
     if not tensors:
@@ -120,8 +129,10 @@ def adapter_config_json(model: nn.Module, name: str) -> dict:
     """PEFT's `adapter_config.json` of an adapter on the model."""
     model = unwrapped(model)
     layers = adapted_layers(model, name)
-    config = next(iter(layers.values())).configs[name]
+    config = starts.in_files(next(iter(layers.values())).configs[name])
     chosen = [_file_name(n) for n, m in layers.items() if isinstance(m, (LoraLinear, LoraEmbedding))]
+    if config.use_vera:
+        return vera_config_json(config, _plain_targets(model, chosen, config))
     raw = {field: getattr(config, field) for field in LORA_KEYS}
     raw = {field: list(value) if isinstance(value, tuple) else value for field, value in raw.items()}
     raw = {field: PEFT_DEFAULTS[field] if value == [] else value for field, value in raw.items()}
@@ -144,6 +155,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """
     model = unwrapped(model)
     tensors, layers = dict(_parameters(model, name)), adapted_layers(model, name)
+    tensors |= _frozen_tensors(lora_layers(model, name), name)
     if not any(isinstance(layer, TrainedRows) for layer in layers.values()):
         for path, layer in layers.items():
             if isinstance(layer, (LoraLinear, LoraEmbedding)) and _file_name(path) in (
@@ -153,6 +165,20 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
                 weight = weight_under(layer.base_layer, name)
                 if isinstance(weight, Tensor):  # PEFT leaves out a head in 4 bits, too
                     tensors.setdefault(tensor_key(_file_name(path), BASE_WEIGHT), weight.detach().clone())
+    return tensors
+
+
+def _frozen_tensors(layers: dict[str, LoraLinear], name: str) -> dict[str, Tensor]:
+    """What a start or VeRA makes of A and B, by their keys in the file."""
+    tensors = {}
+    for path, layer in layers.items():
+        if name in layer.vera_lambda_d:
+            tensors = {SHARED_A: layer.frozen_A[name], SHARED_B: layer.frozen_B[name]}
+        elif name in layer.frozen_A:
+            factors = layer.factors(name)
+            tensors |= {
+                tensor_key(_file_name(path), part): f for part, f in zip((A, B), factors, strict=True)
+            }
     return tensors
 
 
@@ -201,7 +227,15 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     One UserError lists all tensors that PEFT does not write, lack their partners, or contradict the
     configuration.
     """
-    adapter = AdapterFile.of(Path(directory), read_adapter_config(directory), read_tensors(directory).items())
+    config, tensors = read_adapter_config(directory), read_tensors(directory)
+    if config.use_vera:
+        modules, shared, wrong = sort_vera(
+            tensors, read_object(Path(directory) / ADAPTER_CONFIG_FILE), config
+        )
+        if wrong:
+            raise UserError(f"{directory} is not a sound VeRA adapter: {summarize(wrong)}")
+        return AdapterFile(Path(directory), config, modules, shared=shared)
+    adapter = AdapterFile.of(Path(directory), config, tensors.items())
     if not adapter.modules and not adapter.unread:
         raise UserError(f"{directory} is not a sound adapter: it holds no tensors")
     with _named_config(adapter):
@@ -252,13 +286,14 @@ def load_adapter(
     name: str = "default",
     lora_fa: bool = False,
     lora_dropout: float | None = None,
+    started: LoraConfig | None = None,
 ) -> None:
     """Put an adapter that PEFT or `save_adapter` wrote on the model under `name`, and make it active.
 
     lora_fa: whether further training keeps A fixed; no file says so. lora_dropout: for further training;
-    None: the file's. Raises UserError for a configuration
-    that cannot be honoured. One UserError lists all missing, unexpected and wrongly shaped tensors. After an
-    error the model is as it was.
+    None: the file's. started: the configuration of a training that started with a part of W, and that goes on
+    from the file. Raises UserError for a configuration that cannot be honoured. One UserError lists all
+    missing, unexpected and wrongly shaped tensors. After an error the model is as it was.
     """
     adapter = read_adapter(directory)
     dropout = adapter.config.lora_dropout if lora_dropout is None else lora_dropout
@@ -276,6 +311,10 @@ def load_adapter(
         parameter.requires_grad_(False)
     try:
         _put_on(model, adapter, name)
+        if takes_part_of_base(adapter.config.init_lora_weights):
+            starts.repeat(lora_layers(model, name), adapter.config, name)
+        elif started is not None and takes_part_of_base(started.init_lora_weights):
+            starts.split(model, replace(started, lora_fa=lora_fa, lora_dropout=dropout), name)
     except UserError as error:
         if any(name in layer.configs for layer in adapted_layers(model).values()):
             remove_lora(model, name)
@@ -316,9 +355,19 @@ def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:
             problems.append(f"{key} is {stored}, the model needs {needed}")
     if problems:
         raise UserError(summarize(sorted(problems)))
+    if config.use_vera:
+        _share_projections(model, adapter, name)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
+
+
+def _share_projections(model: nn.Module, adapter: AdapterFile, name: str) -> None:
+    """Give VeRA's layers the file's A and B, or those of the seed."""
+    layers = lora_layers(model, name)
+    A, B = adapter.shared or starts.projections(layers, adapter.config)
+    check_projections(A, B, *starts.widest(layers))
+    starts.share(layers, name, A, B)
 
 
 def _is_the_same(layer: nn.Module, own: dict[str, Tensor]) -> bool:

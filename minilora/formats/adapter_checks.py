@@ -38,6 +38,7 @@ from minilora.formats.peft_format import (
     B,
     tensor_key,
 )
+from minilora.formats.vera_adapter import LAMBDA_B, LAMBDA_D
 from minilora.system.errors import UserError
 from minilora.system.schema import shown_name
 from minilora.targets import (
@@ -142,6 +143,8 @@ def _is_tied(model: nn.Module) -> bool:
 def _needed_and_allowed(adapter: AdapterFile, module: str) -> tuple[set[str], set[str]]:
     """The parts that a module's other parts call for, and all those that it may have."""
     config, parts = adapter.config, adapter.modules[module]
+    if config.use_vera:
+        return set(), {LAMBDA_D, LAMBDA_B}
     needed = {PARTNERS[part] for part in parts if part in PARTNERS}
     has_update = A in parts or EMBEDDING_A in parts
     of_update = {MAGNITUDE} if config.use_dora else set()
@@ -214,7 +217,8 @@ def _promised(
 ) -> list[tuple[str, str, str]]:
     """(kind of the problem if it is missing, module, part) of every tensor that PEFT would have written."""
     config = adapter.config
-    promised = [(MISSING, layer, EMBEDDING_A if layer == EMBEDDING else A) for layer in chosen]
+    linear_part = LAMBDA_D if config.use_vera else A
+    promised = [(MISSING, layer, EMBEDDING_A if layer == EMBEDDING else linear_part) for layer in chosen]
     whole = saved_modules(layers, config.modules_to_save)
     for module in [n for n in layers if any(f"{n}.".startswith(f"{copy}.") for copy in whole)]:
         promised += [
@@ -233,6 +237,8 @@ def _misfit(layer: nn.Module, module: str, part: str, adapter: AdapterFile, tied
     embedding's trained rows.
     """
     shape = tuple(adapter.modules[module][part].shape)
+    if part in (LAMBDA_D, LAMBDA_B):
+        return None  # the model itself tells their lengths
     if part in OWN_WEIGHTS:
         return _misfit_of_own(getattr(layer, part.rpartition(".")[2], None), module, part, shape)
     if part in PARTNERS and (part in (A, B)) != hasattr(layer, "in_features"):

@@ -30,6 +30,7 @@ from minilora.formats.peft_format import (
     PICKLED_WEIGHTS_FILE,
     ROWS_WEIGHT,
     SAVED_TWICE,
+    STARTS_FROM_W,
     WEIGHT,
     A,
     changes_base,
@@ -38,6 +39,7 @@ from minilora.formats.peft_format import (
 )
 from minilora.formats.peft_rules import refused_values
 from minilora.formats.pickled import read_pickled_tensors
+from minilora.formats.vera_adapter import LAMBDA_D, VERA, parse_vera_config
 from minilora.system.errors import UserError
 from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, saved_modules
@@ -55,6 +57,7 @@ class AdapterFile:
     config: LoraConfig
     modules: dict[str, dict[str, Tensor]]  # full name -> part (A, B, WEIGHT, ROWS, ...) -> tensor
     unread: dict[str, str] = field(default_factory=dict)  # keys that are no part of a module, or why
+    shared: tuple[Tensor, Tensor] | None = None  # VeRA's A and B; None: drawn from the seed
 
     @classmethod
     def of(cls, directory: Path, config: LoraConfig, tensors: Iterable[tuple[str, Tensor]]) -> "AdapterFile":
@@ -76,7 +79,7 @@ class AdapterFile:
     @property
     def layers(self) -> list[str]:
         """Names of the modules that have an update A, B."""
-        return [name for name, parts in self.modules.items() if A in parts or EMBEDDING_A in parts]
+        return [name for name, parts in self.modules.items() if parts.keys() & {A, EMBEDDING_A, LAMBDA_D}]
 
     def own(self, name: str) -> dict[str, Tensor]:
         """Return the weight and the bias that take the place of a module's own, as WEIGHT and BIAS."""
@@ -112,6 +115,8 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
 
 def parse_adapter_config(raw: dict) -> LoraConfig:
     """The adapter that the contents of an `adapter_config.json` describe. Raises UserError."""
+    if raw.get("peft_type") == VERA:
+        return parse_vera_config(raw)
     fields = read_fields(raw, PEFT_HONOURED)
     read_fields(raw, PEFT_CHANGES_NOTHING)
     for key, value in raw.items():
@@ -125,6 +130,8 @@ def parse_adapter_config(raw: dict) -> LoraConfig:
         raise UserError("target_modules is empty")
     if wrong := refused_values(raw):
         raise UserError(wrong[0])
+    if str(init := raw.get(PEFT_INIT)).lower() in STARTS_FROM_W:
+        given[PEFT_INIT] = init.lower()
     return LoraConfig(**given)
 
 
@@ -133,7 +140,8 @@ def _check_honoured(key: str, value: object) -> None:
     if key in PEFT_HONOURED or key in PEFT_CHANGES_NOTHING:
         return
     if key == PEFT_INIT:
-        if not isinstance(value, bool) and changes_base(str(value)):
+        repeatable = isinstance(value, str) and value.lower() in STARTS_FROM_W
+        if not isinstance(value, bool) and changes_base(str(value)) and not repeatable:
             raise UserError(
                 f"{key} = {shown(value)} changed the base weights; convert it to plain LoRA first"
             )

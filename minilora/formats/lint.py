@@ -31,7 +31,10 @@ adapter_checks.py.
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from minilora.config import ModelConfig
+from minilora.formats.adapter import load_adapter, read_adapter
 from minilora.formats.adapter_header import AdapterHeader
 from minilora.formats.export import is_exportable
 from minilora.formats.findings import (
@@ -50,7 +53,10 @@ from minilora.formats.findings import (
 from minilora.formats.lint_peft import verdicts_of_peft
 from minilora.formats.lint_servers import verdicts_of_sglang, verdicts_of_vllm
 from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from minilora.formats.vera_adapter import VERA
+from minilora.model import CausalLM
 from minilora.system.errors import UserError
+from minilora.system.schema import read_object
 from minilora.system.terminal import printable
 
 
@@ -64,6 +70,8 @@ def lint_adapter(directory: str | Path, base_config: ModelConfig | None = None) 
     if not (directory / ADAPTER_CONFIG_FILE).is_file():
         raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG_FILE}")
     try:
+        if read_object(directory / ADAPTER_CONFIG_FILE).get("peft_type") == VERA:
+            return _vera(directory, base_config)
         adapter = AdapterHeader.read(directory, base_config)
     except UserError as problem:
         return [Finding(server, WILL_NOT_LOAD, str(problem), SAVE_AGAIN) for server in SERVERS]
@@ -110,3 +118,19 @@ def findings_text(findings: list[Finding]) -> str:
 def _shortened(text: str) -> str:
     """A text for a terminal: names from a file may be endless, and may hold line ends and escape codes."""
     return printable(text if len(text) <= 500 else f"{text[:300]} ... {text[-195:]}")
+
+
+def _vera(directory: Path, base_config: ModelConfig | None) -> list[Finding]:
+    """The findings about a VeRA adapter, which PEFT alone knows."""
+    findings = []
+    try:
+        read_adapter(directory)
+        if base_config is not None:
+            with torch.device("meta"):
+                model = CausalLM(base_config)
+            load_adapter(model, directory)
+    except UserError as error:
+        findings.append(found("PEFT", WILL_NOT_LOAD, str(error), SAVE_AGAIN))
+    merge = MERGE.replace("DIRECTORY", str(directory))
+    why = "peft_type 'VERA' is not supported"
+    return findings + [found(server, WILL_NOT_LOAD, why, merge) for server in SERVERS if server != "PEFT"]

@@ -1,7 +1,8 @@
 """What an adapter makes of each parameter of its base model, one by one, without a model in memory.
 
     own weights     the parameter is replaced: modules_to_save, trained biases, a vocabulary that has grown
-    update          W + scaling * B A, for DoRA the rows then scaled to their trained lengths
+    update          W + scaling * B A, for DoRA the rows then scaled to their trained lengths. VeRA and starts
+                    that took a part out of W are turned into A and B first (plain_adapter.py)
     trained rows    these rows are replaced last
 
 A tied head stays tied as long as it and the embedding change alike. Else the merged model has a head of its
@@ -26,8 +27,10 @@ from minilora.formats.peft_format import (
     ROWS,
     WEIGHT,
     A,
-    B,
 )
+from minilora.formats.plain_adapter import plain_factors, shared_matrices
+from minilora.formats.vera_adapter import LAMBDA_D
+from minilora.model import CausalLM
 from minilora.system.errors import UserError
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, ranks_and_alphas, rows_of
 
@@ -98,14 +101,26 @@ class Merging:
         value = value.float()
         if leaf == "bias":
             return value + parts[LORA_BIAS].float() * self.scaling(module) if LORA_BIAS in parts else value
-        if A in parts:
-            value = value + (parts[B].float() @ parts[A].float()) * self.scaling(module)
+        if A in parts or LAMBDA_D in parts:
+            scaling = self.scaling(module)
+            narrow, wide = plain_factors(self.adapter, module, value, scaling, self.shared)
+            value = value + (wide @ narrow) * scaling
         if EMBEDDING_A in parts:
             update = parts[EMBEDDING_B].float() @ parts[EMBEDDING_A].float()
             value = value + update.T * self.scaling(module)
         if MAGNITUDE in parts:
             value = value * row_factors(value, parts[MAGNITUDE].float())
         return self._with_rows(module, value)
+
+    @cached_property
+    def shared(self) -> tuple[Tensor, Tensor] | None:
+        """VeRA's shared A and B."""
+        if not self.adapter.config.use_vera:
+            return None
+        with torch.device("meta"):
+            layers = dict(CausalLM(self.base).named_modules())
+        widths = {module: layers[module].in_features for module in self.adapter.modules}
+        return shared_matrices(self.adapter, widths)
 
     def scaling(self, module: str) -> float:
         """alpha / r of a module, or alpha / sqrt(r) for rsLoRA."""

@@ -62,6 +62,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 # The names that `init_lora_weights` may hold. Some of them may be written in upper case.
 KNOWN_INITS = re.compile(r"(?i:gaussian|olora|mica)|eva|orthogonal|lora_ga|loftq|corda|pissa(_niter_\d+)?")
+STARTS_FROM_W = ("pissa", "olora")  # of those that do not: whoever has W can repeat them
 _INITS_THAT_KEEP_THE_BASE = ("gaussian", "orthogonal", "eva", "mica")
 
 

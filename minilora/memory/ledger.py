@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from minilora import starts
 from minilora.adapted import TrainedCopy, adapted_layers, plain_name
 from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
@@ -161,6 +162,7 @@ def memory_ledger(
     policies = _policies_in_effect(recompute, model_config.num_hidden_layers, device)
     widths = widths_of(model_config, dtype, device)
     counts = _count(model_config, lora, OUTPUT_HEAD in (in_files or ()))
+    lora = starts.in_files(lora)  # the rank of the products is twice that of a start with a part of W
     tokens, rows = tokens or batch_size * length, None
     if _multiplies_packed(dtype, device):
         prompts = answers.batch_size * answers.prompt if answers else 0
@@ -399,7 +401,8 @@ def _count(model_config: ModelConfig, lora: LoraConfig, head_is_quantized: bool)
     return _Counts(
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
         rest=rest,
-        adapter=sum(parts.values()),
+        adapter=sum(parts.values())
+        + sum(p.numel() for name, p in model.named_parameters() if ".frozen_" in name),
         trainable=[p.numel() for p in trainable_parameters(model).values()],
         adapted=adapted,
         first_adapted=min(_first_layer(plain_name(name), len(adapted)) for name in changed),

@@ -119,6 +119,11 @@ class Plan:
         return self.config.model_name_or_path or "assets/base"
 
     @property
+    def as_trained(self) -> dict:
+        """What `load_adapter` must know of this run's adapter and its files do not say."""
+        return dict(lora_fa=self.lora.lora_fa, lora_dropout=self.lora.lora_dropout, started=self.lora)
+
+    @property
     def eval_steps(self) -> int:
         """Steps from one evaluation to the next: an epoch unless the settings give a number."""
         return self.config.eval_steps or self.order.steps_per_epoch
@@ -141,6 +146,10 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     base_config, stored = read_model(model_dir, config.accepted_fields())
     start_adapter = resolve_model(config.adapter_name_or_path) if config.adapter_name_or_path else None
     lora, model_config = choose_adapter(config, start_adapter, base_config)
+    if lora.init_lora_weights == "loftq" and stored.prequantized:
+        raise UserError(
+            f"init_lora_weights 'loftq' needs the original weights, and {model_dir} holds quantized ones"
+        )
     tokenizer = load_run_tokenizer(config, start_adapter if has_tokenizer(start_adapter) else model_dir)
     lora, model_config = choose_vocabulary(config, lora, model_config, tokenizer)
     template = load_chat_template(config.template, tokenizer, now=training_clock)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from minilora.config import LoraConfig
 from minilora.data.examples import Order
 from minilora.data.rows import Row
 from minilora.lora import trainable_parameters
@@ -47,7 +48,7 @@ def print_plan(plan: Plan) -> None:
     _print_lines({
         "model": f"{plan.base_model}: {c.model_type}, {c.num_hidden_layers} layers of width {c.hidden_size}",
         "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
-        "adapter": f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
+        "adapter": f"{describe_kind(lora)}, dropout {lora.lora_dropout:g}, on {targets}",
         "optimizer": describe_optimizer(config.optim, plan.placement.device, config.loraplus_lr_ratio),
         "training": plan.train_set.summary(),
         "held out": plan.eval_set.summary() if plan.eval_set else "none",
@@ -58,6 +59,14 @@ def print_plan(plan: Plan) -> None:
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
         "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak" + _smaller_batches(plan),
     })  # fmt: skip
+
+
+def describe_kind(lora: LoraConfig) -> str:
+    """Return an adapter's size, and where it starts if that is no matter of course."""
+    if lora.use_vera:
+        return f"VeRA, r {lora.r}"
+    start = "" if lora.init_lora_weights is True else f", starts with {lora.init_lora_weights}"
+    return f"r {lora.r}, alpha {lora.lora_alpha:g}{start}"
 
 
 def describe_padding(order: Order, rounded: bool, padding_free: bool) -> str:

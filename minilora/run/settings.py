@@ -23,10 +23,12 @@ from pathlib import Path
 
 import yaml
 
+from minilora import starts
 from minilora.config import LoraConfig, QuantConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.new_tokens import check_new_tokens
 from minilora.data.templates import TEMPLATES
+from minilora.initialize import check_kind
 from minilora.optim import OPTIMIZERS, SCHEDULES
 from minilora.quantization import QUANT_TYPES
 from minilora.recompute import POLICIES
@@ -36,6 +38,7 @@ from minilora.system.errors import UserError, suggestion
 from minilora.system.redaction import Address, hide_secrets, is_address
 from minilora.system.schema import shown
 
+VERA_RANK = 256  # PEFT's default. A random direction is worth less than a learned one
 TRACKERS = ("mlflow", "tensorboard", "all")
 
 # The largest value of each number. Nothing is enumerated or reserved for it before it is needed.
@@ -111,6 +114,8 @@ class TrainConfig:
     adapter_name_or_path: str | None = None  # go on from this adapter, directory or hub id, and its settings
     use_rslora: bool = False  # rsLoRA: scale by alpha / sqrt(r)
     use_dora: bool = False  # DoRA: also learn a magnitude for each row of the weight
+    init_lora_weights: str = "true"  # A random, B 0; or gaussian orthogonal pissa pissa_niter_16 olora loftq
+    use_vera: bool = False  # VeRA: train two vectors a layer beside matrices that all share; lora_rank is 256
     lora_fa: bool = False  # LoRA-FA: train only B, so fewer activations are kept
     # training
     per_device_train_batch_size: int = 4  # examples in one training pass on each device
@@ -222,6 +227,7 @@ class TrainConfig:
                 raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
 
     def _check_exclusive_keys(self) -> None:
+        self._check_start()
         self._check_adapter_to_go_on_from()
         for one, other in (("mask_history", "train_on_prompt"), ("packing", "group_by_length")):
             if getattr(self, one) and getattr(self, other):
@@ -232,13 +238,21 @@ class TrainConfig:
                 "leave one of them out"
             )
 
+    def _check_start(self) -> None:
+        """Raise UserError for keys that do not go with the way in which the adapter starts."""
+        if self.init_lora_weights == "loftq" and self.quantization_bit is None:
+            raise UserError("init_lora_weights = 'loftq' makes up for quantization: set quantization_bit")
+        for name in ("lora_alpha", "loraplus_lr_ratio"):
+            if self.use_vera and getattr(self, name) is not None:
+                raise UserError(f"{name} has no meaning for VeRA, which trains no A and no B; leave it out")
+
     def _check_adapter_to_go_on_from(self) -> None:
         """Raise UserError for a key that only a new adapter has."""
         if self.adapter_name_or_path is None:
             return
-        adapters = "lora_rank lora_alpha lora_target additional_target"
+        adapters = "lora_rank lora_alpha lora_target additional_target init_lora_weights use_vera"
         for name in (*adapters.split(), *NEW_TOKENS):
-            if getattr(self, name) not in (None, False):
+            if getattr(self, name) not in (None, False, "true"):
                 raise UserError(
                     f"{name} is decided by the adapter that adapter_name_or_path names; leave it out"
                 )
@@ -266,8 +280,13 @@ class TrainConfig:
         if self.additional_target is not None:
             overrides["modules_to_save"] = _names(self.additional_target)
         overrides = {name: value for name, value in overrides.items() if value is not None}
+        if self.use_vera:
+            overrides.setdefault("r", VERA_RANK)
         variant = dict(use_rslora=self.use_rslora, use_dora=self.use_dora, lora_fa=self.lora_fa)
-        return LoraConfig.preset(self.preset, **variant, **overrides)
+        variant |= dict(use_vera=self.use_vera, init_lora_weights=check_kind(self.init_lora_weights))
+        lora = LoraConfig.preset(self.preset, **variant, **overrides)
+        starts.check(lora)
+        return lora
 
     def new_tokens(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The tokens to add: those that are text, and special ones."""

@@ -136,7 +136,7 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
         ("deepspeed", "ds_z3_config.json", "torchrun"),
         ("do_train", False, "it must be true"),
         ("quantization_method", "hqq", "it must be bnb"),
-        ("pissa_init", True, "leave it out"),
+        ("use_galore", True, "leave it out"),
         ("neftune_noise_alpha", 5, "leave it out"),
         ("adam_beta2", 0.95, "it must be 0.999"),
         ("mix_strategy", "interleave_under", "a.jsonl:0.7"),
@@ -372,6 +372,9 @@ MEANINGS = {  # LLaMA-Factory's key: (the keys of a file, what they become here)
     ),
     "pure_bf16": ({"pure_bf16": True}, {"bf16": True}),
     "add_special_tokens": ({"add_special_tokens": "<a>,<b>"}, {"new_special_tokens": "<a>,<b>"}),
+    "pissa_init": ({"pissa_init": True}, {"init_lora_weights": "pissa_niter_16"}),
+    "pissa_iter": ({"pissa_init": True, "pissa_iter": -1}, {"init_lora_weights": "pissa"}),
+    "pissa_convert": ({"pissa_convert": True}, {}),
     "hub_model_id": ({"hub_model_id": "owner/name", "push_to_hub": True}, {"push_to_hub": "owner/name"}),
 }
 
@@ -384,3 +387,17 @@ def test_a_translated_key_becomes_the_key_that_means_the_same_here(key):
 
 def test_the_translated_keys_are_all_in_that_table():
     assert TRANSLATED.keys() == MEANINGS.keys()
+
+
+@pytest.mark.parametrize(
+    "given, start",
+    [
+        (dict(pissa_init=True), "pissa_niter_16"),
+        (dict(pissa_init=True, pissa_iter=4), "pissa_niter_4"),
+        (dict(pissa_init="true", pissa_iter=-1, pissa_convert=True), "pissa"),
+        (dict(pissa_init=False, pissa_iter=4), None),
+    ],
+)
+def test_pissa_init_is_a_start_and_its_conversion_is_always_done(given, start):
+    ours, _ = translate(given)
+    assert ours.get("init_lora_weights") == start and not ours.keys() & given.keys()
