@@ -240,6 +240,7 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         raise UserError(f"{directory} is not a sound adapter: it holds no tensors")
     with _named_config(adapter):
         problems = problems_alone(adapter)
+        chosen_layers(adapter)  # for its patterns
     if problems:
         raise UserError(f"{directory} is not a sound adapter: {_summary(problems)}")
     return adapter

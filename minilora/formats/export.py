@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.config import LoraConfig
+from minilora.formats.adapter_checks import left_out
 from minilora.formats.adapter_file import AdapterFile
 from minilora.formats.peft_format import (
     BASE_WEIGHT,
@@ -32,6 +33,8 @@ from minilora.formats.peft_format import (
 )
 from minilora.system.errors import UserError
 from minilora.targets import matching_names, ranks_and_alphas
+
+_NONE = "exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices".split()
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ def as_plain(adapter: AdapterFile, raw: dict) -> PlainAdapter:
         raise UserError(
             f"{adapter.directory} {what}, which plain LoRA cannot express: merge it, with --output"
         )
+    if problems := left_out(adapter):
+        keys = "exclude_modules or layers_to_transform"
+        raise UserError(f"{adapter.directory} contradicts itself: {problems[0]}, {keys}")
     layers = ranks_and_alphas(adapter.layers, adapter.config)
     r = max(rank for rank, _ in layers.values())
     alpha = _alpha(adapter.config, r, *Counter(layers.values()).most_common(1)[0][0])
@@ -77,9 +83,8 @@ def as_plain(adapter: AdapterFile, raw: dict) -> PlainAdapter:
         for part, tensor in parts.items():
             tensors[tensor_key(module, part)] = _plain_part(module, part, tensor, r, ratio)
     changes = dict(r=r, lora_alpha=_whole(alpha), target_modules=_targets(adapter), use_rslora=False)
-    patterns = dict(rank_pattern={}, alpha_pattern={})
-    chosen = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"))
-    return PlainAdapter(PEFT_DEFAULTS | raw | changes | patterns | chosen, tensors, rounded, alpha / r)
+    changes |= dict(rank_pattern={}, alpha_pattern={}, bias="none", lora_bias=False)
+    return PlainAdapter(PEFT_DEFAULTS | raw | changes | dict.fromkeys(_NONE), tensors, rounded, alpha / r)
 
 
 def _alpha(config: LoraConfig, r: int, rank: int, alpha: float) -> float:

@@ -123,3 +123,11 @@ def test_a_ratio_beyond_float32_is_refused():
     lora = LoraConfig(alpha_pattern={"q_proj": 1e300, "k_proj": 1e-300, "v_proj": 1e-300})
     with pytest.raises(UserError, match="q_proj overflows float32"):
         as_plain(adapter(lora, q_proj=2, k_proj=2, v_proj=2), PEFT_DEFAULTS)
+
+
+def test_layers_that_the_configuration_leaves_out_are_refused_for_peft_would_pass_over_them():
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"])
+    with pytest.raises(
+        UserError, match="v_proj.lora_A.weight is left out by target_modules, exclude_modules"
+    ):
+        as_plain(adapter(lora, q_proj=2, v_proj=2), PEFT_DEFAULTS)
