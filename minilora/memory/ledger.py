@@ -159,7 +159,6 @@ def memory_ledger(
     """
     policies = _policies_in_effect(recompute, model_config.num_hidden_layers, device)
     counts, widths = _count(model_config, lora), widths_of(model_config, dtype, device)
-    lora = starts.in_files(lora)  # the rank of the products is twice that of a start with a part of W
     if in_files is not None and OUTPUT_HEAD in in_files:
         counts = counts.with_quantized_head(model_config)
     tokens, rows = tokens or batch_size * length, None
@@ -169,7 +168,7 @@ def memory_ledger(
     layers = stored_layers(counts.shapes, quant, in_files, widths.number)
     staying = {"process": process} | _staying_bytes(counts, layers, widths, optim, device)
     staying["scratch"] = dequantized_bytes(layers, widths, rows, lora.use_dora)
-    sizes = partial(_Sizes, model_config, lora, counts, widths, device)
+    sizes = partial(_Sizes, model_config, starts.in_files(lora), counts, widths, device)  # a start doubles r
     batch = sizes(batch_size, length, tokens)
     staying["scratch"] = _scratch_bytes(batch, staying["scratch"])
     if compiles_kernels(dtype, device):
