@@ -104,9 +104,7 @@ class TrainConfig:
     lora_rank: int | None = None  # rank of the update, r; none: the preset's
     lora_alpha: float | None = None  # the update is scaled by alpha / r; none: 2 * lora_rank or the preset's
     lora_dropout: float | None = None  # dropout on the adapter's input in training; none: the preset's
-    lora_target: str | list[str] | None = (
-        None  # q_proj,v_proj:16 (16: its rank), a regex or all; none: preset's
-    )
+    lora_target: str | list[str] | None = None  # q_proj,v_proj:16 (16: rank), a regex, all; none: preset's
     additional_target: str | list[str] | None = None  # train these whole, in a copy: embed_tokens,lm_head
     adapter_name_or_path: str | None = None  # go on from this adapter, directory or hub id, and its settings
     use_rslora: bool = False  # rsLoRA: scale by alpha / sqrt(r)
