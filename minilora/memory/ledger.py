@@ -162,14 +162,13 @@ def memory_ledger(
     policies = _policies_in_effect(recompute, model_config.num_hidden_layers, device)
     widths = widths_of(model_config, dtype, device)
     counts = _count(model_config, lora, OUTPUT_HEAD in (in_files or ()))
-    lora = starts.in_files(lora)  # the rank of the products is twice that of a start with a part of W
     tokens, rows = tokens or batch_size * length, None
     if _multiplies_packed(dtype, device):
         prompts = answers.batch_size * answers.prompt if answers else 0
         rows = max(tokens, eval_batch_size * (eval_length or length), prompts)
     layers = stored_layers(counts.shapes, quant, in_files, widths.number)
     staying = {"process": process} | _staying_bytes(counts, layers, widths, optim, device)
-    sizes = partial(_Sizes, model_config, lora, counts, widths, device)
+    sizes = partial(_Sizes, model_config, starts.in_files(lora), counts, widths, device)  # a start doubles r
     batch = sizes(batch_size, length, tokens)
     staying["scratch"] = _scratch_bytes(batch, dequantized_bytes(layers, widths, rows, lora.use_dora))
     if compiles_kernels(dtype, device):

@@ -13,11 +13,13 @@ from minilora import (
     add_lora,
     load_adapter,
     load_model,
+    memory_ledger,
     merge_lora,
     remove_lora,
     save_adapter,
     save_model,
     set_adapter,
+    trainable_parameters,
     unmerge_lora,
 )
 from minilora.config import QuantConfig
@@ -196,3 +198,16 @@ def test_an_unconverted_adapter_on_a_quantized_base_is_refused_with_the_reason(t
     ):
         load_adapter(quantized, tmp_path / "adapter")
     assert not lora_layers(quantized)
+
+
+@pytest.mark.parametrize("kind", [dict(init_lora_weights="pissa"), dict(use_vera=True)])
+def test_the_ledger_counts_what_is_frozen_beside_a_and_b_once_and_does_not_train_it(kind):
+    model, config = tiny_model(), LoraConfig(r=6, **kind)
+    ledger = memory_ledger(
+        model.config, config, None, batch_size=2, length=9, dtype=torch.float32, recompute="off", device="cpu"
+    )
+    before = sum(p.numel() for p in model.parameters())
+    add_lora(model, config)
+    moment = next(iter(ledger.moments.values()))
+    assert moment["adapter"] == 4 * (sum(p.numel() for p in model.parameters()) - before)
+    assert moment["gradients"] == 4 * sum(p.numel() for p in trainable_parameters(model).values())
