@@ -359,6 +359,10 @@ def wrap_tokens(model: nn.Module, config: LoraConfig, name: str) -> None:
     layers = base_layers(model)
     for end, rows in token_rows(config).items():
         for path in matching_names(layers, [end]):
+            weight = getattr(layers[path], "weight", None)
+            if not isinstance(weight, Tensor) or weight.dim() != 2:
+                why = "no unquantized matrix; name an embedding, or load the model unquantized"
+                raise UserError(f"trainable_token_indices names {path or end!r}, which has {why}")
             wrap_rows(model, path, config, name, tuple(rows))
 
 

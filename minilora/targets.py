@@ -58,6 +58,8 @@ def _in_chosen_layers(names: list[str], config: LoraConfig) -> list[str]:
     if not indices and not isinstance(chosen, int):
         return names
     words = [words] if isinstance(words, str) else words
+    numbers = {part for name in names for part in name.split(".")}  # a file may list thousands of others
+    indices = [index for index in indices if str(index) in numbers]
     # The number is the first one in the name: a lazy .*? before it.
     ways = [rf"(?:^|.*?\.){word}\.(?P<idx>{index})\." for word in words for index in indices]
     kept = {*config.target_modules, *sum(match_names(ways, names, whole=False), [])}

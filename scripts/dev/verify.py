@@ -1,7 +1,7 @@
 """The parity report: compare minilora with transformers, PEFT and bitsandbytes, number by number.
 
     python scripts/dev/verify.py                                       a random Llama, in seconds
-    python scripts/dev/verify.py --family all --output docs/parity.md  all four families, and the report
+    python scripts/dev/verify.py --family all --output docs/parity.md  all six families, and the report
     python scripts/dev/verify.py --model assets/base                   the same rows on weights of your own
 
 Both sides load the same files and get the same tokens and the same random adapter (B too: B = 0 would hide
@@ -13,7 +13,8 @@ two ways, and shows the worst tensor and the median:
 
 Each random model has the special features of its family. Llama: the RoPE of Llama 3. Mistral: a window
 shorter than the text. Qwen2: biases, a tied head, windows in some layers. Qwen3: norms on queries and keys,
-and heads wider than D / H.
+and heads wider than D / H. Ministral: windows in every second layer, as the file lists them. SmolLM3: a last
+layer without RoPE.
 
 bitsandbytes' 4-bit layers run in train() mode only. In eval() mode, on a CPU with AVX512_BF16, they would
 multiply in bfloat16 and lose their gradient (docs/parity.md, which this script writes, has the figures).
@@ -65,11 +66,15 @@ SIZES |= dict(num_attention_heads=8, num_key_value_heads=2, bos_token_id=None, e
 LLAMA3_ROPE = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=500000.0
 )
+WINDOW_EVERY_SECOND = ["sliding_attention", "full_attention"] * 2
+NO_ROPE_IN_THE_LAST = [1, 1, 1, 0]  # 1: the layer has RoPE
 FAMILIES = {
     "llama": dict(rope_parameters=LLAMA3_ROPE | dict(original_max_position_embeddings=32)),
     "mistral": dict(sliding_window=16),
     "qwen2": dict(use_sliding_window=True, sliding_window=16, max_window_layers=1, tie_word_embeddings=True),
     "qwen3": dict(head_dim=64),
+    "ministral": dict(head_dim=32, sliding_window=16, layer_types=WINDOW_EVERY_SECOND),
+    "smollm3": dict(no_rope_layers=NO_ROPE_IN_THE_LAST, pad_token_id=None),
 }
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.project import ROOT
 
-from minilora import LoraConfig, QuantConfig, load_model, ops, quantize_4bit, save_model
+from minilora import CausalLM, LoraConfig, QuantConfig, load_model, ops, quantize_4bit, save_model
 from minilora.optim import AdamW8bit
 
 for oracle in ("transformers", "peft", "bitsandbytes"):
@@ -151,6 +152,29 @@ def test_the_report_that_is_checked_in_holds_todays_rows_of_all_families_and_all
         assert [row[5] for row in rows] == [
             f"{row.allowed:.0e}" if row.allowed else "identical" for row in verify.ROWS
         ]
+
+
+@pytest.mark.filterwarnings("ignore:::(transformers|peft).*")
+def test_the_models_of_ministral_and_smollm3_have_the_windows_and_the_layer_without_rope(
+    monkeypatch, tmp_path
+):
+    """One layer decides each of them, so the logits must depend on it: without, they are another model's."""
+    monkeypatch.setitem(verify.SIZES, "num_hidden_layers", 4)
+    taken_out = {"ministral": dict(layer_windows=(None,) * 4), "smollm3": dict(layer_rope=())}
+    expected = {"ministral": ((16, None, 16, None), ()), "smollm3": ((None,) * 4, (True, True, True, False))}
+    for family, change in taken_out.items():
+        directory = tmp_path / family
+        verify.write_random_model(directory, family, 0)
+        case = verify.Case(directory, verify.SIZES["vocab_size"], steps=2, seed=0)
+        ours, theirs = verify.load_both(case)
+        assert (ours.config.layer_windows, ours.config.layer_rope) == expected[family]
+        plain = CausalLM(replace(ours.config, **change))
+        plain.load_state_dict(ours.state_dict())
+        ids = case.batch()["input_ids"]
+        with torch.no_grad():
+            reference = theirs(input_ids=ids).logits
+            differences = [verify.difference(model(ids), reference, False) for model in (ours, plain)]
+        assert differences[0] <= verify.SUMS < 0.01 < differences[1]
 
 
 def test_an_oracle_that_is_missing_is_a_mistake_of_one_line_that_names_the_mend(run, monkeypatch):
