@@ -226,7 +226,7 @@ class TrainedRows(Adapted):
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
-        self.rows: dict[str, tuple[int, ...]] = {}
+        self.rows: dict[str, Tensor] = {}  # their numbers, (n,)
         self._displaced: Tensor | None = None
 
     def add_adapter(
@@ -243,7 +243,7 @@ class TrainedRows(Adapted):
             raise UserError(f"trainable_token_indices names {what}")
         copied = values is None
         self.trainable_tokens_delta[name] = nn.Parameter(weight[list(rows)].float()) if copied else values
-        self.configs[name], self.rows[name] = config, rows
+        self.configs[name], self.rows[name] = config, torch.tensor(rows)
 
     def remove_adapter(self, name: str) -> None:
         super().remove_adapter(name)
@@ -253,7 +253,7 @@ class TrainedRows(Adapted):
         y, name = self.base_layer(x), self.applied
         if name not in self.configs:
             return y
-        rows = torch.tensor(self.rows[name], device=x.device)  # (n,)
+        rows = self.rows[name] = self.rows[name].to(x.device)  # once: a GPU waits for a copy from the host
         values = self.trainable_tokens_delta[name].to(y.dtype)
         if not x.is_floating_point():  # ids: (...) -> (..., D)
             number = torch.full((len(weight_under(self.base_layer, name)),), -1, device=x.device)  # (V,)
@@ -266,7 +266,7 @@ class TrainedRows(Adapted):
     def merge(self) -> None:
         """Put the trained rows into the base weight."""
         if self.applied in self.configs:
-            weight, rows = self.base_layer.weight, list(self.rows[self.active])
+            weight, rows = self.base_layer.weight, self.rows[self.active].to(self.base_layer.weight.device)
             self._displaced = weight[rows].clone()
             weight[rows] = self.trainable_tokens_delta[self.active].to(weight.dtype)
             self.merged = self.active
@@ -274,7 +274,8 @@ class TrainedRows(Adapted):
     @torch.no_grad()
     def unmerge(self) -> None:
         if self.merged is not None:
-            self.base_layer.weight[list(self.rows[self.merged])] = self._displaced
+            weight = self.base_layer.weight
+            weight[self.rows[self.merged].to(weight.device)] = self._displaced
             self.merged = self._displaced = None
 
 

@@ -122,9 +122,8 @@ class LoraLinear(Adapted):
         if config.use_vera:
             return starts.add_vectors(self, name, r, weight)
         # Drawn on the CPU: a seed gives the same adapter on every device, and the same dropout after it.
-        A = torch.empty(
-            r, in_features, dtype=torch.float32, device="meta" if weight.device.type == "meta" else "cpu"
-        )
+        drawn_on = "meta" if device.type == "meta" else "cpu"
+        A = torch.empty(r, in_features, dtype=torch.float32, device=drawn_on)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(A.to(device))
         self.lora_B[name] = nn.Parameter(torch.zeros(out_features, r, **options))
@@ -263,10 +262,12 @@ def add_lora(
 
 def wrap_targets(model: nn.Module, targets: Sequence[str], config: LoraConfig, name: str) -> None:
     """Add A and B to the layers of these names, each of its rank."""
+    layers = base_layers(model)
     for path, (r, alpha) in ranks_and_alphas(targets, config).items():
-        kind = LoraEmbedding if isinstance(base_layers(model)[path], nn.Embedding) else LoraLinear
-        if kind is LoraEmbedding:
+        is_embedding = isinstance(layers[path], nn.Embedding)
+        if is_embedding:
             LoraEmbedding.check(config)
+        kind = LoraEmbedding if is_embedding else LoraLinear
         wrapper(model, path, kind).add_adapter(name, config, r, alpha)
 
 
