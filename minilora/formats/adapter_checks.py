@@ -94,6 +94,10 @@ def problems_alone(adapter: AdapterFile) -> list[Problem]:
     with _naming("rank_pattern or alpha_pattern"):
         halves = [name for name, parts in adapter.modules.items() if parts.keys() & PARTNERS.keys()]
         ranks = ranks_and_alphas(halves, adapter.config)
+    for end in token_rows(adapter.config):
+        for module in matching_names((EMBEDDING, OUTPUT_HEAD), [end]):
+            if ROWS not in adapter.modules.get(module, {}):
+                problems.append(Problem(MISSING_COPY, module, ROWS))
     for module, parts in adapter.modules.items():
         if not is_name(module):
             problems += [Problem(UNEXPECTED, module, part, "is no name of these models") for part in parts]

@@ -33,12 +33,12 @@ VALUES = {  # key: values that it cannot have, or that are not honoured
     ),
     "use_rslora": ("false", 1, [], nan),
     "use_dora": ("false", 1, True),
-    "fan_in_fan_out": (True, "false", 1),
-    "bias": ("all", "lora_only", 5, True, ["none"]),
+    "fan_in_fan_out": ("false", 1),
+    "bias": ("some", 5, True, ["none"]),
     "peft_type": ("LOHA", "lora", 5, [], {}, None, DROP),
     "task_type": (5, [], {}),
     "rank_pattern": ({"q_proj": 4}, 5, [1], "x", {"(": 1}),
-    "alpha_pattern": ({"q_proj": 4}, 5, [1], {"q_proj": nan}),
+    "alpha_pattern": ({"q_proj": "4"}, 5, [1], {"q_proj": nan}),
     "modules_to_save": (["lm_head"], 5, "lm_head", {}, [5]),
     "layers_to_transform": ([0], 5, "x", {}),
     "layer_replication": ([[0, 1]], 5),
@@ -115,7 +115,13 @@ def cases() -> Iterator[Case]:
         )
 
 
-WORDS = {
+WORDS = {  # of messages that name a tensor in the key's stead
+    "rank_pattern": "rank",
+    "modules_to_save": "modules_to_save|missing",
+    "layers_to_transform": "layers_to_transform|unexpected|target",
+    "exclude_modules": "exclude_modules|unexpected|target",
+    "trainable_token_indices": "trainable_token",
+    "lora_bias": "lora_bias|lora_B.bias",
     "r": "r = |r must|lora_rank|rank|model needs|key r",
     "target_modules": "target",
     "use_dora": "use_dora|lora_magnitude_vector",
