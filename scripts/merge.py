@@ -45,6 +45,7 @@ from minilora.config import ModelConfig, QuantConfig
 from minilora.data.chat import answer_end
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.adapter import load_adapter, read_adapter, write_adapter
+from minilora.formats.adapter_file import AdapterFile
 from minilora.formats.export import as_plain
 from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.merging import Merging
@@ -65,6 +66,7 @@ from minilora.formats.weights import (
     write_shards,
 )
 from minilora.inference.load import find_base, load_adapted_tokenizer, load_run_config
+from minilora.initialize import takes_part_of_base
 from minilora.matching import match_targets
 from minilora.model import CausalLM
 from minilora.quantization import FLOATS, QUANT_TYPES
@@ -187,6 +189,7 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
     load_adapter(model, adapter)  # The model has shapes and no memory; every tensor must fit it.
     merging.check(base_shapes)
     stored.check(base_shapes, ignore=is_redundant(config))
+    check_start(file, options, stored)
     as_in_files = stored.prequantized
     return Plan(
         merging=merging,
@@ -197,9 +200,19 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
         quantized=quantized,
         plain=plain,
         tokenizer=tokenizer,
-        choice=choose_as_in_files(options, stored, base_shapes) if as_in_files else choose(options, adapter),
+        choice=choose_as_in_files(options, stored, base_shapes) if as_in_files else choose(options, file),
         gguf_type=(options.outtype or "f16") if options.to_gguf else None,
     )
+
+
+def check_start(file: AdapterFile, options: argparse.Namespace, stored: StoredTensors) -> None:
+    """Raise UserError for an adapter that took a part out of W, where W is not to be had."""
+    kind = file.config.init_lora_weights
+    if takes_part_of_base(kind) and (stored.quantized or options.into == "dequantized"):
+        raise UserError(
+            f"{file.directory} took a part out of the unquantized weights (init_lora_weights = {kind!r}): "
+            "merge it into these, with --model, and leave out --into dequantized"
+        )
 
 
 def accepted_fields(options: argparse.Namespace, adapter: Path) -> list[str]:
@@ -209,11 +222,16 @@ def accepted_fields(options: argparse.Namespace, adapter: Path) -> list[str]:
     return load_run_config({"adapter": adapter}, keys).accepted_fields()
 
 
-def choose(options: argparse.Namespace, adapter: Path) -> Choice:
-    """The choice of weights: by the options, else by the run's settings beside the adapter, else QLoRA's."""
+def choose(options: argparse.Namespace, file: AdapterFile) -> Choice:
+    """The choice of weights: by the options, else by the run's settings beside the adapter, else QLoRA's.
+
+    An adapter that took a part out of W was trained on unquantized weights.
+    """
+    adapter = file.directory
     run = read_yaml(adapter / SETTINGS_FILE) if (adapter / SETTINGS_FILE).exists() else {}
     requested = options.quantization_type is not None or options.double_quantization is not None
     bits = 4 if requested else run.get("quantization_bit", 4)
+    bits = None if takes_part_of_base(file.config.init_lora_weights) else bits
     if options.into == "dequantized" and bits not in (4, 8):
         raise UserError(
             f"{adapter} was not trained on weights in 4 bits, nor in 8 (see its {SETTINGS_FILE}): "

@@ -416,6 +416,9 @@ MERGED_KINDS = [
     "rank_pattern and alpha_pattern, rslora",
     "bias, all",
     "trainable_token_indices, tied",
+    "pissa",
+    "olora",
+    "vera",
 ]
 
 
@@ -434,6 +437,18 @@ def test_any_kind_of_adapter_is_merged_into_what_peft_computes(merge, place, mod
     expected = theirs(input_ids=tokens).logits
     assert relative_error(merged(tokens).logits, expected) <= TOLERANCE
     assert relative_error(load_model(place / "merged")(tokens), expected) <= TOLERANCE
+
+
+def test_an_adapter_that_took_a_part_out_of_w_is_not_merged_into_a_quantized_base(merge, place, model_dir):
+    peft_model(KINDS["pissa"], place / "base of PEFT").save_pretrained(place / "adapter of PEFT")
+    shutil.copy(model_dir / "tokenizer.model", place / "base of PEFT")
+    where = "--adapter", place / "adapter of PEFT", "--output", place / "merged"
+    save_model(load_model(place / "base of PEFT", QuantConfig()), place / "in 4 bits")
+    shutil.copy(model_dir / "tokenizer.model", place / "in 4 bits")
+    for wrong in (("--into", "dequantized"), ("--model", place / "in 4 bits")):
+        code, _, err = merge(*where, *wrong)
+        assert code == 2 and "(init_lora_weights = 'pissa')" in err and err.count("\n") == 1
+    assert not (place / "merged").exists()
 
 
 def test_a_bias_that_the_base_has_no_place_for_is_refused(merge, place, model_dir):
