@@ -8,7 +8,8 @@ of them knows alpha / r for all layers. The same update in these terms:
     alphas     one scaling s for all: a layer whose own is s' gets B s' / s        rounded once, to float32
     layers     leaf names, if these chose them before, else full names             exact
 
-DoRA's magnitudes, trained copies, rows and biases are no low-rank updates. They are refused by name.
+DoRA's magnitudes, trained copies, rows and biases are no low-rank updates. They are refused by name, and so
+is PEFT's PiSSA or OLoRA adapter, whose start only W can tell. (`load_adapter` and `save_adapter` convert it.)
 """
 
 import math
@@ -31,6 +32,7 @@ from minilora.formats.peft_format import (
     B,
     tensor_key,
 )
+from minilora.initialize import takes_part_of_base
 from minilora.system.errors import UserError
 from minilora.targets import matching_names, ranks_and_alphas
 
@@ -56,7 +58,17 @@ def not_plain(adapter: AdapterFile) -> list[str]:
 
 
 def is_exportable(adapter: AdapterFile) -> bool:
-    return not not_plain(adapter) and not adapter.config.use_dora
+    config = adapter.config
+    return not (not_plain(adapter) or config.use_dora or takes_part_of_base(config.init_lora_weights))
+
+
+def _why_not(adapter: AdapterFile) -> str:
+    """Why plain LoRA cannot express an adapter."""
+    config = adapter.config
+    if takes_part_of_base(config.init_lora_weights):
+        return f"took a part out of its base model (init_lora_weights = {config.init_lora_weights!r})"
+    what = "is a DoRA adapter" if config.use_dora else f"holds {not_plain(adapter)[0]}"
+    return f"{what}, which plain LoRA cannot express"
 
 
 def as_plain(adapter: AdapterFile, raw: dict) -> PlainAdapter:
@@ -65,10 +77,7 @@ def as_plain(adapter: AdapterFile, raw: dict) -> PlainAdapter:
     Raises UserError if plain LoRA cannot express it.
     """
     if not is_exportable(adapter):
-        what = "is a DoRA adapter" if adapter.config.use_dora else f"holds {not_plain(adapter)[0]}"
-        raise UserError(
-            f"{adapter.directory} {what}, which plain LoRA cannot express: merge it, with --output"
-        )
+        raise UserError(f"{adapter.directory} {_why_not(adapter)}: merge it, with --output")
     if problems := left_out(adapter):
         keys = "exclude_modules or layers_to_transform"
         raise UserError(f"{adapter.directory} contradicts itself: {problems[0]}, {keys}")
