@@ -181,13 +181,15 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
     tokenizer = load_adapted_tokenizer(base, {"adapter": adapter})  # with training's chat template
     merging = Merging(file, config)
     with torch.device("meta"):
-        model, merged = CausalLM(config), CausalLM(merging.config)
+        model = CausalLM(config)
     base_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linear = (f"{layer}.weight" for layer in match_targets(model, "all-linear"))
     quantized = set(stored.quantized or linear)
     plain = plain_layers(model, quantized)
     load_adapter(model, adapter)  # The model has shapes and no memory; every tensor must fit it.
     merging.check(base_shapes)
+    with torch.device("meta"):
+        merged = CausalLM(merging.config)
     stored.check(base_shapes, ignore=is_redundant(config))
     check_start(file, options, stored)
     as_in_files = stored.prequantized

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.adapter_kinds import KINDS, peft_model
+from support.project import ROOT
 
 import minilora
 from minilora import LoraConfig, QuantConfig, UserError
@@ -62,3 +63,14 @@ def test_layer_numbers_that_no_layer_has_cost_nothing_and_change_nothing(monkeyp
     )
     assert chosen_targets(names, config) == [names[1]]
     assert matched == [len(words)]
+
+
+def test_an_embedding_that_is_no_matrix_is_refused_before_a_merged_model_is_planned(call, tmp_path):
+    base, adapter = ROOT / "assets" / "base", tmp_path / "adapter"
+    model = minilora.load_model(base)
+    minilora.add_lora(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    minilora.save_adapter(model, adapter, base_model_name_or_path=str(base))
+    change(adapter, {tensor_key("model.embed_tokens", "weight"): torch.ones(())})
+    code, out, err = call("merge", "--adapter", adapter, "--output", tmp_path / "merged")
+    assert code == 2 and err.count("\n") == 1 and "model.embed_tokens.weight is ()" in err, out + err
+    assert not (tmp_path / "merged").exists()

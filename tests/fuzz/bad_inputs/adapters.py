@@ -34,17 +34,26 @@ VALUES = {  # key: values that it cannot have, or that are not honoured
     "use_rslora": ("false", 1, [], nan),
     "use_dora": ("false", 1, True),
     "fan_in_fan_out": ("false", 1),
-    "bias": ("some", 5, True, ["none"]),
+    "bias": (5, True, ["none"]),
     "peft_type": ("LOHA", "lora", 5, [], {}, None, DROP),
     "task_type": (5, [], {}),
-    "rank_pattern": ({"q_proj": 4}, 5, [1], "x", {"(": 1}),
-    "alpha_pattern": ({"q_proj": "4"}, 5, [1], {"q_proj": nan}),
+    "rank_pattern": ({"q_proj": 4}, 5, [1], "x", {"(": 1}, {"(a|[a-z_.0-9]+)+!": 4}, {"q_proj": 10**9}),
+    "alpha_pattern": (5, [1], {"q_proj": nan}),
     "modules_to_save": (["lm_head"], 5, "lm_head", {}, [5]),
-    "layers_to_transform": ([0], 5, "x", {}),
+    "layers_to_transform": ([0], 5, "x", {}, [-1], list(range(200_000))),
     "layer_replication": ([[0, 1]], 5),
-    "init_lora_weights": ("pissa", "loftq", 5, [], {}),
+    "init_lora_weights": ("pissa_niter_4", "loftq", 5, [], {}),
     "target_parameters": (["x"], 5),
-    "trainable_token_indices": ([1], {"embed_tokens": [1]}, 5),
+    "trainable_token_indices": (
+        [1],
+        {"embed_tokens": [1]},
+        5,
+        [-1],
+        [10**25],
+        list(range(200_000)),
+        {"embed_tokens": 5},
+        {"embed_tokens": ["a"]},
+    ),
     "exclude_modules": (["q_proj"], "(", 5),
     "base_model_name_or_path": (
         5,
@@ -52,7 +61,7 @@ VALUES = {  # key: values that it cannot have, or that are not honoured
         {},
         True,
         nan,
-        "no/such/model",
+        "no-such/model",
         "",
         "x" * 100_000,
         "\x1b[31mmodel",
@@ -115,22 +124,29 @@ def cases() -> Iterator[Case]:
         )
 
 
-WORDS = {  # of messages that name a tensor in the key's stead
-    "rank_pattern": "rank",
-    "modules_to_save": "modules_to_save|missing",
-    "layers_to_transform": "layers_to_transform|unexpected|target",
-    "exclude_modules": "exclude_modules|unexpected|target",
-    "trainable_token_indices": "trainable_token",
-    "lora_bias": "lora_bias|lora_B.bias",
+ONLY_BESIDE_A_BASE = {
+    "target_modules": (["no_such"], "(a+)+$", "q" * 100_000, [""]),
+    "exclude_modules": (["q_proj"], "("),
+    "layers_to_transform": ([0], 5),
+    "modules_to_save": (["lm_head"],),
+    "trainable_token_indices": ([1], {"embed_tokens": [1]}, [-1], [10**25]),
+}
+WORDS = {  # a contradiction is told by the tensor that is missing or unexpected
     "r": "r = |r must|lora_rank|rank|model needs|key r",
     "target_modules": "target",
     "use_dora": "use_dora|lora_magnitude_vector",
+    "exclude_modules": "exclude_modules|target_modules|unexpected",
+    "layers_to_transform": "layers_to_transform|unexpected|names no layer",
+    "lora_bias": "lora_bias|lora_B.bias",
+    "modules_to_save": "modules_to_save|missing",
+    "rank_pattern": "rank_pattern|rank r",
+    "trainable_token_indices": "trainable_token",
 }
 
 
 def _fits_alone(key: str, value: object) -> bool:
     """Whether only the base model shows that a value is wrong."""
-    return key == "target_modules" and value in (["no_such"], "(a+)+$", "q" * 100_000, [""])
+    return value in ONLY_BESIDE_A_BASE.get(key, ())
 
 
 def _said(value: object) -> str:
