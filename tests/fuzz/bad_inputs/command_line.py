@@ -2,7 +2,19 @@
 
 from collections.abc import Iterator
 
-from fuzz.bad_inputs.commands import CHAT, COMPARE, EVALUATE, EXPORT, LINT, MEMORY, MERGE, PREPARE, TRAIN
+from fuzz.bad_inputs.commands import (
+    CHAT,
+    COMBINE,
+    COMPARE,
+    EVALUATE,
+    EXPORT,
+    EXTRACT,
+    LINT,
+    MEMORY,
+    MERGE,
+    PREPARE,
+    TRAIN,
+)
 from fuzz.case import Case, make_case
 
 KIND = "command line"
@@ -37,6 +49,8 @@ EMPTY = {
     "chat --adapter adapter": "input output model adapter temperature",
     MERGE: "adapter output model into outtype",
     EXPORT: "export_adapter",
+    COMBINE: "output svd_rank",
+    EXTRACT: "base tuned output lora_rank",
     MEMORY: "picture gpu model",
     COMPARE: "output",
     "sweep": "config",
@@ -59,6 +73,9 @@ MISSING = {  # command: the word that its last option is called
     f"{EVALUATE} --samples": "samples",
     f"{CHAT} --seed": "seed",
     "merge --adapter": "adapter",
+    "combine --output out": "adapter",
+    "combine --adapter adapter:1": "output",
+    "extract --base model --output out": "tuned",
     "merge --output out": "adapter",
     "merge --adapter adapter": "output",
     f"{MEMORY} --gpu": "gpu",

@@ -1,13 +1,19 @@
 """Good inputs, one or more a script: they must succeed."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 from fuzz.bad_inputs.commands import (
     CHAT,
     CHAT_TEMPLATE,
+    COMBINE,
     COMPARE,
     EVALUATE,
     EXPORT,
+    EXTRACT,
     LINT,
     MEMORY,
     MERGE,
@@ -31,6 +37,7 @@ COMMANDS = {
     "chat with a file": "chat --adapter adapter --input questions.jsonl --output answers.jsonl --max_new_tokens 2",
     "merge": MERGE,
     "export": EXPORT,
+    "combine": COMBINE,
     "memory": MEMORY,
     "compare": COMPARE,
     "lint_adapter": LINT,
@@ -43,12 +50,20 @@ COMMANDS = {
 }
 
 
+def tune() -> None:
+    """A model whose layers differ from the good one's."""
+    shutil.copytree("model", "tuned")
+    for path in Path("tuned").glob("*.safetensors"):
+        save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
 def cases() -> Iterator[Case]:
     for name, command in COMMANDS.items():
         yield make_case("control", name, command, (), code=0)
     yield make_case(
         "control", "sweep", "sweep --config sweep.yaml", (), change=write("sweep.yaml", SWEEP), code=0
     )
+    yield make_case("control", "extract", EXTRACT, (), change=tune, code=0)
     yield make_case("control", "no HOME", f"{TRAIN} --seed 7", (), environment={"HOME": ""}, code=0)
     for suffix in ("csv", "txt"):
         command = f"{PREPARE} --dataset {'table.csv' if suffix == 'csv' else 'plain.txt'}"
