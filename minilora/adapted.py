@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minilora import ops
 from minilora.config import LoraConfig
+from minilora.initialize import takes_part_of_base
 from minilora.linear import frozen_linear
 from minilora.model import RMSNorm
 from minilora.system.errors import UserError, suggestion
@@ -30,11 +31,12 @@ class Adapted(nn.Module):
     """A layer of the base model and the parts that adapters add to it, by adapter."""
 
     kinds: tuple[str, ...] = ()  # names of the ParameterDicts that hold parts, adapter -> parameter
+    frozen_kinds: tuple[str, ...] = ()  # the same, of tensors that are never trained and no parts
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        for kind in self.kinds:
+        for kind in self.kinds + self.frozen_kinds:
             setattr(self, kind, nn.ParameterDict())
         self.configs: dict[str, LoraConfig] = {}
         self.active: str | None = None  # the adapter that forward applies
@@ -55,8 +57,9 @@ class Adapted(nn.Module):
         return True
 
     def remove_adapter(self, name: str) -> None:
-        for kind in self.parts(name):
-            del getattr(self, kind)[name]
+        for kind in self.kinds + self.frozen_kinds:
+            if name in getattr(self, kind):
+                del getattr(self, kind)[name]
         del self.configs[name]
         self.active = None if self.active == name else self.active
         self.merged = None if self.merged == name else self.merged
@@ -91,11 +94,16 @@ class TrainedCopy(Adapted):
         bias: Tensor | None,
         trained: bool = True,
     ) -> None:
-        """Copy a weight, a bias or both. A copy that is not trained has the base layer's dtype."""
+        """Copy a weight, a bias or both.
+
+        A copy that is not trained has the base layer's dtype. It may be the base layer's own weight.
+        """
         base = self.base_layer.weight
         dtype = torch.float32 if trained else base.dtype
         for kind, tensor in ((self.saved_weight, weight), (self.saved_bias, bias)):
-            if tensor is not None:
+            if tensor is base and not trained:
+                kind[name] = base  # one tensor in memory
+            elif tensor is not None:
                 kind[name] = nn.Parameter(tensor.detach().to(base.device, dtype, copy=True))
         self.configs[name] = config
         self.frozen |= set() if trained else {name}
@@ -165,14 +173,21 @@ class LoraEmbedding(Adapted):
 
     def add_adapter(self, name: str, config: LoraConfig, r: int, alpha: float) -> None:
         """Add A = 0, (r, V), and B ~ normal(0, 1), (D, r)."""
-        if config.use_dora:
-            raise UserError("use_dora is not supported on the embedding; leave embed_tokens out")
         weight = weight_under(self.base_layer, name)
         options = dict(dtype=torch.float32, device=weight.device)
         self.lora_embedding_A[name] = nn.Parameter(torch.zeros(r, weight.shape[0], **options))
         B = torch.empty(weight.shape[1], r, device="meta" if weight.device.type == "meta" else "cpu")
         self.lora_embedding_B[name] = nn.Parameter(B.normal_().to(weight.device))
         self.configs[name], self.scalings[name] = config, config.scaling_of(r, alpha)
+
+    @staticmethod
+    def check(config: LoraConfig) -> None:
+        """Raise UserError for what no embedding can have."""
+        asked = {"use_dora": config.use_dora, "use_vera": config.use_vera}
+        start = takes_part_of_base(config.init_lora_weights)
+        asked[f"init_lora_weights {config.init_lora_weights!r}"] = start
+        if refused := [key for key, is_asked in asked.items() if is_asked]:
+            raise UserError(f"{refused[0]} is not supported on the embedding; leave embed_tokens out")
 
     def forward(self, ids: Tensor) -> Tensor:
         y, name = self.base_layer(ids), self.applied
@@ -211,7 +226,7 @@ class TrainedRows(Adapted):
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
-        self.rows: dict[str, tuple[int, ...]] = {}
+        self.rows: dict[str, Tensor] = {}  # their numbers, (n,)
         self._displaced: Tensor | None = None
 
     def add_adapter(
@@ -228,7 +243,7 @@ class TrainedRows(Adapted):
             raise UserError(f"trainable_token_indices names {what}")
         copied = values is None
         self.trainable_tokens_delta[name] = nn.Parameter(weight[list(rows)].float()) if copied else values
-        self.configs[name], self.rows[name] = config, rows
+        self.configs[name], self.rows[name] = config, torch.tensor(rows)
 
     def remove_adapter(self, name: str) -> None:
         super().remove_adapter(name)
@@ -238,18 +253,20 @@ class TrainedRows(Adapted):
         y, name = self.base_layer(x), self.applied
         if name not in self.configs:
             return y
-        rows = torch.tensor(self.rows[name], device=x.device)  # (n,)
+        rows = self.rows[name] = self.rows[name].to(x.device)  # once: a GPU waits for a copy from the host
         values = self.trainable_tokens_delta[name].to(y.dtype)
         if not x.is_floating_point():  # ids: (...) -> (..., D)
-            same = x.unsqueeze(-1) == rows  # (..., n)
-            return torch.where(same.any(-1, keepdim=True), F.embedding(same.int().argmax(-1), values), y)
+            number = torch.full((len(weight_under(self.base_layer, name)),), -1, device=x.device)  # (V,)
+            number[rows] = torch.arange(len(rows), device=x.device)
+            chosen = number[x]  # (...): which trained row, or -1
+            return torch.where((chosen >= 0).unsqueeze(-1), F.embedding(chosen.clamp_min(0), values), y)
         return y.index_copy(-1, rows, F.linear(x, values))  # (..., D) -> (..., V)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put the trained rows into the base weight."""
         if self.applied in self.configs:
-            weight, rows = self.base_layer.weight, list(self.rows[self.active])
+            weight, rows = self.base_layer.weight, self.rows[self.active].to(self.base_layer.weight.device)
             self._displaced = weight[rows].clone()
             weight[rows] = self.trainable_tokens_delta[self.active].to(weight.dtype)
             self.merged = self.active
@@ -257,7 +274,8 @@ class TrainedRows(Adapted):
     @torch.no_grad()
     def unmerge(self) -> None:
         if self.merged is not None:
-            self.base_layer.weight[list(self.rows[self.merged])] = self._displaced
+            weight = self.base_layer.weight
+            weight[self.rows[self.merged].to(weight.device)] = self._displaced
             self.merged = self._displaced = None
 
 
@@ -303,7 +321,7 @@ def wrapper(model: nn.Module, path: str, kind: type[Adapted]) -> Adapted:
 
 
 def wrap_whole(model: nn.Module, targets: list[str], config: LoraConfig, name: str) -> None:
-    """Add copies of the modules and biases that an adapter trains whole.
+    """Add copies of the modules and biases that an adapter trains whole, and of a vocabulary that has grown.
 
     targets: names of the layers with A and B. Raises UserError for a module without a weight.
     """
@@ -322,6 +340,10 @@ def wrap_whole(model: nn.Module, targets: list[str], config: LoraConfig, name: s
             raise UserError(f"modules_to_save names {path}, which {why}")
         copy = wrapper(model, path, TrainedCopy)
         copy.add_adapter(name, config, weight, getattr(layers[path], "bias", None))
+    for path in (EMBEDDING, OUTPUT_HEAD):
+        if path in layers and has_grown(model, layers[path]) and name not in _copies(model, path):
+            grown = layers[path].weight
+            wrapper(model, path, TrainedCopy).add_adapter(name, config, grown, None, trained=False)
     if config.bias != "none":
         for path in layers if config.bias == "all" else targets:
             if getattr(layers[path], "bias", None) is not None and name not in _copies(model, path):
@@ -351,7 +373,7 @@ def wrap_rows(model: nn.Module, path: str, config: LoraConfig, name: str, rows: 
     layer.add_adapter(name, config, rows)
     if path == EMBEDDING and model.config.tie_word_embeddings and OUTPUT_HEAD not in token_rows(config):
         head = model.get_submodule(OUTPUT_HEAD)
-        if not isinstance(head, TrainedCopy) or name not in head.configs:
+        if not isinstance(head, TrainedCopy) or name not in head.configs or not head.is_trained(name):
             head = wrapper(model, OUTPUT_HEAD, TrainedRows)
             head.add_adapter(name, config, rows, layer.trainable_tokens_delta[name])
 
@@ -366,3 +388,60 @@ def untie_for_merging(model: nn.Module) -> None:
         head = base_layers(model)[OUTPUT_HEAD]
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config = replace(model.config, tie_word_embeddings=False)
+
+
+# ---- a vocabulary that grows -------------------------------------------------------------------------------
+
+_NOISE = 1e-9**0.5  # of the distance of an old row from the mean
+
+
+def has_grown(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether an embedding or output head has more rows than its base model's files."""
+    return layer.weight.shape[0] > model.config.vocab_size
+
+
+@torch.no_grad()
+def grow_vocabulary(model: nn.Module, rows: int, seed: int = 0) -> None:
+    """Give the embedding and the output head `rows` rows, where they have fewer.
+
+    New rows lie at the mean of the old rows W: row = mean + 3e-5 (W[i] - mean), of a random i. Mean and
+    covariance are those of transformers' `mean_resizing`. In the head n such rows take at most n / (n + V) of
+    the probability, by Jensen's inequality: exp(h mean) <= mean exp(h W) (Hewitt 2021, Initializing New Word
+    Embeddings for Pretrained Language Models). LLaMA-Factory's noise is as large as a row, and breaks this.
+
+    Raises UserError for an output head in 4 or 8 bits.
+    """
+    layers, generator = base_layers(model), torch.Generator().manual_seed(seed)
+    if layers[EMBEDDING].weight.shape[0] >= rows:
+        return
+    if not isinstance(layers[OUTPUT_HEAD].weight, Tensor):
+        raise UserError(f"{OUTPUT_HEAD} is in 4 or 8 bits, and takes no new tokens: load it unquantized")
+    for path in (EMBEDDING, OUTPUT_HEAD):
+        layer = layers[path]
+        if path == OUTPUT_HEAD and model.config.tie_word_embeddings:
+            _set_weight(layer, layers[EMBEDDING].weight)
+        else:
+            old = layer.weight
+            mean = old.mean(0, dtype=torch.float32)  # (D,)
+            chosen = torch.randint(len(old), (rows - len(old),), generator=generator).to(old.device)
+            new = mean + _NOISE * (old[chosen].float() - mean)  # (new, D)
+            weight = torch.cat((old, new.to(old.dtype)))
+            _set_weight(layer, nn.Parameter(weight, requires_grad=False))
+
+
+def _set_weight(layer: nn.Module, weight: nn.Parameter) -> None:
+    layer.weight = weight
+    setattr(layer, "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features", len(weight))
+
+
+@torch.no_grad()
+def take_new_rows(model: nn.Module, layer: nn.Module, own: Tensor) -> Tensor:
+    """Let a layer that has grown take its new rows from an adapter's own weight.
+
+    Returns the weight for the adapter: the layer's, if now it is the same, so that memory holds one.
+    """
+    base, old = layer.weight, model.config.vocab_size
+    if base.shape != own.shape or base.is_meta:
+        return own
+    base[old:] = own[old:].to(base)
+    return base if torch.equal(own.to(base), base) else own

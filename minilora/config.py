@@ -87,6 +87,9 @@ class LoraConfig:
     target_modules: Names = _QKVO  # names, a regular expression, or all-linear
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)
     use_dora: bool = False  # train the lengths of the weight's rows apart (Liu et al. 2024, arXiv:2402.09353)
+    init_lora_weights: bool | str = True  # where A and B start: the kinds are in initialize.py
+    use_vera: bool = False  # train two vectors a layer beside shared matrices: vera.py
+    projection_prng_key: int = 0  # the seed of VeRA's shared matrices
     lora_fa: bool = False  # train B alone, for less memory (Zhang et al. 2023, arXiv:2308.03303)
     exclude_modules: Names = ()  # of target_modules, those that are left out
     layers_to_transform: tuple[int, ...] | list[int] | int = ()  # adapt these decoder layers alone; (): all
@@ -99,7 +102,7 @@ class LoraConfig:
     trainable_token_indices: tuple[int, ...] | dict[str, list[int]] = field(default=(), hash=False)  # rows
 
     def __post_init__(self):
-        for name in ("use_rslora", "use_dora", "lora_fa", "lora_bias"):
+        for name in ("use_rslora", "use_dora", "use_vera", "lora_fa", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for r in (self.r, *self.rank_pattern.values()):
@@ -113,6 +116,8 @@ class LoraConfig:
                 raise UserError(f"lora_alpha must be above 0, not {value!r}")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
+        if self.init_lora_weights == "true":
+            object.__setattr__(self, "init_lora_weights", True)
         if self.bias not in ("none", "lora_only", "all"):
             raise UserError(f"bias must be 'none', 'lora_only' or 'all', not {self.bias!r}")
         if not self.target_modules:
@@ -134,11 +139,11 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA, of the layers that no pattern names."""
+        """alpha / r, alpha / sqrt(r) for rsLoRA, 1 for VeRA, of the layers that no pattern names."""
         return self.scaling_of(self.r, self.lora_alpha)
 
     def scaling_of(self, r: int, alpha: float) -> float:
-        return alpha / (r**0.5 if self.use_rslora else r)
+        return 1.0 if self.use_vera else alpha / (r**0.5 if self.use_rslora else r)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LoraConfig":

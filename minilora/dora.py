@@ -60,7 +60,7 @@ def adapted(
     The magnitudes' gradient reads the values of the first product, so a second run computes those too.
     """
     name, base, weight = layer.active, layer.base_layer, layer.base_layer.weight
-    A, B, magnitude = layer.lora_A[name], layer.lora_B[name], layer.lora_magnitude_vector[name]
+    (A, B), magnitude = layer.factors(name), layer.lora_magnitude_vector[name]
     scaling, bias = layer.scalings[name], base.bias
     generating = not (layer.training or torch.is_grad_enabled())
     norms = layer.row_norms.of_sum(weight, A, B, scaling, product_dtype(x), keep=generating)

@@ -61,6 +61,21 @@ def check_kind(kind: bool | str) -> str:
     return name
 
 
+def takes_part_of_base(kind: bool | str) -> bool:
+    """Whether a kind takes its B A out of W, as PiSSA and OLoRA do. LoftQ's is part of what 4 bits lost."""
+    return kind in ("pissa", "olora") or bool(_PISSA_NITER.fullmatch(str(kind)))
+
+
+def check_rank(kind: str, r: int, shape: tuple[int, ...]) -> None:
+    """Raise UserError for a rank that a kind cannot fill, of a weight of this shape, (out, in)."""
+    if kind == "orthogonal" and r % 2:
+        raise UserError(f"init_lora_weights 'orthogonal' needs an even lora_rank, not {r}")
+    if kind not in KEEP_THE_BASE and r > min(shape):
+        raise UserError(
+            f"lora_rank {r} exceeds a side of a {tuple(shape)} weight, which {kind!r} cannot fill; lower it"
+        )
+
+
 @torch.no_grad()
 def initialize(
     kind: bool | str,
@@ -78,13 +93,10 @@ def initialize(
     """
     name = check_kind(kind)
     assert W.dtype == torch.float32 and W.dim() == 2
+    check_rank(name, r, W.shape)
     if name in KEEP_THE_BASE:
         A, B = _drawn(name, W.shape, r, directions)
         return A.to(W.device), B.to(W.device), None
-    if r > min(W.shape):
-        raise UserError(
-            f"lora_rank {r} exceeds a side of a {tuple(W.shape)} weight, which {name!r} cannot fill; lower it"
-        )
     if name == "loftq":
         return loftq(W, r, scaling, quantize, loftq_iter)
     A, B = olora(W, r) if name == "olora" else pissa(name, W, r, scaling)
@@ -122,8 +134,6 @@ def _orthogonal(in_features: int, out_features: int, r: int) -> tuple[Tensor, Te
     """Random A and B with B A = 0: alternate rows of one orthogonal matrix stand between them
     (https://datta0.github.io/posts/rethink-lora-init).
     """
-    if r % 2:
-        raise UserError(f"init_lora_weights 'orthogonal' needs an even lora_rank, not {r}")
     Q = torch.linalg.qr(torch.randn(r, r, **_HERE))[0]
     A = (torch.randn(in_features, r // 2, **_HERE) @ Q[0::2]).T / 10.0  # (r, in)
     B = torch.randn(r // 2, out_features, **_HERE).T @ Q[1::2] / 10.0  # (out, r)

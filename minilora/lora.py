@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minilora import dora
+from minilora import dora, starts
 from minilora.adapted import (
     Adapted,
     LoraEmbedding,
@@ -43,11 +43,12 @@ from minilora.adapted import (
 from minilora.backend.choice import product_dtype
 from minilora.backend.dropout import gain_of, kept, threshold_of
 from minilora.backend.fused_lora import Adapter, Part
-from minilora.config import LoraConfig, Names
+from minilora.config import LoraConfig
 from minilora.linear import QuantizedLinear, apply_fused, frozen_linear, seed_for
+from minilora.matching import adapter_names, check_new_adapter, match_targets
 from minilora.system.errors import UserError, suggestion
 from minilora.targets import OUTPUT_HEAD as OUTPUT_HEAD  # for those who ask here
-from minilora.targets import chosen_targets, matching_names, ranks_and_alphas
+from minilora.targets import ranks_and_alphas
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -100,8 +101,9 @@ def _rows(x: Tensor) -> Tensor:
 class LoraLinear(Adapted):
     """A frozen linear layer and its adapters. x: (..., in) -> (..., out)."""
 
-    # Parts: (r, in), (out, r), DoRA's (out,), lora_bias (out,); all float32.
-    kinds = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_bias")
+    # Parts: (r, in), (out, r), DoRA's (out,), lora_bias (out,), VeRA's (r,) and (out,); all float32.
+    kinds = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_bias", "vera_lambda_d", "vera_lambda_b")
+    frozen_kinds = ("frozen_A", "frozen_B")  # what stands beside A and B, or VeRA's shared ones: starts.py
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
@@ -116,10 +118,12 @@ class LoraLinear(Adapted):
         weight = weight_under(self.base_layer, name)
         (out_features, in_features), device = weight.shape, weight.device
         options = dict(dtype=torch.float32, device=device)
+        self.configs[name], self.scalings[name] = config, config.scaling_of(r, alpha)
+        if config.use_vera:
+            return starts.add_vectors(self, name, r, weight)
         # Drawn on the CPU: a seed gives the same adapter on every device, and the same dropout after it.
-        A = torch.empty(
-            r, in_features, dtype=torch.float32, device="meta" if weight.device.type == "meta" else "cpu"
-        )
+        drawn_on = "meta" if device.type == "meta" else "cpu"
+        A = torch.empty(r, in_features, dtype=torch.float32, device=drawn_on)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(A.to(device))
         self.lora_B[name] = nn.Parameter(torch.zeros(out_features, r, **options))
@@ -127,7 +131,10 @@ class LoraLinear(Adapted):
             self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms.of_weight(weight))
         if config.lora_bias:
             self.lora_bias[name] = nn.Parameter(torch.zeros(out_features, **options))
-        self.configs[name], self.scalings[name] = config, config.scaling_of(r, alpha)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) of the products, with all that a start or VeRA makes of them."""
+        return starts.factors(self, name) if name in self.frozen_A else (self.lora_A[name], self.lora_B[name])
 
     @property
     def drops(self) -> bool:
@@ -143,8 +150,8 @@ class LoraLinear(Adapted):
             return Part(base.weight, base.bias, None)
         if self.configs[name].use_dora or name in self.lora_bias:
             return None
-        A, B, scaling = self.lora_A[name], self.lora_B[name], self.scalings[name]
-        return Part(base.weight, base.bias, Adapter(A, B, scaling * gain_of(threshold), threshold))
+        adapter = Adapter(*self.factors(name), self.scalings[name] * gain_of(threshold), threshold)
+        return Part(base.weight, base.bias, adapter)
 
     def forward(
         self,
@@ -170,8 +177,8 @@ class LoraLinear(Adapted):
         gain = gain_of(threshold)
         if self.configs[name].use_dora:
             return dora.adapted(self, x, mask, gain, product, LowRankUpdate.apply)
-        y, A, B = product(self.base_layer, x), self.lora_A[name], self.lora_B[name]
-        y = LowRankUpdate.apply(y, x, A, B, self.scalings[name] * gain, mask)
+        y = product(self.base_layer, x)
+        y = LowRankUpdate.apply(y, x, *self.factors(name), self.scalings[name] * gain, mask)
         if name in self.lora_bias:
             y = y + (self.lora_bias[name] * self.scalings[name]).to(y.dtype)
         return y
@@ -182,7 +189,8 @@ class LoraLinear(Adapted):
 
     def delta_weight(self, name: str) -> Tensor:
         """Return scaling * B A, float32 (out, in): merging adds it to the weight."""
-        return (self.lora_B[name] @ self.lora_A[name]) * self.scalings[name]
+        A, B = self.factors(name)
+        return (B @ A) * self.scalings[name]
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -219,13 +227,20 @@ class LoraLinear(Adapted):
 # ---- the verbs: add, switch, merge, unmerge, remove --------------------------------------------------------
 
 
-def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> None:
+def add_lora(
+    model: nn.Module,
+    config: LoraConfig,
+    name: str = "default",
+    original: Callable[[str], Tensor] | None = None,  # a layer's weight, (out, in), before it was quantized
+) -> None:
     """Freeze the model, wrap the layers of `config.target_modules`, make the adapter active and trainable.
 
     `target_modules` is a list of leaf names (`q_proj`) or full names, or a string: `all-linear` (every linear
     layer but the output head) or a regular expression that matches whole names. `targets.py` has the rules of
-    all fields. Raises UserError for a name that no layer has, and for an adapter name in use.
+    all fields. Only LoftQ asks for `original`. Raises UserError for a name that no layer has, for an adapter
+    name in use, and for a start that cannot be.
     """
+    starts.check(config)
     check_new_adapter(model, name)
     targets = match_targets(model, config)
     before = {p for p in model.parameters() if p.requires_grad}
@@ -235,6 +250,7 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
         wrap_whole(model, targets, config, name)  # the copies are inside
         wrap_targets(model, targets, config, name)
         wrap_tokens(model, config, name)
+        starts.start(lora_layers(model, name), config, name, original)
     except UserError:
         if name in adapter_names(model):
             remove_lora(model, name)
@@ -244,60 +260,20 @@ def add_lora(model: nn.Module, config: LoraConfig, name: str = "default") -> Non
     set_adapter(model, name)
 
 
-def check_new_adapter(model: nn.Module, name: str) -> None:
-    """Raise UserError if the model cannot take an adapter of this name now."""
-    if not name or "." in name:
-        raise UserError(f"adapter name {name!r} must be a word without dots")
-    if hasattr(nn.ParameterDict, name):  # PyTorch would take it for one of its own methods
-        raise UserError(f"adapter name {name!r} is a name that PyTorch uses itself; choose another")
-    if name in adapter_names(model):
-        raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it")
-    if merged := [layer.merged for layer in adapted_layers(model).values() if layer.merged is not None]:
-        raise UserError(
-            f"adapter {merged[0]!r} is merged into the weights; unmerge it before adding {name!r}"
-        )
-
-
 def wrap_targets(model: nn.Module, targets: Sequence[str], config: LoraConfig, name: str) -> None:
     """Add A and B to the layers of these names, each of its rank."""
-    for path, (r, alpha) in ranks_and_alphas(targets, config).items():
-        kind = LoraEmbedding if isinstance(base_layers(model)[path], nn.Embedding) else LoraLinear
-        wrapper(model, path, kind).add_adapter(name, config, r, alpha)
-
-
-def match_targets(model: nn.Module, config: LoraConfig | Names) -> list[str]:
-    """Return full names of the layers that get A and B, in the model's order.
-
-    Raises UserError for a name that no such layer has.
-    """
-    config = config if isinstance(config, LoraConfig) else LoraConfig(target_modules=config)
     layers = base_layers(model)
-    linear = [n for n, m in layers.items() if isinstance(m, (nn.Linear, QuantizedLinear))]
-    names = [n for n, m in layers.items() if n in linear or isinstance(m, nn.Embedding)]
-    if isinstance(config.target_modules, str):
-        try:
-            matched = chosen_targets(names, config, linear)
-        except UserError as error:
-            raise UserError(f"lora_target {config.target_modules!r}: {error}") from error
-        if not matched:
-            example = f"it must match a whole name such as {linear[0]!r}"
-            raise UserError(f"lora_target {config.target_modules!r} matches no layer; {example}")
-        return matched
-    for target in config.target_modules:
-        if not matching_names(names, [target]):
-            hint = suggestion(target, {n.rpartition(".")[2] for n in names} | set(names))
-            raise UserError(f"lora_target names {target!r}, which no linear layer is called{hint}")
-    return chosen_targets(names, config, linear)
+    for path, (r, alpha) in ranks_and_alphas(targets, config).items():
+        is_embedding = isinstance(layers[path], nn.Embedding)
+        if is_embedding:
+            LoraEmbedding.check(config)
+        kind = LoraEmbedding if is_embedding else LoraLinear
+        wrapper(model, path, kind).add_adapter(name, config, r, alpha)
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
     """Return full name -> wrapped linear layer, of all or of those that have `adapter`."""
     return {n: m for n, m in adapted_layers(model, adapter).items() if isinstance(m, LoraLinear)}
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """Return the names of the adapters on the model, sorted."""
-    return sorted({name for layer in adapted_layers(model).values() for name in layer.configs})
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -98,3 +98,9 @@ def token_rows(config: LoraConfig) -> dict[str, list[int]]:
     if isinstance(rows, Mapping):
         return {name: list(indices) for name, indices in rows.items()}
     return {"embed_tokens": list(rows)} if rows else {}
+
+
+def rows_of(name: str, config: LoraConfig) -> list[int]:
+    """Return the trained rows of one module, by its full name; none for most."""
+    found = [rows for end, rows in token_rows(config).items() if matching_names([name], [end])]
+    return found[0] if found else []

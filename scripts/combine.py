@@ -20,15 +20,16 @@ import math
 from pathlib import Path
 
 from minilora.config import LoraConfig
-from minilora.formats.adapter import read_adapter
+from minilora.formats.adapter import AdapterFile, read_adapter
 from minilora.formats.arithmetic import COMBINATION_TYPES, Adapter, combine, errors_text
 from minilora.formats.lint import findings_text, lint_adapter
-from minilora.formats.peft_format import ADAPTER_CONFIG_FILE
+from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, A, B, tensor_key
 from minilora.formats.plain_adapter import write_plain_adapter
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_writable, read_json
 from minilora.system.hub import resolve_model
 from minilora.system.outputs import check_output, whole_output
+from minilora.targets import matching_names, ranks_and_alphas
 
 
 def main() -> None:
@@ -83,18 +84,41 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def read_updates(directory: Path) -> tuple[LoraConfig, Adapter]:
-    """An adapter's configuration, and its A, B and scaling by layer."""
-    config, layers = read_adapter(directory)
+    """An adapter's configuration, and its A, B and scaling by layer. Raises UserError if it holds more."""
+    adapter = read_adapter(directory)
+    if more := beside_updates(adapter):
+        raise UserError(f"{directory} {more}: merge it, with merge.py")
+    config, updates = adapter.config, {}
+    for layer, (r, alpha) in ranks_and_alphas(adapter.layers, config).items():
+        parts = adapter.modules[layer]
+        updates[layer] = parts[A].float(), parts[B].float(), config.scaling_of(r, alpha)
+    return config, updates
+
+
+def beside_updates(adapter: AdapterFile) -> str:
+    """In words, what an adapter does beside adding scaling * B A to weights; an empty text: nothing."""
+    config = adapter.config
     if config.use_dora:
-        raise UserError(f"{directory} is a DoRA adapter, which is no sum with W: merge it, with merge.py")
-    return config, {layer: (A, B, config.scaling) for layer, (A, B) in layers.items()}
+        return "is a DoRA adapter, which is no sum with W"
+    if config.use_vera:
+        return "is a VeRA adapter, whose A and B depend on the base model"
+    if config.init_lora_weights is not True:
+        return f"started with a part of W (init_lora_weights = {config.init_lora_weights!r})"
+    others = [tensor_key(m, part) for m, parts in adapter.modules.items() for part in parts.keys() - {A, B}]
+    return f"holds {sorted(others)[0]}, which is no A and no B of a linear layer" if others else ""
 
 
 def target_names(configs: list[LoraConfig], layers: list[str]) -> list[str]:
-    """The names of all configurations together, or the layers' full names if one of them is a pattern."""
-    if any(isinstance(config.target_modules, str) for config in configs):
-        return layers
-    return sorted({name for config in configs for name in config.target_modules})
+    """The names of all configurations together, if these choose the layers; else the layers' full names."""
+    for config in configs:
+        if (
+            isinstance(config.target_modules, str)
+            or config.exclude_modules
+            or config.layers_to_transform != ()
+        ):
+            return layers
+    names = sorted({name for config in configs for name in config.target_modules})
+    return [name for name in names if matching_names(layers, [name])]
 
 
 def base_model(directories: list[Path]) -> str | None:

@@ -23,7 +23,7 @@ from minilora.formats.arithmetic import errors_text, extract
 from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.plain_adapter import write_plain_adapter
 from minilora.formats.weights import StoredTensors, read_config
-from minilora.lora import match_targets
+from minilora.matching import match_targets
 from minilora.model import CausalLM
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize
 from minilora.system.files import check_writable
@@ -108,7 +108,8 @@ class Models:
         found = []
         for stored in self.stored:
             if name in stored.quantized:
-                weight = stored.read_quantized(name, self.shapes[name], "cpu").dequantize(torch.float32)
+                packed = stored.read_quantized(name, self.shapes[name], torch.float32, "cpu")
+                weight = packed.dequantize(torch.float32)
             else:
                 weight = stored.read(name, torch.float32, "cpu")
             if not weight.isfinite().all():

@@ -42,6 +42,7 @@ from minilora.memory.planner import advise, fastest_that_fits
 from minilora.memory.stored_layers import InFiles
 from minilora.recompute import POLICIES
 from minilora.run.settings import TrainConfig, load_train_config
+from minilora.run.vocabulary import train_rows
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.device import choose_placement, requested_dtype
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
@@ -94,10 +95,11 @@ def main() -> None:
     target = this_machine(config) if options.gpu is None else gpu_of_size(options.gpu, config)
     batch_size = config.per_device_train_batch_size
     length = config.cutoff_len or min(1024, model_config.max_position_embeddings)
+    tokens = range(len(sum(config.new_tokens(), ())))  # any rows will do: what counts is how many
     ledger_of = partial(
         memory_ledger,
         model_config,
-        config.lora_config(),
+        train_rows(config.lora_config(), [*tokens], model_config),
         config.quant_config(),
         dtype=target.dtype,
         optim=config.optim,

@@ -23,9 +23,9 @@ Sums are computed in float32 and rounded once, to the dtype of the file. Memory 
 and one output file of about 1 GB until it is written: a 7B model needs less than 4 GB. The output appears
 complete or not at all.
 
---export_adapter merges nothing. It writes rsLoRA's scaling alpha / sqrt(r) as plain LoRA's alpha' / r with
-alpha' = alpha sqrt(r), since SGLang knows no other scaling. Then it prints for each server whether the
-adapter loads there, as scripts/lint_adapter.py does.
+--export_adapter merges nothing. It writes rsLoRA, ranks and alphas by layer, patterns and chosen layers as
+plain LoRA: one rank, one alpha, names. SGLang knows nothing else (minilora/formats/export.py). Then it prints
+for each server whether the adapter loads there, as scripts/lint_adapter.py does.
 """
 
 if __name__ == "__main__":
@@ -41,13 +41,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minilora.config import LoraConfig, ModelConfig, QuantConfig
+from minilora.config import ModelConfig, QuantConfig
 from minilora.data.chat import answer_end
 from minilora.data.tokenizer import Tokenizer
-from minilora.formats.adapter import load_adapter, read_adapter
+from minilora.formats.adapter import load_adapter, read_adapter, write_adapter
+from minilora.formats.adapter_file import AdapterFile
+from minilora.formats.export import as_plain
 from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.merging import Merging
-from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, PICKLED_WEIGHTS_FILE
 from minilora.formats.quantized import (
     QuantizedWeight,
     bitsandbytes_config,
@@ -64,7 +66,8 @@ from minilora.formats.weights import (
     write_shards,
 )
 from minilora.inference.load import find_base, load_adapted_tokenizer, load_run_config
-from minilora.lora import match_targets
+from minilora.initialize import takes_part_of_base
+from minilora.matching import match_targets
 from minilora.model import CausalLM
 from minilora.quantization import FLOATS, QUANT_TYPES
 from minilora.run.output_dir import SETTINGS_FILE
@@ -185,9 +188,15 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
     plain = plain_layers(model, quantized)
     load_adapter(model, adapter)  # The model has shapes and no memory; every tensor must fit it.
     merging.check(base_shapes)
+    if (rows := merging.config.vocab_size) < min(config.vocab_size, tokenizer.vocab_size):
+        raise UserError(
+            f"{adapter} holds an embedding of {rows} rows, too few for the tokenizer's "
+            f"{tokenizer.vocab_size} tokens: it was not trained on {base}"
+        )
     with torch.device("meta"):
         merged = CausalLM(merging.config)
     stored.check(base_shapes, ignore=is_redundant(config))
+    check_start(file, options, stored)
     as_in_files = stored.prequantized
     return Plan(
         merging=merging,
@@ -198,9 +207,19 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
         quantized=quantized,
         plain=plain,
         tokenizer=tokenizer,
-        choice=choose_as_in_files(options, stored, base_shapes) if as_in_files else choose(options, adapter),
+        choice=choose_as_in_files(options, stored, base_shapes) if as_in_files else choose(options, file),
         gguf_type=(options.outtype or "f16") if options.to_gguf else None,
     )
+
+
+def check_start(file: AdapterFile, options: argparse.Namespace, stored: StoredTensors) -> None:
+    """Raise UserError for an adapter that took a part out of W, where W is not to be had."""
+    kind = file.config.init_lora_weights
+    if takes_part_of_base(kind) and (stored.quantized or options.into == "dequantized"):
+        raise UserError(
+            f"{file.directory} took a part out of the unquantized weights (init_lora_weights = {kind!r}): "
+            "merge it into these, with --model, and leave out --into dequantized"
+        )
 
 
 def accepted_fields(options: argparse.Namespace, adapter: Path) -> list[str]:
@@ -210,11 +229,16 @@ def accepted_fields(options: argparse.Namespace, adapter: Path) -> list[str]:
     return load_run_config({"adapter": adapter}, keys).accepted_fields()
 
 
-def choose(options: argparse.Namespace, adapter: Path) -> Choice:
-    """The choice of weights: by the options, else by the run's settings beside the adapter, else QLoRA's."""
+def choose(options: argparse.Namespace, file: AdapterFile) -> Choice:
+    """The choice of weights: by the options, else by the run's settings beside the adapter, else QLoRA's.
+
+    An adapter that took a part out of W was trained on unquantized weights.
+    """
+    adapter = file.directory
     run = read_yaml(adapter / SETTINGS_FILE) if (adapter / SETTINGS_FILE).exists() else {}
     requested = options.quantization_type is not None or options.double_quantization is not None
     bits = 4 if requested else run.get("quantization_bit", 4)
+    bits = None if takes_part_of_base(file.config.init_lora_weights) else bits
     if options.into == "dequantized" and bits not in (4, 8):
         raise UserError(
             f"{adapter} was not trained on weights in 4 bits, nor in 8 (see its {SETTINGS_FILE}): "
@@ -424,36 +448,23 @@ def write_config(plan: Plan, directory: Path) -> None:
 
 
 def export_adapter(adapter: Path, output: Path) -> None:
-    """Write an adapter as plain LoRA: rsLoRA's alpha times sqrt(r), and everything else unchanged."""
-    lora = read_adapter(adapter).config
-    if lora.use_dora:
-        raise UserError(
-            f"{adapter} is a DoRA adapter, which plain LoRA cannot express: merge it, with --output"
-        )
-    plain = as_plain_lora(lora)
-    raw = read_json(adapter / ADAPTER_CONFIG_FILE)
-    raw |= {"use_rslora": plain.use_rslora, "lora_alpha": plain.lora_alpha}
+    """Write an adapter as plain LoRA (formats/export.py). Raises UserError if that cannot express it."""
+    file = read_adapter(adapter)
+    plain = as_plain(file, read_json(adapter / ADAPTER_CONFIG_FILE))
     with whole_output("output", output) as part:
         part.mkdir()
-        for file in filter(Path.is_file, adapter.iterdir()):
-            # SGLang reads every safetensors file of a directory, so only the adapter's own is copied.
-            foreign = file.suffix == ".safetensors" and file.name != ADAPTER_WEIGHTS_FILE
-            if not foreign and file.name != LOCK_FILE:
-                write_whole(part / file.name, file.read_bytes())
-        write_whole(part / ADAPTER_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
-    print(
-        f"{output} holds the adapter as plain LoRA: "
-        f"alpha {lora.lora_alpha:g} -> {plain.lora_alpha:g}, scaling {lora.scaling:g}"
-    )
+        for path in filter(Path.is_file, adapter.iterdir()):
+            # SGLang reads every safetensors file of a directory, so only the adapter's own is written.
+            if path.suffix != ".safetensors" and path.name not in (PICKLED_WEIGHTS_FILE, LOCK_FILE):
+                write_whole(part / path.name, path.read_bytes())
+        write_adapter(part, plain.config, plain.tensors)
+    alphas = f"alpha {file.config.lora_alpha:g} -> {plain.config['lora_alpha']:g}"
+    print(f"{output} holds the adapter as plain LoRA: {alphas}, scaling {plain.scaling:g}")
+    if file.config.r != plain.config["r"] or file.config.rank_pattern:
+        print(f"every layer has rank {plain.config['r']}; zeros fill the smaller ones")
+    if plain.rounded:
+        print(f"B of {len(plain.rounded)} layers took its alpha: each number rounded once, by 6e-8 at most")
     print(findings_text(lint_adapter(output)))
-
-
-def as_plain_lora(lora: LoraConfig) -> LoraConfig:
-    """The same scaling without rsLoRA: alpha / sqrt(r) = alpha sqrt(r) / r. A whole alpha stays an int."""
-    if not lora.use_rslora:
-        return lora
-    alpha = lora.lora_alpha * lora.r**0.5
-    return replace(lora, use_rslora=False, lora_alpha=int(alpha) if alpha == int(alpha) else alpha)
 
 
 if __name__ == "__main__":

@@ -45,11 +45,12 @@ from minilora.data.examples import Dataset
 from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import save_tokens, tokens_file, tokens_key
 from minilora.data.rows import Row, to_record
-from minilora.data.tokenizer import Tokenizer, load_tokenizer
+from minilora.data.tokenizer import Tokenizer
 from minilora.formats.weights import read_config
 from minilora.run.datasets import dataset_names, read_datasets, token_settings, tokenize_rows
 from minilora.run.plots import plot_lengths
 from minilora.run.settings import TrainConfig, load_train_config
+from minilora.run.vocabulary import choose_vocabulary, load_run_tokenizer
 from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import refuse_overwrite, to_json, write_whole
@@ -189,8 +190,11 @@ def load_encoding(config: TrainConfig) -> Encoding:
     model_dir = EMBEDDED_MODEL
     if config.model_name_or_path is not None:
         model_dir = resolve_model(config.model_name_or_path, config.model_revision, weights=False)
-    model_config = read_config(model_dir, config.accepted_fields())
-    tokenizer = load_tokenizer(model_dir)
+    base_config, tokenizer = (
+        read_config(model_dir, config.accepted_fields()),
+        load_run_tokenizer(config, model_dir),
+    )
+    _, model_config = choose_vocabulary(config, config.lora_config(), base_config, tokenizer)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     return Encoding(model_config, tokenizer, template, token_settings(config, model_config))
 

@@ -32,7 +32,7 @@ from minilora.backend.choice import set_fused
 from minilora.data.examples import batch_for
 from minilora.formats.adapter import load_adapter, save_adapter
 from minilora.formats.lint import findings_text, lint_adapter
-from minilora.formats.weights import load_model
+from minilora.formats.weights import original_weight
 from minilora.inference.evaluation import answers, evaluate_loss, exact_match
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
 from minilora.loss import causal_lm_loss
@@ -47,6 +47,7 @@ from minilora.run.random_state import random_state, set_random_state
 from minilora.run.settings import TrainConfig, load_train_config, manual
 from minilora.run.stop_signal import StopSignal
 from minilora.run.tracker import StepMetrics, Tracker
+from minilora.run.vocabulary import load_base_model
 from minilora.system.assets import DEFAULT_RUN
 from minilora.system.distributed import Processes, join_processes
 from minilora.system.errors import run_script
@@ -128,12 +129,11 @@ def build_model(plan: Plan) -> CausalLM:
     torch.manual_seed(config.seed)
     set_fused(config.fused)
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
-    where, accepted = (plan.placement.dtype, plan.placement.device), config.accepted_fields()
-    model = load_model(plan.model_dir, config.quant_config(), *where, accept_config_fields=accepted)
+    model = load_base_model(plan.model_dir, config, plan.placement, plan.model_config.vocab_size)
     if adapter := plan.checkpoint or plan.start_adapter:
-        load_adapter(model, adapter, lora_fa=config.lora_fa, lora_dropout=plan.lora.lora_dropout)
+        load_adapter(model, adapter, **plan.as_trained)
     else:
-        add_lora(model, plan.lora)
+        add_lora(model, plan.lora, original=partial(original_weight, plan.model_dir))
     set_recompute(model, plan.memory.policies)
     return model.train()
 
@@ -283,7 +283,7 @@ def finish(plan: Plan, run: Run) -> None:
     model, directory, best = run.model, plan.output_dir, run.best
     if plan.config.load_best_model_at_end and 0 < best["step"] < run.step:
         remove_lora(model)
-        load_adapter(model, directory / f"checkpoint-{best['step']}", lora_fa=plan.config.lora_fa)
+        load_adapter(model, directory / f"checkpoint-{best['step']}", **plan.as_trained)
         print(f"back to the adapter of step {best['step']}, held-out loss {best['loss']:.4f}")
     model.eval()
     save_adapter(model, directory, base_model_name_or_path=plan.base_model)

@@ -14,7 +14,7 @@ FLOORS = (
     ("backend", "config", "recompute"),
     ("ops", "quantization", "int8", "rope", "targets"),
     ("optim", "linear", "dora", "initialize", "eva", "vera"),
-    ("model", "lora", "adapted"),
+    ("model", "lora", "adapted", "matching", "starts"),
     ("loss", "loss_scale"),
     ("data", "memory", "testing"),
     ("formats",),

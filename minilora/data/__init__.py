@@ -4,6 +4,7 @@ readers.py          a path, an address or a hub dataset -> records, each with it
 file_formats.py     the records of one file, within limits
 rows.py             a record -> prompt and completion, a conversation, or plain text
 tokenizer.py        text -> ids and back, by one of the two tokenizer_backends.py
+new_tokens.py       a model's tokenizer with tokens of your own
 stream_decoder.py   ids that arrive one by one -> text
 templates.py        chat templates as text; jinja_sandbox.py runs them, those of strangers in the process
                     that template_process.py starts

@@ -12,7 +12,8 @@ The files of the model decide whether it has one:
 
 Special tokens in a text. Under `tokenizer.json`, "</s>" in a text becomes that special token, as in
 transformers. Under `tokenizer.model` it stays four characters, as in sentencepiece. `token_id("</s>")` gives
-the id under both.
+the id under both. A token that was added to a `tokenizer.model` later (`new_tokens.py`) is found in a text
+under both, too.
 
 Rendered conversations are the exception: their special tokens come from the chat template, and
 `encode_with_offsets` finds them under both backends. The text between two of them is encoded like a text that
@@ -78,6 +79,9 @@ def load_tokenizer(directory: str | Path) -> "Tokenizer":
                 f"{directory} adds {shown(token)} as id {i}, which its {path.name} lacks; "
                 "copy a tokenizer.json there that holds this token"
             )
+    if isinstance(backend, SentencePiece):  # a tokenizer.json says itself which added tokens are special
+        decoder = (config.get("added_tokens_decoder") or {}).values()
+        backend.mark_special(t["content"] for t in decoder if isinstance(t, dict) and t.get("special"))
     return Tokenizer(directory, backend, config)
 
 

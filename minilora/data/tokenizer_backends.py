@@ -115,6 +115,8 @@ class SentencePiece:
         }
         self.default_ids = {role: i for role, i in ids.items() if i >= 0}  # -1: the model has no such token
         self._add_bos = config.get("add_bos_token", True)  # null means false, as in transformers 4
+        self._added_ids = {int(i) for i in config.get("added_tokens_decoder") or {}}
+        self._space_id = model.piece_to_id("▁")
 
     def mark_special(self, tokens: Iterable[str]) -> None:
         """Make these tokens of the vocabulary special: decoded to nothing."""
@@ -125,7 +127,12 @@ class SentencePiece:
         return [bos_id] if self._add_bos and bos_id is not None else []
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        ids = self._model.encode(text)
+        return ids[self._unneeded(ids) :]
+
+    def _unneeded(self, ids: list[int]) -> int:
+        """Return 1 if a "▁" stands before an added token that begins a text. transformers puts none there."""
+        return int(ids[:1] == [self._space_id] and ids[1:2] != [] and ids[1] in self._added_ids)
 
     def encode_with_offsets(self, text: str, mark: str) -> tuple[list[int], np.ndarray]:
         ids, offsets, start = [], [], 0
@@ -171,7 +178,8 @@ class SentencePiece:
         starts = np.concatenate(([0], ends))[:-1]
 
         characters = np.stack((character_of_byte[starts], character_of_byte[ends - 1] + 1), axis=1)
-        return ids, kept[np.array(origin)[characters]]
+        first = self._unneeded(ids)
+        return ids[first:], kept[np.array(origin)[characters]][first:]
 
     def escape(self, text: str, mark: str) -> str:
         """Return the text with `mark` behind the first character of every special token in it."""

@@ -11,14 +11,16 @@ LoRA-FA has no key, since a frozen A matters in training only.
 """
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from minilora import starts
 from minilora.adapted import (
     Adapted,
     LoraEmbedding,
@@ -26,12 +28,21 @@ from minilora.adapted import (
     TrainedRows,
     adapted_layers,
     base_layers,
+    has_grown,
     plain_name,
+    take_new_rows,
     weight_under,
     wrap_tokens,
     wrapper,
 )
 from minilora.config import LoraConfig
+from minilora.formats.adapter_checks import Problem, adaptable, chosen_layers, problems_alone, problems_on
+from minilora.formats.adapter_file import (
+    AdapterFile,
+    check_has_weights,
+    read_adapter_config,
+    stored_tensors,
+)
 from minilora.formats.peft_format import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -41,35 +52,33 @@ from minilora.formats.peft_format import (
     EMBEDDING_A,
     EMBEDDING_B,
     LORA_BIAS,
+    LORA_KEYS,
     MAGNITUDE,
-    PARTNERS,
-    PEFT_CHANGES_NOTHING,
     PEFT_DEFAULTS,
-    PEFT_HONOURED,
-    PEFT_INIT,
-    PICKLED_WEIGHTS_FILE,
     ROWS,
     ROWS_WEIGHT,
-    SAVED_TWICE,
     WEIGHT,
     A,
     B,
-    changes_base,
-    split_any_key,
     tensor_key,
 )
-from minilora.lora import (
-    LoraLinear,
-    check_new_adapter,
-    remove_lora,
-    set_adapter,
-    wrap_targets,
+from minilora.formats.vera_adapter import (
+    LAMBDA_B,
+    LAMBDA_D,
+    SHARED_A,
+    SHARED_B,
+    check_projections,
+    sort_vera,
+    vera_config_json,
 )
+from minilora.initialize import takes_part_of_base
+from minilora.lora import LoraLinear, lora_layers, remove_lora, set_adapter, wrap_targets
+from minilora.matching import check_new_adapter
 from minilora.model import CausalLM
 from minilora.system.errors import UserError, suggestion, summarize
 from minilora.system.files import write_whole
-from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
-from minilora.targets import EMBEDDING, OUTPUT_HEAD, chosen_targets, ranks_and_alphas, saved_modules
+from minilora.system.schema import read_object, shown
+from minilora.targets import EMBEDDING, OUTPUT_HEAD, chosen_targets, saved_modules
 
 _PARTS = {  # a wrapper's name for a part -> the file's
     "lora_A": A,
@@ -79,16 +88,11 @@ _PARTS = {  # a wrapper's name for a part -> the file's
     "lora_embedding_A": EMBEDDING_A,
     "lora_embedding_B": EMBEDDING_B,
     "trainable_tokens_delta": ROWS,
+    "vera_lambda_d": LAMBDA_D,
+    "vera_lambda_b": LAMBDA_B,
 }
-_OWN_WEIGHTS = (WEIGHT, BIAS, BASE_WEIGHT, BASE_BIAS, ROWS_WEIGHT)
 # Parts of torch.compile's, DDP's and FSDP's names, which no file should hold.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-
-# Fields of LoraConfig that stand in the file under the same name.
-_LORA_CONFIG = """
-    r lora_alpha lora_dropout target_modules use_rslora use_dora exclude_modules layers_to_transform
-    layers_pattern rank_pattern alpha_pattern lora_bias bias modules_to_save trainable_token_indices
-    """.split()
 
 # ---- writing ----
 
@@ -99,11 +103,16 @@ def save_adapter(
     """Write one adapter in PEFT's two files, each of them complete or not at all.
 
     The model may be compiled or wrapped, whole or layer by layer: the names in the files are those of the
-    plain model. Raises UserError if the model has no such adapter.
+    plain model. An adapter that started with a part of W is written as plain LoRA of twice its rank, a VeRA
+    adapter as PEFT's. Raises UserError if the model has no such adapter.
     """
     tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_tensors(model, name).items()}
     if not tensors:
         raise UserError(f"the model has no adapter called {name!r} to save")
+    first = {
+        t.data_ptr(): key for key, t in reversed(tensors.items())
+    }  # a tied head's weight is written twice
+    tensors = {key: t if first[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
     raw = adapter_config_json(model, name) | {"base_model_name_or_path": base_model_name_or_path}
     write_adapter(directory, raw, tensors)
 
@@ -120,9 +129,11 @@ def adapter_config_json(model: nn.Module, name: str) -> dict:
     """PEFT's `adapter_config.json` of an adapter on the model."""
     model = unwrapped(model)
     layers = adapted_layers(model, name)
-    config = next(iter(layers.values())).configs[name]
+    config = starts.in_files(next(iter(layers.values())).configs[name])
     chosen = [_file_name(n) for n, m in layers.items() if isinstance(m, (LoraLinear, LoraEmbedding))]
-    raw = {field: getattr(config, field) for field in _LORA_CONFIG}
+    if config.use_vera:
+        return vera_config_json(config, _plain_targets(model, chosen, config))
+    raw = {field: getattr(config, field) for field in LORA_KEYS}
     raw = {field: list(value) if isinstance(value, tuple) else value for field, value in raw.items()}
     raw = {field: PEFT_DEFAULTS[field] if value == [] else value for field, value in raw.items()}
     if isinstance(config.target_modules, str) or not config.layers_to_transform:
@@ -133,14 +144,8 @@ def adapter_config_json(model: nn.Module, name: str) -> dict:
 def _plain_targets(model: nn.Module, wrapped: list[str], config: LoraConfig) -> list[str]:
     """Leaf names if they name exactly the wrapped layers, else full names. Servers read no regex."""
     leaves = sorted({path.rpartition(".")[2] for path in wrapped})
-    adaptable, _ = _adaptable({_file_name(name): layer for name, layer in base_layers(model).items()})
-    return leaves if chosen_targets(adaptable, replace(config, target_modules=leaves)) == wrapped else wrapped
-
-
-def _adaptable(layers: dict[str, nn.Module]) -> tuple[list[str], list[str]]:
-    """Names of the modules that may have an update, and those of linear layers alone."""
-    linear = [name for name, layer in layers.items() if hasattr(layer, "in_features")]
-    return [name for name in layers if name in linear or name == EMBEDDING], linear
+    names, _ = adaptable({_file_name(name): layer for name, layer in base_layers(model).items()})
+    return leaves if chosen_targets(names, replace(config, target_modules=leaves)) == wrapped else wrapped
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -150,6 +155,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """
     model = unwrapped(model)
     tensors, layers = dict(_parameters(model, name)), adapted_layers(model, name)
+    tensors |= _frozen_tensors(lora_layers(model, name), name)
     if not any(isinstance(layer, TrainedRows) for layer in layers.values()):
         for path, layer in layers.items():
             if isinstance(layer, (LoraLinear, LoraEmbedding)) and _file_name(path) in (
@@ -159,6 +165,20 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
                 weight = weight_under(layer.base_layer, name)
                 if isinstance(weight, Tensor):  # PEFT leaves out a head in 4 bits, too
                     tensors.setdefault(tensor_key(_file_name(path), BASE_WEIGHT), weight.detach().clone())
+    return tensors
+
+
+def _frozen_tensors(layers: dict[str, LoraLinear], name: str) -> dict[str, Tensor]:
+    """What a start or VeRA makes of A and B, by their keys in the file."""
+    tensors = {}
+    for path, layer in layers.items():
+        if name in layer.vera_lambda_d:
+            tensors = {SHARED_A: layer.frozen_A[name], SHARED_B: layer.frozen_B[name]}
+        elif name in layer.frozen_A:
+            factors = layer.factors(name)
+            tensors |= {
+                tensor_key(_file_name(path), part): f for part, f in zip((A, B), factors, strict=True)
+            }
     return tensors
 
 
@@ -173,12 +193,14 @@ def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     around = {}  # name without wrappers -> the outermost wrapper with this adapter
     for path, layer in layers.items():
         around.setdefault(_file_name(path), layer)
-    found: dict[int, tuple[str, nn.Parameter]] = {}  # each parameter once: a tied head shares trained rows
+    copied = {_file_name(path) for path, layer in layers.items() if isinstance(layer, TrainedCopy)}
+    found: dict[object, tuple[str, nn.Parameter]] = {}
     for path, layer in layers.items():
         module = _file_name(path)
         for kind, parameter in layer.parts(name).items():
             key = tensor_key(module, _file_part(kind, layer, around[module]))
-            found.setdefault(id(parameter), (key, parameter))
+            # A tied head shares trained rows. As in PEFT, they are written once, unless its weight is too.
+            found.setdefault(key if module in copied else id(parameter), (key, parameter))
     return dict(found.values())
 
 
@@ -196,133 +218,67 @@ def _file_part(kind: str, layer: Adapted, outermost: Adapted) -> str:
     return own if outermost is layer else under_update
 
 
-# ---- reading: the configuration ----
-
-
-def read_adapter_config(directory: str | Path) -> LoraConfig:
-    """Read `adapter_config.json`. Raises UserError naming the file and the key that cannot be honoured."""
-    path = Path(directory) / ADAPTER_CONFIG_FILE
-    if not path.exists():
-        raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG_FILE}")
-    raw = read_object(path)
-    try:
-        return parse_adapter_config(raw)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def parse_adapter_config(raw: dict) -> LoraConfig:
-    """The adapter that the contents of an `adapter_config.json` describe. Raises UserError."""
-    fields = read_fields(raw, PEFT_HONOURED)
-    read_fields(raw, PEFT_CHANGES_NOTHING)
-    for key, value in raw.items():
-        _check_honoured(key, value)
-    for key, kind in (("rank_pattern", PEFT_HONOURED["r"]), ("alpha_pattern", PEFT_HONOURED["lora_alpha"])):
-        read_fields(fields[key], dict.fromkeys(fields[key], kind), f"{key}.")
-    if isinstance(rows := fields["trainable_token_indices"], dict):
-        read_fields(rows, dict.fromkeys(rows, Field(list, "rows", items=int)), "trainable_token_indices.")
-    given = {key: fields[key] for key in _LORA_CONFIG if fields[key] is not None}
-    if not given["target_modules"]:
-        raise UserError("target_modules is empty")
-    return LoraConfig(**given)
-
-
-def _check_honoured(key: str, value: object) -> None:
-    """Raise UserError for a key outside the tables whose value this implementation does not honour."""
-    if key in PEFT_HONOURED or key in PEFT_CHANGES_NOTHING:
-        return
-    if key == PEFT_INIT:
-        if not isinstance(value, bool) and changes_base(str(value)):
-            raise UserError(
-                f"{key} = {shown(value)} changed the base weights; convert it to plain LoRA first"
-            )
-    elif key in PEFT_DEFAULTS:
-        if value not in (None, False, []) and value != PEFT_DEFAULTS[key]:
-            raise UserError(f"{key} = {shown(value)} is not supported")
-    elif value:
-        raise UserError(f"{shown_name(key)} = {shown(value)} is not supported")
-
-
-# ---- reading: the tensors ----
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter without a model: its configuration, and each module's tensors by part."""
-
-    directory: Path
-    config: LoraConfig
-    modules: dict[str, dict[str, Tensor]]  # full name -> part (A, B, WEIGHT, ROWS, ...) -> tensor
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the modules that have an update A, B."""
-        return [name for name, parts in self.modules.items() if A in parts or EMBEDDING_A in parts]
-
-    def own(self, name: str) -> dict[str, Tensor]:
-        """Return the weight and the bias that take the place of a module's own, as WEIGHT and BIAS."""
-        parts = self.modules.get(name, {})
-        return {key.rpartition(".")[2]: parts[key] for key in _OWN_WEIGHTS if key in parts}
+# ---- reading ----
 
 
 def read_adapter(directory: str | Path) -> AdapterFile:
     """Read an adapter without a model. Raises UserError as `read_adapter_config` does.
 
-    One UserError lists all tensors that PEFT does not write, lack their partners, or contradict the ranks.
+    One UserError lists all tensors that PEFT does not write, lack their partners, or contradict the
+    configuration.
     """
-    config = read_adapter_config(directory)
-    modules: dict[str, dict[str, Tensor]] = {}
-    strange = []
-    tensors = _read_tensors(Path(directory) / ADAPTER_WEIGHTS_FILE)
-    for key, tensor in sorted(tensors.items()):
-        module, part = split_any_key(key) or ("", "")
-        if SAVED_TWICE.search(key):
-            continue
-        if not module:
-            strange.append(f"unexpected {key}")
-        elif part in modules.get(module, {}):
-            strange.append(f"{tensor_key(module, part)} is there twice, as {key} too")
-        else:
-            modules.setdefault(module, {})[part] = tensor
-    adapter = AdapterFile(Path(directory), config, modules)
-    if problems := strange + _unsound(adapter):
-        raise UserError(f"{directory} is not a sound adapter: {summarize(problems)}")
+    config, tensors = read_adapter_config(directory), read_tensors(directory)
+    if config.use_vera:
+        modules, shared, wrong = sort_vera(
+            tensors, read_object(Path(directory) / ADAPTER_CONFIG_FILE), config
+        )
+        if wrong:
+            raise UserError(f"{directory} is not a sound VeRA adapter: {summarize(wrong)}")
+        return AdapterFile(Path(directory), config, modules, shared=shared)
+    adapter = AdapterFile.of(Path(directory), config, tensors.items())
+    if not adapter.modules and not adapter.unread:
+        raise UserError(f"{directory} is not a sound adapter: it holds no tensors")
+    with _named_config(adapter):
+        problems = problems_alone(adapter)
+        chosen_layers(adapter)  # for its patterns
+    if problems:
+        raise UserError(f"{directory} is not a sound adapter: {_summary(problems)}")
     return adapter
 
 
-def _unsound(adapter: AdapterFile) -> list[str]:
-    """One sentence for each tensor that is missing, of a wrong rank, or that nobody asked for."""
-    config, problems = adapter.config, []
-    if not adapter.modules:
-        return ["it holds no tensors"]
+@contextmanager
+def _named_config(adapter: AdapterFile) -> Iterator[None]:
+    """Name the file in which a pattern is wrong."""
     try:
-        ranks = ranks_and_alphas(adapter.layers, config)
+        yield
     except UserError as error:
-        return [f"rank_pattern or alpha_pattern: {error}"]
-    for module, parts in adapter.modules.items():
-        needed = {PARTNERS[part] for part in parts if part in PARTNERS}
-        needed |= {MAGNITUDE} if config.use_dora and A in parts else set()
-        needed |= {LORA_BIAS} if config.lora_bias and A in parts else set()
-        problems += [f"missing {tensor_key(module, part)}" for part in sorted(needed - parts.keys())]
-        has_update = A in parts or EMBEDDING_A in parts
-        if MAGNITUDE in parts and config.use_dora and not has_update:
-            problems.append(f"missing {tensor_key(module, A)}")
-        allowed = {*needed, *PARTNERS, BASE_WEIGHT, BASE_BIAS} if has_update else {WEIGHT, BIAS}
-        allowed |= {ROWS, ROWS_WEIGHT} if config.trainable_token_indices else set()
-        problems += [f"unexpected {tensor_key(module, part)}" for part in parts if part not in allowed]
-        rank = ranks.get(module, (0, 0))[0]
-        for part, tensor in parts.items():
-            problems += _wrong_shape(tensor_key(module, part), part, tensor, rank)
-    return problems
+        raise UserError(f"{adapter.directory / ADAPTER_CONFIG_FILE}: {error}") from error
 
 
-def _wrong_shape(key: str, part: str, tensor: Tensor, rank: int) -> list[str]:
-    is_vector = part in (MAGNITUDE, LORA_BIAS, BIAS, BASE_BIAS)
-    if tensor.dim() != (1 if is_vector else 2) and part != WEIGHT:
-        return [f"{key} is {tuple(tensor.shape)}, not a {'vector' if is_vector else 'matrix'}"]
-    if part in PARTNERS and tensor.shape[1 if part in (B, EMBEDDING_B) else 0] != rank:
-        return [f"{key} is {tuple(tensor.shape)}, not of rank r = {rank}"]
-    return []
+def _summary(problems: list[Problem]) -> str:
+    return summarize(list(map(str, problems)))
+
+
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """All tensors of an adapter, by key. Raises UserError for no file, an infinity or NaN."""
+    tensors = dict(stored_tensors(directory))
+    problems = [
+        f"{key} is {t.dtype}, not floating point" for key, t in tensors.items() if not t.is_floating_point()
+    ]
+    problems = problems or [
+        f"{key} is infinite or NaN in places" for key, t in tensors.items() if not t.float().isfinite().all()
+    ]
+    if problems:
+        path = check_has_weights(directory)
+        raise UserError(f"{path} is damaged, or its training diverged: {summarize(problems, 3)}")
+    return tensors
+
+
+def vocabulary_of(directory: str | Path, otherwise: int) -> int:
+    """The number of tokens that a model has under an adapter: more, if the adapter brings its embedding."""
+    keys = [tensor_key(EMBEDDING, part) for part in (WEIGHT, BASE_WEIGHT, ROWS_WEIGHT)]
+    sizes = (len(t) for key, t in stored_tensors(directory) if key in keys and t.dim())
+    return next(sizes, otherwise)
 
 
 def load_adapter(
@@ -331,25 +287,35 @@ def load_adapter(
     name: str = "default",
     lora_fa: bool = False,
     lora_dropout: float | None = None,
+    started: LoraConfig | None = None,
 ) -> None:
     """Put an adapter that PEFT or `save_adapter` wrote on the model under `name`, and make it active.
 
     lora_fa: whether further training keeps A fixed; no file says so. lora_dropout: for further training;
-    None: the file's. Raises UserError for a configuration
-    that cannot be honoured. One UserError lists all missing, unexpected and wrongly shaped tensors. After an
-    error the model is as it was.
+    None: the file's. started: the configuration of a training that started with a part of W, and that goes on
+    from the file. Raises UserError for a configuration that cannot be honoured. One UserError lists all
+    missing, unexpected and wrongly shaped tensors. After an error the model is as it was.
     """
     adapter = read_adapter(directory)
     dropout = adapter.config.lora_dropout if lora_dropout is None else lora_dropout
     adapter = replace(adapter, config=replace(adapter.config, lora_fa=lora_fa, lora_dropout=dropout))
+    adapter = adapter.on_tied_base() if model.config.tie_word_embeddings else adapter
     check_new_adapter(model, name)
-    if problems := _misfits(model, adapter):
-        raise UserError(f"{directory} does not fit the model: {summarize(problems)}")
+    with _named_config(adapter):
+        problems = problems_on(model, adapter)
+        if not chosen_layers(adapter, model):
+            raise UserError(_no_layer(model, adapter.config))
+    if problems:
+        raise UserError(f"{directory} does not fit the model: {_summary(problems)}")
     before = {p for p in model.parameters() if p.requires_grad}
     for parameter in before:
         parameter.requires_grad_(False)
     try:
         _put_on(model, adapter, name)
+        if takes_part_of_base(adapter.config.init_lora_weights):
+            starts.repeat(lora_layers(model, name), adapter.config, name)
+        elif started is not None and takes_part_of_base(started.init_lora_weights):
+            starts.split(model, replace(started, lora_fa=lora_fa, lora_dropout=dropout), name)
     except UserError as error:
         if any(name in layer.configs for layer in adapted_layers(model).values()):
             remove_lora(model, name)
@@ -359,55 +325,11 @@ def load_adapter(
     set_adapter(model, name)
 
 
-def _misfits(model: nn.Module, adapter: AdapterFile) -> list[str]:
-    """One sentence for each tensor that the configuration promises for this model and the file lacks, and
-    for each that nobody asked for.
-    """
-    layers, config = base_layers(model), adapter.config
-    adaptable, linear = _adaptable(layers)
-    try:
-        chosen = chosen_targets(adaptable, config, linear)
-    except UserError as error:
-        raise UserError(f"{adapter.directory / ADAPTER_CONFIG_FILE}: target_modules {error}") from error
-    if OUTPUT_HEAD in adapter.layers and EMBEDDING in chosen and model.config.tie_word_embeddings:
-        chosen.append(OUTPUT_HEAD)  # ensure_weight_tying
-    if not chosen:
-        asked = config.target_modules if isinstance(config.target_modules, str) else config.target_modules[0]
-        near = suggestion(asked, {name.rpartition(".")[2] for name in linear})
-        return [f"target_modules = {shown(config.target_modules)} names no layer of it{near}"]
-    promised = [(layer, EMBEDDING_A if layer == EMBEDDING else A) for layer in chosen]
-    for module in saved_modules(layers, config.modules_to_save):
-        promised += [(module, leaf) for leaf, _ in layers[module].named_parameters(recurse=False)]
-    for module in chosen if config.bias == "lora_only" else layers if config.bias == "all" else ():
-        if getattr(layers[module], BIAS, None) is not None:
-            promised.append((module, BASE_BIAS if module in chosen else BIAS))
-    unknown = [module for module in adapter.modules if module not in layers]
-    unknown += [layer for layer in adapter.layers if layer in layers and layer not in chosen]
-    problems = [
-        f"missing {tensor_key(module, part)}"
-        for module, part in promised
-        if part not in adapter.modules.get(module, {})
-    ]
-    problems += [f"unexpected {tensor_key(m, part)}" for m in unknown for part in adapter.modules[m]]
-    return problems + _wrong_weights(layers, adapter)
-
-
-def _wrong_weights(layers: dict[str, nn.Module], adapter: AdapterFile) -> list[str]:
-    """One sentence for each weight or bias that cannot take the place of the module's own."""
-    problems = []
-    for module, parts in adapter.modules.items():
-        for part in parts.keys() & set(_OWN_WEIGHTS):
-            own = getattr(layers.get(module), part.rpartition(".")[2], None)
-            stored, key = tuple(parts[part].shape), tensor_key(module, part)
-            if own is None:
-                problems.append(f"unexpected {key}")
-            elif isinstance(own, Tensor):
-                first = 1 if module in (EMBEDDING, OUTPUT_HEAD) else 0  # a vocabulary may grow
-                if len(stored) != own.dim() or stored[first:] != tuple(own.shape[first:]):
-                    problems.append(f"{key} is {stored}, the model needs {tuple(own.shape)}")
-            else:
-                problems.append(f"{key} replaces a weight in 4 or 8 bits; load the model unquantized")
-    return problems
+def _no_layer(model: nn.Module, config: LoraConfig) -> str:
+    targets = config.target_modules
+    leaves = {name.rpartition(".")[2] for name in adaptable(base_layers(model))[1]}
+    near = suggestion(targets if isinstance(targets, str) else targets[0], leaves)
+    return f"target_modules = {shown(targets)} names no layer of the model{near}"
 
 
 def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:
@@ -416,7 +338,10 @@ def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:
     whole = saved_modules(layers, config.modules_to_save)
     for module in adapter.modules:
         own, trained = adapter.own(module), module in whole or (WEIGHT not in adapter.own(module))
-        if own and (trained or not _is_the_same(layers[module], own)):
+        grown = module in (EMBEDDING, OUTPUT_HEAD) and has_grown(model, layers[module])
+        if grown and WEIGHT in own and not trained:
+            own[WEIGHT] = take_new_rows(model, layers[module], own[WEIGHT])
+        if own and (trained or grown or not _is_the_same(layers[module], own)):
             copy = wrapper(model, module, TrainedCopy)
             copy.add_adapter(name, config, own.get(WEIGHT), own.get(BIAS), trained)
     wrap_targets(model, [n for n in layers if n in adapter.layers], config, name)
@@ -431,9 +356,19 @@ def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:
             problems.append(f"{key} is {stored}, the model needs {needed}")
     if problems:
         raise UserError(summarize(sorted(problems)))
+    if config.use_vera:
+        _share_projections(model, adapter, name)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
+
+
+def _share_projections(model: nn.Module, adapter: AdapterFile, name: str) -> None:
+    """Give VeRA's layers the file's A and B, or those of the seed."""
+    layers = lora_layers(model, name)
+    A, B = adapter.shared or starts.projections(layers, adapter.config)
+    check_projections(A, B, *starts.widest(layers))
+    starts.share(layers, name, A, B)
 
 
 def _is_the_same(layer: nn.Module, own: dict[str, Tensor]) -> bool:
@@ -445,45 +380,3 @@ def _is_the_same(layer: nn.Module, own: dict[str, Tensor]) -> bool:
         if not torch.equal(tensor.to(base.device, base.dtype), base):
             return False
     return True
-
-
-def vocabulary_of(directory: str | Path, otherwise: int) -> int:
-    """The number of tokens that a model has under an adapter: more, if the adapter brings its embedding."""
-    check_has_weights(directory)
-    path = Path(directory) / ADAPTER_WEIGHTS_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in (tensor_key(EMBEDDING, part) for part in (WEIGHT, BASE_WEIGHT, ROWS_WEIGHT)):
-                if key in file.keys() and (shape := file.get_slice(key).get_shape()):
-                    return shape[0]
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt: {error}") from error
-    return otherwise
-
-
-def check_has_weights(directory: str | Path) -> None:
-    """Raise UserError if an adapter's directory lacks its weights, without reading them."""
-    path = Path(directory) / ADAPTER_WEIGHTS_FILE
-    if not path.is_file():
-        pickled = path.with_name(PICKLED_WEIGHTS_FILE).exists()
-        hint = f" ({PICKLED_WEIGHTS_FILE} is pickled and never read; save it again as safetensors)" * pickled
-        raise UserError(f"{path.parent} has no {path.name}{hint}")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of the file, by key. Raises UserError if it is missing, or holds infinities or NaN."""
-    check_has_weights(path.parent)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise UserError(f"{path} is truncated or corrupt: {error}") from error
-    problems = [
-        f"{key} is {t.dtype}, not floating point" for key, t in tensors.items() if not t.is_floating_point()
-    ]
-    problems = problems or [
-        f"{key} is infinite or NaN in places" for key, t in tensors.items() if not t.float().isfinite().all()
-    ]
-    if problems:
-        raise UserError(f"{path} is damaged, or its training diverged: {summarize(problems, 3)}")
-    return tensors

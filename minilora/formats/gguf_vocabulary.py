@@ -21,6 +21,7 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from minilora.system.errors import UserError
+from minilora.system.files import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
 
@@ -79,7 +80,9 @@ def _from_sentencepiece(path: Path, size: int) -> Vocabulary:
         raise UserError(
             f"{path} is a unigram model, and llama.cpp has only BPE for these models: write a directory"
         )
+    added = _added_types(path.with_name("tokenizer_config.json"))
     types = [_sentencepiece_type(model, i) for i in ids]
+    types = [added.get(i, NORMAL) if t == NORMAL else t for i, t in enumerate(types)]
     text = "a  ﬁ"  # Normalization would join the spaces, and take the ligature apart.
     return Vocabulary(
         model="llama",
@@ -102,6 +105,16 @@ def _sentencepiece_type(model: SentencePieceProcessor, i: int) -> int:
     if model.is_unused(i):
         return UNUSED
     return BYTE if model.is_byte(i) else NORMAL
+
+
+def _added_types(path: Path) -> dict[int, int]:
+    """Id -> type of the tokens that were added later, which llama.cpp looks for first (`new_tokens.py`)."""
+    decoder = read_json(path).get("added_tokens_decoder") if path.is_file() else None
+    return {
+        int(i): CONTROL if token.get("special") else USER_DEFINED
+        for i, token in (decoder or {}).items()
+        if isinstance(token, dict)
+    }
 
 
 def _from_tokenizer_json(path: Path, size: int) -> Vocabulary:

@@ -1,7 +1,8 @@
 """What an adapter makes of each parameter of its base model, one by one, without a model in memory.
 
     own weights     the parameter is replaced: modules_to_save, trained biases, a vocabulary that has grown
-    update          W + scaling * B A, for DoRA the rows then scaled to their trained lengths
+    update          W + scaling * B A, for DoRA the rows then scaled to their trained lengths. VeRA and starts
+                    that took a part out of W are turned into A and B first (plain_adapter.py)
     trained rows    these rows are replaced last
 
 A tied head stays tied as long as it and the embedding change alike. Else the merged model has a head of its
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from minilora.config import ModelConfig
 from minilora.dora import row_factors
-from minilora.formats.adapter import AdapterFile
+from minilora.formats.adapter_file import AdapterFile
 from minilora.formats.peft_format import (
     EMBEDDING_A,
     EMBEDDING_B,
@@ -26,10 +27,12 @@ from minilora.formats.peft_format import (
     ROWS,
     WEIGHT,
     A,
-    B,
 )
+from minilora.formats.plain_adapter import plain_factors, shared_matrices
+from minilora.formats.vera_adapter import LAMBDA_D
+from minilora.model import CausalLM
 from minilora.system.errors import UserError
-from minilora.targets import EMBEDDING, OUTPUT_HEAD, matching_names, ranks_and_alphas, token_rows
+from minilora.targets import EMBEDDING, OUTPUT_HEAD, ranks_and_alphas, rows_of
 
 _EMBEDDING_WEIGHT, _HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{OUTPUT_HEAD}.weight"
 
@@ -41,13 +44,17 @@ class Merging:
     adapter: AdapterFile
     base: ModelConfig
 
+    def __post_init__(self) -> None:
+        if self.base.tie_word_embeddings:
+            object.__setattr__(self, "adapter", self.adapter.on_tied_base())
+
     @cached_property
     def unties(self) -> bool:
         """Whether a tied head and the embedding part ways."""
-        embedding = self.adapter.modules.get(EMBEDDING, {})
-        return self.base.tie_word_embeddings and (
-            OUTPUT_HEAD in self.adapter.modules or any(part != ROWS for part in embedding)
-        )
+        embedding, head = (self.adapter.modules.get(name, {}) for name in (EMBEDDING, OUTPUT_HEAD))
+        if not self.base.tie_word_embeddings or _are_equal(embedding, head):  # PEFT may write one twice
+            return False
+        return bool(head) or any(part != ROWS for part in embedding)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -94,14 +101,26 @@ class Merging:
         value = value.float()
         if leaf == "bias":
             return value + parts[LORA_BIAS].float() * self.scaling(module) if LORA_BIAS in parts else value
-        if A in parts:
-            value = value + (parts[B].float() @ parts[A].float()) * self.scaling(module)
+        if A in parts or LAMBDA_D in parts:
+            scaling = self.scaling(module)
+            narrow, wide = plain_factors(self.adapter, module, value, scaling, self.shared)
+            value = value + (wide @ narrow) * scaling
         if EMBEDDING_A in parts:
             update = parts[EMBEDDING_B].float() @ parts[EMBEDDING_A].float()
             value = value + update.T * self.scaling(module)
         if MAGNITUDE in parts:
             value = value * row_factors(value, parts[MAGNITUDE].float())
         return self._with_rows(module, value)
+
+    @cached_property
+    def shared(self) -> tuple[Tensor, Tensor] | None:
+        """VeRA's shared A and B."""
+        if not self.adapter.config.use_vera:
+            return None
+        with torch.device("meta"):
+            layers = dict(CausalLM(self.base).named_modules())
+        widths = {module: layers[module].in_features for module in self.adapter.modules}
+        return shared_matrices(self.adapter, widths)
 
     def scaling(self, module: str) -> float:
         """alpha / r of a module, or alpha / sqrt(r) for rsLoRA."""
@@ -112,11 +131,18 @@ class Merging:
         values = self.adapter.modules.get(module, {}).get(ROWS)
         if values is None:
             return weight
-        chosen = token_rows(self.adapter.config)
-        rows = next(rows for end, rows in chosen.items() if matching_names([module], [end]))
+        config = self.adapter.config
+        rows = rows_of(module, config) or rows_of(EMBEDDING, config)  # of a tied head
         return weight.index_copy(0, torch.tensor(rows), values.float())
 
 
 def _is_rounded(base: Tensor, own: Tensor) -> bool:
     """Whether a weight in an adapter's file is the base's, which PEFT writes beside A and B."""
     return base.shape == own.shape and torch.equal(base.to(own.dtype), own)
+
+
+def _are_equal(parts: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    same = parts.keys() == others.keys() and all(
+        part.shape == others[key].shape for key, part in parts.items()
+    )
+    return same and all(torch.equal(part, others[key]) for key, part in parts.items())

@@ -23,7 +23,7 @@ from minilora.system.schema import Field
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_WEIGHTS_FILE = "adapter_model.bin"  # older versions of PEFT wrote it; unpickling runs code
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"  # of older versions of PEFT; see pickled.py
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE, LORA_BIAS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_B.bias"
@@ -38,13 +38,13 @@ _UPDATE = (A, B, LORA_BIAS, MAGNITUDE, EMBEDDING_A, EMBEDDING_B)
 _WHOLE = (ROWS, ROWS_WEIGHT, BASE_WEIGHT, BASE_BIAS, WEIGHT, BIAS)
 
 
-def _key(parts: tuple[str, ...]) -> re.Pattern:
-    return re.compile(rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(re.escape, parts))})")
-
-
-_UPDATE_KEY, _ANY_KEY = _key(_UPDATE), _key(_UPDATE + _WHOLE)
+_PARTS = "|".join(map(re.escape, _UPDATE + _WHOLE))
+_KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)\.({_PARTS})")
 # PEFT reads its own default name in a key, too, and magnitudes with an ending.
-_ENDINGS = re.compile(r"\b(lora_(?:A|B))\.default(\.weight|\.bias)$|\b(lora_magnitude_vector)\.weight$")
+_ENDINGS = re.compile(
+    r"\b(lora_[AB])\.default(\.weight|\.bias)$"
+    r"|\b(lora_embedding_[AB])\.default$|\b(lora_magnitude_vector)(?:\.default)?\.weight$"
+)
 # What PEFT writes a second time where a module of `modules_to_save` has another vocabulary.
 SAVED_TWICE = re.compile(r"\.(?:modules_to_save|original_module)\.(?:weight|bias)$")
 
@@ -55,19 +55,14 @@ def tensor_key(layer: str, part: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """The (layer, part) of a key in the file, or None for a tensor that is no part of a layer's update."""
-    match = _UPDATE_KEY.fullmatch(_ENDINGS.sub(r"\1\2\3", key))
-    return (match[1], match[2]) if match else None
-
-
-def split_any_key(key: str) -> tuple[str, str] | None:
-    """The (module, part) of any key in the file, of the module's own weight and bias too; or None."""
-    match = _ANY_KEY.fullmatch(_ENDINGS.sub(r"\1\2\3", key))
+    """The (module, part) of a key in the file; None for a key that PEFT does not write."""
+    match = _KEY.fullmatch(_ENDINGS.sub(r"\1\2\3\4", key))
     return (match[1], match[2]) if match and ".lora_" not in match[1] else None
 
 
 # The names that `init_lora_weights` may hold. Some of them may be written in upper case.
 KNOWN_INITS = re.compile(r"(?i:gaussian|olora|mica)|eva|orthogonal|lora_ga|loftq|corda|pissa(_niter_\d+)?")
+STARTS_FROM_W = ("pissa", "olora")  # of those that do not: whoever has W can repeat them
 _INITS_THAT_KEEP_THE_BASE = ("gaussian", "orthogonal", "eva", "mica")
 
 
@@ -131,6 +126,11 @@ PEFT_CHANGES_NOTHING = {
     "runtime_config": _bookkeeping(dict, "how PEFT loads the adapter"),
     "task_type": _bookkeeping(str, "PEFT's class of models", "CAUSAL_LM", longest=_MAX_NAME),
 }
+# Fields of LoraConfig that stand in the file under the same name.
+LORA_KEYS = """
+    r lora_alpha lora_dropout target_modules use_rslora use_dora exclude_modules layers_to_transform
+    layers_pattern rank_pattern alpha_pattern lora_bias bias modules_to_save trainable_token_indices
+    """.split()
 PEFT_INIT = "init_lora_weights"  # honoured unless it changed the base weights: see `changes_base`
 # Each of them asks for something that is not implemented here, unless it has this value or is empty.
 PEFT_MUST_BE_OFF = dict(

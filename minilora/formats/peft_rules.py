@@ -1,21 +1,21 @@
-"""What PEFT 0.21 makes of adapter_config.json: which values it refuses, and which layers they choose.
+"""What PEFT 0.21 makes of adapter_config.json: which values it refuses, and which this linter cannot judge.
 
 PEFT checks few values. A wrong one meets an operation that fails, such as `lora_dropout > 0.0` for a text,
 or one that succeeds by chance. The table says what each key is meant to hold, and is stricter than chance:
-PEFT takes `exclude_modules = false` for none, and the linter does not. tests/formats/test_lint.py asks PEFT.
+PEFT takes `exclude_modules = false` for none, and the linter does not. tests/formats/test_peft_rules.py asks
+PEFT. Which layers a configuration chooses stands in targets.py, for all of this project.
 
 Some keys ask for more than a configuration tells: tensors of other kinds, calibration data, other packages.
 Nobody should hear "loads" about them from a program that cannot know. `unjudged` names them.
 """
 
 import re
+import sys
 from collections.abc import Callable
 
-from minilora.formats.adapter_header import AdapterHeader, is_number, is_texts
-from minilora.formats.peft_format import EMBEDDING_A, KNOWN_INITS, PARTNERS, split_key, tensor_key
-from minilora.system.patterns import match_names
+from minilora.config import LoraConfig
+from minilora.formats.peft_format import KNOWN_INITS, LORA_KEYS
 from minilora.system.schema import shown
-from minilora.targets import OUTPUT_HEAD, matching_names
 
 _TASKS = "SEQ_CLS SEQ_2_SEQ_LM CAUSAL_LM TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTION".split()
 _HARMLESS_CONFIGS = ("eva_config", "corda_config", "lora_ga_config")  # read only if init_lora_weights says so
@@ -23,7 +23,38 @@ _OTHER_CONFIGS = ("kasa_config", "velora_config", "monteclora_config", "arrow_co
 _MANY_TARGETS = 20  # From here on, PEFT shortens a list of targets before it looks at layers_to_transform.
 _SLOW_PISSA = re.compile(r"pissa_niter_\d{4,}")
 _PLAIN_NAME = re.compile(r"\w[\w.]*")
-SAVED_EMBEDDINGS = re.compile(r"base_model\.model\.(.*\b(embed_tokens|lm_head))(\.base_layer)?\.weight")
+_TARGETS_IF_NULL = ["q_proj", "v_proj"]  # PEFT's choice for these models
+
+
+class PeftConfig(LoraConfig):
+    """A LoraConfig with values that PEFT takes and this implementation refuses: lora_alpha = 0, say."""
+
+    def __post_init__(self) -> None:
+        self._check_names()
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from JSON is a float, NaN and infinities included, or can be one. `true` is not."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+
+
+def is_rank(value: object) -> bool:
+    """Whether a value from JSON is a whole number above 0 that PyTorch can take as a size."""
+    return type(value) is int and 0 < value < 2**31
+
+
+def is_texts(value: object) -> bool:
+    """Whether a value from JSON is a list of texts."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_object_of(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def is_only_all(targets: object) -> bool:
+    """Whether target_modules is LLaMA-Factory's `all`, which PEFT takes for a name that nothing has."""
+    return isinstance(targets, str) and targets.lower() == "all"
 
 
 def _is_ints(value: object) -> bool:
@@ -40,7 +71,19 @@ def _null_or(*fits: type | Callable[[object], bool]) -> Callable[[object], bool]
     return lambda v: v is None or any(type(v) is fit if isinstance(fit, type) else fit(v) for fit in fits)
 
 
+# What all three programs read. A key may be absent or null, which `lint.py` judges.
+_READ_BY_ALL = {
+    "r": ("a whole number above 0", _null_or(is_rank)),
+    "lora_alpha": ("a number", _null_or(is_number)),
+    "target_modules": ("text or a list of texts", _null_or(str, is_texts)),
+    "modules_to_save": ("a list of texts", _null_or(is_texts)),
+    "peft_type": ("text", _null_or(str)),
+    "bias": ("text", _null_or(str)),
+    "rank_pattern": ("an object of ranks", _null_or(_is_object_of(is_rank))),
+    "alpha_pattern": ("an object of numbers", _null_or(_is_object_of(is_number))),
+}
 _MUST_BE = {
+    "target_modules": ("a list, a regular expression or 'all-linear'", lambda v: not is_only_all(v)),
     "r": ("a whole number above 0", lambda v: v is not None),
     "lora_alpha": ("a number", lambda v: v is not None),
     "lora_dropout": ("a number from 0 to 1", lambda v: is_number(v) and 0 <= v <= 1),
@@ -53,52 +96,71 @@ _MUST_BE = {
     "layers_to_transform": ("null, a whole number or a list of them", _null_or(int, _is_ints)),
     "layers_pattern": ("null, text or a list of texts", _null_or(str, is_texts)),
     "target_parameters": ("null or a list of texts", _null_or(is_texts)),
-    "trainable_token_indices": ("null, a list of whole numbers or an object", _null_or(dict, _is_ints)),
+    "trainable_token_indices": (
+        "null, a list of whole numbers or an object of such lists",
+        _null_or(_is_object_of(_is_ints), lambda v: _is_ints(v) and v != []),
+    ),
     "alora_invocation_tokens": ("null or a list of whole numbers", _null_or(_is_ints)),
     "layer_replication": ("null or a list", _null_or(list)),
     **dict.fromkeys((*_HARMLESS_CONFIGS, *_OTHER_CONFIGS), ("null or an object", _null_or(dict))),
 }  # fmt: skip
 
 
-def refused_values(adapter: AdapterHeader) -> list[str]:
-    """One sentence for each value, or pair of values, with which PEFT does not load an adapter."""
-    config, get = adapter.config, adapter.get
-    wrong = [
+def refused_by_all(config: dict) -> list[str]:
+    """One sentence for each value of a kind that no program can read."""
+    return _wrong_kinds(config, _READ_BY_ALL)
+
+
+def _wrong_kinds(config: dict, table: dict) -> list[str]:
+    return [
         f"{key} = {shown(config[key])} must be {kind}"
-        for key, (kind, fits) in _MUST_BE.items()
+        for key, (kind, fits) in table.items()
         if key in config and not fits(config[key])
     ]
+
+
+def lora_config(config: dict) -> PeftConfig:
+    """The adapter that PEFT sees. Values of a kind that PEFT refuses count as absent."""
+    given = {
+        key: value
+        for key in LORA_KEYS
+        if (value := config.get(key)) is not None and (key not in _MUST_BE or _MUST_BE[key][1](value))
+    }
+    return PeftConfig(**dict(target_modules=_TARGETS_IF_NULL, r=8, lora_alpha=8) | given)
+
+
+def refused_values(config: dict) -> list[str]:
+    """One sentence for each value, or pair of values, with which PEFT does not load an adapter."""
+    narrowed, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    wrong = _wrong_kinds(config, _MUST_BE)
     wrong += [f"no key can be called {key!r}" for key in ("self", "cls") if key in config]
-    narrowed = get("layers_to_transform") is not None
-    if isinstance(get("target_modules"), str) and (narrowed or get("layers_pattern") is not None):
+    if isinstance(config.get("target_modules"), str) and (narrowed is not None or pattern is not None):
         wrong.append("layers_to_transform and layers_pattern need target_modules to be a list")
-    if get("layers_pattern") and not narrowed:
+    if pattern and narrowed is None:
         wrong.append("layers_pattern needs layers_to_transform")
-    return wrong + _refused_features(adapter)
+    return wrong + _refused_features(config)
 
 
-def _refused_features(adapter: AdapterHeader) -> list[str]:
-    get, wrong = adapter.get, []
+def _refused_features(config: dict) -> list[str]:
+    init, wrong = config.get("init_lora_weights", True), []
     for key in ("lora_bias", "alora_invocation_tokens", "megatron_config"):
-        if get("use_dora") and get(key):
+        if config.get("use_dora") and config.get(key):
             wrong.append(f"use_dora does not go with {key}")
-    init = get("init_lora_weights")
-    if get("lora_bias") and not isinstance(init, bool):
+    if config.get("lora_bias") and not isinstance(init, bool):
         wrong.append(f"lora_bias does not go with init_lora_weights = {shown(init)}")
     if init == "corda":
         wrong.append("init_lora_weights = 'corda' needs the data that it was calibrated with")
-    if init == "loftq" and not get("loftq_config"):
+    if init == "loftq" and not config.get("loftq_config"):
         wrong.append("init_lora_weights = 'loftq' needs loftq_config")
     return wrong
 
 
-def unjudged(adapter: AdapterHeader) -> list[str]:
-    """One sentence for each value whose effect in PEFT is not known here."""
-    get = adapter.get
+def unjudged(config: dict) -> list[str]:
+    """The keys whose effect in PEFT is not known here."""
+    get = config.get
     keys = [key for key in _OTHER_CONFIGS if get(key) is not None]
     keys += [key for key in ("layer_replication", "target_parameters", "megatron_config") if get(key)]
     keys += ["init_lora_weights"] if get("init_lora_weights") == "loftq" else []
-    keys += ["trainable_token_indices"] if get("trainable_token_indices") is not None else []
     for key in ("modules_to_save", "layers_pattern"):
         names = get(key) or []
         if not all(map(_PLAIN_NAME.fullmatch, [names] if isinstance(names, str) else names)):
@@ -106,111 +168,17 @@ def unjudged(adapter: AdapterHeader) -> list[str]:
     targets = get("target_modules")
     if get("layers_to_transform") and isinstance(targets, list) and len(targets) >= _MANY_TARGETS:
         keys.append("layers_to_transform")
-    unknown = [f"{key} = {shown(get(key))} is not judged here" for key in keys]
-    if adapter.base is None and get("bias") != "none" and not any(map(_is_bias, adapter.others)):
-        unknown.append(
-            f"bias = {shown(get('bias'))}, but no bias in the file: does the base model have biases?"
-        )
-    return unknown
+    return keys
 
 
-def _is_bias(name: str) -> bool:
-    return name.endswith(".bias")
+def starts_elsewhere(init: object) -> str | None:
+    """A sentence if PEFT, loading an adapter with this initialisation, changes the base model otherwise.
 
-
-# ---- layers and copies ----
-
-
-def targets(adapter: AdapterHeader) -> set[str] | None:
-    """Those of the base model's modules that PEFT adapts. Without a base model, of the adapter's own layers.
-
-    None if that cannot be known. Raises UserError for a pattern that cannot be matched.
+    PEFT repeats the initialisation on loading. PiSSA and OLoRA decompose the same W and find the same factors
+    again, to the bit. The fast SVD of pissa_niter_N draws random numbers, and LoRA-GA's gradients are gone.
     """
-    base, chosen = adapter.base, adapter.get("target_modules")
-    names = base.modules if base else list(adapter.layers)
-    if chosen is None or unjudged(adapter):
-        return None
-    if isinstance(chosen, list):
-        found = set(_narrowed(adapter, matching_names(names, chosen)))
-    elif chosen.lower() == "all-linear":
-        found = set(base.weights if base else names) - {OUTPUT_HEAD, "model.embed_tokens"}
-    else:
-        found = set(match_names([chosen], names)[0])
-    found -= _excluded(adapter, names)
-    copies = adapter.get("modules_to_save") or []
-    return {name for name in found if not any(f".{copy}." in f".{name}." for copy in copies)}
-
-
-def _excluded(adapter: AdapterHeader, names: list[str]) -> set[str]:
-    excluded = adapter.get("exclude_modules") or []
-    if isinstance(excluded, str):
-        return set(match_names([excluded], names)[0])
-    return set(matching_names(names, excluded))
-
-
-def _narrowed(adapter: AdapterHeader, names: list[str]) -> list[str]:
-    """Those of the names that `layers_to_transform` keeps. A target's full name is always kept."""
-    chosen, patterns = adapter.get("layers_to_transform"), adapter.get("layers_pattern") or r"[^.]*"
-    if chosen is None or chosen == []:
-        return names
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    indices = [chosen] if isinstance(chosen, int) else chosen
-    ways = [rf"(?:^|.*?\.){pattern}\.(?P<idx>{index})\." for pattern in patterns for index in indices]
-    kept = {*adapter.get("target_modules"), *sum(match_names(ways, names, whole=False), [])}
-    return [name for name in names if name in kept]
-
-
-def unsupported_targets(adapter: AdapterHeader, targets: set[str]) -> list[str]:
-    """One sentence for each target that is no layer with a weight that PEFT can adapt."""
-    weights = adapter.base.weights if adapter.base else targets
-    wrong = [name for name in sorted(targets) if name not in weights]
-    return [f"target_modules chooses {name}, which is no linear layer and no embedding" for name in wrong]
-
-
-def wrong_copies(adapter: AdapterHeader) -> list[str]:
-    """One sentence for each trained copy of a module that the file lacks, or that does not fit."""
-    copies, base = adapter.get("modules_to_save") or [], adapter.base
-    if base is None:
-        lacking = [copy for copy in copies if not any(f".{copy}." in name for name in adapter.others)]
-        return [f"modules_to_save names {shown(copy)}, and the file holds no copy of it" for copy in lacking]
-    # PEFT copies every module whose name ends so: "norm" names input_layernorm, too.
-    copied = tuple(f"{module}." for module in base.modules if module.endswith(tuple(copies)))
-    wrong = []
-    for name, shape in base.parameters.items():
-        stored = adapter.others.get(f"base_model.model.{name}")
-        if name.startswith(copied) and stored != shape:
-            held = "lacks" if stored is None else f"holds {stored} for"
-            wrong.append(f"modules_to_save demands a copy {shape} of {name}, and the file {held} it")
-    return wrong
-
-
-def misshapen(adapter: AdapterHeader) -> list[str]:
-    """One sentence for each A, B or embedding in the file that has the wrong number of dimensions or rows."""
-    wrong = []
-    for name, shape in adapter.others.items():
-        _, part = split_key(name) or ("", "")
-        if part in PARTNERS or (part and adapter.get("use_dora")):
-            wrong.append(f"{name} is {shape}, which is no {'matrix' if part in PARTNERS else 'vector'}")
-        elif adapter.base and (embedding := SAVED_EMBEDDINGS.fullmatch(name)):
-            own = adapter.base.parameters.get(f"{embedding[1]}.weight")
-            if own is not None and own != shape:
-                wrong.append(f"{name} is {shape}, and the base model's {own}: resize its embeddings first")
-    return wrong
-
-
-def missing_biases(adapter: AdapterHeader, targets: set[str]) -> list[str]:
-    """Names of the trained biases that the configuration promises and the file lacks."""
-    names = [
-        f"{tensor_key(layer, 'lora_B')}.bias"
-        for layer in targets
-        if EMBEDDING_A not in adapter.layers.get(layer, {})
-    ]
-    missing = names if adapter.get("lora_bias") else []
-    if adapter.base and adapter.get("bias") != "none":
-        for name in filter(_is_bias, adapter.base.parameters):
-            layer = name.removesuffix(".bias")
-            if layer in targets:
-                missing.append(tensor_key(layer, "base_layer.bias"))
-            elif adapter.get("bias") == "all":
-                missing.append(tensor_key(layer, "bias"))
-    return [name for name in missing if name not in adapter.others]
+    if init == "lora_ga":
+        return "'lora_ga' changed the base model by a gradient that PEFT no longer has"
+    if isinstance(init, str) and "_niter_" in init:
+        return f"{init!r} changed the base model by random numbers, and PEFT draws others"
+    return None

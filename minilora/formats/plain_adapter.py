@@ -1,14 +1,18 @@
-"""Factors by layer, without a model, as the two files of a plain LoRA adapter, which every server reads.
+"""Plain LoRA of an adapter's file, without a model, and the two files that every server reads.
 
-The scaling is 1: alpha = r, no rsLoRA, one rank for all layers. So scripts write the results of arithmetic.
+`plain_factors` turns VeRA and starts that took a part out of W into A and B beside W. `write_plain_adapter`
+takes scaling 1: alpha = r, no rsLoRA, one rank for all layers. So scripts write the results of arithmetic.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
+from minilora.formats.adapter import AdapterFile
 from minilora.formats.peft_format import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -17,7 +21,42 @@ from minilora.formats.peft_format import (
     B,
     tensor_key,
 )
+from minilora.formats.vera_adapter import LAMBDA_B, LAMBDA_D, check_projections
+from minilora.initialize import initialize, takes_part_of_base
 from minilora.system.files import write_whole
+from minilora.vera import factors, shared_projections
+
+
+def plain_factors(
+    adapter: AdapterFile, module: str, W: Tensor, scaling: float, shared: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return a linear layer's A (r, in) and B (out, r), float32, with scaling * B A its whole update.
+
+    W: (out, in), the base's. A start took a part out of it, so that r is doubled. shared: VeRA's A and B.
+    """
+    parts = adapter.modules[module]
+    if adapter.config.use_vera:
+        return factors(parts[LAMBDA_D], parts[LAMBDA_B], *shared, W.shape[1])
+    narrow, wide, kind = parts[A].float(), parts[B].float(), adapter.config.init_lora_weights
+    if not takes_part_of_base(kind):
+        return narrow, wide
+    A0, B0, _ = initialize(kind, W.float(), len(narrow), scaling)
+    return torch.cat([narrow, A0]), torch.cat([wide, -B0], dim=1)
+
+
+def shared_matrices(adapter: AdapterFile, in_features: Mapping[str, int]) -> tuple[Tensor, Tensor] | None:
+    """Return VeRA's A and B, of the file or of its seed; None for other adapters. in_features: of each layer.
+
+    Raises UserError if they are too small for a layer.
+    """
+    if not (config := adapter.config).use_vera:
+        return None
+    widest_in = max(in_features[module] for module in adapter.modules)
+    widest_out = max(len(parts[LAMBDA_B]) for parts in adapter.modules.values())
+    drawn = config.r, widest_in, widest_out, config.projection_prng_key
+    A, B = adapter.shared or shared_projections(*drawn)
+    check_projections(A, B, widest_in, widest_out)
+    return A, B
 
 
 def write_plain_adapter(

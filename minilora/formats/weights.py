@@ -133,6 +133,14 @@ def is_redundant(config: ModelConfig) -> Callable[[str], bool]:
     return lambda name: name == tied_head or bool(_ROTARY_BUFFERS.fullmatch(name))
 
 
+def original_weight(directory: Path, layer: str) -> Tensor:
+    """A linear layer's weight in the files, float32 (out, in). Raises UserError if they hold 4 or 8 bits."""
+    stored, name = StoredTensors(directory), f"{layer}.weight"
+    if name in stored.quantized:
+        raise UserError(f"{directory} holds {name} in 4 or 8 bits, and not as it was before")
+    return _finite(stored.read(name, torch.float32, "cpu"), name, directory)
+
+
 def _quantized(
     stored: "StoredTensors", name: str, quant: QuantConfig, device: torch.device | str
 ) -> QuantizedWeight:

@@ -28,12 +28,13 @@ from minilora.formats.adapter import (
     read_adapter_config,
     vocabulary_of,
 )
-from minilora.formats.weights import load_model, read_config
+from minilora.formats.weights import read_config
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
 from minilora.run.describe import describe_weights
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import TrainConfig, load_train_config, parse_arguments
+from minilora.run.vocabulary import load_base_model
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.device import choose_placement
 from minilora.system.errors import ArgumentParser, UserError
@@ -72,10 +73,7 @@ class InferenceSetup:
     def load_model(self) -> CausalLM:
         """The frozen model on this machine's device, in evaluation mode, with every adapter loaded."""
         placement = choose_placement(self.config.bf16, self.config.fp16)
-        model = load_model(
-            self.base, self.config.quant_config(), placement.dtype, placement.device,
-            accept_config_fields=self.config.accepted_fields(),
-        )  # fmt: skip
+        model = load_base_model(self.base, self.config, placement, self.model_config.vocab_size)
         for name, directory in self.adapters.items():
             load_adapter(model, directory, name)
         set_adapter(model, self.first_adapter)

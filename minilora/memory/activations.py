@@ -196,12 +196,17 @@ class LossBytes(NamedTuple):
     """Bytes around the output head."""
 
     peak: int
-    d_hidden: int  # the gradient of the hidden states, which backward holds to its end
+    d_hidden: int  # the gradient of the hidden states, and of a trained head: backward holds them to its end
     alone: int  # without gradients
 
 
-def loss_bytes(c: ModelConfig, head_is_adapted: bool, rows: int, widths: Widths) -> LossBytes:
-    """Return the bytes of the loss of so many supervised tokens, the hidden states included."""
+def loss_bytes(
+    c: ModelConfig, head_is_adapted: bool, rows: int, widths: Widths, head_is_trained: bool = False
+) -> LossBytes:
+    """Return the bytes of the loss of so many supervised tokens, the hidden states included.
+
+    A head that is trained whole has its gradient in float32. Backward multiplies it once more.
+    """
     V, D = c.vocab_size, c.hidden_size
     chunk, head_rows = min(rows, rows_at_a_time(V)), min(V, _HEAD_ROWS)
     hidden, d_hidden = rows * D * widths.number, rows * D * widths.d_hidden
@@ -209,10 +214,15 @@ def loss_bytes(c: ModelConfig, head_is_adapted: bool, rows: int, widths: Widths)
     if head_is_adapted:  # log-softmax, its gradient, and the gradient of the logits
         return LossBytes(2 * hidden + 3 * logits, hidden, 2 * hidden + 3 * logits)
     alone = 2 * hidden + logits + chunk * D * widths.wide
-    # Logits or weights in another dtype.
-    alone += chunk * V * widths.product if widths.product == 2 else head_rows * D * widths.wide
+    # Logits or weights in another dtype. A trained head's are float32.
+    widened = 0 if head_is_trained else head_rows * D * widths.wide
+    alone += chunk * V * widths.product if widths.product == 2 else widened
     scaled = logits if widths.d_hidden > widths.number else 0  # for float16 the logits' gradient, once more
-    return LossBytes(alone + d_hidden + scaled + chunk * D * (4 + widths.product), d_hidden, alone)
+    peak = alone + d_hidden + scaled + chunk * D * (4 + widths.product)
+    if head_is_trained:
+        d_head, part = 4 * V * D, (V if widths.product == 4 else head_rows) * D * widths.product
+        return LossBytes(d_head + max(peak + part, hidden + 2 * d_hidden + d_head), d_hidden + d_head, alone)
+    return LossBytes(peak, d_hidden, alone)
 
 
 class AnswerBytes(NamedTuple):

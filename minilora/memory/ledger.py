@@ -34,9 +34,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from minilora import starts
+from minilora.adapted import TrainedCopy, adapted_layers, plain_name
 from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
-from minilora.lora import OUTPUT_HEAD, add_lora, lora_layers, trainable_parameters
+from minilora.lora import add_lora, lora_layers, trainable_parameters
 from minilora.loss import _HEAD_ROWS
 from minilora.memory.activations import (
     LayerBytes,
@@ -56,6 +58,7 @@ from minilora.model import CausalLM
 from minilora.optim import MOMENT_BLOCK_SIZE, OPTIMIZERS
 from minilora.recompute import POLICIES
 from minilora.system.device import memory_used
+from minilora.targets import EMBEDDING, OUTPUT_HEAD
 
 # Assumed, as nothing predicts them. Free memory must be at least MARGIN times the predicted peak: blocks of
 # different sizes leave holes, so PyTorch reserves more of a GPU than it uses.
@@ -165,7 +168,7 @@ def memory_ledger(
         rows = max(tokens, eval_batch_size * (eval_length or length), prompts)
     layers = stored_layers(counts.shapes, quant, in_files, widths.number)
     staying = {"process": process} | _staying_bytes(counts, layers, widths, optim, device)
-    sizes = partial(_Sizes, model_config, lora, counts, widths, device)
+    sizes = partial(_Sizes, model_config, starts.in_files(lora), counts, widths, device)  # a start doubles r
     batch = sizes(batch_size, length, tokens)
     staying["scratch"] = _scratch_bytes(batch, dequantized_bytes(layers, widths, rows, lora.use_dora))
     if compiles_kernels(dtype, device):
@@ -257,7 +260,14 @@ class _Sizes:
     @property
     def loss(self) -> LossBytes:
         supervised = self.tokens - self.batch_size  # all but the first token of each example
-        return loss_bytes(self.model_config, not self.counts.head_is_plain, supervised, self.widths)
+        adapted, trained = not self.counts.head_is_plain, OUTPUT_HEAD in self.counts.whole
+        return loss_bytes(self.model_config, adapted, supervised, self.widths, trained)
+
+    @property
+    def embedding(self) -> int:
+        """Of backward's end: the gradient of an embedding that is trained whole, before it is added up."""
+        c, trained = self.model_config, EMBEDDING in self.counts.whole
+        return 4 * (c.vocab_size + 2 * self.tokens) * c.hidden_size if trained else 0
 
 
 def _scratch_bytes(batch: _Sizes, dequantized: int) -> int:
@@ -290,6 +300,8 @@ def _training_moments(sizes: _Sizes, policies: Sequence[str]) -> dict[str, dict[
             "live layer": live,
         }
         worst = max(worst, held, key=lambda moment: sum(moment.values()))
+    ends = {"layer inputs": in_flight, "kept activations": 0, "live layer": sizes.embedding}
+    worst = max(worst, ends, key=lambda moment: sum(moment.values()))
     left = {"layer inputs": held["layer inputs"] + D, "kept activations": held["kept activations"]}
     return {
         "loss": left | {"attention masks": masks, "hidden and logits": loss.peak},
@@ -357,8 +369,9 @@ class _Counts(NamedTuple):
     adapter: int
     trainable: list[int]  # of every tensor of it that learns
     adapted: list[frozenset[str]]  # of every decoder layer, the products that have an adapter
-    first_adapted: int  # the first decoder layer that has any
-    head_is_plain: bool  # no adapter, not quantized: the loss never computes its logits twice
+    first_adapted: int  # the first decoder layer that backward reaches
+    head_is_plain: bool  # no update, not quantized: the loss never computes its logits twice
+    whole: frozenset[str]  # of the embedding and the head, those that are trained whole
     not_rerun: int  # weights of linear layers that a second run skips (see `recompute.py`)
 
 
@@ -374,25 +387,38 @@ def _count(model_config: ModelConfig, lora: LoraConfig, head_is_quantized: bool)
     }
     rest = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in weights.values())
     add_lora(model, lora)
-    layers = lora_layers(model)
+    layers = {plain_name(name): layer for name, layer in lora_layers(model).items()}
     paths = [name.split(".") for name in layers]  # model.layers.N.self_attn.q_proj
     adapted = [
         frozenset(path[-1] for path in paths if path[1:3] == ["layers", str(i)])
         for i in range(len(model.model.layers))
     ]
     with_values = layers if lora.use_dora else ()
+    changed = adapted_layers(model)
+    parts = {id(p): p.numel() for layer in changed.values() for p in layer.parts("default").values()}
+    whole = {plain_name(name) for name, layer in changed.items() if isinstance(layer, TrainedCopy)}
     return _Counts(
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
         rest=rest,
-        adapter=sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name),
+        adapter=sum(parts.values())
+        + sum(p.numel() for name, p in model.named_parameters() if ".frozen_" in name),
         trainable=[p.numel() for p in trainable_parameters(model).values()],
         adapted=adapted,
-        first_adapted=next((i for i, products in enumerate(adapted) if products), len(adapted)),
-        head_is_plain=OUTPUT_HEAD not in layers and not head_is_quantized,
+        first_adapted=min(_first_layer(plain_name(name), len(adapted)) for name in changed),
+        head_is_plain=isinstance(model.lm_head, (nn.Linear, TrainedCopy)) and not head_is_quantized,
+        whole=frozenset({EMBEDDING, OUTPUT_HEAD} & whole),
         not_rerun=sum(
             w.numel() for name, w in weights.items() if name.endswith("down_proj") and name not in with_values
         ),
     )
+
+
+def _first_layer(name: str, layers: int) -> int:
+    """Return the first decoder layer that backward must reach for the sake of a module."""
+    path = name.split(".")
+    if name == EMBEDDING:
+        return 0
+    return int(path[2]) if path[1:2] == ["layers"] else layers
 
 
 def _state_bytes(n: int, optim: str, device: str) -> int:

@@ -37,11 +37,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minilora import starts
+from minilora.adapted import plain_name
 from minilora.config import LoraConfig
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
 from minilora.formats.weights import save_tensors
-from minilora.lora import lora_layers, match_targets
+from minilora.lora import lora_layers
 from minilora.loss_scale import LossScale
+from minilora.matching import match_targets
 from minilora.run.random_state import random_state, set_random_state
 from minilora.run.saved_state import check_optimizer, check_state, same_tensors
 from minilora.run.settings import TrainConfig
@@ -58,7 +61,7 @@ _NUMBER = re.compile("#(0|[1-9][0-9]{0,17})")
 # What the file of an adapter says in the words of its settings. Targets it says in its own.
 _ADAPTER_FIELDS = """
     r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern modules_to_save lora_bias bias
-    trainable_token_indices
+    trainable_token_indices use_vera projection_prng_key
     """.split()
 _PART, _OLD = ".part", ".old"  # suffixes of a checkpoint that is being written, and of one being deleted
 
@@ -277,7 +280,7 @@ def check_same_training(saved: dict, now: dict, may_change: set[str], checkpoint
 
 def _check_adapter(checkpoint: Path, lora: LoraConfig) -> None:
     """Raise UserError if the saved adapter is not the one that the settings describe."""
-    saved = read_adapter_config(checkpoint)
+    saved, lora = read_adapter_config(checkpoint), starts.in_files(lora)
     for name in _ADAPTER_FIELDS:
         if getattr(saved, name) != getattr(lora, name):
             raise UserError(
@@ -312,7 +315,7 @@ def check_fits(
     if not state:
         return
     problem = f"{config.resume_from_checkpoint}: the checkpoint does not fit"
-    if list(lora_layers(model)) != match_targets(model, lora):
+    if [plain_name(name) for name in lora_layers(model)] != match_targets(model, lora):
         raise UserError(f"{problem}: its adapter is on other layers than lora_target names")
     if state["loss_scale"]["scaler"].keys() != loss_scale.state_dict()["scaler"].keys():
         raise UserError(f"{problem}: its loss scale is of another dtype")

@@ -94,7 +94,7 @@ def tokenize_rows(
     if largest >= model_config.vocab_size:
         raise UserError(
             f"the tokenizer gives token {largest}, but the model has {model_config.vocab_size} tokens: "
-            "they do not belong to one model"
+            "they do not belong to one model; or its tokens were added later: set resize_vocab to true"
         )
     return dataset
 

@@ -4,7 +4,7 @@ Most keys are the same, because both trainers took them from Hugging Face. The o
 
     translated     dataset_dir, neat_packing, eval_strategy, ...: become keys of this trainer
     no effect      flash_attn, preprocessing_num_workers, ...: change no number; accepted, and a line says why
-    refused        stage: dpo, deepspeed, pissa_init, ...: would change the training; an error names the key,
+    refused        stage: dpo, deepspeed, use_galore, ...: would change the training; an error names the key,
                    unless its value requests what this trainer does anyway
 
 The keys that a file leaves out count too. Without `quantization_bit` LLaMA-Factory does not quantize, but
@@ -39,6 +39,10 @@ TRANSLATED = {  # key: its meaning here
     "evaluation_strategy": "`eval_strategy`",
     "disable_gradient_checkpointing": "`gradient_checkpointing: off`",
     "pure_bf16": "`bf16`; adapters stay float32",
+    "pissa_init": "`init_lora_weights: pissa_niter_16`, of `pissa_iter` iterations; -1: `pissa`",
+    "pissa_iter": "see `pissa_init`",
+    "pissa_convert": "always done: an adapter is saved as plain LoRA",
+    "add_special_tokens": "`new_special_tokens`",
     "hub_model_id": "the repository for `push_to_hub: true`, which is `push_to_hub: NAME` here",
 }
 VALUES = {  # key: {LLaMA-Factory's value: the same value here}
@@ -79,19 +83,16 @@ NO_EFFECT = {  # the reason: the keys
     "torchrun and PyTorch read their own settings": (
         "ddp_timeout ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb local_rank"
     ),
-    "it changes nothing in this training": (
-        "create_new_adapter loraplus_lr_embedding pissa_iter use_kv_cache"
-    ),
+    "it changes nothing in this training": ("create_new_adapter loraplus_lr_embedding use_kv_cache"),
     "the loss is the mean over all supervised tokens of a step": "average_tokens_across_devices",
 }
 _TRUE = ("true", "yes", "1")
 _OFF = ("false", "no", "none", "null", "0", "", "{}", "[]")
 _MUST_BE_OFF = """
     deepspeed fsdp fsdp_config use_ray do_predict predict_with_generate streaming tokenized_path
-    interleave_probs tool_format eval_on_each_dataset pissa_init
-    pissa_convert use_galore use_apollo use_badam use_muon use_adam_mini use_llama_pro use_dft_loss
-    use_asft_loss use_swanlab neftune_noise_alpha label_smoothing_factor shift_attn mixture_of_depths
-    moe_aux_loss_coef rope_scaling resize_vocab add_tokens add_special_tokens new_special_tokens_config
+    interleave_probs tool_format eval_on_each_dataset use_galore use_apollo use_badam use_muon use_adam_mini
+    use_llama_pro use_dft_loss use_asft_loss use_swanlab neftune_noise_alpha label_smoothing_factor
+    shift_attn mixture_of_depths moe_aux_loss_coef rope_scaling new_special_tokens_config
     split_special_tokens train_from_scratch fp8 auto_find_batch_size use_cpu lr_scheduler_kwargs
     greater_is_better default_system
     """.split()
@@ -109,6 +110,7 @@ NEEDED = {  # key: the values that this trainer accepts, as `_normalize` writes 
     "metric_for_best_model": ("eval_loss", "loss"),
 } | dict.fromkeys(_MUST_BE_OFF, _OFF)
 INSTEAD = {  # key: advice to whoever gave it another value than NEEDED
+    "new_special_tokens_config": "name the tokens in new_special_tokens, without descriptions",
     "stage": "plain text (pt) is learned from a dataset with a text column; preferences are not",
     "deepspeed": "torchrun --nproc-per-node N scripts/train.py shares the batches between GPUs",
     "fsdp": "torchrun --nproc-per-node N scripts/train.py shares the batches between GPUs",
@@ -144,9 +146,13 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
         index_file = Path(str(theirs.get("dataset_dir", "data"))) / "dataset_info.json"
         ours |= resolve_datasets(ours, index_file)
     _translate_switches(theirs, ours)
+    _translate_pissa(theirs, ours)
     _translate_push_to_hub(theirs, ours)
     _translate_eval_strategy(theirs, ours, is_llama_factory)
+    if "add_special_tokens" in theirs:
+        ours["new_special_tokens"] = theirs["add_special_tokens"]
     if is_llama_factory:
+        notes += _train_embeddings(ours)
         defaults = _missing_defaults(ours)
         notes += _defaults_taken(defaults)
         ours = defaults | ours
@@ -182,6 +188,23 @@ def _translate_switches(theirs: dict[str, object], ours: dict[str, object]) -> N
     ):
         if _normalize(theirs.get(switch)) in _TRUE:
             ours[name] = value
+
+
+def _train_embeddings(ours: dict[str, object]) -> list[str]:
+    """With new tokens LLaMA-Factory trains the embedding and the head whole, unless the file names others."""
+    keys = ("new_special_tokens", "add_tokens", "resize_vocab")
+    given = [name for name in keys if _normalize(ours.get(name)) not in _OFF]
+    if not given or ours.get("additional_target") is not None:
+        return []
+    ours["additional_target"] = "embed_tokens,lm_head"
+    return [f"{given[0]}: embed_tokens and lm_head are trained whole, as in LLaMA-Factory"]
+
+
+def _translate_pissa(theirs: dict[str, object], ours: dict[str, object]) -> None:
+    """`pissa_init: true` is `init_lora_weights: pissa_niter_N`, N = `pissa_iter` or 16; -1: `pissa`."""
+    if _normalize(theirs.get("pissa_init")) in _TRUE:
+        iterations = _normalize(theirs.get("pissa_iter", 16))
+        ours["init_lora_weights"] = "pissa" if iterations == "-1" else f"pissa_niter_{iterations}"
 
 
 def _translate_push_to_hub(theirs: dict[str, object], ours: dict[str, object]) -> None:

@@ -18,7 +18,7 @@ from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
 from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids, tokens_read
 from minilora.data.packing import pack
 from minilora.data.rows import Row
-from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from minilora.data.tokenizer import Tokenizer, has_tokenizer
 from minilora.formats.adapter import read_adapter_config, vocabulary_of
 from minilora.formats.weights import read_model
 from minilora.memory.allocator import (
@@ -44,6 +44,7 @@ from minilora.run.output_dir import SETTINGS_FILE, check_inputs, check_output_di
 from minilora.run.reporters import Reporter, make_reporters
 from minilora.run.settings import TrainConfig
 from minilora.run.sharing import Destination, make_destinations
+from minilora.run.vocabulary import choose_vocabulary, load_run_tokenizer
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.device import Placement, choose_placement, memory_reserved, memory_used
 from minilora.system.distributed import Processes
@@ -118,6 +119,11 @@ class Plan:
         return self.config.model_name_or_path or "assets/base"
 
     @property
+    def as_trained(self) -> dict:
+        """What `load_adapter` must know of this run's adapter and its files do not say."""
+        return dict(lora_fa=self.lora.lora_fa, lora_dropout=self.lora.lora_dropout, started=self.lora)
+
+    @property
     def eval_steps(self) -> int:
         """Steps from one evaluation to the next: an epoch unless the settings give a number."""
         return self.config.eval_steps or self.order.steps_per_epoch
@@ -140,7 +146,12 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
     base_config, stored = read_model(model_dir, config.accepted_fields())
     start_adapter = resolve_model(config.adapter_name_or_path) if config.adapter_name_or_path else None
     lora, model_config = choose_adapter(config, start_adapter, base_config)
-    tokenizer = load_tokenizer(start_adapter if has_tokenizer(start_adapter) else model_dir)
+    if lora.init_lora_weights == "loftq" and stored.prequantized:
+        raise UserError(
+            f"init_lora_weights 'loftq' needs the original weights, and {model_dir} holds quantized ones"
+        )
+    tokenizer = load_run_tokenizer(config, start_adapter if has_tokenizer(start_adapter) else model_dir)
+    lora, model_config = choose_vocabulary(config, lora, model_config, tokenizer)
     template = load_chat_template(config.template, tokenizer, now=training_clock)
     train_set, eval_set = load_examples(config, model_config, tokenizer, template)
     order = make_order(config, train_set, processes)

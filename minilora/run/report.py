@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from minilora.config import LoraConfig
 from minilora.data.examples import Order
 from minilora.data.rows import Row
 from minilora.lora import trainable_parameters
@@ -47,7 +48,7 @@ def print_plan(plan: Plan) -> None:
     _print_lines({
         "model": f"{plan.base_model}: {c.model_type}, {c.num_hidden_layers} layers of width {c.hidden_size}",
         "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
-        "adapter": f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}",
+        "adapter": f"{describe_kind(lora)}, dropout {lora.lora_dropout:g}, on {targets}",
         "optimizer": describe_optimizer(config.optim, plan.placement.device, config.loraplus_lr_ratio),
         "training": plan.train_set.summary(),
         "held out": plan.eval_set.summary() if plan.eval_set else "none",
@@ -58,6 +59,14 @@ def print_plan(plan: Plan) -> None:
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
         "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak" + _smaller_batches(plan),
     })  # fmt: skip
+
+
+def describe_kind(lora: LoraConfig) -> str:
+    """Return an adapter's size, and where it starts if that is no matter of course."""
+    if lora.use_vera:
+        return f"VeRA, r {lora.r}"
+    start = "" if lora.init_lora_weights is True else f", starts with {lora.init_lora_weights}"
+    return f"r {lora.r}, alpha {lora.lora_alpha:g}{start}"
 
 
 def describe_padding(order: Order, rounded: bool, padding_free: bool) -> str:
@@ -218,7 +227,8 @@ dropout {lora.lora_dropout:g}, on: {targets}.
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base_model!r}), {address!r})
+base = AutoModelForCausalLM.from_pretrained({base_model!r})
+{resize}model = PeftModel.from_pretrained(base, {address!r})
 ```
 
 All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.
@@ -237,9 +247,12 @@ def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
         and not Path(base_model).exists()
     )
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    rows = plan.model_config.vocab_size
+    grown = rows > plan.base_config.vocab_size  # PEFT wants the base model to have these rows
     card = MODEL_CARD.format(
         link=f"base_model: {base_model}\n" if on_hub else "",
         base_model=str(base_model),
+        resize=f"base.resize_token_embeddings({rows})\n" if grown else "",
         title=as_markdown(base_model),
         lora=lora,
         scaling="alpha / sqrt(r)" if lora.use_rslora else "alpha / r",

@@ -23,9 +23,12 @@ from pathlib import Path
 
 import yaml
 
+from minilora import starts
 from minilora.config import LoraConfig, QuantConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE
+from minilora.data.new_tokens import check_new_tokens
 from minilora.data.templates import TEMPLATES
+from minilora.initialize import check_kind
 from minilora.optim import OPTIMIZERS, SCHEDULES
 from minilora.quantization import QUANT_TYPES
 from minilora.recompute import POLICIES
@@ -35,6 +38,7 @@ from minilora.system.errors import UserError, suggestion
 from minilora.system.redaction import Address, hide_secrets, is_address
 from minilora.system.schema import shown
 
+VERA_RANK = 256  # PEFT's default. A random direction is worth less than a learned one
 TRACKERS = ("mlflow", "tensorboard", "all")
 
 # The largest value of each number. Nothing is enumerated or reserved for it before it is needed.
@@ -50,6 +54,7 @@ LARGEST = dict(
 _MAY_BE_ZERO = set(
     "val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples".split()
 )
+NEW_TOKENS = ("new_special_tokens", "add_tokens", "resize_vocab")
 _NEED_HELD_OUT = "load_best_model_at_end early_stopping_patience eval_steps exact_match_samples".split()
 
 # Keys that a resumed run may change. Model and data are compared by their contents instead of their names,
@@ -73,6 +78,9 @@ class TrainConfig:
     model_name_or_path: str | None = None  # directory or hub id; none: the small model included in minilora
     model_revision: str | None = None  # branch, tag or commit on the hub; none: the hub's main branch
     accept_config_fields: str | list[str] | None = None  # unknown fields of config.json that are harmless
+    new_special_tokens: str | list[str] | None = None  # add and train these tokens: <call>,</call>
+    add_tokens: str | list[str] | None = None  # the same for plain tokens; special ones decode to nothing
+    resize_vocab: bool = False  # also train tokens of the tokenizer for which the model has no rows yet
     # data
     dataset: str | list[str] | None = None  # file, address or hub id; mixed by weight: a.json:0.7,b.json:0.3
     eval_dataset: str | list[str] | None = None  # held-out examples, named in the same way
@@ -101,13 +109,13 @@ class TrainConfig:
     lora_rank: int | None = None  # rank of the update, r; none: the preset's
     lora_alpha: float | None = None  # the update is scaled by alpha / r; none: 2 * lora_rank or the preset's
     lora_dropout: float | None = None  # dropout on the adapter's input in training; none: the preset's
-    lora_target: str | list[str] | None = (
-        None  # q_proj,v_proj:16 (16: its rank), a regex or all; none: preset's
-    )
+    lora_target: str | list[str] | None = None  # q_proj,v_proj:16 (its rank), a regex or all; none: preset's
     additional_target: str | list[str] | None = None  # train these whole, in a copy: embed_tokens,lm_head
     adapter_name_or_path: str | None = None  # go on from this adapter, directory or hub id, and its settings
     use_rslora: bool = False  # rsLoRA: scale by alpha / sqrt(r)
     use_dora: bool = False  # DoRA: also learn a magnitude for each row of the weight
+    init_lora_weights: str = "true"  # A random, B 0; or gaussian orthogonal pissa pissa_niter_16 olora loftq
+    use_vera: bool = False  # VeRA: train two vectors a layer beside matrices that all share; lora_rank is 256
     lora_fa: bool = False  # LoRA-FA: train only B, so fewer activations are kept
     # training
     per_device_train_batch_size: int = 4  # examples in one training pass on each device
@@ -153,8 +161,9 @@ class TrainConfig:
         self._check_schedule()
         self._check_held_out()
         self._check_exclusive_keys()
-        self.quant_config()  # these two check their own fields
+        self.quant_config()  # these three check their own fields
         self.lora_config()
+        self.new_tokens()
 
     def _check_texts(self) -> None:
         for name, value in vars(self).items():
@@ -218,6 +227,7 @@ class TrainConfig:
                 raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
 
     def _check_exclusive_keys(self) -> None:
+        self._check_start()
         self._check_adapter_to_go_on_from()
         for one, other in (("mask_history", "train_on_prompt"), ("packing", "group_by_length")):
             if getattr(self, one) and getattr(self, other):
@@ -228,12 +238,21 @@ class TrainConfig:
                 "leave one of them out"
             )
 
+    def _check_start(self) -> None:
+        """Raise UserError for keys that do not go with the way in which the adapter starts."""
+        if self.init_lora_weights == "loftq" and self.quantization_bit is None:
+            raise UserError("init_lora_weights = 'loftq' makes up for quantization: set quantization_bit")
+        for name in ("lora_alpha", "loraplus_lr_ratio"):
+            if self.use_vera and getattr(self, name) is not None:
+                raise UserError(f"{name} has no meaning for VeRA, which trains no A and no B; leave it out")
+
     def _check_adapter_to_go_on_from(self) -> None:
         """Raise UserError for a key that only a new adapter has."""
         if self.adapter_name_or_path is None:
             return
-        for name in ("lora_rank", "lora_alpha", "lora_target", "additional_target"):
-            if getattr(self, name) is not None:
+        adapters = "lora_rank lora_alpha lora_target additional_target init_lora_weights use_vera"
+        for name in (*adapters.split(), *NEW_TOKENS):
+            if getattr(self, name) not in (None, False, "true"):
                 raise UserError(
                     f"{name} is decided by the adapter that adapter_name_or_path names; leave it out"
                 )
@@ -261,8 +280,19 @@ class TrainConfig:
         if self.additional_target is not None:
             overrides["modules_to_save"] = _names(self.additional_target)
         overrides = {name: value for name, value in overrides.items() if value is not None}
+        if self.use_vera:
+            overrides.setdefault("r", VERA_RANK)
         variant = dict(use_rslora=self.use_rslora, use_dora=self.use_dora, lora_fa=self.lora_fa)
-        return LoraConfig.preset(self.preset, **variant, **overrides)
+        variant |= dict(use_vera=self.use_vera, init_lora_weights=check_kind(self.init_lora_weights))
+        lora = LoraConfig.preset(self.preset, **variant, **overrides)
+        starts.check(lora)
+        return lora
+
+    def new_tokens(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The tokens to add: those that are text, and special ones."""
+        plain, special = (tuple(_parts(value)) for value in (self.add_tokens, self.new_special_tokens))
+        check_new_tokens(plain + special)
+        return plain, special
 
     def trackers(self) -> list[str]:
         """The names in `report_to`: the services that get the metrics besides metrics.jsonl."""
@@ -316,6 +346,11 @@ def parse_targets(lora_target: str | list[str]) -> tuple[tuple[str, ...] | str, 
                 f"lora_target names {name}:{rank}; its rank must be from 1 to {LARGEST['lora_rank']:,}"
             )
     return tuple(name for name, _, _ in named), {name: int(rank) for name, colon, rank in named if colon}
+
+
+def _parts(value: str | list[str] | None) -> list[str]:
+    """A list as it is, or the parts of a text between commas, without the spaces around them."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value or []
 
 
 def _names(text: str | list[str]) -> tuple[str, ...]:

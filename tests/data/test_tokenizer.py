@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from support.tokenizer_files import BOS, EOS, PAD, byte_fallback_json, byte_level_json, write
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minilora import UserError
 from minilora.data.stream_decoder import StreamDecoder
@@ -29,13 +29,6 @@ MISTRAL = [
     for name in MISTRAL_FILES
 ]
 JSON = ("llama3", "qwen", "llama2-json")
-BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
-CORPUS = [
-    "Hello world, hello there! The sea is calm tonight.",
-    "Grüße aus Köln",
-    "日本語のテキスト 🙂🙃",
-    "1 + 2 = 3\n\n\tx",
-]
 SAMPLES = [
     "",
     " ",
@@ -51,14 +44,6 @@ SAMPLES = [
 texts = st.text(max_size=40) | st.text(alphabet=" ab\n\u2581é日🙂\ufffd", max_size=20)
 
 
-def write(directory: Path, **files: dict) -> Path:
-    """A directory with JSON files, each named by its stem."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for stem, content in files.items():
-        (directory / f"{stem}.json").write_text(json.dumps(content), encoding="utf-8")
-    return directory
-
-
 def sentencepiece_directory(directory: Path, name: str, **files: dict) -> Path:
     if MISTRAL_COMMON is None:
         pytest.skip(NO_MISTRAL)
@@ -67,44 +52,6 @@ def sentencepiece_directory(directory: Path, name: str, **files: dict) -> Path:
         Path(MISTRAL_COMMON.origin).parent / "data" / MISTRAL_FILES[name], directory / "tokenizer.model"
     )
     return directory
-
-
-def byte_level_json(bos: bool) -> dict:
-    """A small byte-level BPE: Llama 3's form, with BOS by the post-processor, or Qwen's, without it and with NFC."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[BOS, EOS, PAD],
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS * 3, trainer)
-    steps = [processors.ByteLevel(trim_offsets=False)]
-    if bos:
-        steps.append(
-            processors.TemplateProcessing(
-                single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
-            )
-        )
-    else:
-        backend.normalizer = normalizers.NFC()
-    backend.post_processor = processors.Sequence(steps)
-    return json.loads(backend.to_str())
-
-
-def byte_fallback_json() -> dict:
-    """A character vocabulary in the form of Llama 2's tokenizer.json: "▁" for spaces, bytes for the rest."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ehlorwdé", "he", "▁h"]
-    vocab, merges = {piece: i for i, piece in enumerate(pieces)}, [("h", "e"), ("▁", "h")]
-    backend = Backend(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return json.loads(backend.to_str())
 
 
 @pytest.fixture(scope="session")

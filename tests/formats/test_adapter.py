@@ -191,7 +191,7 @@ def saved(tmp_path, **config):
         (dict(lora_bias=True), "missing base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"),
         (dict(trainable_token_indices=[3]), "missing base_model.model.model.embed_tokens.token_adapter"),
         (dict(exclude_modules=["layers.0.self_attn.q_proj"]), "unexpected base_model.model.model.layers.0"),
-        (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
+        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4'"),
         (dict(layers_to_transform=[0]), "unexpected base_model.model.model.layers.1.self_attn.q_proj.lora_A"),
         (dict(layer_replication=[[0, 1]]), "layer_replication"),
         (dict(a_key_of_the_future=3), "a_key_of_the_future = 3"),
@@ -241,9 +241,7 @@ def test_an_initialisation_that_keeps_the_base_weights_is_read(init, tmp_path):
     assert adapter.config.r == 2 and len(adapter.layers) == 2
 
 
-@pytest.mark.parametrize(
-    "init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "future", None]
-)
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga", "future", None])
 def test_an_initialisation_that_changes_the_base_weights_is_refused(init, tmp_path):
     with pytest.raises(UserError, match="changed the base weights"):
         read_adapter(saved(tmp_path, init_lora_weights=init))
@@ -342,7 +340,7 @@ def test_a_missing_a_truncated_and_a_pickled_adapter_raise_different_errors(tmp_
     with pytest.raises(UserError, match="truncated or corrupt"):
         load_adapter(model, tmp_path)
     weights.rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(UserError, match="pickled and never read"):
+    with pytest.raises(UserError, match="no file of tensors"):
         load_adapter(model, tmp_path)
 
 

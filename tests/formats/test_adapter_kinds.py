@@ -28,7 +28,7 @@ from minilora.adapted import adapted_layers
 from minilora.formats.adapter import adapter_tensors, read_adapter
 from minilora.formats.config_json import parse_config
 from minilora.formats.merging import Merging
-from minilora.formats.peft_format import LORA_BIAS
+from minilora.formats.peft_format import LORA_BIAS, STARTS_FROM_W
 from minilora.linear import Linear4bit
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
@@ -80,12 +80,23 @@ def test_saved_again_it_has_pefts_names_and_configuration_and_loads_there(pair):
     unchanged = "save_embedding_layers" in kind.saving  # these are the base's own, and not written again
     twice = {k for k in names if ".modules_to_save." in k or ".original_module." in k}
     names = {k: v for k, v in names.items() if k not in twice and not (unchanged and "lora_" not in k)}
-    assert described(directory / "ours") == names
+    if kind.doubled:  # the two dimensions of the rank, of A and of B
+        sizes = {"A": lambda r, n: [2 * r, n], "B": lambda n, r: [n, 2 * r]}
+        names = {k: (sizes[k.split("lora_")[1][0]](*shape), dtype) for k, (shape, dtype) in names.items()}
+    drawn = {"base_model.vera_A", "base_model.vera_B"} - names.keys()  # we always write them
+    written = described(directory / "ours")
+    assert {k: v for k, v in written.items() if k not in drawn} == names
     mine, other = (
         json.loads((directory / side / "adapter_config.json").read_text()) for side in ("ours", "theirs")
     )
     assert mine.keys() == other.keys()
-    changes_nothing = {"init_lora_weights", "loftq_config"}
+    changes_nothing = {"init_lora_weights", "loftq_config"} | ({"save_projection"} if drawn else set())
+    if kind.doubled:
+        assert mine["init_lora_weights"] is True and mine["r"] == 2 * other["r"]
+        assert mine["rank_pattern"] == {name: 2 * r for name, r in other["rank_pattern"].items()}
+        factor = 2**0.5 if other["use_rslora"] else 2
+        assert mine["lora_alpha"] == factor * other["lora_alpha"]
+        changes_nothing |= {"r", "lora_alpha", "rank_pattern"}
     for key in mine.keys() - {"target_modules"} - changes_nothing:
         assert mine[key] == other[key] or not (mine[key] or other[key]), key
     with warnings.catch_warnings():
@@ -101,7 +112,10 @@ def test_20_adamw_steps_from_it_equal_pefts(pair):
     mine, other = trainable_parameters(ours), [p for p in theirs.parameters() if p.requires_grad]
     assert sum(p.numel() for p in mine.values()) == sum(p.numel() for p in other)
     assert not frozen & set(other)
-    steps = [torch.optim.AdamW(list(ps), lr=1e-3, weight_decay=0.0) for ps in (mine.values(), other)]
+    # AdamW's first steps are the signs of gradients. Of the thousands in an embedding some are zero but for
+    # rounding, 1e-9 here, and have any sign. An eps far above that makes their steps small instead of full.
+    how = dict(lr=1e-3, weight_decay=0.0, eps=1e-5)
+    steps = [torch.optim.AdamW(list(ps), **how) for ps in (mine.values(), other)]
     for step in range(20):
         batch = tokens(kind).roll(step)
         causal_lm_loss(ours, batch, batch).div(2 * 14).backward()
@@ -117,7 +131,9 @@ def test_20_adamw_steps_from_it_equal_pefts(pair):
         expected = get_peft_model_state_dict(theirs, save_embedding_layers=False)
     for key, tensor in expected.items():
         if ".modules_to_save." not in key and ".original_module." not in key:
-            assert relative_error(adapter_tensors(ours, "default")[key], tensor) <= AFTER_20_STEPS, key
+            # Behind A and B of a start from W stand those of the first step.
+            found = adapter_tensors(ours, "default")[key][tuple(map(slice, tensor.shape))]
+            assert relative_error(found, tensor) <= AFTER_20_STEPS, key
 
 
 @torch.no_grad()
@@ -173,6 +189,10 @@ def test_on_a_base_in_4_bits_it_is_pefts_on_the_dequantized_weights(kind, tmp_pa
             base.get_submodule(name).weight.copy_(layer.weight.dequantize(torch.float32))
     theirs = peft_model(kind, tmp_path / "base", base)
     theirs.save_pretrained(tmp_path / "theirs", **kind.saving)
+    if kind.lora.get("init_lora_weights") in STARTS_FROM_W:
+        with pytest.raises(UserError, match="took a part out of the unquantized weights"):
+            load_adapter(ours, tmp_path / "theirs")
+        return
     load_adapter(ours, tmp_path / "theirs")
     expected = theirs(input_ids=tokens(kind)).logits
     assert relative_error(ours(tokens(kind)), expected) <= TOLERANCE

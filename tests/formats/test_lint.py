@@ -325,11 +325,11 @@ VLLM = {
     "half a pair": (drop(f"{Q0}.lora_B.weight"), WILL_NOT_LOAD, "q_proj.lora_B.weight is missing"),
     "another layer": (
         lambda place: renamed(place, "1.mlp.up_proj", "7.mlp.up_proj"),
-        WILL_NOT_LOAD,
-        "no layer model.layers.7.mlp.up_proj",
+        LOADS_WRONGLY,
+        "layers.7.mlp.up_proj.lora_A.weight is of no layer of the model, and ignored",
     ),
     "another width": (added(f"{Q0}.lora_A.weight", 4, 47), WILL_NOT_LOAD, "q_proj.lora_A.weight is (4, 47)"),
-    "another rank": (lambda place: change_config(place, r=2), LOADS_WRONGLY, "not of rank 2; and"),
+    "another rank": (lambda place: change_config(place, r=2), LOADS_WRONGLY, "not of rank r = 2; and"),
 }
 SGLANG = {
     "peft_type": (without("peft_type"), WILL_NOT_LOAD, "the key peft_type is missing"),
@@ -404,6 +404,123 @@ SGLANG = {
 }
 
 
+BY_NAME = {  # old, new -> the verdicts of PEFT, vLLM and SGLang on keys that are renamed so; None: loads
+    ("", ""): (None, None, None),
+    ("base_model.model.", ""): (LOADS_WRONGLY, None, None),
+    ("base_model.model.model.", "base_model.model."): (LOADS_WRONGLY, LOADS_WRONGLY, None),
+    ("model.layers", "_orig_mod.model.layers"): (LOADS_WRONGLY, LOADS_WRONGLY, None),
+    ("self_attn.", "_fsdp_wrapped_module.self_attn."): (LOADS_WRONGLY, LOADS_WRONGLY, None),
+    ("mlp.", "_checkpoint_wrapped_module.mlp."): (LOADS_WRONGLY, LOADS_WRONGLY, None),
+    ("lora_A.weight", "lora_A.default.weight"): (None, WILL_NOT_LOAD, None),
+    ("lora_A.weight", "lora_A.other.weight"): (LOADS_WRONGLY, WILL_NOT_LOAD, WILL_NOT_LOAD),
+    ("q_proj", "query"): (LOADS_WRONGLY, WILL_NOT_LOAD, WILL_NOT_LOAD),
+}
+
+
+@pytest.mark.parametrize("names", BY_NAME, ids=str)
+@pytest.mark.parametrize("with_base", [True, False])
+def test_vllm_finds_layers_by_full_names_and_sglang_by_number_and_leaf(place, names, with_base):
+    renamed(place, *names)
+    for server, verdict in zip(SERVERS, BY_NAME[names], strict=True):
+        found = set(verdicts(place, server, with_base))
+        assert found == set() if verdict is None else verdict in found, (server, found)
+
+
+def test_an_adapter_without_tensors_loads_everywhere_and_nothing_is_applied(place):
+    change_tensors(place, lambda tensors: tensors.clear())
+    for with_base in (True, False):
+        assert [f.verdict for f in lint(place, with_base)] == [LOADS_WRONGLY] * 3
+    assert "nothing is applied" in reasons(place, "vLLM") and "nothing is applied" in reasons(place, "SGLang")
+
+
+@pytest.mark.parametrize("settings", [dict(target_modules=["q_proj", "v_proj", "embed_tokens", "lm_head"])])
+def test_the_base_weights_beside_updates_of_embeddings_are_no_finding_unless_the_vocabulary_differs(
+    place, settings
+):
+    saved_by_peft(place, r=4, **settings)
+    assert lint(place) == lint(place, with_base=False) == []
+    key = "base_model.model.lm_head.base_layer.weight"
+    change_tensors(place, lambda tensors: tensors.update({key: torch.ones(330, 48)}))
+    assert {f.server for f in lint(place)} == set(SERVERS)
+
+
+def test_sglang_passes_over_an_embedding_that_target_modules_does_not_name(place):
+    saved_by_peft(place, r=4, target_modules=["q_proj", "v_proj"])
+    added("base_model.model.lm_head.lora_A.weight", 4, 48)(place)
+    added("base_model.model.lm_head.lora_B.weight", 320, 4)(place)
+    assert "lm_head.lora_A.weight is ignored" in reasons(place, "SGLang")
+    assert reasons(place, "vLLM") == ""
+
+
+@pytest.mark.parametrize("init", ["lora_ga", "pissa_niter_4"])
+def test_peft_starts_elsewhere_where_an_initialisation_cannot_be_repeated(place, init):
+    change_config(place, init_lora_weights=init)
+    assert verdicts(place, "PEFT") == [LOADS_WRONGLY] and f"{init!r} changed" in reasons(place, "PEFT")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "OLoRA", "mica", "MiCA", "Gaussian", "eva", None, False])
+@torch.no_grad()
+def test_peft_repeats_other_initialisations_and_the_linter_says_loads(place, init):
+    trained = saved_by_peft(place, r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init)
+    # PiSSA and OLoRA decompose the same W twice, to the bit; what is left is the order of float32 sums.
+    assert relative_error(in_peft(place), trained) <= TOLERANCE
+    assert reasons(place, "PEFT") == reasons(place, "PEFT", with_base=False) == ""
+
+
+@pytest.mark.parametrize("init", ["lora_ga", "pissa_niter_4"])
+@torch.no_grad()
+def test_peft_itself_loads_these_two_wrongly(place, init):
+    peft = pytest.importorskip("peft")
+    base, tokens = transformers_model("llama-gqa", vocab_size=320), torch.arange(3, 23)[None]
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=init,
+        lora_ga_config=peft.LoraGAConfig() if init == "lora_ga" else None,
+    )  # fmt: skip
+    shutil.rmtree(place / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if init == "lora_ga":
+            with torch.enable_grad():
+                peft.preprocess_loraga(
+                    base, config, lambda: base(input_ids=tokens, labels=tokens).loss.backward()
+                )
+        model = peft.get_peft_model(base, config).eval()
+        model.save_pretrained(place / "adapter")
+    assert relative_error(in_peft(place), model(input_ids=tokens).logits) > 100 * TOLERANCE
+    assert verdicts(place, "PEFT") == [LOADS_WRONGLY]
+
+
+def pickled(place) -> Path:
+    """The adapter's tensors as older versions of PEFT wrote them."""
+    path = place / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(path), path.with_name("adapter_model.bin"))
+    path.unlink()
+    return path.with_name("adapter_model.bin")
+
+
+@torch.no_grad()
+def test_a_pickled_adapter_is_read_as_peft_reads_it_and_announced(place, capsys):
+    expected = adapted(place)(torch.arange(3, 23)[None])
+    pickled(place)
+    capsys.readouterr()
+    assert lint(place) == []
+    assert "reading pickled weights" in capsys.readouterr().err
+    for found in in_peft(place), adapted(place)(torch.arange(3, 23)[None]):
+        assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_a_malicious_pickle_is_a_finding_of_every_server_and_is_not_run(place, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "run",)
+
+    torch.save({"a": Malicious()}, pickled(place))
+    findings = lint(place)
+    assert [finding.server for finding in findings] == list(SERVERS)
+    assert all("not run" in f.why and f.verdict == WILL_NOT_LOAD for f in findings)
+    assert not (tmp_path / "run").exists()
+
+
 def change_rank(place, r: int) -> None:
     make_adapter(place / "base", place / "adapter", use_rslora=False, target_modules=ALL, r=r)
 
@@ -476,13 +593,9 @@ def test_the_command_prints_reason_and_remedy_and_exits_with_1_if_some_do_not_lo
 
 def test_mistakes_of_the_user_are_one_line_and_exit_with_2(command, place):
     (place / "empty").mkdir()
-    (place / "pickled").mkdir()
-    shutil.copy(place / "adapter" / "adapter_config.json", place / "pickled")
-    (place / "pickled" / "adapter_model.bin").write_bytes(b"")
     for arguments, message in [
         ((place / "nowhere",), "no such directory"),
         ((place / "empty",), "is not an adapter: it has no adapter_config.json"),
-        ((place / "pickled",), "is pickled and never read; save the adapter again as safetensors"),
         ((place / "adapter", "--model", place / "empty"), "is not a model directory"),
     ]:
         code, out, err = command(*arguments)

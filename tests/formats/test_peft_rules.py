@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from support.families import transformers_model
 from support.merging import change_config, change_tensors, make_adapter, make_base
 
-from minilora.formats.lint import CANNOT_TELL, WILL_NOT_LOAD, lint_adapter
+from minilora.formats.findings import CANNOT_TELL, WILL_NOT_LOAD
+from minilora.formats.lint import lint_adapter
 from minilora.formats.weights import read_config
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -201,6 +202,7 @@ def in_peft(place, theirs) -> str:
             return "fails"
         own = peft.get_peft_model_state_dict(model)
     stored = load_file(place / "adapter" / "adapter_model.safetensors")
+    stored = {key.replace(".default.", "."): tensor for key, tensor in stored.items()}  # PEFT's own name
     unread = stored.keys() - own.keys() - model.state_dict().keys()
     return "differs" if unread or own.keys() - stored.keys() or not logits.isfinite().all() else "loads"
 

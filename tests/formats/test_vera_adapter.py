@@ -1,20 +1,23 @@
 """VeRA adapters on disk: PEFT writes and we read, we write and PEFT reads, and the same function as plain LoRA."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.families import relative_error, same_model_here, transformers_model
+from support.families import config_dict, relative_error, same_model_here, transformers_model
 from support.tiny import TOLERANCE, ids
 from support.vera import peft_vera, vectors_of
 
-from minilora import UserError, load_adapter
-from minilora.formats.plain_adapter import write_plain_adapter
-from minilora.formats.vera_adapter import VeraAdapter, read_vera, write_vera
+from minilora import UserError, load_adapter, save_adapter, trainable_parameters
+from minilora.formats.adapter import read_adapter, read_adapter_config
+from minilora.formats.config_json import parse_config
+from minilora.formats.lint import lint_adapter
+from minilora.formats.plain_adapter import plain_factors, shared_matrices, write_plain_adapter
+from minilora.formats.vera_adapter import SHARED_A, SHARED_B
+from minilora.lora import lora_layers
 
 # PEFT's advice to save the projections.
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning")
@@ -45,35 +48,35 @@ def saved(tmp_path):
 @pytest.mark.parametrize("save_projection", [True, False])
 def test_files_go_both_ways_and_have_pefts_names_shapes_dtypes_and_keys(save_projection, tmp_path):
     peft = pytest.importorskip("peft")
-    theirs = peft_vera(
-        save_projection=save_projection, projection_prng_key=7, d_initial=0.2, vera_dropout=0.1
-    )
+    settings = dict(projection_prng_key=7, vera_dropout=0.1, layers_to_transform=[0, 2])
+    theirs = peft_vera(save_projection=save_projection, **settings)
     theirs.save_pretrained(tmp_path / "theirs")
-    adapter = read_vera(tmp_path / "theirs")
-    assert (adapter.r, adapter.projection_prng_key, adapter.d_initial, adapter.vera_dropout) == (
-        6,
-        7,
-        0.2,
-        0.1,
-    )
-    assert (adapter.projections is None) == (not save_projection)
-    write_vera(tmp_path / "ours", adapter)
+    config = read_adapter_config(tmp_path / "theirs")
+    assert (config.r, config.projection_prng_key, config.lora_dropout, config.scaling) == (6, 7, 0.1, 1.0)
+    ours = same_model_here(transformers_model("llama-gqa"))
+    load_adapter(ours, tmp_path / "theirs")
+    save_adapter(ours, tmp_path / "ours")
     names, raw, tensors = described(tmp_path / "ours")
-    their_names, their_raw, their_tensors = described(tmp_path / "theirs")
-    assert names == their_names and raw == their_raw
+    _, their_raw, their_tensors = described(tmp_path / "theirs")
+    if not save_projection:  # we always write them, and PEFT has them in memory
+        their_tensors |= {
+            SHARED_A: theirs.base_model.vera_A["default"],
+            SHARED_B: theirs.base_model.vera_B["default"],
+        }
+    assert names == {key: (t.shape, t.dtype) for key, t in their_tensors.items()}
     assert all(torch.equal(tensors[key], their_tensors[key]) for key in tensors)
+    # The layers stand in the names of targets.
+    different = {key for key in raw if raw[key] != their_raw[key]}
+    assert raw.keys() == their_raw.keys()
+    assert different <= {
+        "target_modules",
+        "layers_to_transform",
+        "inference_mode",
+        "save_projection",
+        "auto_mapping",
+    }
     again = peft.PeftModel.from_pretrained(transformers_model("llama-gqa"), tmp_path / "ours").eval()
     assert torch.equal(again(ids(2, 9)).logits, theirs(ids(2, 9)).logits)
-
-
-def test_an_adapter_that_we_make_has_all_of_pefts_keys(tmp_path):
-    theirs = peft_vera(save_projection=False)
-    theirs.save_pretrained(tmp_path / "theirs")
-    vectors = {layer: tuple(v.detach() for v in pair) for layer, pair in vectors_of(theirs).items()}
-    write_vera(tmp_path / "ours", VeraAdapter(r=6, target_modules=TARGETS, vectors=vectors))
-    raw, their_raw = described(tmp_path / "ours")[1], described(tmp_path / "theirs")[1]
-    only = {key for key in raw if raw[key] != their_raw[key]}
-    assert raw.keys() == their_raw.keys() and only <= {"task_type", "inference_mode", "auto_mapping"}
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
@@ -81,14 +84,17 @@ def test_the_plain_lora_adapter_is_the_same_function_in_peft_and_here(save_proje
     peft = pytest.importorskip("peft")
     theirs = peft_vera(save_projection=save_projection, projection_prng_key=3)
     theirs.save_pretrained(tmp_path / "vera")
-    adapter = read_vera(tmp_path / "vera")
-    layers = adapter.as_plain_lora(in_features(theirs))
-    for layer, (A, B) in layers.items():
-        delta = theirs.base_model.model.get_submodule(layer).get_delta_weight("default")
+    adapter, base = read_adapter(tmp_path / "vera"), theirs.base_model.model
+    shared = shared_matrices(adapter, in_features(theirs))
+    layers = {}
+    for layer in adapter.layers:
+        W = base.get_submodule(layer).base_layer.weight
+        A, B = layers[layer] = plain_factors(adapter, layer, W, 1.0, shared)
+        delta = base.get_submodule(layer).get_delta_weight("default")
         assert (
             relative_error(B @ A, delta.detach()) <= 8 * 2**-24
         )  # the same sum of 6 products, in another order
-    write_plain_adapter(tmp_path / "plain", layers, adapter.target_modules)
+    write_plain_adapter(tmp_path / "plain", layers, adapter.config.target_modules)
     expected = theirs(ids(2, 9)).logits
     plain = peft.PeftModel.from_pretrained(transformers_model("llama-gqa"), tmp_path / "plain").eval()
     assert relative_error(plain(ids(2, 9)).logits, expected) <= TOLERANCE
@@ -100,9 +106,19 @@ def test_the_plain_lora_adapter_is_the_same_function_in_peft_and_here(save_proje
 def test_half_precision_vectors_are_read_as_float32(saved):
     path = saved / "adapter_model.safetensors"
     save_file({key: t.bfloat16() for key, t in load_file(path).items()}, path)
-    adapter = read_vera(saved)
-    assert {v.dtype for pair in adapter.vectors.values() for v in pair} == {torch.float32}
-    assert {t.dtype for t in adapter.projections} == {torch.float32}
+    adapter = read_adapter(saved)
+    vectors = [v for parts in adapter.modules.values() for v in parts.values()]
+    assert {t.dtype for t in (*vectors, *adapter.shared)} == {torch.float32}
+
+
+def test_all_layers_share_the_matrices_on_a_model_that_is_moved_and_copied(saved):
+    ours = same_model_here(transformers_model("llama-gqa"))
+    load_adapter(ours, saved)
+    ours.to("cpu").double().float()
+    layers = lora_layers(ours).values()
+    assert len({layer.frozen_A["default"].data_ptr() for layer in layers}) == 1
+    names = [name for name, _ in ours.named_parameters() if "frozen_" in name]
+    assert len(names) == 2 and not any("frozen_" in name for name in trainable_parameters(ours))
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------
@@ -128,14 +144,14 @@ def test_tensors_that_do_not_fit_are_refused_by_name(case, saved):
     change(tensors)
     save_file(tensors, saved / "adapter_model.safetensors")
     with pytest.raises(UserError, match=message) as caught:
-        read_vera(saved)
+        read_adapter(saved)
     assert str(saved) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(peft_type="LORA"), "peft_type = 'LORA' is not supported"),
+        (dict(peft_type="LOHA"), "peft_type = 'LOHA' is not supported"),
         (dict(r=0), "r must be a whole number from 1"),
         (dict(projection_prng_key=2**64), "projection_prng_key must be a whole number"),
         (dict(projection_prng_key=True), "projection_prng_key must be a whole number"),
@@ -149,7 +165,7 @@ def test_a_key_that_cannot_be_honoured_is_refused(change, message, saved):
     path = saved / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message) as caught:
-        read_vera(saved)
+        read_adapter(saved)
     assert str(path) in str(caught.value)
 
 
@@ -169,7 +185,7 @@ def test_any_json_at_any_key_is_read_or_refused_in_one_line(vera_directory, data
     raw[data.draw(st.sampled_from(sorted(raw)) | st.text(max_size=9))] = data.draw(ANYTHING)
     path.write_text(json.dumps(raw))
     try:
-        read_vera(vera_directory)
+        read_adapter(vera_directory)
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) <= 490
     finally:
@@ -184,19 +200,35 @@ def vera_directory(tmp_path_factory):
 
 
 def test_shared_matrices_too_small_for_a_layer_are_refused(saved):
-    adapter, widths = read_vera(saved), in_features(peft_vera())
-    A, B = adapter.projections
-    with pytest.raises(UserError, match=r"too small for 80 inputs and 48 outputs"):
-        replace(adapter, projections=(A[:, :40], B)).as_plain_lora(widths)
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[SHARED_A] = tensors[SHARED_A][:, :40].contiguous()
+    save_file(tensors, path)
+    message = "too small for 80 inputs and 48 outputs"
+    with pytest.raises(UserError, match=message):
+        shared_matrices(read_adapter(saved), in_features(peft_vera()))
+    ours = same_model_here(transformers_model("llama-gqa"))
+    with pytest.raises(UserError, match=message):
+        load_adapter(ours, saved)
+    assert not lora_layers(ours)
 
 
-def test_a_failed_write_leaves_no_half_file(saved, tmp_path, monkeypatch):
-    adapter = read_vera(saved)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("minilora.system.files.os.replace", full)
-    with pytest.raises(OSError):
-        write_vera(tmp_path / "new", adapter)
-    assert not list((tmp_path / "new").glob("adapter_*"))
+def test_the_linter_says_that_peft_loads_it_and_no_server_does(saved):
+    config = parse_config(config_dict(transformers_model("llama-gqa")))
+    for base in (None, config):
+        assert [(f.server, f.verdict) for f in lint_adapter(saved, base)] == [
+            ("vLLM", "will not load"),
+            ("SGLang", "will not load"),
+        ]
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{Q}.vera_lambda_b"] = torch.ones(47)
+    save_file(tensors, path)
+    found = lint_adapter(saved, config)[0]
+    assert (found.server, found.verdict) == (
+        "PEFT",
+        "will not load",
+    ) and "(47,), the model needs (48,)" in found.why
+    peft = pytest.importorskip("peft")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(transformers_model("llama-gqa"), saved)

@@ -35,7 +35,7 @@ from fuzz.judge import LINE_LENGTH, Verdict, faults_of_end, faults_of_files, fau
 from minilora.system.errors import run_script
 
 SCRIPTS = "train prepare evaluate chat merge memory compare sweep share lint_adapter convert".split()
-DEVELOPERS_SCRIPTS = "verify bench pretrain pictures keys check_gpu".split()
+DEVELOPERS_SCRIPTS = "verify bench pretrain pictures keys matrix check_gpu".split()
 IMPORTED_LATER = (  # by the scripts while they run
     "fsspec huggingface_hub.errors huggingface_hub.hf_api matplotlib.pyplot pyarrow.parquet torch._dynamo"
 ).split()

@@ -216,6 +216,13 @@ def test_forward_and_backward_allocate_what_the_ledger_says(
 
 
 def compare_with_allocations(config, lora, sizes, recompute, dtype):
+    predicted, allocated = activation_peaks(config, lora, sizes, recompute, dtype)
+    assert predicted["backward"] == pytest.approx(allocated["backward"], rel=0.1)
+    assert max(predicted.values()) == pytest.approx(max(allocated.values()), rel=0.1)
+
+
+def activation_peaks(config, lora, sizes, recompute, dtype):
+    """Bytes by moment, as the ledger predicts them; bytes by phase, as PyTorch allocates them."""
     model = random_model(config, dtype)
     add_lora(model, lora)
     set_recompute(model.train(), recompute)
@@ -237,8 +244,7 @@ def compare_with_allocations(config, lora, sizes, recompute, dtype):
     predicted = {
         name: sum(moment[category] for category in activations) for name, moment in ledger.moments.items()
     }
-    assert predicted["backward"] == pytest.approx(allocations.peaks["backward"], rel=0.1)
-    assert max(predicted.values()) == pytest.approx(max(allocations.peaks.values()), rel=0.1)
+    return predicted, allocations.peaks
 
 
 def test_each_window_that_is_shorter_than_the_examples_has_a_mask_on_a_cpu():
@@ -340,6 +346,48 @@ def test_doras_outputs_and_the_norms_of_queries_and_keys_share_their_tensors(rec
     config = shape("qwen3", **sizes | dict(num_key_value_heads=4, head_dim=16))
     lora = LoraConfig(r=1, lora_dropout=dropout, target_modules=QKVO, use_dora=True)
     compare_with_allocations(config, lora, dict(batch_size=2, length=48), recompute, torch.float32)
+
+
+BEYOND_LINEAR = {
+    "rows": dict(trainable_token_indices=(5, 6)),
+    "rows of both": dict(trainable_token_indices={"embed_tokens": [5, 6], "lm_head": [5]}),
+    "both whole": dict(modules_to_save=("embed_tokens", "lm_head")),
+    "the head whole": dict(modules_to_save=("lm_head",)),
+    "a norm whole": dict(modules_to_save=("layers.0.input_layernorm",)),
+    "LoRA on the head": dict(target_modules=("q_proj", "lm_head")),
+    "LoRA on the embedding": dict(target_modules=("q_proj", "embed_tokens")),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", BEYOND_LINEAR)
+def test_all_parts_of_an_adapter_are_counted_to_the_byte(kind, tied):
+    config = replace(FAMILIES["llama"], tie_word_embeddings=tied)
+    lora = LoraConfig(**dict(r=3, target_modules=("q_proj",)) | BEYOND_LINEAR[kind])
+    model = random_model(config, torch.float32)
+    model.tie_weights()
+    add_lora(model, lora)
+    trainable = trainable_parameters(model)
+    optimizer = make_optimizer("adamw_torch", trainable, lr=1e-3, weight_decay=0.0)
+    causal_lm_loss(model, torch.arange(16).view(2, 8), torch.arange(16).view(2, 8)).backward()
+    optimizer.step()
+    sizes = dict(batch_size=2, length=8, dtype=torch.float32, recompute="off", device="cpu")
+    ledger = memory_ledger(config, lora, QuantConfig(), **sizes).moments["loss"]
+    assert ledger["adapter"] == ledger["gradients"] == sum(p.grad.nbytes for p in trainable.values())
+    assert ledger["optimizer states"] == state_bytes(optimizer)
+
+
+@pytest.mark.parametrize("recompute", ["off", "full"])
+@pytest.mark.parametrize("kind", BEYOND_LINEAR)
+def test_the_peak_with_an_embedding_or_a_head_that_is_trained_is_what_is_allocated(kind, recompute):
+    # 10 %, which is what `fits` leaves room for; seen in 200 such cases: 8 % below to 3 % above.
+    for dtype, multiplies in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        config = shape(vocab_size=3000, hidden_size=128, intermediate_size=320, num_hidden_layers=6)
+        lora = LoraConfig(**dict(r=8, target_modules=QKVO) | BEYOND_LINEAR[kind])
+        sizes = dict(batch_size=3, length=64)
+        with mock.patch.object(choice, "_cpu_multiplies_bfloat16", lambda to=multiplies: to):
+            predicted, allocated = activation_peaks(config, lora, sizes, recompute, getattr(torch, dtype))
+        assert max(predicted.values()) == pytest.approx(max(allocated.values()), rel=0.1), dtype
 
 
 # ---- peaks, by what the system says of a process ---------------------------------------------------------------------------

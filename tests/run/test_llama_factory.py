@@ -136,7 +136,7 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
         ("deepspeed", "ds_z3_config.json", "torchrun"),
         ("do_train", False, "it must be true"),
         ("quantization_method", "hqq", "it must be bnb"),
-        ("pissa_init", True, "leave it out"),
+        ("use_galore", True, "leave it out"),
         ("neftune_noise_alpha", 5, "leave it out"),
         ("adam_beta2", 0.95, "it must be 0.999"),
         ("mix_strategy", "interleave_under", "a.jsonl:0.7"),
@@ -155,6 +155,22 @@ def test_a_request_for_another_training_is_refused_in_one_line(tmp_path, key, va
     with pytest.raises(UserError) as error:
         load_train_config(["--config", str(tmp_path / "run.yaml")])
     assert key in str(error.value) and advice in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [{"add_tokens": "<a>"}, {"add_special_tokens": "<a>"}, {"resize_vocab": True}],
+    ids=lambda t: next(iter(t)),
+)
+def test_with_new_tokens_a_file_trains_both_embeddings_whole_unless_it_names_others(tokens):
+    file = {"stage": "sft", "finetuning_type": "lora", **tokens}
+    ours, notes = translate(file)
+    assert ours["additional_target"] == "embed_tokens,lm_head"
+    assert any("embed_tokens and lm_head are trained whole, as in LLaMA-Factory" in note for note in notes)
+    assert translate(file | {"additional_target": "norm"})[0]["additional_target"] == "norm"
+    assert "additional_target" not in translate(tokens)[0]  # not LLaMA-Factory's file: only the new rows
+    off = dict.fromkeys(tokens, False)
+    assert "additional_target" not in translate({"stage": "sft", "finetuning_type": "lora", **off})[0]
 
 
 @pytest.mark.parametrize("off", [False, None, 0, "", {}, "false", "none"])
@@ -355,6 +371,10 @@ MEANINGS = {  # LLaMA-Factory's key: (the keys of a file, what they become here)
         {"gradient_checkpointing": "off"},
     ),
     "pure_bf16": ({"pure_bf16": True}, {"bf16": True}),
+    "add_special_tokens": ({"add_special_tokens": "<a>,<b>"}, {"new_special_tokens": "<a>,<b>"}),
+    "pissa_init": ({"pissa_init": True}, {"init_lora_weights": "pissa_niter_16"}),
+    "pissa_iter": ({"pissa_init": True, "pissa_iter": -1}, {"init_lora_weights": "pissa"}),
+    "pissa_convert": ({"pissa_convert": True}, {}),
     "hub_model_id": ({"hub_model_id": "owner/name", "push_to_hub": True}, {"push_to_hub": "owner/name"}),
 }
 
@@ -367,3 +387,17 @@ def test_a_translated_key_becomes_the_key_that_means_the_same_here(key):
 
 def test_the_translated_keys_are_all_in_that_table():
     assert TRANSLATED.keys() == MEANINGS.keys()
+
+
+@pytest.mark.parametrize(
+    "given, start",
+    [
+        (dict(pissa_init=True), "pissa_niter_16"),
+        (dict(pissa_init=True, pissa_iter=4), "pissa_niter_4"),
+        (dict(pissa_init="true", pissa_iter=-1, pissa_convert=True), "pissa"),
+        (dict(pissa_init=False, pissa_iter=4), None),
+    ],
+)
+def test_pissa_init_is_a_start_and_its_conversion_is_always_done(given, start):
+    ours, _ = translate(given)
+    assert ours.get("init_lora_weights") == start and not ours.keys() & given.keys()

@@ -10,7 +10,17 @@ from support.families import relative_error, transformers_model
 from support.merging import make_adapter, make_base
 from support.tiny import TOLERANCE, ids
 
-from minilora import QuantConfig, load_adapter, load_model, save_model
+from minilora import (
+    LoraConfig,
+    QuantConfig,
+    add_lora,
+    load_adapter,
+    load_model,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    save_model,
+)
 from minilora.formats.weights import StoredTensors
 from minilora.lora import lora_layers
 
@@ -97,12 +107,25 @@ def test_the_printed_error_is_the_distance_to_the_exact_sum(two, call):
         (["--adapter", "one:1", "--combination_type", "ties"], "argument --combination_type: invalid choice"),
         (["--adapter", "one:1", "--adapter", "two:1", "--combination_type", "linear"], "needs equal ranks"),
         (["--adapter", "one:1", "--adapter", "dora:1"], "dora is a DoRA adapter"),
+        (["--adapter", "one:1", "--adapter", "vera:1"], "vera is a VeRA adapter"),
+        (["--adapter", "one:1", "--adapter", "pissa:1"], "pissa started with a part of W"),
+        (
+            ["--adapter", "one:1", "--adapter", "copies:1"],
+            "copies holds base_model.model.lm_head.weight, which",
+        ),
     ],
 )
 def test_what_cannot_be_combined_is_refused_in_one_line_and_nothing_is_written(
     arguments, message, two, call, monkeypatch
 ):
     make_adapter(two / "base", two / "dora", use_dora=True, use_rslora=False)
+    make_adapter(two / "base", two / "copies", modules_to_save=["lm_head"])
+    make_adapter(two / "base", two / "pissa", use_rslora=False)
+    path = two / "pissa" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(init_lora_weights="pissa")))
+    model = load_model(two / "base")
+    add_lora(model, LoraConfig(use_vera=True))
+    save_adapter(model, two / "vera")
     monkeypatch.chdir(two)
     before = sorted(two.rglob("*"))
     code, _, err = call("combine", *arguments, "--output", "new")
@@ -129,14 +152,28 @@ def test_a_pattern_for_the_layers_becomes_their_full_names(two, call):
     assert len(updates(two / "base", two / "new")) == 15
 
 
+def test_ranks_and_alphas_by_layer_are_scaled_each_by_its_own(two, call):
+    ranks = dict(rank_pattern={"q_proj": 2, r"layers\.1\..*v_proj": 5}, alpha_pattern={"k_proj": 1.5})
+    make_adapter(two / "base", two / "ranks", use_rslora=False, **ranks)
+    arguments = ("--adapter", f"{two / 'ranks'}:0.5", "--combination_type", "cat", "--output", two / "new")
+    code, _, err = call("combine", *arguments)
+    assert code == 0, err
+    found, expected = (updates(two / "base", two / name) for name in ("new", "ranks"))
+    for name, delta in expected.items():
+        assert relative_error(found[name], 0.5 * delta) <= SVD
+
+
 # ---- two models ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def merged(two, call):
+def merged(two):
     """A base model and the same with an adapter of rank 4 merged into it: base, merged."""
-    code, _, err = call("merge", "--adapter", two / "one", "--output", two / "merged", "--into", "original")
-    assert code == 0, err
+    model = load_model(two / "base")
+    load_adapter(model, two / "one")
+    merge_lora(model)
+    remove_lora(model)
+    save_model(model, two / "merged")
     return two
 
 

@@ -16,10 +16,20 @@ class Kind:
     family: str = "llama-mha"
     vocab_size: int | None = None  # the base's vocabulary is resized before the adapter is added
     saving: dict = field(default_factory=dict)  # for save_pretrained
+    vera: bool = False
 
-    def config(self) -> dict:
-        usual = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        return usual | self.lora
+    def config(self):
+        """PEFT's configuration."""
+        peft = pytest.importorskip("peft")
+        usual = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        if self.vera:
+            return peft.VeraConfig(**usual | self.lora)
+        return peft.LoraConfig(**usual | dict(lora_alpha=8) | self.lora)
+
+    @property
+    def doubled(self) -> bool:
+        """Whether PEFT took a part out of W. We save such an adapter as plain LoRA of twice the rank."""
+        return self.lora.get("init_lora_weights") in ("pissa", "olora")
 
 
 TIED = "qwen2-bias-tied"
@@ -41,12 +51,20 @@ KINDS = {
     "resized vocabulary, tied": Kind({}, TIED, vocab_size=101),
     "resized vocabulary, trained": Kind(dict(modules_to_save=_EMBEDDINGS), vocab_size=101),
     "resized vocabulary, trained rows": Kind(dict(trainable_token_indices=[97, 98]), vocab_size=101),
+    "resized vocabulary, trained rows, tied": Kind(
+        dict(trainable_token_indices=[97, 98]), TIED, vocab_size=101
+    ),
+    "resized vocabulary, trained rows of both": Kind(
+        dict(trainable_token_indices={"embed_tokens": [97, 98], "lm_head": [97]}), vocab_size=101
+    ),
     "embeddings saved unchanged": Kind({}, saving=dict(save_embedding_layers=True)),
-    "LoRA on lm_head": Kind(dict(target_modules=["q_proj", "lm_head"])),
-    "LoRA on lm_head, tied": Kind(dict(target_modules=["q_proj", "lm_head"]), TIED),
-    "LoRA on embed_tokens": Kind(dict(target_modules=["q_proj", "embed_tokens"])),
-    "LoRA on both embeddings, tied": Kind(dict(target_modules=["q_proj", *_EMBEDDINGS]), TIED),
-    "LoRA on both embeddings, resized": Kind(dict(target_modules=["q_proj", *_EMBEDDINGS]), vocab_size=101),
+    "LoRA on lm_head": Kind(dict(target_modules=["q_proj", "v_proj", "lm_head"])),
+    "LoRA on lm_head, tied": Kind(dict(target_modules=["q_proj", "v_proj", "lm_head"]), TIED),
+    "LoRA on embed_tokens": Kind(dict(target_modules=["q_proj", "v_proj", "embed_tokens"])),
+    "LoRA on both embeddings, tied": Kind(dict(target_modules=["q_proj", "v_proj", *_EMBEDDINGS]), TIED),
+    "LoRA on both embeddings, resized": Kind(
+        dict(target_modules=["q_proj", "v_proj", *_EMBEDDINGS]), vocab_size=101
+    ),
     "rank_pattern": Kind(dict(rank_pattern={"q_proj": 2})),
     "rank_pattern, full names": Kind(
         dict(rank_pattern={"model.layers.0.self_attn.q_proj": 2, "^model.layers.1.self_attn.v_proj": 8})
@@ -75,6 +93,10 @@ KINDS = {
     "a LoftQ configuration left over": Kind(dict(loftq_config={"loftq_bits": 4, "loftq_iter": 1})),
     "gaussian, written with a capital": Kind(dict(init_lora_weights="Gaussian")),
     "orthogonal": Kind(dict(init_lora_weights="orthogonal")),
+    "pissa": Kind(dict(init_lora_weights="pissa")),
+    "olora": Kind(dict(init_lora_weights="olora", rank_pattern={"q_proj": 2}, use_rslora=True)),
+    "vera": Kind(dict(r=6, target_modules=["q_proj", "v_proj", "down_proj"]), vera=True),
+    "vera, the matrices drawn again": Kind(dict(save_projection=False, projection_prng_key=7), vera=True),
 }
 
 
@@ -91,7 +113,7 @@ def peft_model(kind: Kind, directory, base=None):
     if kind.vocab_size:
         torch.manual_seed(1)
         base.resize_token_embeddings(kind.vocab_size)
-    model = peft.get_peft_model(base, peft.LoraConfig(**kind.config()))
+    model = peft.get_peft_model(base, kind.config())
     model.peft_config["default"].base_model_name_or_path = str(directory)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

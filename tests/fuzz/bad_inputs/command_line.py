@@ -24,6 +24,7 @@ EVERY_SCRIPT = {
     "pretrain": "pretrain --output out --steps 1",
     "pictures": "pictures --output out",
     "keys": "keys",
+    "matrix": "matrix",
     "check_gpu": "check_gpu",
 }
 # Script: its options that an empty text cannot be the value of.
