@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 
 from minilora.config import LoraConfig
-from minilora.formats.peft_format import KNOWN_INITS, LORA_KEYS
+from minilora.formats.peft_format import KNOWN_INITS, LORA_KEYS, PEFT_INIT, STARTS_FROM_W
 from minilora.system.schema import shown
 
 _TASKS = "SEQ_CLS SEQ_2_SEQ_LM CAUSAL_LM TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTION".split()
@@ -126,6 +126,8 @@ def lora_config(config: dict) -> PeftConfig:
         for key in LORA_KEYS
         if (value := config.get(key)) is not None and (key not in _MUST_BE or _MUST_BE[key][1](value))
     }
+    if str(init := config.get(PEFT_INIT)).lower() in STARTS_FROM_W:
+        given[PEFT_INIT] = init.lower()
     return PeftConfig(**dict(target_modules=_TARGETS_IF_NULL, r=8, lora_alpha=8) | given)
 
 

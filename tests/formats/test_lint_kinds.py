@@ -160,8 +160,12 @@ def change(directory, mutation, which, tensors):
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
 
 
+# VeRA has a verdict of its own, and an adapter that starts with a part of W means nothing once it is changed.
+CHANGED_KINDS = [name for name in KINDS if not name.startswith(("vera", "pissa", "olora"))]
+
+
 @given(
-    name=st.sampled_from(list(KINDS)),
+    name=st.sampled_from(CHANGED_KINDS),
     mutation=st.none() | st.sampled_from(FIELDS) | st.sampled_from(NAMES),
     which=st.integers(0, 30),
 )
