@@ -188,6 +188,11 @@ def make_plan(adapter: Path, options: argparse.Namespace) -> Plan:
     plain = plain_layers(model, quantized)
     load_adapter(model, adapter)  # The model has shapes and no memory; every tensor must fit it.
     merging.check(base_shapes)
+    if (rows := merging.config.vocab_size) < min(config.vocab_size, tokenizer.vocab_size):
+        raise UserError(
+            f"{adapter} holds an embedding of {rows} rows, too few for the tokenizer's "
+            f"{tokenizer.vocab_size} tokens: it was not trained on {base}"
+        )
     with torch.device("meta"):
         merged = CausalLM(merging.config)
     stored.check(base_shapes, ignore=is_redundant(config))

@@ -65,12 +65,17 @@ def test_layer_numbers_that_no_layer_has_cost_nothing_and_change_nothing(monkeyp
     assert matched == [len(words)]
 
 
-def test_an_embedding_that_is_no_matrix_is_refused_before_a_merged_model_is_planned(call, tmp_path):
+@pytest.mark.parametrize(
+    "shape, said", [((), "model.embed_tokens.weight is ()"), ((5, 192), "5 rows"), ((0, 192), "0 rows")]
+)
+def test_an_embedding_that_is_no_matrix_or_too_short_for_the_tokenizer_is_refused_by_the_merger(
+    call, tmp_path, shape, said
+):
     base, adapter = ROOT / "assets" / "base", tmp_path / "adapter"
     model = minilora.load_model(base)
     minilora.add_lora(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
     minilora.save_adapter(model, adapter, base_model_name_or_path=str(base))
-    change(adapter, {tensor_key("model.embed_tokens", "weight"): torch.ones(())})
+    change(adapter, {tensor_key("model.embed_tokens", "weight"): torch.ones(shape)})
     code, out, err = call("merge", "--adapter", adapter, "--output", tmp_path / "merged")
-    assert code == 2 and err.count("\n") == 1 and "model.embed_tokens.weight is ()" in err, out + err
+    assert code == 2 and err.count("\n") == 1 and said in err, out + err
     assert not (tmp_path / "merged").exists()
