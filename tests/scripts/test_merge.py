@@ -340,7 +340,7 @@ DAMAGE = {
     ),
     "other width": (
         lambda place: change_tensors(place, lambda t: t.update({KEY.format(0, "A"): torch.ones(4, 47)})),
-        "is (4, 47), and the base model's weight (48, 48)",
+        "is (4, 47), the model needs (4, 48)",
     ),
     "other rank": (lambda place: change_config(place, r=5), "not of rank r = 5"),
     "overflow": (
