@@ -337,7 +337,8 @@ def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:
     config, layers = adapter.config, base_layers(model)
     whole = saved_modules(layers, config.modules_to_save)
     for module in adapter.modules:
-        own, trained = adapter.own(module), module in whole or (WEIGHT not in adapter.own(module))
+        own = adapter.own(module)
+        trained = WEIGHT not in own or any(f"{module}.".startswith(f"{copy}.") for copy in whole)
         grown = module in (EMBEDDING, OUTPUT_HEAD) and has_grown(model, layers[module])
         if grown and WEIGHT in own and not trained:
             own[WEIGHT] = take_new_rows(model, layers[module], own[WEIGHT])

@@ -170,6 +170,9 @@ def test_merged_file_by_file_it_is_pefts_merged_model(pair):
     assert relative_error(model(tokens(kind)), expected) <= TOLERANCE
 
 
+WHOLE_LAYERS = ("modules_to_save, a linear layer", "modules_to_save, a block of layers")  # unquantized alone
+
+
 def in_4_bits(model):
     """The model with its decoder's linear layers in NF4."""
     for name, layer in list(model.model.layers.named_modules()):
@@ -179,7 +182,7 @@ def in_4_bits(model):
     return model
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "modules_to_save, a linear layer"])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in WHOLE_LAYERS])
 @torch.no_grad()
 def test_on_a_base_in_4_bits_it_is_pefts_on_the_dequantized_weights(kind, tmp_path):
     kind, base = KINDS[kind], base_of(KINDS[kind])

@@ -47,6 +47,7 @@ KINDS = {
     "modules_to_save, the embedding of a tied base": Kind(dict(modules_to_save=["embed_tokens"]), TIED),
     "modules_to_save, norms": Kind(dict(modules_to_save=["norm"])),
     "modules_to_save, a linear layer": Kind(dict(modules_to_save=["k_proj"]), TIED),
+    "modules_to_save, a block of layers": Kind(dict(modules_to_save=["mlp"])),
     "resized vocabulary": Kind({}, vocab_size=101),
     "resized vocabulary, tied": Kind({}, TIED, vocab_size=101),
     "resized vocabulary, trained": Kind(dict(modules_to_save=_EMBEDDINGS), vocab_size=101),
