@@ -313,7 +313,7 @@ def test_pain_1_adapters_of_a_bfloat16_model_are_float32_under_the_float16_scale
     train, trainer, bfloat16_model, in_float16, monkeypatch, keys
 ):
     in_float16()
-    load, watched = trainer.load_model, []
+    load, watched = trainer.load_base_model, []
 
     def load_and_watch(*arguments, **settings):
         model = load(*arguments, **settings)
@@ -325,7 +325,7 @@ def test_pain_1_adapters_of_a_bfloat16_model_are_float32_under_the_float16_scale
         watched.append(NoBfloat16().__enter__())
         return model
 
-    monkeypatch.setattr(trainer, "load_model", load_and_watch)
+    monkeypatch.setattr(trainer, "load_base_model", load_and_watch)
     try:
         directory, out = train(
             model=bfloat16_model, max_steps=8, learning_rate=1e-2, logging_steps=1, val_size=4, **keys
@@ -343,8 +343,8 @@ def test_pain_2_every_trainable_is_float32_before_the_first_step_or_there_is_non
 ):
     in_float16()
 
-    def add_half(model, config):
-        add_lora(model, config)
+    def add_half(model, config, **settings):
+        add_lora(model, config, **settings)
         for layer in lora_layers(model).values():
             layer.lora_A.half()
 
@@ -442,14 +442,14 @@ def batches(trainer, monkeypatch):
 
 
 def test_pain_6_the_end_token_is_learned_even_where_it_is_the_padding(train, batches, monkeypatch):
-    load = plan.load_tokenizer
+    load = plan.load_run_tokenizer
 
-    def with_eos_as_padding(directory):
-        tokenizer = load(directory)
+    def with_eos_as_padding(*arguments):
+        tokenizer = load(*arguments)
         tokenizer.pad_id = tokenizer.eos_id
         return tokenizer
 
-    monkeypatch.setattr(plan, "load_tokenizer", with_eos_as_padding)
+    monkeypatch.setattr(plan, "load_run_tokenizer", with_eos_as_padding)
     train(padding_free="false")
     padded = 0
     for ids, labels in batches:

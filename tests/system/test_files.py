@@ -141,7 +141,10 @@ def test_a_closed_pipe_ends_a_script_silently(count):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_option_that_no_script_knows_is_one_line(call, name):
     required = {
+        "combine": ["--adapter", "a:1", "--output", "b"],
         "compare": ["a"],
+        "convert": ["--model", "a", "--output", "b"],
+        "extract": ["--base", "a", "--tuned", "c", "--output", "b"],
         "lint_adapter": ["a"],
         "merge": ["--adapter", "a", "--output", "b"],
         "share": ["--adapter", "a"],
