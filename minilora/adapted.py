@@ -12,8 +12,6 @@ Wrappers may be nested: a linear layer with LoRA around a copy of an output head
 PEFT's names in files are the same: `lm_head.lora_A.weight` beside `lm_head.base_layer.weight`.
 """
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,8 +21,7 @@ from minilora.config import LoraConfig
 from minilora.initialize import takes_part_of_base
 from minilora.linear import frozen_linear
 from minilora.model import RMSNorm
-from minilora.system.errors import UserError, suggestion
-from minilora.targets import EMBEDDING, OUTPUT_HEAD, matching_names, saved_modules, token_rows
+from minilora.system.errors import UserError
 
 
 class Adapted(nn.Module):
@@ -282,166 +279,3 @@ class TrainedRows(Adapted):
 def weight_under(layer: nn.Module, name: str | None) -> Tensor:
     """Return the weight of a base layer as an adapter finds it: a copy of its own, if it has one."""
     return layer.weight_of(name) if isinstance(layer, TrainedCopy) else layer.weight
-
-
-# ---- finding and wrapping layers ---------------------------------------------------------------------------
-
-_INSIDE_OUT = ("TrainedCopy", "LoraEmbedding", "LoraLinear", "TrainedRows")  # the order of nested wrappers
-_BASE = ".base_layer"
-
-
-def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Adapted]:
-    """Return full name -> wrapper, outer ones before inner ones, of all or of those that have `adapter`."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, Adapted)}
-    return {n: m for n, m in layers.items() if adapter is None or adapter in m.configs}
-
-
-def base_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the base model's modules by the names that they have without wrappers, in the model's order."""
-    inner = (nn.ParameterDict, nn.Identity, Adapted)
-    return {
-        plain_name(name): module for name, module in model.named_modules() if not isinstance(module, inner)
-    }
-
-
-def plain_name(name: str) -> str:
-    """Return the name that a module or parameter would have without wrappers of adapters."""
-    return name.replace(_BASE, "")
-
-
-def wrapper(model: nn.Module, path: str, kind: type[Adapted]) -> Adapted:
-    """Return the layer's wrapper of a kind, a new one if it has none. path: its name without wrappers."""
-    layer, outside = model.get_submodule(path), _INSIDE_OUT.index(kind.__name__)
-    while isinstance(layer, Adapted) and _INSIDE_OUT.index(type(layer).__name__) > outside:
-        path, layer = path + _BASE, layer.base_layer
-    if not isinstance(layer, kind):
-        layer = kind(layer)
-        model.set_submodule(path, layer)
-    return layer
-
-
-def wrap_whole(model: nn.Module, targets: list[str], config: LoraConfig, name: str) -> None:
-    """Add copies of the modules and biases that an adapter trains whole, and of a vocabulary that has grown.
-
-    targets: names of the layers with A and B. Raises UserError for a module without a weight.
-    """
-    layers = base_layers(model)
-    for end in () if isinstance(config.modules_to_save, str) else config.modules_to_save:
-        if not saved_modules(layers, [end]):
-            hint = suggestion(end, {name.rpartition(".")[2] for name in layers})
-            raise UserError(f"modules_to_save names {end!r}, which no module is called{hint}")
-    for path in saved_modules(layers, config.modules_to_save):
-        if not isinstance(weight := getattr(layers[path], "weight", None), Tensor):
-            why = (
-                "is in 4 or 8 bits: load the model unquantized"
-                if weight
-                else "has no weight: name its layers"
-            )
-            raise UserError(f"modules_to_save names {path}, which {why}")
-        copy = wrapper(model, path, TrainedCopy)
-        copy.add_adapter(name, config, weight, getattr(layers[path], "bias", None))
-    for path in (EMBEDDING, OUTPUT_HEAD):
-        if path in layers and has_grown(model, layers[path]) and name not in _copies(model, path):
-            grown = layers[path].weight
-            wrapper(model, path, TrainedCopy).add_adapter(name, config, grown, None, trained=False)
-    if config.bias != "none":
-        for path in layers if config.bias == "all" else targets:
-            if getattr(layers[path], "bias", None) is not None and name not in _copies(model, path):
-                wrapper(model, path, TrainedCopy).add_adapter(name, config, None, layers[path].bias)
-
-
-def _copies(model: nn.Module, path: str) -> dict[str, LoraConfig]:
-    layer = model.get_submodule(path)
-    return layer.configs if isinstance(layer, TrainedCopy) else {}
-
-
-def wrap_tokens(model: nn.Module, config: LoraConfig, name: str) -> None:
-    """Train the rows that `trainable_token_indices` names. Raises UserError for rows that are not there."""
-    layers = base_layers(model)
-    for end, rows in token_rows(config).items():
-        for path in matching_names(layers, [end]):
-            weight = getattr(layers[path], "weight", None)
-            if not isinstance(weight, Tensor) or weight.dim() != 2:
-                why = "no unquantized matrix; name an embedding, or load the model unquantized"
-                raise UserError(f"trainable_token_indices names {path or end!r}, which has {why}")
-            wrap_rows(model, path, config, name, tuple(rows))
-
-
-def wrap_rows(model: nn.Module, path: str, config: LoraConfig, name: str, rows: tuple[int, ...]) -> None:
-    """Train rows of an embedding, and of the head where it shares the embedding's weight."""
-    layer = wrapper(model, path, TrainedRows)
-    layer.add_adapter(name, config, rows)
-    if path == EMBEDDING and model.config.tie_word_embeddings and OUTPUT_HEAD not in token_rows(config):
-        head = model.get_submodule(OUTPUT_HEAD)
-        if not isinstance(head, TrainedCopy) or name not in head.configs or not head.is_trained(name):
-            head = wrapper(model, OUTPUT_HEAD, TrainedRows)
-            head.add_adapter(name, config, rows, layer.trainable_tokens_delta[name])
-
-
-def untie_for_merging(model: nn.Module) -> None:
-    """Give a tied head a weight of its own if active adapters change it and the embedding differently."""
-    layers = [model.get_submodule(path) for path in (OUTPUT_HEAD, EMBEDDING)]
-    changed = any(
-        isinstance(m, Adapted) and m.applied is not None for layer in layers for m in layer.modules()
-    )
-    if model.config.tie_word_embeddings and changed:
-        head = base_layers(model)[OUTPUT_HEAD]
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config = replace(model.config, tie_word_embeddings=False)
-
-
-# ---- a vocabulary that grows -------------------------------------------------------------------------------
-
-_NOISE = 1e-9**0.5  # of the distance of an old row from the mean
-
-
-def has_grown(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether an embedding or output head has more rows than its base model's files."""
-    return layer.weight.shape[0] > model.config.vocab_size
-
-
-@torch.no_grad()
-def grow_vocabulary(model: nn.Module, rows: int, seed: int = 0) -> None:
-    """Give the embedding and the output head `rows` rows, where they have fewer.
-
-    New rows lie at the mean of the old rows W: row = mean + 3e-5 (W[i] - mean), of a random i. Mean and
-    covariance are those of transformers' `mean_resizing`. In the head n such rows take at most n / (n + V) of
-    the probability, by Jensen's inequality: exp(h mean) <= mean exp(h W) (Hewitt 2021, Initializing New Word
-    Embeddings for Pretrained Language Models). LLaMA-Factory's noise is as large as a row, and breaks this.
-
-    Raises UserError for an output head in 4 or 8 bits.
-    """
-    layers, generator = base_layers(model), torch.Generator().manual_seed(seed)
-    if layers[EMBEDDING].weight.shape[0] >= rows:
-        return
-    if not isinstance(layers[OUTPUT_HEAD].weight, Tensor):
-        raise UserError(f"{OUTPUT_HEAD} is in 4 or 8 bits, and takes no new tokens: load it unquantized")
-    for path in (EMBEDDING, OUTPUT_HEAD):
-        layer = layers[path]
-        if path == OUTPUT_HEAD and model.config.tie_word_embeddings:
-            _set_weight(layer, layers[EMBEDDING].weight)
-        else:
-            old = layer.weight
-            mean = old.mean(0, dtype=torch.float32)  # (D,)
-            chosen = torch.randint(len(old), (rows - len(old),), generator=generator).to(old.device)
-            new = mean + _NOISE * (old[chosen].float() - mean)  # (new, D)
-            weight = torch.cat((old, new.to(old.dtype)))
-            _set_weight(layer, nn.Parameter(weight, requires_grad=False))
-
-
-def _set_weight(layer: nn.Module, weight: nn.Parameter) -> None:
-    layer.weight = weight
-    setattr(layer, "num_embeddings" if isinstance(layer, nn.Embedding) else "out_features", len(weight))
-
-
-@torch.no_grad()
-def take_new_rows(model: nn.Module, layer: nn.Module, own: Tensor) -> Tensor:
-    """Let a layer that has grown take its new rows from an adapter's own weight.
-
-    Returns the weight for the adapter: the layer's, if now it is the same, so that memory holds one.
-    """
-    base, old = layer.weight, model.config.vocab_size
-    if base.shape != own.shape or base.is_meta:
-        return own
-    base[old:] = own[old:].to(base)
-    return base if torch.equal(own.to(base), base) else own

@@ -21,7 +21,8 @@ change nothing but dropout: merging is a separate verb.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -29,26 +30,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora import dora, starts
-from minilora.adapted import (
-    Adapted,
-    LoraEmbedding,
-    adapted_layers,
-    base_layers,
-    untie_for_merging,
-    weight_under,
-    wrap_tokens,
-    wrap_whole,
-    wrapper,
-)
+from minilora.adapted import Adapted, LoraEmbedding, weight_under
 from minilora.backend.choice import product_dtype
 from minilora.backend.dropout import gain_of, kept, threshold_of
 from minilora.backend.fused_lora import Adapter, Part
 from minilora.config import LoraConfig
 from minilora.linear import QuantizedLinear, apply_fused, frozen_linear, seed_for
-from minilora.matching import adapter_names, check_new_adapter, match_targets
 from minilora.system.errors import UserError, suggestion
-from minilora.targets import OUTPUT_HEAD as OUTPUT_HEAD  # for those who ask here
 from minilora.targets import ranks_and_alphas
+from minilora.wrapping import (
+    adapted_layers,
+    adapter_names,
+    base_layers,
+    check_new_adapter,
+    match_targets,
+    untie_for_merging,
+    wrap_tokens,
+    wrap_whole,
+    wrapper,
+)
 
 
 class LowRankUpdate(torch.autograd.Function):
@@ -243,18 +243,26 @@ def add_lora(
     starts.check(config)
     check_new_adapter(model, name)
     targets = match_targets(model, config)
-    before = {p for p in model.parameters() if p.requires_grad}
-    for parameter in before:
-        parameter.requires_grad_(False)
-    try:
+    with adding(model, name):
         wrap_whole(model, targets, config, name)  # the copies are inside
         wrap_targets(model, targets, config, name)
         wrap_tokens(model, config, name)
         starts.start(lora_layers(model, name), config, name, original)
+
+
+@contextmanager
+def adding(model: nn.Module, name: str) -> Iterator[None]:
+    """Freeze the model while an adapter is put on it, then make that one active. After an error the model is
+    as it was.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
     except UserError:
-        if name in adapter_names(model):
-            remove_lora(model, name)
-        for parameter in before:
+        _take_off(model, name)
+        for parameter in trained:
             parameter.requires_grad_(True)
         raise
     set_adapter(model, name)
@@ -264,11 +272,10 @@ def wrap_targets(model: nn.Module, targets: Sequence[str], config: LoraConfig, n
     """Add A and B to the layers of these names, each of its rank."""
     layers = base_layers(model)
     for path, (r, alpha) in ranks_and_alphas(targets, config).items():
-        is_embedding = isinstance(layers[path], nn.Embedding)
-        if is_embedding:
+        if is_embedding := isinstance(layers[path], nn.Embedding):
             LoraEmbedding.check(config)
-        kind = LoraEmbedding if is_embedding else LoraLinear
-        wrapper(model, path, kind).add_adapter(name, config, r, alpha)
+        layer = wrapper(model, path, LoraEmbedding if is_embedding else LoraLinear)
+        layer.add_adapter(name, config, r, alpha)
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLinear]:
@@ -326,11 +333,15 @@ def remove_lora(model: nn.Module, name: str | None = None) -> None:
 
     Layers without an adapter left become plain layers again, so parameter names are again the checkpoint's.
     """
-    if name is not None:
-        _check_adapter(model, name)
-    for path, layer in reversed(adapted_layers(model, name).items()):  # the inner ones first
-        for adapter in [name] if name is not None else list(layer.configs):
-            layer.remove_adapter(adapter)
+    for adapter in adapter_names(model) if name is None else [name]:
+        _check_adapter(model, adapter)
+        _take_off(model, adapter)
+
+
+def _take_off(model: nn.Module, name: str) -> None:
+    for path, layer in reversed(adapted_layers(model).items()):  # the inner ones first
+        if name in layer.configs:
+            layer.remove_adapter(name)
         if not layer.configs:
             model.set_submodule(path, layer.base_layer)
 

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from minilora import vera
-from minilora.adapted import adapted_layers, plain_name, weight_under
+from minilora.adapted import weight_under
 from minilora.config import LoraConfig
 from minilora.initialize import check_kind, check_rank, initialize, takes_part_of_base
 from minilora.system.errors import UserError
 from minilora.targets import ranks_and_alphas
+from minilora.wrapping import adapted_layers, plain_name
 
 _NOT_WITH_VERA = """
     use_dora use_rslora lora_fa lora_bias rank_pattern alpha_pattern modules_to_save trainable_token_indices

@@ -43,11 +43,11 @@ from minilora.data.readers import read_records
 from minilora.data.rows import alpaca_question
 from minilora.inference.assistant import Assistant, GenerationSettings, encode_question
 from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
-from minilora.lora import adapter_names
 from minilora.rope import context_length
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, suggestion, summarize
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 from minilora.system.terminal import visible
+from minilora.wrapping import adapter_names
 
 HELP = """\
 /settings            show how answers are generated

@@ -23,12 +23,12 @@ from minilora.formats.arithmetic import errors_text, extract
 from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.plain_adapter import write_plain_adapter
 from minilora.formats.weights import StoredTensors, read_config
-from minilora.matching import match_targets
 from minilora.model import CausalLM
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize
 from minilora.system.files import check_writable
 from minilora.system.hub import resolve_model
 from minilora.system.outputs import check_output, whole_output
+from minilora.wrapping import match_targets
 
 
 def main() -> None:

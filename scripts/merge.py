@@ -67,7 +67,6 @@ from minilora.formats.weights import (
 )
 from minilora.inference.load import find_base, load_adapted_tokenizer, load_run_config
 from minilora.initialize import takes_part_of_base
-from minilora.matching import match_targets
 from minilora.model import CausalLM
 from minilora.quantization import FLOATS, QUANT_TYPES
 from minilora.run.output_dir import SETTINGS_FILE
@@ -77,6 +76,7 @@ from minilora.system.files import check_writable, read_json, write_whole
 from minilora.system.hub import resolve_model
 from minilora.system.locks import LOCK_FILE
 from minilora.system.outputs import check_output, whole_output
+from minilora.wrapping import match_targets
 
 _MERGING_OPTIONS = (
     "model", "into", "quantize", "quantization_type", "double_quantization", "accept_config_fields"

@@ -14,7 +14,7 @@ FLOORS = (
     ("backend", "config", "recompute"),
     ("ops", "quantization", "int8", "rope", "targets"),
     ("optim", "linear", "dora", "initialize", "eva", "vera"),
-    ("model", "lora", "adapted", "matching", "starts"),
+    ("model", "lora", "adapted", "wrapping", "new_rows", "starts"),
     ("loss", "loss_scale"),
     ("data", "memory", "testing"),
     ("formats",),

@@ -11,8 +11,6 @@ LoRA-FA has no key, since a frozen A matters in training only.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,25 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from minilora import starts
-from minilora.adapted import (
-    Adapted,
-    LoraEmbedding,
-    TrainedCopy,
-    TrainedRows,
-    adapted_layers,
-    base_layers,
-    has_grown,
-    plain_name,
-    take_new_rows,
-    weight_under,
-    wrap_tokens,
-    wrapper,
-)
+from minilora.adapted import Adapted, LoraEmbedding, TrainedCopy, TrainedRows, weight_under
 from minilora.config import LoraConfig
-from minilora.formats.adapter_checks import Problem, adaptable, chosen_layers, problems_alone, problems_on
+from minilora.formats.adapter_checks import (
+    Problem,
+    adaptable,
+    chosen_layers,
+    naming,
+    problems_alone,
+    problems_on,
+)
 from minilora.formats.adapter_file import (
     AdapterFile,
     check_has_weights,
+    is_base_weight,
     read_adapter_config,
     stored_tensors,
 )
@@ -72,13 +65,22 @@ from minilora.formats.vera_adapter import (
     vera_config_json,
 )
 from minilora.initialize import takes_part_of_base
-from minilora.lora import LoraLinear, lora_layers, remove_lora, set_adapter, wrap_targets
-from minilora.matching import check_new_adapter
+from minilora.lora import LoraLinear, adding, lora_layers, wrap_targets
 from minilora.model import CausalLM
+from minilora.new_rows import take_new_rows
 from minilora.system.errors import UserError, suggestion, summarize
 from minilora.system.files import write_whole
 from minilora.system.schema import read_object, shown
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, chosen_targets, saved_modules
+from minilora.wrapping import (
+    adapted_layers,
+    base_layers,
+    check_new_adapter,
+    has_grown,
+    plain_name,
+    wrap_tokens,
+    wrapper,
+)
 
 _PARTS = {  # a wrapper's name for a part -> the file's
     "lora_A": A,
@@ -109,12 +111,14 @@ def save_adapter(
     tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_tensors(model, name).items()}
     if not tensors:
         raise UserError(f"the model has no adapter called {name!r} to save")
-    first = {
-        t.data_ptr(): key for key, t in reversed(tensors.items())
-    }  # a tied head's weight is written twice
-    tensors = {key: t if first[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
     raw = adapter_config_json(model, name) | {"base_model_name_or_path": base_model_name_or_path}
-    write_adapter(directory, raw, tensors)
+    write_adapter(directory, raw, _in_memory_of_their_own(tensors))
+
+
+def _in_memory_of_their_own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, without two that share memory, which safetensors refuses: a tied head is the embedding."""
+    first = {t.data_ptr(): key for key, t in reversed(tensors.items())}
+    return {key: t if first[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
 
 
 def write_adapter(directory: str | Path, raw: dict, tensors: dict[str, Tensor]) -> None:
@@ -156,15 +160,14 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     model = unwrapped(model)
     tensors, layers = dict(_parameters(model, name)), adapted_layers(model, name)
     tensors |= _frozen_tensors(lora_layers(model, name), name)
-    if not any(isinstance(layer, TrainedRows) for layer in layers.values()):
-        for path, layer in layers.items():
-            if isinstance(layer, (LoraLinear, LoraEmbedding)) and _file_name(path) in (
-                EMBEDDING,
-                OUTPUT_HEAD,
-            ):
-                weight = weight_under(layer.base_layer, name)
-                if isinstance(weight, Tensor):  # PEFT leaves out a head in 4 bits, too
-                    tensors.setdefault(tensor_key(_file_name(path), BASE_WEIGHT), weight.detach().clone())
+    if any(isinstance(layer, TrainedRows) for layer in layers.values()):
+        return tensors
+    for path, layer in layers.items():
+        module, has_update = _file_name(path), isinstance(layer, (LoraLinear, LoraEmbedding))
+        if has_update and module in (EMBEDDING, OUTPUT_HEAD):
+            weight = weight_under(layer.base_layer, name)
+            if isinstance(weight, Tensor):  # PEFT leaves out a head in 4 bits, too
+                tensors.setdefault(tensor_key(module, BASE_WEIGHT), weight)
     return tensors
 
 
@@ -238,21 +241,12 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     adapter = AdapterFile.of(Path(directory), config, tensors.items())
     if not adapter.modules and not adapter.unread:
         raise UserError(f"{directory} is not a sound adapter: it holds no tensors")
-    with _named_config(adapter):
+    with naming(adapter.directory / ADAPTER_CONFIG_FILE):
         problems = problems_alone(adapter)
         chosen_layers(adapter)  # for its patterns
     if problems:
         raise UserError(f"{directory} is not a sound adapter: {_summary(problems)}")
     return adapter
-
-
-@contextmanager
-def _named_config(adapter: AdapterFile) -> Iterator[None]:
-    """Name the file in which a pattern is wrong."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{adapter.directory / ADAPTER_CONFIG_FILE}: {error}") from error
 
 
 def _summary(problems: list[Problem]) -> str:
@@ -277,8 +271,7 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
 def vocabulary_of(directory: str | Path, otherwise: int) -> int:
     """The number of tokens that a model has under an adapter: more, if the adapter brings its embedding."""
     keys = [tensor_key(EMBEDDING, part) for part in (WEIGHT, BASE_WEIGHT, ROWS_WEIGHT)]
-    sizes = (len(t) for key, t in stored_tensors(directory) if key in keys and t.dim())
-    return next(sizes, otherwise)
+    return next((len(t) for _, t in stored_tensors(directory, keys) if t.dim()), otherwise)
 
 
 def load_adapter(
@@ -301,32 +294,27 @@ def load_adapter(
     adapter = replace(adapter, config=replace(adapter.config, lora_fa=lora_fa, lora_dropout=dropout))
     adapter = adapter.on_tied_base() if model.config.tie_word_embeddings else adapter
     check_new_adapter(model, name)
-    with _named_config(adapter):
+    with naming(adapter.directory / ADAPTER_CONFIG_FILE):
         problems = problems_on(model, adapter)
         if not chosen_layers(adapter, model):
-            raise UserError(_no_layer(model, adapter.config))
+            raise UserError(_no_layer(model, adapter))
     if problems:
         raise UserError(f"{directory} does not fit the model: {_summary(problems)}")
-    before = {p for p in model.parameters() if p.requires_grad}
-    for parameter in before:
-        parameter.requires_grad_(False)
-    try:
+    with naming(f"{directory} does not fit the model"), adding(model, name):
         _put_on(model, adapter, name)
         if takes_part_of_base(adapter.config.init_lora_weights):
             starts.repeat(lora_layers(model, name), adapter.config, name)
         elif started is not None and takes_part_of_base(started.init_lora_weights):
             starts.split(model, replace(started, lora_fa=lora_fa, lora_dropout=dropout), name)
-    except UserError as error:
-        if any(name in layer.configs for layer in adapted_layers(model).values()):
-            remove_lora(model, name)
-        for parameter in before:
-            parameter.requires_grad_(True)
-        raise UserError(f"{directory} does not fit the model: {error}") from error
-    set_adapter(model, name)
 
 
-def _no_layer(model: nn.Module, config: LoraConfig) -> str:
-    targets = config.target_modules
+def _no_layer(model: nn.Module, adapter: AdapterFile) -> str:
+    """Which field of the configuration chooses no layer."""
+    config, targets = adapter.config, adapter.config.target_modules
+    for key in ("layers_to_transform", "exclude_modules", "modules_to_save"):
+        without = replace(adapter, config=replace(config, **{key: ()}))
+        if (value := getattr(config, key)) != () and chosen_layers(without, model):
+            return f"{key} = {shown(value)} leaves no layer of the model to adapt"
     leaves = {name.rpartition(".")[2] for name in adaptable(base_layers(model))[1]}
     near = suggestion(targets if isinstance(targets, str) else targets[0], leaves)
     return f"target_modules = {shown(targets)} names no layer of the model{near}"
@@ -376,9 +364,8 @@ def _is_the_same(layer: nn.Module, own: dict[str, Tensor]) -> bool:
     """Whether the weights in the file are the base model's own, which PEFT writes beside updates."""
     for leaf, tensor in own.items():
         base = getattr(layer, leaf, None)
-        if not isinstance(base, Tensor) or base.shape != tensor.shape or base.is_meta:
+        if not isinstance(base, Tensor) or base.is_meta:
             return False
-        mine = tensor.to(base.device)
-        if not (torch.equal(mine.to(base.dtype), base) or torch.equal(base.to(mine.dtype), mine)):
-            return False  # not even rounded to training's dtype
+        if not is_base_weight(base, tensor):
+            return False
     return True

@@ -16,11 +16,11 @@ Tensors may be on the meta device: their shapes are enough.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from minilora.adapted import base_layers
 from minilora.formats.adapter_file import OWN_WEIGHTS, AdapterFile
 from minilora.formats.peft_format import (
     BASE_BIAS,
@@ -51,6 +51,7 @@ from minilora.targets import (
     saved_modules,
     token_rows,
 )
+from minilora.wrapping import base_layers
 
 MISSING, MISSING_COPY, UNEXPECTED = "missing", "missing copy", "unexpected"
 WRONG_RANK, UNFIT = "wrong rank", "does not fit"
@@ -59,7 +60,7 @@ _RANK_DIMENSION = {A: 0, B: 1, EMBEDDING_A: 0, EMBEDDING_B: 1}  # of a part's sh
 _WIDTHS = {A: (1, 1), EMBEDDING_A: (1, 0), EMBEDDING_B: (0, 1)}
 _WIDTHS |= dict.fromkeys((B, MAGNITUDE, LORA_BIAS), (0, 0))
 _VECTORS = (MAGNITUDE, LORA_BIAS, BIAS, BASE_BIAS)
-# The modules with parameters in the models of config.json's model_type llama, mistral, qwen2, qwen3.
+# The modules with parameters in the models of every family that config_json.py reads.
 _MODULE = re.compile(
     r"lm_head|model\.(embed_tokens|norm|layers\.\d+\.("
     r"(input|post_attention)_layernorm|self_attn\.([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj))"
@@ -91,7 +92,7 @@ class Problem(NamedTuple):
 def problems_alone(adapter: AdapterFile) -> list[Problem]:
     """All contradictions between the configuration and the tensors. Raises UserError for a bad pattern."""
     problems = [Problem(UNEXPECTED, key, why=why) for key, why in adapter.unread.items()]
-    with _naming("rank_pattern or alpha_pattern"):
+    with naming("rank_pattern or alpha_pattern"):
         halves = [name for name, parts in adapter.modules.items() if parts.keys() & PARTNERS.keys()]
         ranks = ranks_and_alphas(halves, adapter.config)
     for end in token_rows(adapter.config):
@@ -118,7 +119,7 @@ def chosen_layers(adapter: AdapterFile, model: nn.Module | None = None) -> list[
     names = linear = adapter.layers
     if model is not None:
         names, linear = adaptable(base_layers(model))
-    with _naming("target_modules or exclude_modules"):
+    with naming("target_modules or exclude_modules"):
         chosen = chosen_targets(names, adapter.config, linear)
     if OUTPUT_HEAD in adapter.layers and EMBEDDING in chosen and (model is None or _is_tied(model)):
         chosen += [] if OUTPUT_HEAD in chosen else [OUTPUT_HEAD]  # ensure_weight_tying
@@ -132,12 +133,12 @@ def adaptable(layers: dict[str, nn.Module]) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def _naming(keys: str) -> Iterator[None]:
-    """Say which keys of the configuration hold a pattern that is wrong."""
+def naming(place: str | Path) -> Iterator[None]:
+    """Say in which file, or in which of its keys, a mistake is."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{keys}: {error}") from error
+        raise UserError(f"{place}: {error}") from error
 
 
 def _is_tied(model: nn.Module) -> bool:

@@ -7,10 +7,11 @@ The reader, the merger and the linter all begin here. The linter keeps shapes al
 meta device.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -167,20 +168,34 @@ def check_has_weights(directory: str | Path) -> Path:
     return path if path.is_file() else pickled
 
 
-def stored_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (key, tensor) for every tensor in an adapter's file, one at a time.
+def stored_tensors(
+    directory: str | Path, wanted: Container[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (key, tensor) for every tensor in an adapter's file, or the wanted ones, one at a time.
 
     Raises UserError for a file that is missing, damaged, or holds dtypes that are no real numbers.
     """
     path = check_has_weights(directory)
     if path.name == PICKLED_WEIGHTS_FILE:
-        yield from read_pickled_tensors(path).items()
+        tensors = read_pickled_tensors(path).items()
+        yield from ((key, tensor) for key, tensor in tensors if wanted is None or key in wanted)
         return
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():
+            for key in (key for key in file.keys() if wanted is None or key in wanted):
                 if (dtype := file.get_slice(key).get_dtype()) in _NO_REAL_NUMBERS:
                     raise UserError(f"{shown_name(key)} in {path} is of the dtype {dtype}")
                 yield key, file.get_tensor(key)
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or corrupt: {error}") from error
+
+
+def is_base_weight(base: Tensor, own: Tensor) -> bool:
+    """Whether a weight in an adapter's file is the base's own, which PEFT writes beside A and B.
+
+    Either of the two may be rounded to the other's dtype.
+    """
+    if base.shape != own.shape:
+        return False
+    own = own.to(base.device)
+    return torch.equal(base.to(own.dtype), own) or torch.equal(base, own.to(base.dtype))

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.adapted import base_layers
 from minilora.config import ModelConfig
 from minilora.formats.adapter_checks import (
     Problem,
@@ -39,6 +38,7 @@ from minilora.model import CausalLM
 from minilora.system.errors import UserError
 from minilora.system.schema import read_object, shown, shown_name
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, ranks_and_alphas
+from minilora.wrapping import base_layers
 
 _OVERFLOW = torch.finfo(torch.float32).max ** 0.5
 

@@ -77,6 +77,7 @@ def _rank_of_result(adapters: list[Adapter], combination_type: str, svd_rank: in
 
 
 def scaled(update: Update, weight: float) -> Update:
+    """The update times a weight."""
     A, B, scaling = update
     return A, B, scaling * weight
 

@@ -58,6 +58,7 @@ def not_plain(adapter: AdapterFile) -> list[str]:
 
 
 def is_exportable(adapter: AdapterFile) -> bool:
+    """Whether plain LoRA can express an adapter."""
     config = adapter.config
     return not (not_plain(adapter) or config.use_dora or takes_part_of_base(config.init_lora_weights))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minilora.config import ModelConfig
 from minilora.dora import row_factors
-from minilora.formats.adapter_file import AdapterFile
+from minilora.formats.adapter_file import AdapterFile, is_base_weight
 from minilora.formats.peft_format import (
     EMBEDDING_A,
     EMBEDDING_B,
@@ -50,7 +50,7 @@ class Merging:
 
     @cached_property
     def unties(self) -> bool:
-        """Whether a tied head and the embedding part ways."""
+        """Whether a tied head and the embedding change differently."""
         embedding, head = (self.adapter.modules.get(name, {}) for name in (EMBEDDING, OUTPUT_HEAD))
         if not self.base.tie_word_embeddings or _are_equal(embedding, head):  # PEFT may write one twice
             return False
@@ -97,7 +97,7 @@ class Merging:
         """The merged parameter, float32. base: the base model's, in any dtype."""
         module, _, leaf = name.rpartition(".")
         parts, own = self.adapter.modules.get(module, {}), self.adapter.own(module).get(leaf)
-        value = base if own is None or _is_rounded(base, own) else own
+        value = base if own is None or is_base_weight(base, own) else own
         value = value.float()
         if leaf == "bias":
             return value + parts[LORA_BIAS].float() * self.scaling(module) if LORA_BIAS in parts else value
@@ -124,8 +124,11 @@ class Merging:
 
     def scaling(self, module: str) -> float:
         """alpha / r of a module, or alpha / sqrt(r) for rsLoRA."""
-        config = self.adapter.config
-        return config.scaling_of(*ranks_and_alphas([module], config)[module])
+        return self.adapter.config.scaling_of(*self._ranks_and_alphas[module])
+
+    @cached_property
+    def _ranks_and_alphas(self) -> dict[str, tuple[int, float]]:
+        return ranks_and_alphas(list(self.adapter.modules), self.adapter.config)
 
     def _with_rows(self, module: str, weight: Tensor) -> Tensor:
         values = self.adapter.modules.get(module, {}).get(ROWS)
@@ -134,11 +137,6 @@ class Merging:
         config = self.adapter.config
         rows = rows_of(module, config) or rows_of(EMBEDDING, config)  # of a tied head
         return weight.index_copy(0, torch.tensor(rows), values.float())
-
-
-def _is_rounded(base: Tensor, own: Tensor) -> bool:
-    """Whether a weight in an adapter's file is the base's, which PEFT writes beside A and B."""
-    return base.shape == own.shape and torch.equal(base.to(own.dtype), own)
 
 
 def _are_equal(parts: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

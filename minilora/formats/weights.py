@@ -42,7 +42,6 @@ from minilora.formats.quantized import (
 )
 from minilora.formats.weight_files import INDEX_FILE, SINGLE_FILE, index_of, open_weights, weight_files
 from minilora.linear import QuantizedLinear
-from minilora.lora import OUTPUT_HEAD
 from minilora.memory.stored_layers import InFiles
 from minilora.model import CausalLM
 from minilora.quantization import FLOATS, NESTED_BLOCK_SIZE
@@ -50,6 +49,7 @@ from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, write_whole
 from minilora.system.hub import resolve_model
 from minilora.system.schema import shown_name
+from minilora.targets import OUTPUT_HEAD
 
 MODEL_CONFIG_FILE = "config.json"
 SHARD_BYTES = 1_000_000_000  # of a weight file, unless one tensor alone is larger

@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from minilora import starts
-from minilora.adapted import TrainedCopy, adapted_layers, plain_name
+from minilora.adapted import TrainedCopy
 from minilora.backend.choice import form_for, product_dtype
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.lora import add_lora, lora_layers, trainable_parameters
@@ -59,6 +59,7 @@ from minilora.optim import MOMENT_BLOCK_SIZE, OPTIMIZERS
 from minilora.recompute import POLICIES
 from minilora.system.device import memory_used
 from minilora.targets import EMBEDDING, OUTPUT_HEAD
+from minilora.wrapping import adapted_layers, plain_name
 
 # Assumed, as nothing predicts them. Free memory must be at least MARGIN times the predicted peak: blocks of
 # different sizes leave holes, so PyTorch reserves more of a GPU than it uses.

@@ -38,19 +38,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minilora import starts
-from minilora.adapted import plain_name
 from minilora.config import LoraConfig
 from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
 from minilora.formats.weights import save_tensors
 from minilora.lora import lora_layers
 from minilora.loss_scale import LossScale
-from minilora.matching import match_targets
 from minilora.run.random_state import random_state, set_random_state
 from minilora.run.saved_state import check_optimizer, check_state, same_tensors
 from minilora.run.settings import TrainConfig
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, sync, write_whole
 from minilora.system.schema import shown, shown_name
+from minilora.wrapping import match_targets, plain_name
 
 STATE_FILE = "training_state/state.json"
 TENSORS_FILE = "training_state/tensors.safetensors"

@@ -5,8 +5,8 @@ from torch import nn
 
 from minilora.int8 import Int8Tensor
 from minilora.linear import QuantizedLinear
-from minilora.lora import OUTPUT_HEAD
 from minilora.quantization import QuantizedTensor
+from minilora.targets import OUTPUT_HEAD
 
 
 def describe_weights(model: nn.Module) -> str:

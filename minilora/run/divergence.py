@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from minilora.lora import adapter_names, set_adapter
+from minilora.lora import set_adapter
 from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
@@ -28,6 +28,7 @@ from minilora.run import checkpoints
 from minilora.run.plan import Plan
 from minilora.run.tracker import Tracker
 from minilora.system.errors import UserError
+from minilora.wrapping import adapter_names
 
 LOST_IN_A_ROW = 3  # steps whose forward overflows, after which a run in float16 ends
 

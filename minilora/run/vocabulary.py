@@ -8,7 +8,7 @@
               numbers. `additional_target: embed_tokens,lm_head` trains both whole, with all tokens' rows
 
 A token that the tokenizer has already is trained like a new one: base models hold many that they never saw.
-Spare rows begin as they are in the model's files, added ones at the mean (`adapted.grow_vocabulary`).
+Spare rows begin as they are in the model's files, added ones at the mean (`new_rows.grow_vocabulary`).
 """
 
 import shutil
@@ -16,12 +16,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.adapted import grow_vocabulary
 from minilora.config import LoraConfig, ModelConfig
 from minilora.data.new_tokens import add_new_tokens
 from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.weights import load_model
 from minilora.model import CausalLM
+from minilora.new_rows import grow_vocabulary
 from minilora.run.settings import TrainConfig
 from minilora.system.device import Placement
 from minilora.system.errors import UserError, summarize, until_end

@@ -47,13 +47,14 @@ import minilora
 from minilora import LoraConfig, QuantConfig, UserError
 from minilora.data.examples import count_supervised
 from minilora.formats.weights import StoredTensors, read_config
-from minilora.lora import OUTPUT_HEAD, lora_layers
+from minilora.lora import lora_layers
 from minilora.loss import IGNORE_INDEX, causal_lm_loss
 from minilora.optim import AdamW8bit, Schedule, make_optimizer, set_learning_rate
 from minilora.quantization import QUANT_TYPES, four_bit_code
 from minilora.recompute import set_recompute
 from minilora.system.errors import ArgumentParser, local_path, run_script
 from minilora.system.files import check_writable, refuse_overwrite, write_whole
+from minilora.targets import OUTPUT_HEAD
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # (ours, theirs)
 

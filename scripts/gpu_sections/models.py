@@ -20,12 +20,13 @@ from minilora.config import LoraConfig, ModelConfig
 from minilora.data.examples import Example, batch_for, count_supervised
 from minilora.formats.config_json import parse_config
 from minilora.linear import Linear4bit
-from minilora.lora import OUTPUT_HEAD, add_lora, trainable_parameters
+from minilora.lora import add_lora, trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
 from minilora.optim import make_optimizer
 from minilora.quantization import quantize_4bit
+from minilora.targets import OUTPUT_HEAD
 
 MISTRAL_7B = dict(
     model_type="mistral",

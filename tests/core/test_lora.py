@@ -34,9 +34,10 @@ from minilora import (
     unmerge_lora,
 )
 from minilora.formats.config_json import parse_config
-from minilora.lora import LoraLinear, adapter_names, lora_layers, match_targets
+from minilora.lora import LoraLinear, lora_layers
 from minilora.loss import causal_lm_loss
 from minilora.optim import make_optimizer
+from minilora.wrapping import adapter_names, match_targets
 
 MISTRAL_7B = dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                   num_attention_heads=32, num_key_value_heads=8)  # fmt: skip

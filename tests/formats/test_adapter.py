@@ -11,9 +11,11 @@ from support.families import relative_error, same_model_here, transformers_model
 from support.tiny import ALL_SEVEN, CASES, TOLERANCE, ids, randomize, tiny_model
 
 from minilora import LoraConfig, UserError, add_lora, load_adapter, save_adapter, set_adapter
-from minilora.formats.adapter import read_adapter, read_adapter_config
+from minilora.formats.adapter import read_adapter, read_adapter_config, vocabulary_of
+from minilora.formats.adapter_file import stored_tensors
 from minilora.formats.peft_format import PEFT_DEFAULTS
-from minilora.lora import adapter_names, lora_layers
+from minilora.lora import lora_layers
+from minilora.wrapping import adapter_names
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=200),
@@ -394,3 +396,44 @@ def test_a_wrapped_model_is_saved_under_the_names_of_the_plain_one(wrap, targets
         assert (tmp_path / "wrapped" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "wrapped").eval()
     assert relative_error(theirs(input_ids=ids(2, 9)).logits, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(layers_to_transform=[7]), "layers_to_transform = (7,) leaves no layer of the model to adapt"),
+        (dict(layers_to_transform=7), "layers_to_transform = 7 leaves no layer of the model to adapt"),
+        (dict(exclude_modules=["q_proj"]), "exclude_modules = ('q_proj',) leaves no layer"),
+    ],
+)
+def test_the_field_that_leaves_no_layer_is_named(config, message, tmp_path):
+    with pytest.raises(UserError) as error:
+        load_adapter(tiny_model(), saved(tmp_path, **config))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(trainable_token_indices=[61]),
+        dict(modules_to_save=["mlp"]),
+        dict(trainable_token_indices={"norm": [1]}),
+    ],
+)
+def test_after_an_error_no_wrapper_is_left(wrong):
+    model = tiny_model()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(UserError):
+        add_lora(model, LoraConfig(target_modules=["q_proj", "embed_tokens"], **wrong))
+    assert [name for name, _ in model.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_vocabulary_is_found_without_reading_the_other_tensors(tmp_path, monkeypatch):
+    model = tiny_model()
+    add_lora(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    save_adapter(model, tmp_path / "grown")
+    saved(tmp_path)
+    assert vocabulary_of(tmp_path / "grown", 5) == 61 and vocabulary_of(tmp_path, 5) == 5
+    keys = ["base_model.model.model.embed_tokens.weight"]
+    assert [key for key, _ in stored_tensors(tmp_path / "grown", keys)] == keys

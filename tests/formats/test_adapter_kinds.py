@@ -24,7 +24,6 @@ from minilora import (
     set_recompute,
     unmerge_lora,
 )
-from minilora.adapted import adapted_layers
 from minilora.formats.adapter import adapter_tensors, read_adapter
 from minilora.formats.config_json import parse_config
 from minilora.formats.merging import Merging
@@ -32,6 +31,7 @@ from minilora.formats.peft_format import LORA_BIAS, STARTS_FROM_W
 from minilora.linear import Linear4bit
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
+from minilora.wrapping import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::UserWarning:transformers")
 

@@ -22,12 +22,12 @@ from minilora import (
     save_model,
     set_adapter,
 )
-from minilora.adapted import grow_vocabulary
 from minilora.formats.adapter import load_adapter, read_adapter_config
 from minilora.formats.gguf_vocabulary import CONTROL, UNUSED, USER_DEFINED, read_vocabulary
 from minilora.formats.weights import read_config
 from minilora.linear import Linear4bit
 from minilora.lora import trainable_parameters
+from minilora.new_rows import grow_vocabulary
 from minilora.quantization import quantize_4bit
 from minilora.run.settings import TrainConfig
 from minilora.run.vocabulary import train_rows
