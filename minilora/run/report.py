@@ -8,6 +8,7 @@ from typing import NoReturn, Protocol
 from minilora.config import LoraConfig
 from minilora.data.examples import Order
 from minilora.data.rows import Row
+from minilora.initialize import takes_part_of_base
 from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
@@ -44,11 +45,10 @@ def print_plan(plan: Plan) -> None:
     config, order, processes = plan.config, plan.order, plan.processes.count
     lora, c = plan.lora, plan.model_config
     tokens = sum(order.lengths) / len(order.lengths) * min(order.examples_per_step, len(order.lengths))
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else " ".join(lora.target_modules)
     _print_lines({
         "model": f"{plan.base_model}: {c.model_type}, {c.num_hidden_layers} layers of width {c.hidden_size}",
         "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
-        "adapter": f"{describe_kind(lora)}, dropout {lora.lora_dropout:g}, on {targets}",
+        "adapter": f"{describe_kind(lora)}, dropout {lora.lora_dropout:g}, on {describe_targets(lora)}",
         "optimizer": describe_optimizer(config.optim, plan.placement.device, config.loraplus_lr_ratio),
         "training": plan.train_set.summary(),
         "held out": plan.eval_set.summary() if plan.eval_set else "none",
@@ -59,6 +59,15 @@ def print_plan(plan: Plan) -> None:
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
         "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak" + _smaller_batches(plan),
     })  # fmt: skip
+
+
+def describe_targets(lora: LoraConfig, between: str = " ") -> str:
+    """Return what an adapter is on, the ranks of single layers, and what is trained whole."""
+    targets = lora.target_modules
+    text = targets if isinstance(targets, str) else between.join(targets)
+    ranks = [f"{name} of r {r}" for name, r in lora.rank_pattern.items()]
+    whole = [f"whole: {between.join(lora.modules_to_save)}"] if lora.modules_to_save else []
+    return "; ".join([text, *ranks, *whole])
 
 
 def describe_kind(lora: LoraConfig) -> str:
@@ -212,8 +221,7 @@ tags:
 
 # LoRA adapter for {title}
 
-Trained with minilora. Rank {lora.r}, alpha {lora.lora_alpha:g} (scaling {scaling}), \
-dropout {lora.lora_dropout:g}, on: {targets}.
+Trained with minilora. {size}, dropout {lora.lora_dropout:g}, on: {targets}.
 
 | | |
 |---|---|
@@ -246,7 +254,6 @@ def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
         and not base_model.startswith("assets/")
         and not Path(base_model).exists()
     )
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     rows = plan.model_config.vocab_size
     grown = rows > plan.base_config.vocab_size  # PEFT wants the base model to have these rows
     card = MODEL_CARD.format(
@@ -255,12 +262,22 @@ def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
         resize=f"base.resize_token_embeddings({rows})\n" if grown else "",
         title=as_markdown(base_model),
         lora=lora,
-        scaling="alpha / sqrt(r)" if lora.use_rslora else "alpha / r",
-        targets=as_markdown(targets),
+        size=_size_in_card(lora),
+        targets=as_markdown(describe_targets(lora, ", ")),
         table="\n".join(f"| {as_markdown(name)} | {as_markdown(value)} |" for name, value in figures.items()),
         address=plan.config.push_to_hub or "path/to/this/directory",
     )
     write_whole(plan.output_dir / "README.md", card)
+
+
+def _size_in_card(lora: LoraConfig) -> str:
+    if lora.use_vera:
+        return f"VeRA of rank {lora.r}"
+    scaling = "alpha / sqrt(r)" if lora.use_rslora else "alpha / r"
+    size = f"Rank {lora.r}, alpha {lora.lora_alpha:g} (scaling {scaling})"
+    if takes_part_of_base(lora.init_lora_weights):
+        size += f", started with {lora.init_lora_weights} and saved as plain LoRA of rank {2 * lora.r}"
+    return size
 
 
 def as_markdown(text: str) -> str:

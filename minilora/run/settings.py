@@ -298,7 +298,7 @@ class TrainConfig:
         """The names in `report_to`: the services that get the metrics besides metrics.jsonl."""
         return [name for name in _names(self.report_to) if name != "none"]
 
-    def accepted_fields(self) -> list[str]:
+    def accepted_fields(self) -> tuple[str, ...]:
         """The names in `accept_config_fields`."""
         return _names(self.accept_config_fields or [])
 
