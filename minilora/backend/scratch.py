@@ -2,7 +2,8 @@
 
 On a GPU sharing is safe on one stream: there the next layer's values are written when the last layer's
 product has read its own. On two streams one layer would overwrite what another still reads, so a second
-stream is refused. Other tensors may move on streams of their own, as those of offloading do.
+stream is refused. A stream that only records runs nothing: its work is launched on the first one later. Other
+tensors may move on streams of their own, as those of offloading do.
 """
 
 import math
@@ -20,7 +21,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     """Return a tensor of this shape in the buffer of this dtype and device; the next call overwrites it."""
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
-        assert _streams.setdefault(device, stream) == stream, "layers share a buffer: compute on one stream"
+        alone = _streams.setdefault(device, stream) == stream or torch.cuda.is_current_stream_capturing()
+        assert alone, "layers share a buffer: compute on one stream"
     key = device, dtype, shape
     if key not in _views:
         count = math.prod(shape)

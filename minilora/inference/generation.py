@@ -23,6 +23,7 @@ from torch import Tensor
 from minilora.backend.copies import to_device
 from minilora.backend.documents import PADDING
 from minilora.data.tokenizer import Tokenizer
+from minilora.inference.token_graph import token_graph
 from minilora.model import CausalLM, KVCache
 from minilora.system.errors import UserError
 
@@ -110,11 +111,15 @@ def compute_tokens(
 
     documents = extended(padding_documents(attention_mask), 0)
     is_text, sequence = extended(attention_mask, 1), extended(input_ids, 0)
+    graph = token_graph(model, cache, max_new_tokens)
     for end in range(T, T + max_new_tokens):
         first = 0 if cache is None else cache.length
-        unread = sequence[:, first:end]
-        hidden = model.model(unread, document_ids=part(documents, first, end), cache=cache)  # (B, unread, D)
-        logits = model.lm_head(hidden[:, -1]).float()  # (B, V)
+        unread = sequence[:, first:end], part(documents, first, end)
+        if graph and end - first == 1:
+            logits = graph.read(*unread)  # (B, V)
+        else:
+            hidden = model.model(unread[0], document_ids=unread[1], cache=cache)  # (B, unread, D)
+            logits = model.lm_head(hidden[:, -1]).float()
         if repetition_penalty != 1.0:
             logits = penalize_repetition(logits, sequence[:, :end], repetition_penalty, part(is_text, 0, end))
         sequence[:, end] = choose(logits)
