@@ -25,7 +25,11 @@ def recorded(function: Callable[[], None], device: torch.device) -> Callable[[],
     global _problem
     if _problem:
         return function
-    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    graph, stream, current = (
+        torch.cuda.CUDAGraph(),
+        torch.cuda.Stream(device),
+        torch.cuda.current_stream(device),
+    )
     stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):  # PyTorch does not record on the default stream.

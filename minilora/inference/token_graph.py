@@ -1,7 +1,7 @@
 """A token of decoding on a GPU, with the layers as one CUDA graph (see minilora/backend/graphs.py).
 
 A graph repeats the same kernels on the same memory, but each token has one key more than the last. So here
-attention reads a fixed number of keys, a multiple of KEYS, behind a mask that opens one place at a time, and a
+attention reads a fixed number of keys, a multiple of KEYS, behind a mask that opens one place at a time. A
 new graph is recorded when they are used up. The new key's place is a number on the GPU. What is before the
 layers, the embedding, the angles and the mask, is a few launches of the host.
 

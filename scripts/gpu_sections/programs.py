@@ -88,11 +88,13 @@ def gpu_tests(check: Check) -> None:
         raise Skip(f"{' and '.join(missing) or 'the tests'} cannot be found")
     if check.card.emulates_t4:
         raise Skip("the tests know nothing of an emulated card")
-    options = "-m pytest -q -m gpu -W default -p no:cacheprovider".split()
-    words = [sys.executable, *options, *files]
-    done = subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, env=environment())
-    (check.folder / "pytest.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-    lines = (done.stdout or done.stderr).splitlines() or ["nothing was printed"]
+    options = "-m pytest -q -m gpu -W default -p no:cacheprovider --durations=20".split()
+    if importlib.util.find_spec("xdist"):  # Most of their time is the compiler's.
+        options += f"-n {min(6, os.cpu_count() or 1)} -p no:benchmark".split()
+    words, log = [sys.executable, *options, *files], check.folder / "pytest.log"
+    with log.open("w", encoding="utf-8") as file:  # It is there if the tests have to be stopped.
+        done = subprocess.run([*map(str, words)], cwd=ROOT, stdout=file, stderr=file, env=environment())
+    lines = log.read_text(encoding="utf-8").splitlines() or ["nothing was printed"]
     check.row(log="pytest.log", result=lines[-1].strip("= "))
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):

@@ -3,6 +3,7 @@ cards that matter.
 """
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -61,7 +62,8 @@ def test_kernels_equal_their_definitions_under_the_interpreter():
 @pytest.mark.gpu
 @needs_gpu
 def test_kernels_of_operations_equal_their_definitions_on_the_gpu():
-    run_tests_of_kernels("-W", "default", OPERATIONS)
+    shared = ["-n", "4", "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
+    run_tests_of_kernels("-W", "default", *shared, OPERATIONS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run here")

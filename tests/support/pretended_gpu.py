@@ -18,13 +18,14 @@ is checked, and recorded with the project's line that it comes from:
 The fused attentions of a GPU are emulated with their contracts (fused_attentions.py).
 
 What it cannot see: how fast anything is; memory, and when it is used again; the order of streams, which all
-run at once here; waits within a single operation of PyTorch; what PyTorch's C++ would choose on a GPU; and
+run at once here; that a graph's recording runs nothing; waits within a single operation of PyTorch; what PyTorch's C++ would choose on a GPU; and
 what a compiled Triton kernel computes: its PyTorch definition runs instead, or Triton's interpreter.
 """
 
 import contextlib
 import sys
 from collections import Counter, defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -32,7 +33,7 @@ import torch
 from support.fused_attentions import fused_attentions
 from support.pretended_kernels import run_kernel, signature_of
 from support.pretended_places import PLACES, Generator
-from support.pretended_streams import Event, Stream
+from support.pretended_streams import Event, Graph, Stream
 from support.pretended_tensors import Dispatch, Functions, backward, grad, grouped
 from support.project import ROOT
 
@@ -59,6 +60,7 @@ class PretendedGpu:
         self.default_streams = {device: Stream(self, device) for device in self.devices}
         self.streams = dict(self.default_streams)  # the current one of each device
         self.current, self.paused = 0, False
+        self.recording: Graph | None = None
 
     # ---- records -------------------------------------------------------------------------------------------
 
@@ -66,6 +68,8 @@ class PretendedGpu:
         self.faults[f"{what}  <- {project_line()}"] += 1
 
     def wait(self, what: str) -> None:
+        if self.recording:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
         self.waits[f"{what}  <- {project_line()}"] += 1
 
     def launch(self, name: str) -> None:
@@ -135,8 +139,11 @@ class PretendedGpu:
                 self.fault(f"{name} launched for {device} while cuda:{self.current} is the current device")
         self.launch(f"triton {name}")
         self.signatures[name].add(signature_of(kernel, arguments, options))
+        run = partial(run_kernel, kernel, grid, arguments, options, self.interpreted)
         with self.pause():
-            run_kernel(kernel, grid, arguments, options, self.interpreted)
+            run()
+        if self.recording:
+            self.recording.record(run)
 
     # ---- PyTorch's names -----------------------------------------------------------------------------------
 
@@ -210,7 +217,7 @@ class PretendedGpu:
             current_stream=lambda device=None: self.streams[self.device(device)],
             default_stream=lambda device=None: self.default_streams[self.device(device)],
             stream=self._in_stream, synchronize=lambda device=None: self.wait("synchronize() of a GPU"),
-            is_current_stream_capturing=lambda: False,
+            CUDAGraph=type("CUDAGraph", (Graph,), dict(gpu=self)), is_current_stream_capturing=lambda: self.recording is not None,
             mem_get_info=lambda device=None: (self.memory, self.memory),
             max_memory_allocated=lambda device=None: 1 << 20, memory_allocated=lambda device=None: 1 << 20,
             max_memory_reserved=lambda device=None: 2 << 20, memory_reserved=lambda device=None: 2 << 20,

@@ -4,6 +4,8 @@ Two of PyTorch's modes see every operation. `Functions` sees the calls from Pyth
 .cpu(), torch.zeros(device=...). `Dispatch` sees what remains of them below autograd, the backward included.
 """
 
+from functools import partial
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
@@ -150,6 +152,8 @@ class Dispatch(TorchDispatchMode):
             a, b, dtype = arguments
             operation, arguments = torch.ops.aten.mm.default, (a.to(dtype), b.to(dtype))
         result = operation(*arguments, **options)
+        if self.gpu.recording and name not in FREE:
+            self.gpu.recording.record(partial(operation, *arguments, **options), result)
         if name not in ("copy_", "_local_scalar_dense"):
             for tensor in tree_iter(result):
                 if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
