@@ -266,9 +266,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     add to the scores (see backend/attention_mask.py) -> (B, H, T, K). With `mask=None` every query sees the
     keys up to its own position. That needs T = S, or T = 1 as the last of S.
     """
-    if q.is_cuda and q.shape[2] == 1:  # A group's queries all see the same: they are rows of one product.
-        rows = q.reshape(*k.shape[:2], -1, q.shape[3])  # (B, G, H / G, K)
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
     # The memory-efficient kernel, the only fused one on a T4, knows no groups: heads are repeated in memory.
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, S, K)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # (B, H, S, K)

@@ -19,6 +19,7 @@ dropout.py       dropout from a seed, without a mask
 triton_trial.py  whether the Triton kernels run on a GPU, found out once
 kernel_trial.py  whether each of them computes its definition there, found out once
 scratch.py   a buffer that all layers share
+graphs.py    a GPU's work, recorded and repeated
 copies.py    numbers on their way to a GPU and back, with few waits
 offload.py   layer inputs on their way to CPU memory and back
 documents.py     where the documents of a batch lie

@@ -2,6 +2,7 @@
 
 load.py          base model, adapters, tokenizer, template and settings, found from an output directory
 generation.py    one token after another: KV cache, sampling, batches of prompts of different lengths
+token_graph.py   a token's layers as one launch of a GPU
 assistant.py     conversations that reuse the KV cache from turn to turn; for scripts/chat.py
 evaluation.py    loss, perplexity, exact match, ROUGE, BLEU
 """
