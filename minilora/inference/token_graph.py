@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from minilora.backend.attention_mask import row_numbers
+from minilora.backend.documents import positions_in_documents
 from minilora.backend.graphs import recorded
-from minilora.model import CausalLM, KVCache, attention_mask, positions_in_documents
+from minilora.model import CausalLM, KVCache, attention_mask
 from minilora.rope import document_lengths, rope_angles
 
 KEYS = 256
@@ -34,12 +35,10 @@ class TokenGraph:
 
     def __init__(self, model: CausalLM, cache: KVCache):
         self.model, self.cache, self.keys = model, cache, 0
-        B, config = cache.keys.shape[1], model.config
-        like = dict(dtype=cache.keys.dtype, device=cache.keys.device)
-        self.x = torch.empty(B, config.hidden_size, **like)
-        self.place = torch.zeros(1, dtype=torch.long, device=like["device"])  # of the new key
-        self.logits = torch.empty(B, config.vocab_size, dtype=torch.float32, device=like["device"])
-        self.like = like
+        self.like = dict(dtype=cache.keys.dtype, device=cache.keys.device)
+        self.x = torch.empty(cache.keys.shape[1], model.config.hidden_size, **self.like)
+        self.place = torch.zeros(1, dtype=torch.long, device=self.x.device)  # of the new key
+        self.logits: Tensor | None = None  # (B, V) float32
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -85,7 +84,10 @@ class TokenGraph:
         x, model = self.x, self.model
         for layer, window in zip(model.model.layers, model.config.layer_windows, strict=True):
             x = layer(x, *self.angles, self.masks[window], self)
-        self.logits.copy_(model.lm_head(model.model.norm(x)))
+        logits = model.lm_head(model.model.norm(x))
+        if self.logits is None:
+            self.logits = torch.empty_like(logits, dtype=torch.float32)
+        self.logits.copy_(logits)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v: (B, G, 1, K) of the new token. Returns the layer's keys and values, (B, G, keys, K)."""
