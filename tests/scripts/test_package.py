@@ -108,7 +108,12 @@ def test_kernels_are_found_from_a_checkout_on_the_path(tmp_path):
     )
 
 
-def test_kernels_are_found_from_a_wheel_which_holds_every_module(tmp_path):
+def sources(folder: Path) -> list[Path]:
+    """The files of Python and of C below a folder."""
+    return [path for path in folder.rglob("*") if path.suffix in (".py", ".c")]
+
+
+def test_kernels_are_found_from_a_wheel_which_holds_every_module_and_the_c_sources(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
     source = tmp_path / "source"  # setuptools leaves a build folder beside what it builds
     source.mkdir()
@@ -121,15 +126,13 @@ def test_kernels_are_found_from_a_wheel_which_holds_every_module(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    tree = {path.relative_to(ROOT) for path in (ROOT / "minilora").rglob("*.py")} - {
-        Path("minilora/kernels/__init__.py")
-    }
-    tree |= {Path("minilora") / path.relative_to(ROOT) for path in (ROOT / "kernels").glob("*.py")}
-    assert {path.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("*.py")} == tree
+    tree = {path.relative_to(ROOT) for path in sources(ROOT / "minilora")}
+    tree -= {Path("minilora/kernels/__init__.py")}
+    tree |= {Path("minilora") / path.relative_to(ROOT) for path in sources(ROOT / "kernels")}
+    assert {path.relative_to(tmp_path / "site") for path in sources(tmp_path / "site")} == tree
     done = run_python(WHERE_KERNELS_LIE, tmp_path, tmp_path / "site")
     site = tmp_path / "site" / "minilora"
     assert done.stdout.split() == [str(site / "__init__.py"), str(site / "kernels/nf4.py")], done.stderr
-    assert (site / "backend/native.c").is_file()
 
 
 def test_every_public_name_exists_and_is_documented():
