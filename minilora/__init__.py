@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from minilora.adapters.save_load import load_adapter, save_adapter
     from minilora.config import PRESETS, LoraConfig, ModelConfig, QuantConfig
     from minilora.data.tokenizer import load_tokenizer
-    from minilora.formats.adapter import load_adapter, save_adapter
     from minilora.formats.weights import load_model, save_model
     from minilora.inference.evaluation import perplexity
     from minilora.inference.generation import generate
@@ -64,7 +64,7 @@ __all__ = [
 _MODULES = {  # module -> its public names
     "config": "PRESETS LoraConfig ModelConfig QuantConfig",
     "data.tokenizer": "load_tokenizer",
-    "formats.adapter": "load_adapter save_adapter",
+    "adapters.save_load": "load_adapter save_adapter",
     "formats.weights": "load_model save_model",
     "inference.evaluation": "perplexity",
     "inference.generation": "generate",

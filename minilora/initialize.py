@@ -15,7 +15,7 @@ B. They take that part out of the frozen weight, so that the layer still compute
     olora             the first r columns of W = Q R                   W - scaling * B A
     loftq             the r largest of W - base                        4 bits of W - scaling * B A
 
-An adapter that started from the second group means nothing beside the original W. `formats/arithmetic.py`
+An adapter that started from the second group means nothing beside the original W. `adapters/arithmetic.py`
 rewrites it as plain LoRA.
 
 Every number is PEFT's, draws included, with one exception: PEFT's LoftQ forgets the scaling, so its layer is

@@ -63,7 +63,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 def main() -> None:
     options = parse_options()
     started = time.perf_counter()
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # Asking whether there is a GPU starts no CUDA.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # Asking for a GPU starts no CUDA.
     card = in_child(read_card)
     import_once()
     table = table_of(options, card)

@@ -19,12 +19,12 @@ import argparse
 import math
 from pathlib import Path
 
+from minilora.adapters.arithmetic import COMBINATION_TYPES, Adapter, combine, errors_text
+from minilora.adapters.lint import findings_text, lint_adapter
+from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, A, B, tensor_key
+from minilora.adapters.plain import write_plain_adapter
+from minilora.adapters.save_load import AdapterFile, read_adapter
 from minilora.config import LoraConfig
-from minilora.formats.adapter import AdapterFile, read_adapter
-from minilora.formats.arithmetic import COMBINATION_TYPES, Adapter, combine, errors_text
-from minilora.formats.lint import findings_text, lint_adapter
-from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, A, B, tensor_key
-from minilora.formats.plain_adapter import write_plain_adapter
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_writable, read_json
 from minilora.system.hub import resolve_model

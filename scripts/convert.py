@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.formats.peft_format import ADAPTER_WEIGHTS_FILE, PICKLED_WEIGHTS_FILE
+from minilora.adapters.peft_format import ADAPTER_WEIGHTS_FILE, PICKLED_WEIGHTS_FILE
 from minilora.formats.pickled import read_pickled_tensors
 from minilora.formats.weight_files import index_of, weight_files
 from minilora.formats.weights import save_tensors, write_shards

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minilora.formats.arithmetic import errors_text, extract
-from minilora.formats.lint import findings_text, lint_adapter
-from minilora.formats.plain_adapter import write_plain_adapter
+from minilora.adapters.arithmetic import errors_text, extract
+from minilora.adapters.lint import findings_text, lint_adapter
+from minilora.adapters.plain import write_plain_adapter
 from minilora.formats.weights import StoredTensors, read_config
 from minilora.model import CausalLM
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize

@@ -4,7 +4,7 @@
     python scripts/lint_adapter.py outputs --model mistralai/Mistral-7B-v0.1
 
 With --model, names and shapes are compared with the base model's. None of the three programs is installed or
-started: `minilora/formats/lint.py` knows their rules. The weights are read once, to find a NaN. Exits with 0
+started: `minilora/adapters/lint.py` knows their rules. The weights are read once, to find a NaN. Exits with 0
 if all three load the adapter as it was trained, 1 if some do not or nobody can tell, 2 if the directory holds
 no adapter. A command that is advised takes this adapter.
 """
@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 import sys
 
-from minilora.formats.lint import findings_text, lint_adapter, loads
+from minilora.adapters.lint import findings_text, lint_adapter, loads
 from minilora.formats.weights import read_config
 from minilora.system.errors import ArgumentParser, run_script
 from minilora.system.hub import resolve_model

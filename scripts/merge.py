@@ -24,8 +24,8 @@ and one output file of about 1 GB until it is written: a 7B model needs less tha
 complete or not at all.
 
 --export_adapter merges nothing. It writes rsLoRA, ranks and alphas by layer, patterns and chosen layers as
-plain LoRA: one rank, one alpha, names. SGLang knows nothing else (minilora/formats/export.py). Then it prints
-for each server whether the adapter loads there, as scripts/lint_adapter.py does.
+plain LoRA: one rank, one alpha, names. SGLang knows nothing else (minilora/adapters/export.py). Then it
+prints for each server whether the adapter loads there, as scripts/lint_adapter.py does.
 """
 
 if __name__ == "__main__":
@@ -41,15 +41,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minilora.adapters.export import as_plain
+from minilora.adapters.file import AdapterFile
+from minilora.adapters.lint import findings_text, lint_adapter
+from minilora.adapters.merging import Merging
+from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, PICKLED_WEIGHTS_FILE
+from minilora.adapters.save_load import load_adapter, read_adapter, write_adapter
 from minilora.config import ModelConfig, QuantConfig
 from minilora.data.chat import answer_end
 from minilora.data.tokenizer import Tokenizer
-from minilora.formats.adapter import load_adapter, read_adapter, write_adapter
-from minilora.formats.adapter_file import AdapterFile
-from minilora.formats.export import as_plain
-from minilora.formats.lint import findings_text, lint_adapter
-from minilora.formats.merging import Merging
-from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, PICKLED_WEIGHTS_FILE
 from minilora.formats.quantized import (
     QuantizedWeight,
     bitsandbytes_config,
@@ -448,7 +448,7 @@ def write_config(plan: Plan, directory: Path) -> None:
 
 
 def export_adapter(adapter: Path, output: Path) -> None:
-    """Write an adapter as plain LoRA (formats/export.py). Raises UserError if that cannot express it."""
+    """Write an adapter as plain LoRA (adapters/export.py). Raises UserError if that cannot express it."""
     file = read_adapter(adapter)
     plain = as_plain(file, read_json(adapter / ADAPTER_CONFIG_FILE))
     with whole_output("output", output) as part:

@@ -14,7 +14,7 @@ name=owner/name.
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
 
-from minilora.formats.adapter import read_adapter
+from minilora.adapters.save_load import read_adapter
 from minilora.run.sharing import files_to_share, make_destinations, send_to_all
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 

@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minilora.adapters.lint import findings_text, lint_adapter
+from minilora.adapters.save_load import load_adapter, save_adapter
 from minilora.backend.choice import set_fused
 from minilora.data.examples import batch_for
-from minilora.formats.adapter import load_adapter, save_adapter
-from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.weights import original_weight
 from minilora.inference.evaluation import answers, evaluate_loss, exact_match
 from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters

@@ -18,6 +18,7 @@ FLOORS = (
     ("loss", "loss_scale"),
     ("data", "memory", "testing"),
     ("formats",),
+    ("adapters",),
     ("run",),
     ("inference",),
     ("__init__",),

@@ -18,16 +18,16 @@ from pathlib import Path
 
 from torch import nn
 
-from minilora.config import ModelConfig
-from minilora.data.chat import ChatTemplate, load_chat_template
-from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from minilora.formats.adapter import (
+from minilora.adapters.save_load import (
     ADAPTER_CONFIG_FILE,
     check_has_weights,
     load_adapter,
     read_adapter_config,
     vocabulary_of,
 )
+from minilora.config import ModelConfig
+from minilora.data.chat import ChatTemplate, load_chat_template
+from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from minilora.formats.weights import read_config
 from minilora.lora import set_adapter
 from minilora.model import CausalLM

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from minilora.adapters.save_load import read_adapter_config, vocabulary_of
 from minilora.backend.choice import padded_length
 from minilora.config import LoraConfig, ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
@@ -19,7 +20,6 @@ from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids, tok
 from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, has_tokenizer
-from minilora.formats.adapter import read_adapter_config, vocabulary_of
 from minilora.formats.weights import read_model
 from minilora.memory.allocator import (
     compiles_kernels,

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from minilora.adapters.save_load import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.data.tokenizer import TOKENIZER_FILES
-from minilora.formats.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.run.output_dir import RUN_FILES, SETTINGS_FILE
 from minilora.run.tracker import METRICS_FILE
 from minilora.system.errors import UserError, summarize

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from minilora.adapters.peft_format import PEFT_CHANGES_NOTHING, PEFT_HONOURED, PEFT_INIT, PEFT_MUST_BE_OFF
 from minilora.formats.config_fields import (
     CHANGES_NOTHING,
     CONFIG_FIELDS,
@@ -22,7 +23,6 @@ from minilora.formats.config_fields import (
     QUANTIZATION_FIELDS,
     ROPE_FIELDS,
 )
-from minilora.formats.peft_format import PEFT_CHANGES_NOTHING, PEFT_HONOURED, PEFT_INIT, PEFT_MUST_BE_OFF
 from minilora.run.llama_factory import DEFAULTS, INSTEAD, NEEDED, NO_EFFECT, TRANSLATED, VALUES
 from minilora.run.settings import ALIASES, SWITCHES, documented_keys
 from minilora.system.errors import ArgumentParser, run_script
@@ -123,9 +123,9 @@ def fields_page() -> str:
     return f"""# Every field of config.json and adapter_config.json
 
 `python scripts/dev/keys.py` writes this page from the tables by which the files are read, in
-`minilora/formats/config_fields.py` and `minilora/formats/peft_format.py`. A value that a table does not allow
-is refused in one line, before anything is written. Nothing is coerced: `"false"` is not false, `true` is not
-1, `32.0` is no whole number. Only where a fraction is meant, the whole number `1000000` is read as
+`minilora/formats/config_fields.py` and `minilora/adapters/peft_format.py`. A value that a table does not
+allow is refused in one line, before anything is written. Nothing is coerced: `"false"` is not false, `true`
+is not 1, `32.0` is no whole number. Only where a fraction is meant, the whole number `1000000` is read as
 `1000000.0`.
 
 ## config.json

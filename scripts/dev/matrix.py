@@ -4,7 +4,7 @@
 
 The kinds are those of tests/support/adapter_kinds.py. PEFT makes an adapter of each, on a tiny base model.
 Every "yes" is a comparison with PEFT that ran when the page was written, within the bounds that the page
-names. The columns of the two servers are the linter's verdicts (minilora/formats/lint.py): they did not run.
+names. The columns of the two servers are the linter's verdicts (minilora/adapters/lint.py): they did not run.
 """
 
 if __name__ == "__main__":
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from minilora import CausalLM, UserError, load_adapter, save_adapter
-from minilora.formats.adapter import read_adapter, write_adapter
+from minilora.adapters.export import as_plain
+from minilora.adapters.lint import lint_adapter
+from minilora.adapters.merging import Merging
+from minilora.adapters.save_load import read_adapter, write_adapter
 from minilora.formats.config_json import parse_config
-from minilora.formats.export import as_plain
-from minilora.formats.lint import lint_adapter
-from minilora.formats.merging import Merging
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.system.errors import ArgumentParser, run_script

@@ -20,8 +20,8 @@ from minilora import (
     dequantize_4bit,
     quantize_4bit,
 )
+from minilora.adapters.arithmetic import to_plain
 from minilora.eva import InputDirections, input_directions
-from minilora.formats.arithmetic import to_plain
 from minilora.initialize import CHANGE_THE_BASE, REPEATABLE, check_kind, initialize
 from minilora.int8 import quantize_int8
 from minilora.lora import lora_layers

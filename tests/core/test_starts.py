@@ -22,8 +22,8 @@ from minilora import (
     trainable_parameters,
     unmerge_lora,
 )
+from minilora.adapters.arithmetic import to_plain
 from minilora.config import QuantConfig
-from minilora.formats.arithmetic import to_plain
 from minilora.initialize import initialize
 from minilora.lora import lora_layers
 from minilora.starts import doubled

@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant("minilora/formats/config_json.py", 'if window is None and "sliding_attention" in types:', "if False:", "tests/formats/test_config.py -k windows"),
     Mutant("minilora/formats/config_json.py", "if count > MAX_PARAMETERS:", "if False:", "tests/formats/test_config.py"),
     Mutant("minilora/formats/config_json.py", "    _check_code(fields[\"auto_map\"])\n", "", "tests/formats/test_config.py"),
-    Mutant("minilora/formats/adapter_file.py", "if value not in (None, False, [])", "if value", "tests/formats/test_adapter.py"),
+    Mutant("minilora/adapters/file.py", "if value not in (None, False, [])", "if value", "tests/adapters/test_save_load.py"),
     Mutant("minilora/formats/weights.py", "if not torch.stack(torch.aminmax(weight)).isfinite().all():", "if False:", "tests/formats/test_weights.py"),
     Mutant(PICKLED, "weights_only=True, mmap", "weights_only=False, mmap", "tests/formats/test_pickled.py"),
     Mutant(PICKLED, "if torch.__version__ < _SAFE_SINCE:", "if False:", "tests/formats/test_pickled.py"),

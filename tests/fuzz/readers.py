@@ -17,12 +17,12 @@ from fuzz import mutations
 from fuzz.edits import seal
 from fuzz.place import CHAT_TEMPLATE, SETTINGS
 from minilora import load_model, load_tokenizer
+from minilora.adapters.lint import findings_text, lint_adapter
+from minilora.adapters.save_load import read_adapter
 from minilora.data.chat import load_chat_template
 from minilora.data.examples import tokenize
 from minilora.data.prepared import load_tokens
 from minilora.data.rows import read_rows
-from minilora.formats.adapter import read_adapter
-from minilora.formats.lint import findings_text, lint_adapter
 from minilora.formats.weights import StoredTensors, read_config
 from minilora.run.checkpoints import read_checkpoint
 from minilora.run.settings import load_train_config

@@ -22,7 +22,7 @@ from minilora import (
     save_model,
     set_adapter,
 )
-from minilora.formats.adapter import load_adapter, read_adapter_config
+from minilora.adapters.save_load import load_adapter, read_adapter_config
 from minilora.formats.gguf_vocabulary import CONTROL, UNUSED, USER_DEFINED, read_vocabulary
 from minilora.formats.weights import read_config
 from minilora.linear import Linear4bit

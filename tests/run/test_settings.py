@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import UserError
+from minilora.adapters.peft_format import PEFT_DEFAULTS
 from minilora.data.examples import Order
 from minilora.formats.config_fields import CHANGES_NOTHING, CONFIG_FIELDS, ROPE_FIELDS
-from minilora.formats.peft_format import PEFT_DEFAULTS
 from minilora.run.llama_factory import KEYS
 from minilora.run.plan import make_schedule
 from minilora.run.settings import ALIASES, LARGEST, TrainConfig, documented_keys, load_train_config, manual

@@ -6,8 +6,8 @@ import warnings
 import pytest
 from support.adapter_kinds import KINDS, peft_model
 
-from minilora.formats.findings import SAVE_AGAIN, UNMERGED
-from minilora.formats.lint import lint_adapter, loads
+from minilora.adapters.findings import SAVE_AGAIN, UNMERGED
+from minilora.adapters.lint import lint_adapter, loads
 from minilora.formats.weights import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::UserWarning:transformers")

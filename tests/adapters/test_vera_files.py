@@ -12,11 +12,11 @@ from support.tiny import TOLERANCE, ids
 from support.vera import peft_vera, vectors_of
 
 from minilora import UserError, load_adapter, save_adapter, trainable_parameters
-from minilora.formats.adapter import read_adapter, read_adapter_config
+from minilora.adapters.lint import lint_adapter
+from minilora.adapters.plain import plain_factors, shared_matrices, write_plain_adapter
+from minilora.adapters.save_load import read_adapter, read_adapter_config
+from minilora.adapters.vera_files import SHARED_A, SHARED_B
 from minilora.formats.config_json import parse_config
-from minilora.formats.lint import lint_adapter
-from minilora.formats.plain_adapter import plain_factors, shared_matrices, write_plain_adapter
-from minilora.formats.vera_adapter import SHARED_A, SHARED_B
 from minilora.lora import lora_layers
 
 # PEFT's advice to save the projections.

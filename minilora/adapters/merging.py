@@ -2,7 +2,7 @@
 
     own weights     the parameter is replaced: modules_to_save, trained biases, a vocabulary that has grown
     update          W + scaling * B A, for DoRA the rows then scaled to their trained lengths. VeRA and starts
-                    that took a part out of W are turned into A and B first (plain_adapter.py)
+                    that took a part out of W are turned into A and B first (plain.py)
     trained rows    these rows are replaced last
 
 A tied head stays tied as long as it and the embedding change alike. Else the merged model has a head of its
@@ -16,10 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from minilora.config import ModelConfig
-from minilora.dora import row_factors
-from minilora.formats.adapter_file import AdapterFile, is_base_weight
-from minilora.formats.peft_format import (
+from minilora.adapters.file import AdapterFile, is_base_weight
+from minilora.adapters.peft_format import (
     EMBEDDING_A,
     EMBEDDING_B,
     LORA_BIAS,
@@ -28,8 +26,10 @@ from minilora.formats.peft_format import (
     WEIGHT,
     A,
 )
-from minilora.formats.plain_adapter import plain_factors, shared_matrices
-from minilora.formats.vera_adapter import LAMBDA_D
+from minilora.adapters.plain import plain_factors, shared_matrices
+from minilora.adapters.vera_files import LAMBDA_D
+from minilora.config import ModelConfig
+from minilora.dora import row_factors
 from minilora.model import CausalLM
 from minilora.system.errors import UserError
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, ranks_and_alphas, rows_of

@@ -1,15 +1,14 @@
 """PEFT 0.21's verdict on an adapter: what it refuses, what it leaves untrained, what it passes over.
 
-The two files are compared by adapter_checks.py, for this linter and for the reader. Here each problem gets
+The two files are compared by checks.py, for this linter and for the reader. Here each problem gets
 PEFT's answer to it.
 """
 
 from collections.abc import Iterator
 from functools import partial
 
-from minilora.formats.adapter_checks import MISSING, MISSING_COPY, UNEXPECTED, UNFIT, WRONG_RANK
-from minilora.formats.adapter_header import AdapterHeader
-from minilora.formats.findings import (
+from minilora.adapters.checks import MISSING, MISSING_COPY, UNEXPECTED, UNFIT, WRONG_RANK
+from minilora.adapters.findings import (
     CANNOT_TELL,
     CONVERT,
     CORRECT,
@@ -21,8 +20,9 @@ from minilora.formats.findings import (
     Finding,
     found,
 )
-from minilora.formats.peft_format import PEFT_DEFAULTS
-from minilora.formats.peft_rules import refused_values, starts_elsewhere, unjudged
+from minilora.adapters.header import AdapterHeader
+from minilora.adapters.peft_format import PEFT_DEFAULTS
+from minilora.adapters.peft_rules import refused_values, starts_elsewhere, unjudged
 from minilora.system.schema import shown
 from minilora.targets import EMBEDDING, chosen_targets
 

@@ -10,7 +10,7 @@ from support.project import ROOT
 
 import minilora
 from minilora import LoraConfig, QuantConfig, UserError
-from minilora.formats.peft_format import ROWS, tensor_key
+from minilora.adapters.peft_format import ROWS, tensor_key
 from minilora.targets import chosen_targets
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minilora.formats.peft_format import ADAPTER_CONFIG_FILE
+from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE
 from minilora.system.errors import summarize
 
 SERVERS = ("PEFT", "vLLM", "SGLang")

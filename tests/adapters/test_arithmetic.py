@@ -11,7 +11,7 @@ from support.families import relative_error, transformers_model
 from support.tiny import ids
 
 from minilora import UserError
-from minilora.formats.arithmetic import (
+from minilora.adapters.arithmetic import (
     combine,
     distance,
     extract,

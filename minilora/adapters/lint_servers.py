@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterator
 from functools import partial
 
-from minilora.formats.adapter_checks import MISSING, UNFIT, WRONG_RANK, is_name
-from minilora.formats.adapter_header import AdapterHeader
-from minilora.formats.findings import (
+from minilora.adapters.checks import MISSING, UNFIT, WRONG_RANK, is_name
+from minilora.adapters.findings import (
     CONVERT,
     CORRECT,
     EXPORT,
@@ -21,7 +20,8 @@ from minilora.formats.findings import (
     Finding,
     found,
 )
-from minilora.formats.peft_format import (
+from minilora.adapters.header import AdapterHeader
+from minilora.adapters.peft_format import (
     BASE_WEIGHT,
     PARTNERS,
     PREFIX,

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from minilora import starts
 from minilora.adapted import Adapted, LoraEmbedding, TrainedCopy, TrainedRows, weight_under
-from minilora.config import LoraConfig
-from minilora.formats.adapter_checks import (
+from minilora.adapters.checks import (
     Problem,
     adaptable,
     chosen_layers,
@@ -29,14 +28,14 @@ from minilora.formats.adapter_checks import (
     problems_alone,
     problems_on,
 )
-from minilora.formats.adapter_file import (
+from minilora.adapters.file import (
     AdapterFile,
     check_has_weights,
     is_base_weight,
     read_adapter_config,
     stored_tensors,
 )
-from minilora.formats.peft_format import (
+from minilora.adapters.peft_format import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     BASE_BIAS,
@@ -55,7 +54,7 @@ from minilora.formats.peft_format import (
     B,
     tensor_key,
 )
-from minilora.formats.vera_adapter import (
+from minilora.adapters.vera_files import (
     LAMBDA_B,
     LAMBDA_D,
     SHARED_A,
@@ -64,6 +63,7 @@ from minilora.formats.vera_adapter import (
     sort_vera,
     vera_config_json,
 )
+from minilora.config import LoraConfig
 from minilora.initialize import takes_part_of_base
 from minilora.lora import LoraLinear, adding, lora_layers, wrap_targets
 from minilora.model import CausalLM

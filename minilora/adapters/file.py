@@ -15,8 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minilora.config import LoraConfig
-from minilora.formats.peft_format import (
+from minilora.adapters.peft_format import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     BASE_BIAS,
@@ -38,9 +37,10 @@ from minilora.formats.peft_format import (
     split_key,
     tensor_key,
 )
-from minilora.formats.peft_rules import refused_values
+from minilora.adapters.peft_rules import refused_values
+from minilora.adapters.vera_files import LAMBDA_D, VERA, parse_vera_config
+from minilora.config import LoraConfig
 from minilora.formats.pickled import read_pickled_tensors
-from minilora.formats.vera_adapter import LAMBDA_D, VERA, parse_vera_config
 from minilora.system.errors import UserError
 from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, saved_modules

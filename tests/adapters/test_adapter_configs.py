@@ -3,7 +3,7 @@
 import pytest
 
 from minilora import UserError
-from minilora.formats.adapter_file import parse_adapter_config
+from minilora.adapters.file import parse_adapter_config
 
 # What each version added to the keys of the one before, with the values that a plain LoRA gets.
 _FIRST = dict(

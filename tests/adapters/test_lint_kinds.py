@@ -15,9 +15,9 @@ from support.families import config_dict, relative_error, same_model_here
 from support.tiny import TOLERANCE, ids
 
 from minilora import UserError, load_adapter
+from minilora.adapters.findings import CANNOT_TELL, LOADS_WRONGLY, WILL_NOT_LOAD
+from minilora.adapters.lint import lint_adapter
 from minilora.formats.config_json import parse_config
-from minilora.formats.findings import CANNOT_TELL, LOADS_WRONGLY, WILL_NOT_LOAD
-from minilora.formats.lint import lint_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::UserWarning:transformers")
 LOADS = "loads"

@@ -12,8 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minilora.formats.adapter import AdapterFile
-from minilora.formats.peft_format import (
+from minilora.adapters.peft_format import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     PEFT_DEFAULTS,
@@ -21,7 +20,8 @@ from minilora.formats.peft_format import (
     B,
     tensor_key,
 )
-from minilora.formats.vera_adapter import LAMBDA_B, LAMBDA_D, check_projections
+from minilora.adapters.save_load import AdapterFile
+from minilora.adapters.vera_files import LAMBDA_B, LAMBDA_D, check_projections
 from minilora.initialize import initialize, takes_part_of_base
 from minilora.system.files import write_whole
 from minilora.vera import factors, shared_projections

@@ -2,7 +2,7 @@
 
 The reader refuses every adapter that this implementation cannot apply. An `AdapterHeader` describes all that
 PEFT can write, and `lint.py` judges it. Its `AdapterFile` holds tensors on the meta device, and
-`adapter_checks.py` compares them with the configuration, as for the reader. But a single NaN makes an adapter
+`checks.py` compares them with the configuration, as for the reader. But a single NaN makes an adapter
 worthless, so the numbers are read, too, one tensor at a time. All that is kept of a tensor is one number, its
 largest sum of absolute values in a row.
 """
@@ -15,17 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.config import ModelConfig
-from minilora.formats.adapter_checks import (
+from minilora.adapters.checks import (
     Problem,
     left_out,
     problems_alone,
     problems_on,
     without_moot_ones,
 )
-from minilora.formats.adapter_file import OWN_WEIGHTS, AdapterFile, parse_adapter_config, stored_tensors
-from minilora.formats.merging import Merging
-from minilora.formats.peft_format import (
+from minilora.adapters.file import OWN_WEIGHTS, AdapterFile, parse_adapter_config, stored_tensors
+from minilora.adapters.merging import Merging
+from minilora.adapters.peft_format import (
     ADAPTER_CONFIG_FILE,
     LORA_BIAS,
     PARTNERS,
@@ -33,7 +32,8 @@ from minilora.formats.peft_format import (
     split_key,
     tensor_key,
 )
-from minilora.formats.peft_rules import lora_config, refused_by_all
+from minilora.adapters.peft_rules import lora_config, refused_by_all
+from minilora.config import ModelConfig
 from minilora.model import CausalLM
 from minilora.system.errors import UserError
 from minilora.system.schema import read_object, shown, shown_name

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from support.families import transformers_model
 from support.merging import change_config, change_tensors, make_adapter, make_base
 
-from minilora.formats.findings import CANNOT_TELL, WILL_NOT_LOAD
-from minilora.formats.lint import lint_adapter
+from minilora.adapters.findings import CANNOT_TELL, WILL_NOT_LOAD
+from minilora.adapters.lint import lint_adapter
 from minilora.formats.weights import read_config
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -11,9 +11,9 @@ from support.families import relative_error, same_model_here, transformers_model
 from support.tiny import ALL_SEVEN, CASES, TOLERANCE, ids, randomize, tiny_model
 
 from minilora import LoraConfig, UserError, add_lora, load_adapter, save_adapter, set_adapter
-from minilora.formats.adapter import read_adapter, read_adapter_config, vocabulary_of
-from minilora.formats.adapter_file import stored_tensors
-from minilora.formats.peft_format import PEFT_DEFAULTS
+from minilora.adapters.file import stored_tensors
+from minilora.adapters.peft_format import PEFT_DEFAULTS
+from minilora.adapters.save_load import read_adapter, read_adapter_config, vocabulary_of
 from minilora.lora import lora_layers
 from minilora.wrapping import adapter_names
 

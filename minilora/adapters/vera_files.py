@@ -1,4 +1,4 @@
-"""VeRA in PEFT 0.21's files, as `adapter.py` reads and writes them (see minilora/vera.py).
+"""VeRA in PEFT 0.21's files, as `save_load.py` reads and writes them (see minilora/vera.py).
 
 `adapter_config.json` has `peft_type: VERA`. `adapter_model.safetensors` holds two vectors a layer:
 
@@ -8,15 +8,15 @@
 
 A file with `save_projection: false` lacks the last two; `projection_prng_key` is the seed that draws them
 again. Here they are always written: then the file does not depend on a generator. No server loads VeRA.
-`plain_adapter.plain_factors` makes LoRA of it, the same function in a larger file.
+`plain.plain_factors` makes LoRA of it, the same function in a larger file.
 """
 
 import re
 
 from torch import Tensor
 
+from minilora.adapters.peft_format import PEFT_CHANGES_NOTHING, PEFT_HONOURED
 from minilora.config import LoraConfig
-from minilora.formats.peft_format import PEFT_CHANGES_NOTHING, PEFT_HONOURED
 from minilora.system.errors import UserError
 from minilora.system.schema import Field, read_fields, shown, shown_name
 

@@ -24,10 +24,10 @@ from minilora import (
     set_recompute,
     unmerge_lora,
 )
-from minilora.formats.adapter import adapter_tensors, read_adapter
+from minilora.adapters.merging import Merging
+from minilora.adapters.peft_format import LORA_BIAS, STARTS_FROM_W
+from minilora.adapters.save_load import adapter_tensors, read_adapter
 from minilora.formats.config_json import parse_config
-from minilora.formats.merging import Merging
-from minilora.formats.peft_format import LORA_BIAS, STARTS_FROM_W
 from minilora.linear import Linear4bit
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss

@@ -14,12 +14,12 @@ from support.families import config_dict, relative_error
 from support.tiny import TOLERANCE, ids
 
 from minilora import LoraConfig, UserError
-from minilora.formats.adapter import read_adapter, write_adapter
-from minilora.formats.adapter_file import AdapterFile
+from minilora.adapters.export import as_plain
+from minilora.adapters.file import AdapterFile
+from minilora.adapters.lint import lint_adapter
+from minilora.adapters.peft_format import PEFT_DEFAULTS, A, B, tensor_key
+from minilora.adapters.save_load import read_adapter, write_adapter
 from minilora.formats.config_json import parse_config
-from minilora.formats.export import as_plain
-from minilora.formats.lint import lint_adapter
-from minilora.formats.peft_format import PEFT_DEFAULTS, A, B, tensor_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::UserWarning:transformers")
 NOT_PLAIN = {  # how the kind's name begins -> what stands in the way

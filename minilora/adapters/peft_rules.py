@@ -2,7 +2,7 @@
 
 PEFT checks few values. A wrong one meets an operation that fails, such as `lora_dropout > 0.0` for a text,
 or one that succeeds by chance. The table says what each key is meant to hold, and is stricter than chance:
-PEFT takes `exclude_modules = false` for none, and the linter does not. tests/formats/test_peft_rules.py asks
+PEFT takes `exclude_modules = false` for none, and the linter does not. tests/adapters/test_peft_rules.py asks
 PEFT. Which layers a configuration chooses stands in targets.py, for all of this project.
 
 Some keys ask for more than a configuration tells: tensors of other kinds, calibration data, other packages.
@@ -13,8 +13,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from minilora.adapters.peft_format import KNOWN_INITS, LORA_KEYS, PEFT_INIT, STARTS_FROM_W
 from minilora.config import LoraConfig
-from minilora.formats.peft_format import KNOWN_INITS, LORA_KEYS, PEFT_INIT, STARTS_FROM_W
 from minilora.system.schema import shown
 
 _TASKS = "SEQ_CLS SEQ_2_SEQ_LM CAUSAL_LM TOKEN_CLS QUESTION_ANS FEATURE_EXTRACTION".split()

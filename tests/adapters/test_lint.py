@@ -18,7 +18,7 @@ from support.merging import adapted, change_config, change_tensors, make_adapter
 from support.tiny import TOLERANCE
 
 from minilora import UserError, load_adapter, load_model
-from minilora.formats.lint import (
+from minilora.adapters.lint import (
     LOADS_WRONGLY,
     NEEDS_OPTION,
     SERVERS,
@@ -28,7 +28,7 @@ from minilora.formats.lint import (
     lint_adapter,
     loads,
 )
-from minilora.formats.peft_format import PEFT_DEFAULTS
+from minilora.adapters.peft_format import PEFT_DEFAULTS
 from minilora.formats.weights import read_config
 from minilora.system import patterns
 

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.config import LoraConfig
-from minilora.formats.adapter_checks import left_out
-from minilora.formats.adapter_file import AdapterFile
-from minilora.formats.peft_format import (
+from minilora.adapters.checks import left_out
+from minilora.adapters.file import AdapterFile
+from minilora.adapters.peft_format import (
     BASE_WEIGHT,
     EMBEDDING_A,
     EMBEDDING_B,
@@ -32,6 +31,7 @@ from minilora.formats.peft_format import (
     B,
     tensor_key,
 )
+from minilora.config import LoraConfig
 from minilora.initialize import takes_part_of_base
 from minilora.system.errors import UserError
 from minilora.targets import matching_names, ranks_and_alphas

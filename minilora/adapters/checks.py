@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from minilora.formats.adapter_file import OWN_WEIGHTS, AdapterFile
-from minilora.formats.peft_format import (
+from minilora.adapters.file import OWN_WEIGHTS, AdapterFile
+from minilora.adapters.peft_format import (
     BASE_BIAS,
     BASE_WEIGHT,
     BIAS,
@@ -38,7 +38,7 @@ from minilora.formats.peft_format import (
     B,
     tensor_key,
 )
-from minilora.formats.vera_adapter import LAMBDA_B, LAMBDA_D
+from minilora.adapters.vera_files import LAMBDA_B, LAMBDA_D
 from minilora.system.errors import UserError
 from minilora.system.schema import shown_name
 from minilora.targets import (

@@ -25,7 +25,7 @@ With the configuration of the base model, names and shapes are compared with its
 this adapter, or none.
 
 PEFT's rules are in lint_peft.py, those of the servers in lint_servers.py, the comparison of the two files in
-adapter_checks.py.
+checks.py.
 """
 
 from dataclasses import replace
@@ -33,11 +33,8 @@ from pathlib import Path
 
 import torch
 
-from minilora.config import ModelConfig
-from minilora.formats.adapter import load_adapter, read_adapter
-from minilora.formats.adapter_header import AdapterHeader
-from minilora.formats.export import is_exportable
-from minilora.formats.findings import (
+from minilora.adapters.export import is_exportable
+from minilora.adapters.findings import (
     EXPORT,
     LOADS_WRONGLY,
     MERGE,
@@ -50,10 +47,13 @@ from minilora.formats.findings import (
     Finding,
     found,
 )
-from minilora.formats.lint_peft import verdicts_of_peft
-from minilora.formats.lint_servers import verdicts_of_sglang, verdicts_of_vllm
-from minilora.formats.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from minilora.formats.vera_adapter import VERA
+from minilora.adapters.header import AdapterHeader
+from minilora.adapters.lint_peft import verdicts_of_peft
+from minilora.adapters.lint_servers import verdicts_of_sglang, verdicts_of_vllm
+from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from minilora.adapters.save_load import load_adapter, read_adapter
+from minilora.adapters.vera_files import VERA
+from minilora.config import ModelConfig
 from minilora.model import CausalLM
 from minilora.system.errors import UserError
 from minilora.system.schema import read_object
