@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,9 @@ from minilora.system.errors import run_script
 
 settings.register_profile("minilora", deadline=None)  # A busy machine is no fault of the code.
 settings.load_profile("minilora")
+
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # Under nohup the programs of the tests would not hear it.
+    signal.signal(signal.SIGHUP, lambda *_: None)  # This goes on without a terminal, too.
 
 
 @pytest.fixture(scope="session")
