@@ -25,8 +25,9 @@ from minilora.system.errors import run_script
 settings.register_profile("minilora", deadline=None)  # A busy machine is no fault of the code.
 settings.load_profile("minilora")
 
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # Under nohup the programs of the tests would not hear it.
-    signal.signal(signal.SIGHUP, lambda *_: None)  # This goes on without a terminal, too.
+# Under nohup the programs that the tests start would not hear a hangup. The tests go on without a terminal.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

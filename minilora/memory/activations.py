@@ -36,6 +36,8 @@ from minilora.config import LoraConfig, ModelConfig
 from minilora.loss import _HEAD_ROWS, rows_at_a_time
 from minilora.system.device import requested_backend
 
+_SHARE_AN_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)
+
 
 class Widths(NamedTuple):
     """Bytes of a number. 0: there are none of the kind."""
@@ -108,15 +110,15 @@ class _Adapters(NamedTuple):
             kept += x
         return kept + (sum(outputs[name] for name in names) if self.lora.use_dora else 0)
 
-    def copies(self, c: ModelConfig) -> int:
-        """Return the bytes of A and B in the dtype of products."""
+    def copies(self, c: ModelConfig, *names: str) -> int:
+        """Return the bytes of A and B in the dtype of products, of the products of these names."""
         if self.lora.use_dora:
             return 0
         D, F = c.hidden_size, c.intermediate_size
         HK, GK = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         sizes = dict(q_proj=D + HK, k_proj=D + GK, v_proj=D + GK, o_proj=HK + D)  # in + out
         sizes |= dict(gate_proj=D + F, up_proj=D + F, down_proj=F + D)
-        return self.lora.r * self.widths.product * sum(sizes[name] for name in self.adapted)
+        return self.lora.r * self.widths.product * sum(sizes[name] for name in self.adapted & {*names})
 
 
 def layer_bytes(
@@ -155,15 +157,17 @@ def layer_bytes(
     # After the second half: dy, dq, dk and dv of attention; the norm's input, dy, and what it makes of them.
     in_attention = 4 * HK + repeated + 3 * tokens * H * K * widths.attention_sums
     between = max(in_attention, 2 * D + 4 * sums_D) - second_half
-    # Without a graph: the residual stream, its norm and RoPE or attention; then both streams, attention's
-    # output, a norm, and SwiGLU, up_proj or down_proj.
-    alone_in_mlp = 4 * D + max(3 * F, 2 * F + wide_D + wide_F, at_down)
+    # Without a graph: the residual stream, its norm and the products, RoPE or attention; then both streams,
+    # attention's output, a norm, and SwiGLU, up_proj or down_proj.
+    copied_qkv, copied_up, copied_down = (adapters.copies(c, *names) for names in _SHARE_AN_INPUT)
+    alone_in_attention = 2 * D + max(4 * HK + 2 * GK, 2 * HK + 5 * GK, HK + 2 * GK + copied_qkv)
+    alone_in_mlp = 4 * D + max(3 * F, 2 * F + wide_D + wide_F + copied_up, at_down + copied_down)
     return LayerBytes(
         input=D,
         attention=attention,
-        kept=first_half + second_half + adapters.copies(c),
+        kept=first_half + second_half + adapters.copies(c, *adapted),
         backward=D + max(at_swiglu, at_down, between),  # D: the gradient of the residual stream
-        alone=max(2 * D + 4 * HK + 2 * GK, 2 * D + 2 * HK + 5 * GK, alone_in_mlp),
+        alone=max(alone_in_attention, alone_in_mlp),
     )
 
 
