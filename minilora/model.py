@@ -42,7 +42,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype: torch.dtype, device):
         G, K = config.num_key_value_heads, config.head_dim
         shape = (config.num_hidden_layers, batch_size, G, max_length, K)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # Masked ones may be read: no NaN.
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.document_ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
         self.has_documents = False  # whether document_ids were ever given

@@ -52,9 +52,8 @@ SECTIONS = (
     Section("t4", 40, "as on a T4: float16, 15 GiB, no flash attention", t4.t4),
     Section("decode", 25, "answers of a model of Mistral-7B's shape", decode.decode),
     Section("trainer", 50, "the default run, and the same stopped and resumed", programs.trainer),
-    Section(
-        "tests", 60, "the tests that need a GPU", programs.gpu_tests
-    ),  # the last: it has all that is left
+    # The last one has all the time that is left.
+    Section("tests", 60, "the tests that need a GPU", programs.gpu_tests),
 )
 NAMES = [section.name for section in SECTIONS]
 BENCHMARKS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -168,9 +167,8 @@ def run_if_time_is_left(section: Section, check: Check, end: float, emulate: str
         check.report.tell(section.name, skipped=reason, wanted=True)
         check.report.tell(section.name, ended=0.0)
         return
-    deadline = time.perf_counter() + (
-        left if section is SECTIONS[-1] else min(left, section.seconds + OVERTIME)
-    )
+    allowed = left if section is SECTIONS[-1] else min(left, section.seconds + OVERTIME)
+    deadline = time.perf_counter() + allowed
     run = partial(run_as_t4, section) if emulate else section.run
     run_fenced(replace(section, run=run), replace(check, section=section.name, deadline=deadline))
 

@@ -42,11 +42,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minilora.adapters.export import as_plain
-from minilora.adapters.file import AdapterFile
+from minilora.adapters.file import AdapterFile, write_adapter
 from minilora.adapters.lint import findings_text, lint_adapter
 from minilora.adapters.merging import Merging
 from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, PICKLED_WEIGHTS_FILE
-from minilora.adapters.save_load import load_adapter, read_adapter, write_adapter
+from minilora.adapters.save_load import load_adapter, read_adapter
 from minilora.config import ModelConfig, QuantConfig
 from minilora.data.chat import answer_end
 from minilora.data.tokenizer import Tokenizer

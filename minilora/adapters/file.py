@@ -7,10 +7,12 @@ The reader, the merger and the linter all begin here. The linter keeps shapes al
 meta device.
 """
 
+import json
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -42,6 +44,7 @@ from minilora.adapters.vera_files import LAMBDA_D, VERA, parse_vera_config
 from minilora.config import LoraConfig
 from minilora.formats.pickled import read_pickled_tensors
 from minilora.system.errors import UserError
+from minilora.system.files import write_whole
 from minilora.system.schema import Field, read_fields, read_object, shown, shown_name
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, saved_modules
 
@@ -199,3 +202,11 @@ def is_base_weight(base: Tensor, own: Tensor) -> bool:
         return False
     own = own.to(base.device)
     return torch.equal(base.to(own.dtype), own) or torch.equal(base, own.to(base.dtype))
+
+
+def write_adapter(directory: str | Path, raw: dict, tensors: dict[str, Tensor]) -> None:
+    """Write an adapter's two files. raw: its configuration; tensors by their keys in the file."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / ADAPTER_WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_whole(directory / ADAPTER_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")

@@ -4,26 +4,21 @@
 takes scaling 1: alpha = r, no rsLoRA, one rank for all layers. So scripts write the results of arithmetic.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from minilora.adapters.file import AdapterFile, write_adapter
 from minilora.adapters.peft_format import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
     PEFT_DEFAULTS,
     A,
     B,
     tensor_key,
 )
-from minilora.adapters.save_load import AdapterFile
 from minilora.adapters.vera_files import LAMBDA_B, LAMBDA_D, check_projections
 from minilora.initialize import initialize, takes_part_of_base
-from minilora.system.files import write_whole
 from minilora.vera import factors, shared_projections
 
 
@@ -81,6 +76,4 @@ def write_plain_adapter(
         for layer, factors in layers.items()
         for part, factor in zip((A, B), factors, strict=True)
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / ADAPTER_WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    write_whole(directory / ADAPTER_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
+    write_adapter(directory, raw, tensors)

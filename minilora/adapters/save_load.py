@@ -10,11 +10,9 @@ full set of keys, with plain leaf names as targets where these suffice: PEFT, vL
 LoRA-FA has no key, since a frozen A matters in training only.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -34,10 +32,10 @@ from minilora.adapters.file import (
     is_base_weight,
     read_adapter_config,
     stored_tensors,
+    write_adapter,
 )
 from minilora.adapters.peft_format import (
     ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
     BASE_BIAS,
     BASE_WEIGHT,
     BIAS,
@@ -69,7 +67,6 @@ from minilora.lora import LoraLinear, adding, lora_layers, wrap_targets
 from minilora.model import CausalLM
 from minilora.new_rows import take_new_rows
 from minilora.system.errors import UserError, suggestion, summarize
-from minilora.system.files import write_whole
 from minilora.system.schema import read_object, shown
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, chosen_targets, saved_modules
 from minilora.wrapping import (
@@ -119,14 +116,6 @@ def _in_memory_of_their_own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same, without two that share memory, which safetensors refuses: a tied head is the embedding."""
     first = {t.data_ptr(): key for key, t in reversed(tensors.items())}
     return {key: t if first[t.data_ptr()] == key else t.clone() for key, t in tensors.items()}
-
-
-def write_adapter(directory: str | Path, raw: dict, tensors: dict[str, Tensor]) -> None:
-    """Write an adapter's two files. raw: its configuration; tensors by their keys in the file."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / ADAPTER_WEIGHTS_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    write_whole(directory / ADAPTER_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
 def adapter_config_json(model: nn.Module, name: str) -> dict:

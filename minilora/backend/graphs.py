@@ -1,14 +1,17 @@
 """A function's work on a GPU, recorded once and launched as one: a CUDA graph.
 
-Each launch costs the host some 10 to 50 us. A token of a 7B model takes over a thousand of them, and the GPU
-waits for nearly all. A graph is one launch. It repeats the same kernels on the same memory, and runs none of
+Each launch costs the host some 10 to 50 us. A token of a 7B model takes hundreds of them, and the GPU waits
+for nearly all. A graph is one launch. It repeats the same kernels on the same memory, and runs none of
 the function's Python.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
+from minilora.backend import scratch
 from minilora.backend.library import warn
 from minilora.system.errors import one_line
 
@@ -25,11 +28,8 @@ def recorded(function: Callable[[], None], device: torch.device) -> Callable[[],
     global _problem
     if _problem:
         return function
-    graph, stream, current = (
-        torch.cuda.CUDAGraph(),
-        torch.cuda.Stream(device),
-        torch.cuda.current_stream(device),
-    )
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    current = torch.cuda.current_stream(device)
     stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):  # PyTorch does not record on the default stream.
@@ -43,4 +43,11 @@ def recorded(function: Callable[[], None], device: torch.device) -> Callable[[],
         warn(f"answers are slower here, without CUDA graphs: {_problem}")
         return function
     current.wait_stream(stream)
-    return graph.replay
+    return partial(_replay, graph, scratch.buffers())
+
+
+def _replay(graph: torch.cuda.CUDAGraph, written: list[Tensor]) -> None:
+    """Repeat the work. written: the buffers that layers shared then. A larger one may have taken their place,
+    but while somebody holds them, their memory is nobody else's.
+    """
+    graph.replay()

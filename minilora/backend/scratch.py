@@ -37,6 +37,11 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return _views[key]
 
 
+def buffers() -> list[Tensor]:
+    """Return the buffers of today, for whoever will write to them without asking again."""
+    return list(_buffers.values())
+
+
 def release() -> None:
     """Free the buffers."""
     _buffers.clear()

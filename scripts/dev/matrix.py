@@ -22,9 +22,10 @@ from torch import Tensor
 
 from minilora import CausalLM, UserError, load_adapter, save_adapter
 from minilora.adapters.export import as_plain
+from minilora.adapters.file import write_adapter
 from minilora.adapters.lint import lint_adapter
 from minilora.adapters.merging import Merging
-from minilora.adapters.save_load import read_adapter, write_adapter
+from minilora.adapters.save_load import read_adapter
 from minilora.formats.config_json import parse_config
 from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss

@@ -15,10 +15,10 @@ from support.tiny import TOLERANCE, ids
 
 from minilora import LoraConfig, UserError
 from minilora.adapters.export import as_plain
-from minilora.adapters.file import AdapterFile
+from minilora.adapters.file import AdapterFile, write_adapter
 from minilora.adapters.lint import lint_adapter
 from minilora.adapters.peft_format import PEFT_DEFAULTS, A, B, tensor_key
-from minilora.adapters.save_load import read_adapter, write_adapter
+from minilora.adapters.save_load import read_adapter
 from minilora.formats.config_json import parse_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::UserWarning:transformers")

@@ -1,12 +1,14 @@
 """A token's layers recorded once and repeated: the numbers are those of the model, whatever Python would do."""
 
+import weakref
+
 import pytest
 import torch
 from support.pretended_gpu import PretendedGpu
 from support.tiny import randomize, small_model, tiny_model
 
 from minilora import LoraConfig, add_lora
-from minilora.backend import graphs
+from minilora.backend import graphs, scratch
 from minilora.backend.documents import PADDING
 from minilora.inference import token_graph
 from minilora.inference.generation import generate
@@ -104,6 +106,18 @@ def test_a_token_is_one_launch_and_what_is_before_the_layers():
             graph.read(token)
     assert record.launches["a graph"] == 1 and sum(record.launches.values()) < 40
     assert not record.waits and not record.variants
+
+
+def test_a_graph_holds_the_shared_buffers_that_it_writes_to():
+    """A larger buffer takes the place of a smaller one, whose memory then must not become somebody else's."""
+    with PretendedGpu():
+        device = torch.device("cuda", 0)
+        buffer = weakref.ref(scratch.scratch((4, 4), torch.float32, device)._base)
+        replay = graphs.recorded(lambda: None, device)
+        scratch.scratch((40, 40), torch.float32, device)
+        assert buffer() is not None
+        del replay
+        assert buffer() is None
 
 
 def test_what_stands_behind_the_mask_does_not_matter():

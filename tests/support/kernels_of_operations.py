@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minilora import loss, ops
-from minilora.backend import dropout
+from minilora.backend import dropout, kernel_trial
 from minilora.kernels import dropped_products, operations
 from support import kernel_tests
 from support.kernel_tests import ROUNDING, bfloat16_as_on_a_gpu, bits
@@ -64,6 +64,20 @@ def assert_rounded_alike(result: torch.Tensor, expected: torch.Tensor) -> None:
 
 def same_bits(results, expected) -> bool:
     return all(torch.equal(bits(one), bits(two)) for one, two in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("operation", operations.__all__)
+def test_a_kernel_passes_its_own_trial(operation, dtype):
+    """A trial that gives a kernel what no caller does takes it out of every run."""
+    if operation == "cross_entropy" and dtype != torch.float32:
+        pytest.skip("its logits are float32")
+    if "product" in operation and not (dtype in SIXTEEN_BITS and TENSOR_CORES):
+        pytest.skip("its products are taken in 16 bits, in tensor cores")
+    name = f"{operation}_definition"
+    definition = next(getattr(module, name) for module in (ops, dropout, loss) if hasattr(module, name))
+    kernel, trial = getattr(operations, operation), kernel_trial.TRIALS[operation]
+    assert kernel_trial._problem(trial, kernel, definition, DEVICE, dtype) == ""
 
 
 SHAPES = [(1, 1), (3, 1), (6, 64), (5, 100), (2, 1000), (3, 4097)]  # powers of two, and one past one

@@ -18,8 +18,9 @@ is checked, and recorded with the project's line that it comes from:
 The fused attentions of a GPU are emulated with their contracts (fused_attentions.py).
 
 What it cannot see: how fast anything is; memory, and when it is used again; the order of streams, which all
-run at once here; that a graph's recording runs nothing; waits within a single operation of PyTorch; what PyTorch's C++ would choose on a GPU; and
-what a compiled Triton kernel computes: its PyTorch definition runs instead, or Triton's interpreter.
+run at once here; that a graph's recording runs nothing; waits within a single operation of PyTorch; what
+PyTorch's C++ would choose on a GPU; and what a compiled Triton kernel computes: its PyTorch definition runs
+instead, or Triton's interpreter.
 """
 
 import contextlib
@@ -217,7 +218,8 @@ class PretendedGpu:
             current_stream=lambda device=None: self.streams[self.device(device)],
             default_stream=lambda device=None: self.default_streams[self.device(device)],
             stream=self._in_stream, synchronize=lambda device=None: self.wait("synchronize() of a GPU"),
-            CUDAGraph=type("CUDAGraph", (Graph,), dict(gpu=self)), is_current_stream_capturing=lambda: self.recording is not None,
+            CUDAGraph=type("CUDAGraph", (Graph,), dict(gpu=self)),
+            is_current_stream_capturing=lambda: self.recording is not None,
             mem_get_info=lambda device=None: (self.memory, self.memory),
             max_memory_allocated=lambda device=None: 1 << 20, memory_allocated=lambda device=None: 1 << 20,
             max_memory_reserved=lambda device=None: 2 << 20, memory_reserved=lambda device=None: 2 << 20,
