@@ -38,7 +38,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minilora import starts
-from minilora.adapters.save_load import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
+from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from minilora.adapters.save_load import read_adapter_config
 from minilora.config import LoraConfig
 from minilora.formats.weights import save_tensors
 from minilora.lora import lora_layers

@@ -7,7 +7,7 @@ nothing, so a refused run leaves no trace. `open_output_dir` locks the directory
 import os
 from pathlib import Path
 
-from minilora.adapters.save_load import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.run.checkpoints import delete_checkpoint, delete_leftovers, list_checkpoints
 from minilora.run.datasets import dataset_names

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from minilora.adapters.save_load import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.data.tokenizer import TOKENIZER_FILES
 from minilora.run.output_dir import RUN_FILES, SETTINGS_FILE
 from minilora.run.tracker import METRICS_FILE
