@@ -125,10 +125,10 @@ def answer_file(
     """Write every row of a file to `output`, with the model's answer added as `prediction`."""
     records = read_records(source)
     questions = [parse_question(location, record) for location, record in records]
-    templates = choose_templates(questions, setup)
-    prompts = encode_questions(questions, templates, system, setup)
+    template = choose_template(questions, setup)
+    prompts = encode_questions(questions, template, system, setup)
     assistant = load_assistant(setup, settings)
-    texts = assistant.answer_all(prompts, templates.values(), setup.config.per_device_eval_batch_size)
+    texts = assistant.answer_all(prompts, [template], setup.config.per_device_eval_batch_size)
     answered = [
         record | {"prediction": text.strip()} for (_, record), text in zip(records, texts, strict=True)
     ]
@@ -157,34 +157,26 @@ def parse_question(location: str, record: dict) -> Question:
     return Question(location, "instruction", alpaca_question(location, record))
 
 
-def choose_templates(questions: Sequence[Question], setup: InferenceSetup) -> dict[str, ChatTemplate | None]:
-    """The template for each form of row, as in training.
-
-    Unless a template is chosen by name, training leaves prompts as they are and formats instructions as
-    Alpaca does; only conversations use the tokenizer's own template.
-    """
-    templates = dict.fromkeys((question.form for question in questions), setup.template)
-    if setup.config.template is None:
-        templates["prompt"] = None
-        if "instruction" in templates:
-            templates["instruction"] = load_chat_template("alpaca", setup.tokenizer)
-    return templates
+def choose_template(questions: Sequence[Question], setup: InferenceSetup) -> ChatTemplate | None:
+    """The template for all rows, as in training: Alpaca's wording only where the model has no template."""
+    if setup.template is None and any(question.form == "instruction" for question in questions):
+        return load_chat_template("alpaca", setup.tokenizer)
+    return setup.template
 
 
 def encode_questions(
     questions: Sequence[Question],
-    templates: dict[str, ChatTemplate | None],
+    template: ChatTemplate | None,
     system: list[Message],
     setup: InferenceSetup,
 ) -> list[list[int]]:
-    """The token ids of every question, formatted by the template for its form.
+    """The token ids of every question, formatted by the template.
 
     Raises UserError that names the rows which cannot be formatted or leave no room for an answer.
     """
     prompts, too_long = [], []
     positions = context_length(setup.model_config)
     for location, form, messages in questions:
-        template = templates[form]
         if template is None and (system or form == "messages"):
             subject = "a system prompt needs" if system else "messages need"
             raise UserError(f"{location}: {subject} a chat template; choose one with --template")

@@ -29,10 +29,10 @@ if __name__ == "__main__":
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minilora.data.chat import training_clock
+from minilora.data.chat import ChatTemplate, training_clock
 from minilora.data.examples import Dataset
 from minilora.data.rows import Row, parse_datasets
 from minilora.inference.evaluation import (
@@ -46,7 +46,7 @@ from minilora.inference.evaluation import (
 from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
-from minilora.run.datasets import read_mixed, token_settings, tokenize_rows
+from minilora.run.datasets import choose_template, read_mixed, token_settings, tokenize_rows
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import parse_arguments
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
@@ -102,7 +102,8 @@ def main() -> None:
             refuse_address(name, f"the adapter's {SETTINGS_FILE}", "--dataset")
     if options.output:
         refuse_overwrite("--output", options.output, [*names, *setup.files])
-    dataset = load_dataset(source, setup)
+    dataset, template = load_dataset(source, setup)
+    setup = replace(setup, template=template)
     answered = dataset.rows[: max(options.exact_match_samples, options.samples)]
     if any(row.prompt is None for row in answered):
         raise UserError(f"{source} is plain text: without prompts there are no answers to compare")
@@ -139,11 +140,12 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     return options, keys
 
 
-def load_dataset(source: str | list[str], setup: InferenceSetup) -> Dataset:
-    """The examples to evaluate on, read and tokenized as in training."""
+def load_dataset(source: str | list[str], setup: InferenceSetup) -> tuple[Dataset, ChatTemplate | None]:
+    """The examples to evaluate on, and the template that words them: read and tokenized as in training."""
     settings = token_settings(setup.config, setup.model_config)
     rows = read_mixed(source, setup.config)
-    return tokenize_rows(rows, source, settings, setup.model_config, setup.tokenizer, setup.template)
+    template = choose_template(setup.config.template, setup.tokenizer, rows)
+    return tokenize_rows(rows, source, settings, setup.model_config, setup.tokenizer, template), template
 
 
 def evaluate_models(setup: InferenceSetup, task: Task) -> dict[str, Result]:

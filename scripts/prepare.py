@@ -33,21 +33,29 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 
 import yaml
 
 from minilora.config import ModelConfig
-from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
+from minilora.data.chat import ChatTemplate
 from minilora.data.examples import Dataset
 from minilora.data.mask_view import highlight_learned
 from minilora.data.prepared import save_tokens, tokens_file, tokens_key
 from minilora.data.rows import Row, to_record
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.weights import read_config
-from minilora.run.datasets import dataset_names, read_datasets, token_settings, tokenize_rows
+from minilora.run.datasets import (
+    choose_template,
+    dataset_names,
+    describe_template,
+    read_datasets,
+    token_settings,
+    tokenize_rows,
+    warnings,
+)
 from minilora.run.plots import plot_lengths
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.run.vocabulary import choose_vocabulary, load_run_tokenizer
@@ -76,17 +84,21 @@ APPLIED_KEYS = {
     "prompt_column",
     "completion_column",
     "messages_column",
+    "text_column",
     "max_samples",
 }
 # The printed table: key of statistics.json -> label, format.
 TABLE = {
     "rows": ("rows", "{:,}"),
+    "examples": ("examples", "{:,}"),
     "tokens": ("tokens", "{:,}"),
     "supervised_tokens": ("supervised tokens", "{:,}"),
     "median_length": ("tokens in a row, median", "{:,.0f}"),
     "p95_length": ("95 % have at most", "{:,}"),
     "longest": ("longest", "{:,}"),
     "longer_than_cutoff": ("longer than cutoff_len, so cut", "{:,}"),
+    "lost_tokens": ("tokens lost there", "{:,}"),
+    "lost_thoughts": ("answers that lose thoughts", "{:,}"),
     "dropped": ("nothing to learn, so dropped", "{:,}"),
     "empty_answers": ("empty answers", "{:,}"),
     "repeated": ("the same as an earlier row", "{:,}"),
@@ -127,7 +139,9 @@ def main() -> None:
     encoding = load_encoding(config)
 
     errors: list[UserError] = []
-    sets = tokenize_sets(config, encoding, errors)
+    rows, held_out = read_datasets(config, errors.append)
+    encoding = replace(encoding, template=choose_template(config.template, encoding.tokenizer, rows))
+    sets = tokenize_sets(config, encoding, rows, held_out, errors)
     if errors and not (options.skip_invalid and "train" in sets):
         refuse(errors, config.dataset)
     show_examples(sets["train"], encoding.tokenizer, options.show)
@@ -186,7 +200,7 @@ def check_sources(config: TrainConfig, output: Path) -> None:
 
 
 def load_encoding(config: TrainConfig) -> Encoding:
-    """Load the tokenizer and the template of the model that a run trains."""
+    """Load the tokenizer of the model that a run trains. The rows decide on the template later."""
     model_dir = EMBEDDED_MODEL
     if config.model_name_or_path is not None:
         model_dir = resolve_model(config.model_name_or_path, config.model_revision, weights=False)
@@ -195,19 +209,19 @@ def load_encoding(config: TrainConfig) -> Encoding:
         load_run_tokenizer(config, model_dir),
     )
     _, model_config = choose_vocabulary(config, config.lora_config(), base_config, tokenizer)
-    template = load_chat_template(config.template, tokenizer, now=training_clock)
-    return Encoding(model_config, tokenizer, template, token_settings(config, model_config))
+    return Encoding(model_config, tokenizer, None, token_settings(config, model_config))
 
 
 # ---- rows to tokens ----
 
 
-def tokenize_sets(config: TrainConfig, encoding: Encoding, errors: list[UserError]) -> Sets:
+def tokenize_sets(
+    config: TrainConfig, encoding: Encoding, rows: list[Row], held_out: list[Row], errors: list[UserError]
+) -> Sets:
     """Return the sets as training sees them, without empty ones; append the errors of rows to `errors`."""
-    train_rows, held_out_rows = read_datasets(config, errors.append)
-    rows_of = {"train": (train_rows, config.dataset)}
-    if held_out_rows:
-        rows_of["validation"] = (held_out_rows, config.eval_dataset or config.dataset)
+    rows_of = {"train": (rows, config.dataset)}
+    if held_out:
+        rows_of["validation"] = (held_out, config.eval_dataset or config.dataset)
     sets = {name: encoding.tokenize(rows, source, errors.append) for name, (rows, source) in rows_of.items()}
     return {name: dataset for name, dataset in sets.items() if dataset.examples}
 
@@ -234,7 +248,7 @@ def show_examples(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
     use_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     stride = max(1, len(dataset) // count)
     for i in range(0, len(dataset), stride)[:count]:
-        example, row = dataset.examples[i], dataset.rows[i]
+        example, row = dataset.examples[i], dataset.rows[dataset.row_indices[i]]
         print(
             f"--- {row.location}: {len(example.input_ids):,} tokens, {example.supervised:,} of them learned"
         )
@@ -257,16 +271,19 @@ def compute_statistics(sets: Sets) -> dict[str, dict[str, int | float]]:
 def _count(dataset: Dataset) -> dict[str, int | float]:
     lengths = sorted(dataset.uncut_lengths)
     return {
-        "rows": len(dataset),
+        "rows": len(dataset.rows),
+        "examples": len(dataset),
         "tokens": sum(len(example.input_ids) for example in dataset.examples),
         "supervised_tokens": sum(example.supervised for example in dataset.examples),
         "median_length": median(lengths),
         "p95_length": lengths[math.ceil(0.95 * len(lengths)) - 1],
         "longest": lengths[-1],
         "longer_than_cutoff": dataset.truncated,
+        "lost_tokens": dataset.lost_tokens,
+        "lost_thoughts": dataset.lost_thoughts,
         "dropped": dataset.dropped,
         "empty_answers": sum(not row.completion.strip() for row in dataset.rows),
-        "repeated": len(dataset) - len(set(map(_identity, dataset.rows))),
+        "repeated": len(dataset.rows) - len(set(map(_identity, dataset.rows))),
     }
 
 
@@ -278,9 +295,11 @@ def _identity(row: Row) -> str:
 def print_summary(config: TrainConfig, encoding: Encoding, sets: Sets, errors: list[UserError]) -> None:
     """Print which dataset was encoded for which model, and how many rows were skipped."""
     model, cutoff_len = config.model_name_or_path or "assets/base", encoding.settings["cutoff_len"]
-    uses_template = any(row.messages is not None for dataset in sets.values() for row in dataset.rows)
-    template = f"template {encoding.template.name}" if uses_template else "no template"
-    print(f"dataset    {config.dataset}, for {model}, {template}, cutoff_len {cutoff_len:,}")
+    template = describe_template(encoding.template, encoding.tokenizer, sets["train"].rows)
+    print(f"dataset    {config.dataset}, for {model}, cutoff_len {cutoff_len:,}")
+    print(f"template   {template}")
+    for line in warnings(sets["train"], encoding.tokenizer, encoding.template, config.mask_history):
+        print(line)
     if errors:
         rows = "1 wrong row" if len(errors) == 1 else f"{len(errors):,} wrong rows"
         print(f"skipped    {rows}; the first: {min(errors, key=_natural_order)}")

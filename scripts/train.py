@@ -174,7 +174,7 @@ def fit(plan: Plan, run: Run) -> None:
             tracker.step(metrics, run.loss_scale)
             save = stopping or run.step % config.save_steps == 0
             if plan.eval_set and (run.step % plan.eval_steps == 0 or run.step == total_steps):
-                save |= evaluate(plan, run) and config.load_best_model_at_end
+                save |= evaluate(plan, run) and config.keeps_best
                 if config.early_stopping_patience and run.best["waited"] >= config.early_stopping_patience:
                     tracker.say(f"stopping early: no lower held-out loss in {run.best['waited']} evaluations")
                     break
@@ -273,7 +273,7 @@ def save_checkpoint(plan: Plan, run: Run) -> Path:
         if plan.destinations and config.hub_strategy == "every_save":
             report.share_checkpoint(plan, run, directory)
         if (limit := config.save_total_limit) is not None:
-            best_step = run.best["step"] if config.load_best_model_at_end else None
+            best_step = run.best["step"] if config.keeps_best else None
             checkpoints.delete_old_checkpoints(plan.output_dir, run.step, limit, best_step)
     return directory
 
@@ -281,10 +281,10 @@ def save_checkpoint(plan: Plan, run: Run) -> Path:
 def finish(plan: Plan, run: Run) -> None:
     """Save the last adapter, or the best one if requested. Then draw, compare answers, and publish."""
     model, directory, best = run.model, plan.output_dir, run.best
-    if plan.config.load_best_model_at_end and 0 < best["step"] < run.step:
+    if plan.config.keeps_best and 0 < best["step"] < run.step:
         remove_lora(model)
         load_adapter(model, directory / f"checkpoint-{best['step']}", **plan.as_trained)
-        print(f"back to the adapter of step {best['step']}, held-out loss {best['loss']:.4f}")
+    report.print_saved_step(plan, run)
     model.eval()
     save_adapter(model, directory, base_model_name_or_path=plan.base_model)
     report.draw_curves(plan, run)

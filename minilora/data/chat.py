@@ -22,19 +22,22 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from itertools import accumulate, chain, islice
+from os.path import commonprefix
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from minilora.data.jinja_sandbox import TemplateError, compile_template, render
+from minilora.data.messages import Message, is_learned
 from minilora.data.template_process import check_apart, render_apart
 from minilora.data.templates import MISTRAL_V1, TEMPLATES
 from minilora.data.tokenizer import Tokenizer
 from minilora.system.errors import UserError, suggestion
 
-Message = dict[str, object]  # {"role": "user", "content": "Hi"}; a template may read further keys
 Span = tuple[int, int]  # characters [start, end) of a text
 
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message
 TOKENIZER_TEMPLATE = "tokenizer"  # the name of the template in the tokenizer's own files
 # Without blocks, a conversation of n answers takes up to 8 n renderings of all its messages.
 _MOST_ANSWERS = 500
@@ -87,7 +90,7 @@ def _adapted_source(name: str, tokenizer: Tokenizer) -> str:
     source = TEMPLATES[name]
     if name == "mistral" and tokenizer.token_id("[INST]") is None:
         source = MISTRAL_V1
-    for token in re.findall(r"<\|\w+\|>", source):
+    for token in re.findall(r"<[|｜][\w▁]+[|｜]>", source):
         if tokenizer.token_id(token) is None:
             raise UserError(
                 f"template = {name} needs the token {token}, which the tokenizer lacks; "
@@ -114,6 +117,15 @@ def _restarts_after_special_token(tokenizer: Tokenizer) -> bool:
 
 
 # ---- from a conversation to ids ----
+
+
+class Encoded(NamedTuple):
+    """A conversation of T tokens."""
+
+    input_ids: np.ndarray  # int32 (T,)
+    loss_mask: np.ndarray  # bool (T,): True where a token is learned
+    answers: np.ndarray  # int32 (T,): 1, 2, ... for the tokens of the first answer, the second, ...; else 0
+    lost_thoughts: int  # answers whose thoughts the template leaves out
 
 
 class ChatTemplate:
@@ -152,10 +164,14 @@ class ChatTemplate:
     def encode(
         self, messages: Sequence[Message], mask_history: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of a conversation, int32 (T,), and its loss mask, bool (T,).
+        """Return the ids of a conversation, int32 (T,), and its loss mask, bool (T,); see `encode_all`."""
+        return self.encode_all(messages, mask_history)[:2]
 
-        All answers are learned; with `mask_history` only the last one. Raises UserError if the template
-        refuses the conversation, with the template's own message.
+    def encode_all(self, messages: Sequence[Message], mask_history: bool = False) -> Encoded:
+        """Return a conversation as tokens.
+
+        All answers are learned but those with `train: False`; with `mask_history` only the last one. Raises
+        UserError if the template refuses the conversation, with the template's own message.
         """
         escape, *markers = _unused_characters(messages, 3)
         messages = self._escape(messages, escape)
@@ -164,18 +180,39 @@ class ChatTemplate:
         if not spans:
             answers = self._locate_answers(messages, text)
             spans = [(start, self._include_end_token(text, end, ids, offsets)) for start, end in answers]
+        learned = self._learned(messages, spans)
         if mask_history:
             # The last answer may have several blocks. If the end of the history is unknown, only the last
             # block is learned.
             history_end = self._locate_history_end(messages, text)
-            spans = [span for span in spans if span[0] >= history_end] or spans[-1:]
-        return np.array(ids, dtype=np.int32), _tokens_in_spans(offsets, spans)
+            last = [i for i, span in enumerate(spans) if span[0] >= history_end] or [len(spans) - 1]
+            learned = [i for i in last if i in learned]
+        numbers = _spans_of_tokens(offsets, spans)
+        loss_mask = np.isin(numbers, [i + 1 for i in learned])
+        return Encoded(np.array(ids, dtype=np.int32), loss_mask, numbers, _lost_thoughts(messages, text))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to the start of the assistant's next answer."""
         (escape,) = _unused_characters(messages, 1)
         text = self._render(self._escape(messages, escape), add_generation_prompt=True)
         return self._tokenizer.encode_with_offsets(text, escape)[0]
+
+    def prompt_mismatch(self, messages: Sequence[Message]) -> tuple[str, str] | None:
+        """Return how the prompt of the last answer ends in generation, and how in training, if they differ.
+
+        Then the model is asked for answers in a way in which it never learned to give them. A template does
+        this that opens a thought in its generation prompt, for rows without thoughts.
+        """
+        encoded, before = self.encode_all(messages), messages[:-1]
+        start = int(np.argmax(encoded.answers == encoded.answers.max()))
+        if not encoded.answers.any() or encoded.input_ids[:start].tolist() == self.encode_prompt(before):
+            return None
+        asked, trained = self._render(before, add_generation_prompt=True), self._render(messages)
+        same = len(commonprefix([asked, trained]))
+        if same == len(asked):  # the texts agree, and a token reaches from the prompt into the answer
+            return None
+        shown = max(0, same - 20)
+        return asked[shown:], trained[shown : same + 20]
 
     @cached_property
     def end_id(self) -> int | None:
@@ -265,13 +302,19 @@ class ChatTemplate:
             if prompt_end is not None:
                 start = prompt_end
             if start is None or end is None or start > end:
-                number = len(spans) + 1
-                raise UserError(
-                    f"the chat template {self.name} changes answer {number} so that it cannot be found "
-                    "in the text; put {% generation %} and {% endgeneration %} around answers in the template"
-                )
+                raise UserError(self._unlocated(len(spans) + 1, messages[i]))
             spans.append((start, end))
         return spans
+
+    def _unlocated(self, number: int, answer: Message) -> str:
+        """Return the error for an answer that is not in the text as it was given, and what helps."""
+        said = f"the chat template {self.name} changes answer {number} so that it cannot be found in the text"
+        if _thoughts(answer):
+            marks = {"<｜Assistant｜>": "deepseekr1", "<|im_start|>": "qwen3_all"}
+            named = [name for mark, name in marks.items() if self._tokenizer.token_id(mark) is not None]
+            keeps = f"--template {named[0]} keeps them" if named else "choose another with --template"
+            return f"{said}, since it has thoughts; {keeps}, or leave the thoughts out of the rows"
+        return f"{said}; put {{% generation %}} and {{% endgeneration %}} around answers in the template"
 
     def _start_by_prompt(self, before: list[Message], text: str, marked_start: int | None) -> int | None:
         """Return where the prompt of an answer ends, or None if this says nothing about the answer.
@@ -341,7 +384,19 @@ class ChatTemplate:
                 return token_end if self._tokenizer.is_special(ids[i]) else end
         return end
 
-    # ---- locate: the last answer ----
+    # ---- which of the located answers are learned ----
+
+    def _learned(self, messages: Sequence[Message], spans: Sequence[Span]) -> list[int]:
+        """Return the indices of the spans whose answers are learned."""
+        learned = [is_learned(m) for m in messages if m["role"] == "assistant"]
+        if all(learned):
+            return [*range(len(spans))]
+        if len(learned) != len(spans):
+            raise UserError(
+                f"the chat template {self.name} marks {len(spans)} parts as learned, and there are "
+                f"{len(learned)} answers: which part is the one not to learn is unknown; leave the row out"
+            )
+        return [i for i, wanted in enumerate(learned) if wanted]
 
     def _locate_history_end(self, messages: list[Message], text: str) -> int:
         """Return the end of the message before the last answer, or len(text) if it cannot be located."""
@@ -353,21 +408,42 @@ class ChatTemplate:
         return len(text) if end is None else end
 
 
-def _tokens_in_spans(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Return bool (T,): whether token i, the characters offsets[i] = [start, end), meets one of the spans."""
+def _spans_of_tokens(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """Return int32 (T,): the number, from 1, of the span that token i, the characters offsets[i] = [start,
+    end), meets, or 0. The spans lie one behind the other."""
     token_starts = offsets[:, 0]
     # A token without characters, such as "▁" in front of a text, belongs to the character behind it.
     token_ends = np.maximum(offsets[:, 1], token_starts + 1)
-    length = max(int(token_ends.max(initial=0)), *(end for _, end in spans), 0)
-    changes = np.zeros(length + 1, dtype=np.int32)  # in how many spans a character is, less the one before
-    for start, end in spans:
-        if start < end:
-            changes[start] += 1
-            changes[end] -= 1
-    learned_before = np.concatenate(
-        ([0], np.cumsum(np.cumsum(changes) > 0))
-    )  # [i]: of the first i characters
-    return learned_before[token_ends] > learned_before[token_starts]
+    full = np.array(
+        [(start, end, i + 1) for i, (start, end) in enumerate(spans) if start < end], dtype=np.int64
+    )
+    if not len(full):
+        return np.zeros(len(offsets), dtype=np.int32)
+    starts, ends, numbers = full.T
+    first = np.searchsorted(ends, token_starts, side="right")  # the first span that ends behind its start
+    nearest = np.minimum(first, len(ends) - 1)
+    met = (first < len(ends)) & (starts[nearest] < token_ends)
+    return np.where(met, numbers[nearest], 0).astype(np.int32)
+
+
+def _thoughts(answer: Message) -> list[str]:
+    """Return what the assistant thought before an answer; empty thoughts are none."""
+    written = re.findall(r"<think>(.*?)</think>", answer["content"], re.DOTALL)
+    thoughts = [*written, *(answer.get(key) for key in _THOUGHTS)]
+    return [part.strip() for part in thoughts if isinstance(part, str) and part.strip()]
+
+
+def _lost_thoughts(messages: Sequence[Message], text: str) -> int:
+    """Return of how many answers the thoughts are not in the text, one behind the other."""
+    lost, position = 0, 0
+    for thoughts in (_thoughts(m) for m in messages if m["role"] == "assistant"):
+        for thought in thoughts:
+            found = text.find(thought, position)
+            if found < 0:
+                lost += 1
+                break
+            position = found + len(thought)
+    return lost
 
 
 # ---- markers ----

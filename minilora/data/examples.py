@@ -7,7 +7,8 @@ prompt and completion are encoded separately.
     conversation             the assistant's answers, as `minilora.data.chat` marks them
     plain text               all of it
 
-The first token of a document is never learned: no token comes before it to predict it from.
+The first token of a document is never learned: no token comes before it to predict it from. What becomes of
+an example that is longer than `cutoff_len`, `minilora.data.truncation` says.
 
 Padding. A micro-batch of examples of different lengths is one row: the examples end to end, with no token of
 padding. `document_ids` keep them apart, as they do packed examples, so every example has the loss and the
@@ -30,10 +31,11 @@ from torch import Tensor
 from minilora.backend.choice import padded_length
 from minilora.backend.copies import to_device
 from minilora.backend.documents import PADDING
-from minilora.data.chat import ChatTemplate
+from minilora.data.chat import ChatTemplate, Encoded
 from minilora.data.rows import Row
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import Tokenizer
+from minilora.data.truncation import kept_tokens, pieces
 from minilora.loss import IGNORE_INDEX
 from minilora.system.errors import UserError, raise_error
 from minilora.system.files import fingerprint
@@ -61,16 +63,23 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenized examples, the rows they come from, and counts of those that were too long."""
+    """Tokenized examples, the rows they come from, and counts of what was too long or left out."""
 
     rows: list[Row]
-    examples: list[Example]  # one for each row; fewer once they are packed
-    truncated: int = 0  # examples cut at cutoff_len: their EOS is lost
+    examples: list[Example]  # one for each row; more where plain text is split, fewer once they are packed
+    truncated: int = 0  # examples cut at cutoff_len
     dropped: int = 0  # examples without a learned token before cutoff_len
-    uncut_lengths: tuple[int, ...] = ()  # tokens of each row before it was cut
+    uncut_lengths: tuple[int, ...] = ()  # tokens of each example before it was cut
+    lost_thoughts: int = 0  # answers whose thoughts the template leaves out
+    row_indices: tuple[int, ...] = ()  # the row of each example, before they are packed
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def lost_tokens(self) -> int:
+        """Tokens cut off at cutoff_len."""
+        return sum(self.uncut_lengths) - sum(len(e.input_ids) for e in self.examples)
 
     def summary(self) -> str:
         """One line on the examples, for the start of a run."""
@@ -78,13 +87,18 @@ class Dataset:
         learned = sum(e.supervised for e in self.examples)
         text = f"{len(self.rows):,} examples, {tokens:,} tokens, "
         text += f"{learned:,} of them supervised ({learned / max(tokens, 1):.0%})"
-        if len(self.rows) != len(self):
+        if (pieces := len(self.uncut_lengths)) > len(self.rows):
+            text += f", split into {pieces:,} pieces"
+        if pieces != len(self):
             text += f", packed into {len(self):,} rows"
         total = len(self.rows) + self.dropped
         if self.truncated:
             text += f"; cut at cutoff_len: {self.truncated:,} ({self.truncated / total:.1%})"
+            text += f", {self.lost_tokens:,} tokens lost"
         if self.dropped:
             text += f"; dropped with nothing left to learn: {self.dropped:,} ({self.dropped / total:.1%})"
+        if self.lost_thoughts:
+            text += f"; the template leaves out the thoughts of {self.lost_thoughts:,} answers"
         return text
 
     def fingerprint(self) -> str:
@@ -100,50 +114,66 @@ def tokenize(
     train_on_prompt: bool = False,
     template: ChatTemplate | None = None,
     mask_history: bool = False,
+    truncation: str = "end",
     on_error: Callable[[UserError], None] = raise_error,
 ) -> Dataset:
-    """Encode rows, cut each at `cutoff_len` tokens, and drop those that keep no learned token.
+    """Encode rows, fit each into `cutoff_len` tokens, and drop those that keep no learned token.
 
-    `template` words conversations; with `mask_history` only the last answer of each is learned. A
+    `template` words all rows but plain text; with `mask_history` only the last answer of each is learned. A
     conversation without a template, or one that the template refuses, is a UserError with the row's location.
     `on_error` receives it; by default it is raised.
     """
-    kept, examples, truncated, dropped, uncut_lengths = [], [], 0, 0, []
+    kept, examples, uncut_lengths, row_indices = [], [], [], []
+    truncated, dropped, lost_thoughts = 0, 0, 0
     for row in rows:
         try:
-            input_ids, loss_mask = _encode(row, tokenizer, template, mask_history)
+            encoded = _encode(row, tokenizer, template, mask_history)
         except UserError as error:
             on_error(error)
             continue
-        length = len(input_ids)
-        input_ids, loss_mask = input_ids[:cutoff_len].copy(), loss_mask[:cutoff_len] | train_on_prompt
-        loss_mask[:1] = False
-        if not loss_mask.any():
+        T = len(encoded.input_ids)
+        if row.prompt is None:
+            parts = pieces(T, cutoff_len)
+        else:
+            parts = [kept_tokens(encoded.answers, cutoff_len, truncation, last_first=mask_history)]
+        made = [
+            _example(encoded.input_ids[part], encoded.loss_mask[part] | train_on_prompt) for part in parts
+        ]
+        if not any(example.supervised for example in made):
             dropped += 1
             continue
-        truncated += length > cutoff_len
-        uncut_lengths.append(length)
+        truncated += row.prompt is not None and cutoff_len < T
+        lost_thoughts += encoded.lost_thoughts
+        uncut_lengths += [len(e.input_ids) for e in made] if row.prompt is None else [T]
+        row_indices += [len(kept)] * len(made)
         kept.append(row)
-        examples.append(Example(input_ids, loss_mask, (len(input_ids),)))
-    return Dataset(kept, examples, truncated, dropped, tuple(uncut_lengths))
+        examples += made
+    lengths, indices = tuple(uncut_lengths), tuple(row_indices)
+    return Dataset(kept, examples, truncated, dropped, lengths, lost_thoughts, indices)
 
 
-def _encode(
-    row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, mask_history: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The row's token ids, int32 (T,), and its loss mask, bool (T,)."""
-    if row.messages is None:
+def _example(input_ids: np.ndarray, loss_mask: np.ndarray) -> Example:
+    """Return one document as an example."""
+    loss_mask = loss_mask.copy()
+    loss_mask[:1] = False
+    return Example(input_ids.copy(), loss_mask, (len(input_ids),))
+
+
+def _encode(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, mask_history: bool) -> Encoded:
+    """The row as tokens. Raises UserError with its location."""
+    if row.prompt is None or (template is None and row.messages is None):
         prompt = [] if row.prompt is None else tokenizer.encode(row.prompt)
         completion = tokenizer.encode(row.completion, bos=row.prompt is None, eos=True)
         input_ids = np.array(prompt + completion, dtype=np.int32)
-        return input_ids, np.arange(len(input_ids)) >= len(prompt)
+        answer = (np.arange(len(input_ids)) >= len(prompt)).astype(np.int32)
+        return Encoded(input_ids, answer > 0, answer, lost_thoughts=0)
     if template is None:
         raise UserError(
             f"{row.location}: the tokenizer has no chat template for conversations; "
             f"choose one of {', '.join(TEMPLATES)}"
         )
     try:
-        return template.encode(row.messages, mask_history)
+        return template.encode_all(row.conversation, mask_history)
     except UserError as error:
         raise UserError(f"{row.location}: {error}") from error
 
@@ -153,9 +183,9 @@ ANSWER_SLACK = 8  # tokens an answer may have beyond the longest expected one, s
 
 def prompt_ids(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> list[int]:
     """Token ids of everything before a row's completion: the input from which a model answers it."""
-    if row.messages is None:
+    if template is None:
         return tokenizer.encode(row.prompt)
-    return template.encode_prompt(row.messages[:-1])
+    return template.encode_prompt(row.conversation[:-1])
 
 
 def end_to_end(examples: Sequence[Example]) -> Example:

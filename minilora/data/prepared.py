@@ -6,6 +6,7 @@
         loss_mask        bool (N,)
         lengths          int32 (examples,); their sum is N
         uncut_lengths    int32 (examples,), before each example was cut at cutoff_len
+        row_indices      int32 (examples,): the row of each; plain text may be several examples
 
 Tokens carry a key: a hash of rows, tokenizer, template and settings. They are used only if their key is the
 expected one. After a change to any of these the key differs, and the rows are encoded as usual. So stale
@@ -27,8 +28,14 @@ from minilora.data.rows import Row, to_record
 from minilora.data.tokenizer import Tokenizer
 from minilora.system.files import fingerprint, write_whole
 
-_TENSORS = {"input_ids": np.int32, "loss_mask": np.bool_, "lengths": np.int32, "uncut_lengths": np.int32}
-_FORMAT = "minilora tokens 2"  # to be raised whenever the same rows would get other tokens
+_TENSORS = {
+    "input_ids": np.int32,
+    "loss_mask": np.bool_,
+    "lengths": np.int32,
+    "uncut_lengths": np.int32,
+    "row_indices": np.int32,
+}
+_FORMAT = "minilora tokens 3"  # to be raised whenever the same rows would get other tokens
 
 
 def tokens_file(rows_file: str | Path) -> Path:
@@ -55,8 +62,10 @@ def save_tokens(path: Path, dataset: Dataset, key: str) -> None:
         "loss_mask": np.concatenate([e.loss_mask for e in dataset.examples]),
         "lengths": np.array([len(e.input_ids) for e in dataset.examples], dtype=np.int32),
         "uncut_lengths": np.array(dataset.uncut_lengths, dtype=np.int32),
+        "row_indices": np.array(dataset.row_indices, dtype=np.int32),
     }
-    write_whole(path, save(tensors, metadata={"key": key, "format": "pt"}))
+    about = {"key": key, "format": "pt", "lost_thoughts": str(dataset.lost_thoughts)}
+    write_whole(path, save(tensors, metadata=about))
 
 
 def load_tokens(path: Path, rows: list[Row], key: str, cutoff_len: int | None = None) -> Dataset | None:
@@ -66,8 +75,10 @@ def load_tokens(path: Path, rows: list[Row], key: str, cutoff_len: int | None = 
     """
     try:
         with safe_open(path, framework="np") as file:
-            if (file.metadata() or {}).get("key") != key:
+            about = file.metadata() or {}
+            if about.get("key") != key:
                 return None
+            lost_thoughts = int(about.get("lost_thoughts", 0))
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
     except (
         Exception
@@ -80,15 +91,19 @@ def load_tokens(path: Path, rows: list[Row], key: str, cutoff_len: int | None = 
     parts = zip(np.split(tensors["input_ids"], ends), np.split(tensors["loss_mask"], ends), strict=True)
     examples = [Example(input_ids, loss_mask, (len(input_ids),)) for input_ids, loss_mask in parts]
     truncated = int((uncut_lengths > lengths).sum())
-    return Dataset(rows, examples, truncated, uncut_lengths=tuple(uncut_lengths.tolist()))
+    lengths, indices = tuple(uncut_lengths.tolist()), tuple(tensors["row_indices"].tolist())
+    return Dataset(rows, examples, truncated, 0, lengths, lost_thoughts, indices)
 
 
 def _belong_together(tensors: dict[str, np.ndarray], count: int) -> bool:
-    """Whether the tensors describe `count` examples, each with a token to learn behind its first one."""
+    """Whether the tensors describe examples of `count` rows, each with a token to learn behind its first."""
     if any(tensors[name].dtype != dtype or tensors[name].ndim != 1 for name, dtype in _TENSORS.items()):
         return False
-    input_ids, loss_mask, lengths, uncut_lengths = (tensors[name] for name in _TENSORS)
-    if not len(lengths) == len(uncut_lengths) == count or count == 0 or lengths.min() < 1:
+    input_ids, loss_mask, lengths, uncut_lengths, row_indices = (tensors[name] for name in _TENSORS)
+    if not len(lengths) == len(uncut_lengths) == len(row_indices) > 0 or lengths.min() < 1:
+        return False
+    steps = np.diff(row_indices, prepend=-1, append=count)  # every row once or more, one after the other
+    if steps.min() < 0 or steps.max() > 1 or steps[0] != 1 or steps[-1] != 1:
         return False
     if not len(input_ids) == len(loss_mask) == lengths.sum(dtype=np.int64) or input_ids.min() < 0:
         return False

@@ -1,64 +1,97 @@
 """From records to rows: one form for every dataset, whatever its columns are called.
 
-    prompt, completion            other names with prompt_column and completion_column
-    instruction, input, output    Stanford Alpaca's form; `input` may be empty or absent. LLaMA-Factory adds
-                                  `system` and `history`, a list of [question, answer]
-    messages                      a list of {"role": "user", "content": "Hi"}; system, user or assistant
-    conversations                 ShareGPT's form, a list of {"from": "human", "value": "Hi"}; system, human
-                                  or gpt. A list of either form may have another name, with messages_column
-    text                          every token is learned
+    prompt, completion           other names with prompt_column and completion_column; both may be lists of
+                                 messages (TRL's form), of which the completion's are learned
+    instruction, input, output   Stanford Alpaca's form; `input` may be empty or absent. Dolly's names for the
+                                 last two are context and response. LLaMA-Factory adds `history`, a list of
+                                 [question, answer]
+    messages, conversations      a list of messages, in all the forms of `messages.py`; another name with
+                                 messages_column
+    text                         every token is learned; another name with text_column
+
+A column `system` or `system_prompt` may stand beside all but text. Every other column is not read, and
+`unread` says which hold something.
 
 The first record decides the form of a dataset, and every other record must have it too. A dataset may have
 the columns of several forms. Then the column names that the settings give decide; without such names, the
 first of Alpaca's form, prompt and completion, messages, conversations, text.
 
-With a chat template, prompts and instructions are questions to the assistant: conversations of two messages.
-Without one, a prompt is used as written, and an instruction gets Alpaca's wording.
-
-Tool calls are not supported. A row that calls tools or offers them is refused: without them, the rest of the
-row would teach the model to answer nothing.
+A row holds no wording: that is the template's. Where a template words the rows, a prompt is a question to the
+assistant. Without one, a prompt is used as it is written; messages and instructions need one.
 
 Several datasets can be joined. With weights, `a.jsonl:0.7,b.json:0.3`, they are mixed: 7 of 10 rows come from
 the first one, and there are as many rows as possible without any row twice. The seed chooses which rows of
 each dataset are used, once for the whole training.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from minilora.data.chat import Message
 from minilora.data.file_formats import list_columns
-from minilora.data.jinja_sandbox import render
+from minilora.data.messages import (
+    TOOLS,
+    Message,
+    describe_fault,
+    message,
+    read_messages,
+    refuse_tools,
+    text_of,
+)
 from minilora.data.readers import each_record
-from minilora.data.templates import TEMPLATES
 from minilora.system.errors import UserError, raise_error
 from minilora.system.redaction import hide_secrets, whole
 
 MOST_ERRORS = 100_000  # wrong records of a dataset, each kept with its message
-_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_SYSTEM = ("system", "system_prompt")
+_INPUT, _OUTPUT = ("input", "context"), ("output", "response")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example as text."""
+    """One example as text, before any template has worded it."""
 
     prompt: str | None  # None: the completion is plain text, and all of it is learned
     completion: str
-    # The conversation, if a chat template writes the text of this row. Its last message is the completion.
+    # A conversation; its last message is the completion. None: there is nothing but prompt and completion.
     messages: tuple[Message, ...] | None = None
     location: str = field(default="", compare=False, repr=False)  # "data.jsonl, line 3"
 
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The row as messages, for a template. Plain text has none."""
+        return self.messages or (message("user", self.prompt), message("assistant", self.completion))
 
-RowReader = Callable[[str, dict], Row]  # location, record -> row
+    @property
+    def is_instruction(self) -> bool:
+        """Whether the row came in Alpaca's form, for which `alpaca` is the usual template."""
+        return bool(self.messages) and any("instruction" in m for m in self.messages)
+
+
+class ColumnNames(NamedTuple):
+    """The columns of a dataset, where the settings name them."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str | None = None  # None: messages or conversations
+    text: str = "text"
+
+
+_USUAL = ColumnNames()
+
+
+class Form(NamedTuple):
+    """How the records of a dataset become rows."""
+
+    read: Callable[[str, dict], Row]  # location, record -> row
+    columns: frozenset[str]  # that it reads
 
 
 # ---- reading a dataset ----
@@ -66,25 +99,26 @@ RowReader = Callable[[str, dict], Row]  # location, record -> row
 
 def read_rows(
     dataset: str | Path,
-    prompt_column: str = "prompt",
-    completion_column: str = "completion",
-    messages_column: str | None = None,
-    chat: bool = False,
+    names: ColumnNames = _USUAL,
     on_error: Callable[[UserError], None] = raise_error,
+    unread: dict[str, int] | None = None,
 ) -> list[Row]:
     """Return the rows of a file, an address or a hub dataset.
 
-    `chat`: a chat template will write the text, so prompts and instructions become conversations.
-
     Raises UserError with the file, the line or item, and the wrong column. For single wrong records,
-    `on_error` is called, and the record is left out if it returns.
+    `on_error` is called, and the record is left out if it returns. `unread` receives the columns that hold
+    something and are not read, with the number of their records.
     """
-    on_error, read_row, rows = _limit_errors(str(dataset), on_error), None, []
+    on_error, form, rows = _limit_errors(str(dataset), on_error), None, []
     for location, record in each_record(dataset, on_error):
-        if read_row is None:
-            read_row = _choose_form(location, record, prompt_column, completion_column, messages_column, chat)
+        if form is None:
+            form = _choose_form(location, record, names)
+        if unread is not None:
+            for column in record.keys() - form.columns:
+                if record[column] not in (None, "", [], {}):
+                    unread[column] = unread.get(column, 0) + 1
         try:
-            rows.append(read_row(location, record))
+            rows.append(form.read(location, record))
         except UserError as error:
             on_error(error)
     return rows
@@ -102,6 +136,11 @@ def _limit_errors(dataset: str, on_error: Callable[[UserError], None]) -> Callab
     return report
 
 
+def files_of(rows: Iterable[Row]) -> list[str]:
+    """Return the names of the files that rows come from, each once."""
+    return list(dict.fromkeys(row.location.rpartition(", ")[0] for row in rows))
+
+
 def to_record(row: Row) -> dict[str, object]:
     """Return the record that `read_rows` reads as this row."""
     if row.messages is not None:
@@ -111,79 +150,93 @@ def to_record(row: Row) -> dict[str, object]:
     return {"prompt": row.prompt, "completion": row.completion}
 
 
-def _choose_form(
-    location: str,
-    columns: Collection[str],
-    prompt_column: str,
-    completion_column: str,
-    messages_column: str | None,
-    chat: bool,
-) -> RowReader:
-    """Return the reader for records with these columns. Raises UserError if they have no known form."""
-    pair = {prompt_column, completion_column}
-    has_pair = pair <= set(columns)
-    read_pair = partial(
-        _read_prompt, prompt_column=prompt_column, completion_column=completion_column, chat=chat
+def _choose_form(location: str, columns: Collection[str], names: ColumnNames) -> Form:
+    """Return the form of records with these columns. Raises UserError if they have no known form."""
+    has_pair = {names.prompt, names.completion} <= set(columns)
+    pair = Form(
+        lambda location, record: _read_pair(location, record, names.prompt, names.completion),
+        frozenset((names.prompt, names.completion, *_SYSTEM)),
+    )
+    text = Form(
+        lambda location, record: Row(None, text_of(location, record, names.text), location=location),
+        frozenset((names.text,)),
     )
     # Columns that the settings name.
-    if messages_column in columns:
-        return partial(_read_conversation, column=messages_column)
-    if has_pair and pair != {"prompt", "completion"}:
-        return read_pair
+    if names.messages in columns:
+        return _conversations(names.messages)
+    if has_pair and (names.prompt, names.completion) != ("prompt", "completion"):
+        return pair
+    if names.text in columns and names.text != "text":
+        return text
     # Columns with the usual names.
-    if "instruction" in columns and "output" in columns:
-        return partial(_read_alpaca, chat=chat)
+    if "instruction" in columns and any(name in columns for name in _OUTPUT):
+        return Form(_read_alpaca, frozenset(("instruction", "history", *_INPUT, *_OUTPUT, *_SYSTEM)))
     if has_pair:
-        return read_pair
+        return pair
     for column in ("messages", "conversations"):
         if column in columns:
-            return partial(_read_conversation, column=column)
-    if "text" in columns:
-        return _read_text
+            return _conversations(column)
+    if names.text in columns:
+        return text
     raise UserError(
-        f"{location}: no columns {prompt_column} + {completion_column}, instruction + output, messages, "
-        f"conversations or text; it has {list_columns(columns) or 'none'}; name yours with prompt_column and "
-        "completion_column, or with messages_column"
+        f"{location}: no columns {names.prompt} + {names.completion}, instruction + output, messages, "
+        f"conversations or {names.text}; it has {list_columns(columns) or 'none'}; name yours with "
+        "prompt_column and completion_column, with messages_column, or with text_column"
+    )
+
+
+def _conversations(column: str) -> Form:
+    return Form(
+        lambda location, record: _read_conversation(location, record, column),
+        frozenset((column, *_SYSTEM, *TOOLS)),
     )
 
 
 # ---- forms: each reader turns a record into a row ----
 
 
-def _read_prompt(location: str, record: dict, prompt_column: str, completion_column: str, chat: bool) -> Row:
-    prompt = _text(location, record, prompt_column)
-    completion = _text(location, record, completion_column)
-    messages = (_message("user", prompt), _message("assistant", completion)) if chat else None
-    return Row(prompt, completion, messages, location)
+def _read_pair(location: str, record: dict, prompt_column: str, completion_column: str) -> Row:
+    system = _system(location, record)
+    if isinstance(record.get(prompt_column), list) and isinstance(record.get(completion_column), list):
+        before = read_messages(location, record, prompt_column)
+        before = [m | {"train": False} if m["role"] == "assistant" else m for m in before]
+        return _row_of(location, [*system, *before, *read_messages(location, record, completion_column)])
+    prompt, completion = (text_of(location, record, name) for name in (prompt_column, completion_column))
+    if not system:
+        return Row(prompt, completion, location=location)
+    return _row_of(location, [*system, message("user", prompt), message("assistant", completion)])
 
 
-def _read_alpaca(location: str, record: dict, chat: bool) -> Row:
-    question = alpaca_question(location, record)
-    completion = _text(location, record, "output")
-    if chat:
-        messages = (*question, _message("assistant", completion))
-        return Row(question[-1]["content"], completion, messages, location)
-    if len(question) > 1:
-        raise UserError(
-            f"{location}: a row with system or history needs a chat template, such as --template alpaca"
-        )
-    variables = {"messages": question, "bos_token": "", "add_generation_prompt": True}
-    prompt = render(TEMPLATES["alpaca"], variables)
-    return Row(prompt, completion, location=location)
+def _read_alpaca(location: str, record: dict) -> Row:
+    output = _one_of(location, record, _OUTPUT) or _OUTPUT[0]
+    completion = text_of(location, record, output)
+    return _row_of(location, [*alpaca_question(location, record), message("assistant", completion)])
 
 
 def alpaca_question(location: str, record: dict) -> list[Message]:
-    """Return a record of Alpaca's form, without its output, as a conversation: system, history, question."""
-    instruction = _text(location, record, "instruction")
-    context, system = (
-        _text(location, record, column) if record.get(column) else "" for column in ("input", "system")
-    )
-    question = _message("user", instruction)
-    if context:
-        question = _message("user", f"{instruction}\n{context}")
-        question |= {"instruction": instruction, "input": context}  # the alpaca template prints both apart
-    start = [_message("system", system)] if system else []
-    return [*start, *_history(location, record), question]
+    """Return a record of Alpaca's form, without its output, as a conversation: system, history, question.
+
+    The question keeps its two parts, which the alpaca template prints apart.
+    """
+    instruction, column = text_of(location, record, "instruction"), _one_of(location, record, _INPUT)
+    context = text_of(location, record, column) if column and record[column] else ""
+    question = message("user", f"{instruction}\n{context}" if context else instruction)
+    question |= {"instruction": instruction, "input": context}
+    return [*_system(location, record), *_history(location, record), question]
+
+
+def _one_of(location: str, record: dict, columns: Sequence[str]) -> str | None:
+    """Return which of these columns holds something, or else which is there. Raises UserError for two."""
+    full = [column for column in columns if record.get(column)]
+    if len(full) > 1:
+        raise UserError(f"{location}: {' and '.join(full)} both hold text; rename the one that is not meant")
+    return next(iter([*full, *(column for column in columns if record.get(column) is not None)]), None)
+
+
+def _system(location: str, record: dict) -> list[Message]:
+    """Return the system message that a column of its own holds, or nothing."""
+    column = _one_of(location, record, _SYSTEM)
+    return [message("system", text_of(location, record, column))] if column and record[column] else []
 
 
 def _history(location: str, record: dict) -> list[Message]:
@@ -191,84 +244,30 @@ def _history(location: str, record: dict) -> list[Message]:
     if not isinstance(turns, list) or not all(
         isinstance(turn, list) and list(map(type, turn)) == [str, str] for turn in turns
     ):
-        fault = _describe_fault(record, "history", "a list of [question, answer]")
+        fault = describe_fault(record, "history", "a list of [question, answer]")
         raise UserError(f"{location}: the column history {fault}")
     messages = []
     for question, answer in turns:
-        messages += [_message("user", question), _message("assistant", answer)]
+        messages += [message("user", question), message("assistant", answer)]
     return messages
 
 
-def _read_text(location: str, record: dict) -> Row:
-    return Row(None, _text(location, record, "text"), location=location)
-
-
 def _read_conversation(location: str, record: dict, column: str) -> Row:
-    _refuse_tools(location, record, ("tools", "functions"))
-    turns = record.get(column)
-    if not isinstance(turns, list):
-        fault = _describe_fault(record, column, "a list of messages")
-        raise UserError(f"{location}: the column {column} {fault}")
-    messages = [_read_message(f"{location}, message {i}", turn) for i, turn in enumerate(turns, start=1)]
-    if record.get("system") and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, _message("system", _text(location, record, "system")))
+    refuse_tools(location, record, TOOLS)
+    messages = read_messages(location, record, column)
+    if not (messages and messages[0]["role"] == "system"):
+        messages = _system(location, record) + messages
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()  # nothing behind the last answer is learned
-    if not messages:
+    return _row_of(location, messages)
+
+
+def _row_of(location: str, messages: list[Message]) -> Row:
+    """Return the row of a conversation that ends with an answer."""
+    if not messages or messages[-1]["role"] != "assistant":
         raise UserError(f"{location}: the conversation has no message of the assistant, so nothing to learn")
-    questions = [message["content"] for message in messages if message["role"] == "user"]
+    questions = [m["content"] for m in messages if m["role"] == "user"]
     return Row(questions[-1] if questions else "", messages[-1]["content"], tuple(messages), location)
-
-
-def _read_message(location: str, turn: object) -> Message:
-    """Return a message of either form as {"role", "content"}, with further keys for the template."""
-    if not isinstance(turn, dict):
-        raise UserError(f"{location}: expected an object with role and content, found {type(turn).__name__}")
-    _refuse_tools(location, turn, ("tool_calls", "function_call"))
-    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    role, content = _text(location, turn, role_key), _text(location, turn, content_key)
-    if role not in _ROLES:
-        raise UserError(f"{location}: the role {role!r} is not known; known: {', '.join(_ROLES)}")
-    if _ROLES[role] == "assistant" and turn.get("weight") not in (None, 1):
-        raise UserError(
-            f"{location}: the answer has weight {turn['weight']!r}, but all answers have equal weight here; "
-            "leave the row out, or let it end with the answer to learn and add --mask_history"
-        )
-    more = {k: value for k, value in turn.items() if k not in (role_key, content_key) and value is not None}
-    if more:
-        try:
-            json.dumps(more)
-        except (TypeError, ValueError) as error:  # from Parquet: a date or bytes
-            raise UserError(f"{location}: a key beside role and content is no JSON value: {error}") from error
-    return more | _message(_ROLES[role], content)
-
-
-def _refuse_tools(location: str, holder: dict, names: Sequence[str]) -> None:
-    for name in names:
-        if holder.get(name) not in (None, "", "[]", [], {}):
-            raise UserError(
-                f"{location}: {name} {_describe_fault(holder, name, 'empty')}, and tools are not supported; "
-                "leave the row out, or write the text to learn into the content of its messages"
-            )
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _text(location: str, record: dict, column: str) -> str:
-    value = record.get(column)
-    if not isinstance(value, str):
-        raise UserError(f"{location}: the column {column} {_describe_fault(record, column, 'text')}")
-    return value
-
-
-def _describe_fault(record: dict, column: str, expected: str) -> str:
-    """Return "is missing", or "holds VALUE, not EXPECTED"."""
-    if column not in record:
-        return "is missing"
-    value = repr(record[column])
-    return f"holds {value if len(value) <= 80 else value[:77] + '...'}, not {expected}"
 
 
 # ---- several datasets ----

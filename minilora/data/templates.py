@@ -7,6 +7,10 @@ r"""The usual chat templates by name, written in Jinja, the language of the temp
     mistral    <s>[INST] ... [/INST] ...</s>; fewer spaces where [INST] is a token (tokenizer v3)
     chatml     <|im_start|>user\n...<|im_end|>\n
     qwen3      chatml; the last answer begins with <think> ... </think>, which is cut out of older answers
+    qwen3_all  chatml; every answer keeps its <think> ... </think>, or begins with an empty one: what
+               LLaMA-Factory trains as `qwen3`
+    deepseek3  <｜begin▁of▁sentence｜><｜User｜>...<｜Assistant｜>...<｜end▁of▁sentence｜>; no thoughts
+    deepseekr1 the same; every answer keeps its thoughts, or begins with empty ones
     plain      one message after the other, and an end token behind each answer
 
 {% generation %} ... {% endgeneration %} surround the text of the assistant: its answer and the end token. All
@@ -147,6 +151,33 @@ _QWEN3 = r"""
 {%- endif %}
 """  # noqa: E501
 
+_THOUGHTFUL = r"""
+{%- macro with_thoughts(message) %}
+    {%- if message.reasoning_content %}
+        {{- '<think>\n' + message.reasoning_content.strip('\n') + '\n</think>\n\n' }}
+    {%- elif '<think>' not in message.content and '</think>' not in message.content %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+    {{- message.content }}
+{%- endmacro %}
+"""
+
+_DEEPSEEK = r"""
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<｜Assistant｜>' }}
+        {%- generation %}{{ words(message) + eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- '<｜User｜>' if message.role == 'user' else '' }}
+        {{- message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<｜Assistant｜>' }}
+{%- endif %}
+"""
+
 _PLAIN = r"""
 {{- bos_token }}
 {%- for message in messages %}
@@ -165,6 +196,10 @@ TEMPLATES = {
     "mistral": _ALTERNATING + _MISTRAL_V3,
     "chatml": _CHATML,
     "qwen3": _QWEN3,
+    "qwen3_all": _THOUGHTFUL
+    + _CHATML.replace("message.content + '<|im_end|>' }}{%", "with_thoughts(message) + '<|im_end|>' }}{%"),
+    "deepseek3": _DEEPSEEK.replace("words(message)", "message.content"),
+    "deepseekr1": _THOUGHTFUL + _DEEPSEEK.replace("words(message)", "with_thoughts(message)"),
     "plain": _PLAIN,
 }
 MISTRAL_V1 = _ALTERNATING + _MISTRAL_V1  # where [INST] is text, not a token

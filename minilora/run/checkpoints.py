@@ -253,8 +253,8 @@ def find_resumed(
             "raise max_steps or num_train_epochs"
         )
     best = best_checkpoint(checkpoint, state)
-    if config.load_best_model_at_end and best is not None and not best.is_dir():
-        raise UserError(f"{best} is missing: load_best_model_at_end needs the best adapter so far")
+    if config.keeps_best and best is not None and not best.is_dir():
+        raise UserError(f"{best} is missing, the best adapter so far, which load_best_model_at_end needs")
     print(f"resuming from {checkpoint}, after step {state['step']} of {total_steps}")
     return checkpoint, state
 

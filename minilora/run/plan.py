@@ -15,7 +15,7 @@ import torch
 from minilora.adapters.save_load import read_adapter_config, vocabulary_of
 from minilora.backend.choice import padded_length
 from minilora.config import LoraConfig, ModelConfig
-from minilora.data.chat import ChatTemplate, load_chat_template, training_clock
+from minilora.data.chat import ChatTemplate
 from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids, tokens_read
 from minilora.data.packing import pack
 from minilora.data.rows import Row
@@ -152,8 +152,7 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
         )
     tokenizer = load_run_tokenizer(config, start_adapter if has_tokenizer(start_adapter) else model_dir)
     lora, model_config = choose_vocabulary(config, lora, model_config, tokenizer)
-    template = load_chat_template(config.template, tokenizer, now=training_clock)
-    train_set, eval_set = load_examples(config, model_config, tokenizer, template)
+    template, train_set, eval_set = load_examples(config, model_config, tokenizer)
     order = make_order(config, train_set, processes)
     schedule = make_schedule(config, order.steps_per_epoch)
     training = asdict(config) | {
@@ -201,17 +200,17 @@ def choose_adapter(
 
 
 def load_examples(
-    config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> tuple[Dataset, Dataset | None]:
-    """Return the training examples, packed if the settings say so, and the held-out ones or None."""
-    train_set, eval_set = load_datasets(config, model_config, tokenizer, template)
+    config: TrainConfig, model_config: ModelConfig, tokenizer: Tokenizer
+) -> tuple[ChatTemplate | None, Dataset, Dataset | None]:
+    """Return the template, the training examples, packed if the settings say so, and the held-out ones."""
+    template, train_set, eval_set = load_datasets(config, model_config, tokenizer)
     if config.packing:
         train_set = pack(train_set, token_settings(config, model_config)["cutoff_len"], config.seed)
     if any(row.prompt is None for row in answered_rows(config, eval_set)):
         raise UserError(
             "exact_match_samples needs prompts, but the held-out examples are plain text; set it to 0"
         )
-    return train_set, eval_set
+    return template, train_set, eval_set
 
 
 def answered_rows(config: TrainConfig, eval_set: Dataset | None) -> list[Row]:

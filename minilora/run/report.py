@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from minilora.config import LoraConfig
+from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.examples import Order
 from minilora.data.rows import Row
 from minilora.initialize import takes_part_of_base
@@ -13,6 +14,7 @@ from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
 from minilora.run.checkpoints import best_checkpoint, copy_checkpoint
+from minilora.run.datasets import describe_template
 from minilora.run.describe import count_parameters, describe_optimizer, describe_weights
 from minilora.run.output_dir import files_of_a_run, open_output_dir
 from minilora.run.plan import ANSWERS_AT_A_TIME, Plan
@@ -50,6 +52,7 @@ def print_plan(plan: Plan) -> None:
         "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
         "adapter": f"{describe_kind(lora)}, dropout {lora.lora_dropout:g}, on {describe_targets(lora)}",
         "optimizer": describe_optimizer(config.optim, plan.placement.device, config.loraplus_lr_ratio),
+        "template": describe_template(plan.template, plan.tokenizer, plan.train_set.rows),
         "training": plan.train_set.summary(),
         "held out": plan.eval_set.summary() if plan.eval_set else "none",
         "steps": f"{plan.schedule.total_steps:,}, {order.steps_per_epoch:,} an epoch; "
@@ -121,10 +124,10 @@ def open_output(plan: Plan) -> Tracker:
     if plan.processes.main:
         open_output_dir(config, plan.checkpoint)
         plan.tokenizer.save(directory)
-        if config.template is not None:
+        if plan.template is not None and plan.template.name != TOKENIZER_TEMPLATE:
             plan.template.save(directory)
         best = best_checkpoint(plan.checkpoint, plan.state) if plan.checkpoint is not None else None
-        if best is not None and config.load_best_model_at_end:
+        if best is not None and config.keeps_best:
             copy_checkpoint(best, directory)
     return Tracker(
         directory if plan.processes.main else None,
@@ -162,6 +165,8 @@ def training_figures(plan: Plan, run: Run) -> dict[str, str]:
     if held_out:
         figures["held-out loss, base model"] = f"{held_out[0]:.4f}"
         figures["held-out loss, lowest"] = f"{run.best['loss']:.4f} (step {run.best['step']})"
+        if run.best["step"] != run.step and not plan.config.keeps_best:
+            figures["held-out loss, this adapter"] = f"{held_out[-1]:.4f} (step {run.step})"
     return figures
 
 
@@ -184,6 +189,20 @@ def end_interrupted(plan: Plan, run: Run, checkpoint: Path) -> NoReturn:
     print(f"interrupted after step {run.step} of {plan.schedule.total_steps}; ", end="")
     print(f"to resume from {checkpoint}: --resume_from_checkpoint latest")
     sys.exit(130)
+
+
+def print_saved_step(plan: Plan, run: Run) -> None:
+    """Print which step's adapter is saved, if another step had the lowest held-out loss."""
+    best = run.best
+    if not 0 < best["step"] < run.step:
+        return
+    if plan.config.keeps_best:
+        print(f"back to the adapter of step {best['step']}, held-out loss {best['loss']:.4f}")
+        return
+    print(
+        f"saved is the adapter of step {run.step}; step {best['step']} had the lowest held-out loss, "
+        f"{best['loss']:.4f}: --load_best_model_at_end ends with that one"
+    )
 
 
 def draw_curves(plan: Plan, run: Run) -> None:

@@ -28,6 +28,7 @@ from minilora.config import LoraConfig, QuantConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.new_tokens import check_new_tokens
 from minilora.data.templates import TEMPLATES
+from minilora.data.truncation import TRUNCATIONS
 from minilora.initialize import check_kind
 from minilora.optim import OPTIMIZERS, SCHEDULES
 from minilora.quantization import QUANT_TYPES
@@ -88,9 +89,11 @@ class TrainConfig:
     prompt_column: str = "prompt"  # name of the column that holds the prompt
     completion_column: str = "completion"  # name of the column that holds the completion
     messages_column: str | None = None  # name of the column of messages; none: messages or conversations
+    text_column: str = "text"  # name of the column of plain text, of which every token is learned
     cutoff_len: int | None = None  # cut examples to this many tokens; none: min(1024, the model's limit)
     max_samples: int | None = None  # use only this many examples of each dataset, the first ones; none: all
-    template: str | None = None  # alpaca llama2 llama3 mistral chatml qwen3 plain; tokenizer or none: its own
+    truncation: str = "end"  # what cutoff_len cuts: the end; or keep_answer: prompts before answers
+    template: str | None = None  # words the rows: a name (see templates.py); tokenizer or none: its own
     train_on_prompt: bool = False  # learn the prompt too
     mask_history: bool = False  # learn only the last answer of a conversation
     padding_free: bool = True  # the examples of a pass end to end in one row; false: padded to the longest
@@ -142,7 +145,7 @@ class TrainConfig:
     save_steps: int = 500  # optimizer steps between two checkpoints
     save_total_limit: int | None = None  # number of newest checkpoints to keep beside the best one; none: all
     load_best_model_at_end: bool = False  # end with the adapter of the lowest evaluation loss
-    early_stopping_patience: int | None = None  # stop after this many evaluations without a lower loss
+    early_stopping_patience: int | None = None  # stop after so many without a lower loss, at the lowest
     exact_match_samples: int = 0  # held-out prompts answered before and after training, and compared exactly
     report_to: str | list[str] = "none"  # mlflow, tensorboard or all: also send the metrics there
     run_name: str | None = None  # name of the run in MLflow; none: the name of output_dir
@@ -200,6 +203,7 @@ class TrainConfig:
         _check_choice("optim", self.optim, OPTIMIZERS)
         _check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
         _check_choice("hub_strategy", self.hub_strategy, ("end", "every_save"))
+        _check_choice("truncation", self.truncation, TRUNCATIONS)
         if self.template is not None:
             _check_choice("template", self.template, (*TEMPLATES, TOKENIZER_TEMPLATE))
         for name in self.trackers():
@@ -293,6 +297,11 @@ class TrainConfig:
         plain, special = (tuple(_parts(value)) for value in (self.add_tokens, self.new_special_tokens))
         check_new_tokens(plain + special)
         return plain, special
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with the adapter of the lowest held-out loss, as every early stop does."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
 
     def trackers(self) -> list[str]:
         """The names in `report_to`: the services that get the metrics besides metrics.jsonl."""

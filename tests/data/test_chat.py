@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minilora import UserError
-from minilora.data.chat import ChatTemplate, _tokens_in_spans, load_chat_template
+from minilora.data.chat import ChatTemplate, _spans_of_tokens, load_chat_template
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import load_tokenizer
 
@@ -31,6 +31,7 @@ needs_mistral = pytest.mark.skipif(
 )
 MISTRAL = [pytest.param(name, marks=needs_mistral) for name in MISTRAL_FILES]
 CHAT_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TOKENS += ["<｜User｜>", "<｜Assistant｜>"]
 CORPUS = [
     "Hello world, hello there! The sea is calm tonight.",
     "user assistant system\n\n",
@@ -302,6 +303,86 @@ def test_qwen3_keeps_the_thoughts_before_the_last_answer_and_drops_older_ones(ou
     assert ours["qwen"].decode(input_ids[loss_mask]) == "yes<think>\nhm\n</think>\n\nyes"
 
 
+THINKING = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}
+
+
+def test_thoughts_that_a_template_leaves_out_are_counted(ours):
+    asked = [HELLO[0], THINKING, HELLO[0], THINKING]
+    apart = {"role": "assistant", "content": "yes", "reasoning_content": "hm, hm"}
+    for name, lost in (("qwen3", 1), ("qwen3_all", 0), ("chatml", 0)):
+        assert load_chat_template(name, ours["qwen"]).encode_all(asked).lost_thoughts == lost
+    for name, lost in (("qwen3", 0), ("chatml", 1)):
+        assert load_chat_template(name, ours["qwen"]).encode_all([HELLO[0], apart]).lost_thoughts == lost
+    # An empty block holds no thought.
+    empty = HELLO[1] | {"content": "<think>\n\n</think>\n\nyes"}
+    assert load_chat_template("qwen3", ours["qwen"]).encode_all([HELLO[0], empty] * 2).lost_thoughts == 0
+
+
+@pytest.mark.parametrize("template", ["qwen3_all", "deepseekr1"])
+def test_every_answer_of_a_thinking_template_has_its_thoughts_or_an_empty_block(ours, template):
+    """What LLaMA-Factory learns as qwen3 and deepseekr1: thoughts of all answers, and the words of empty ones."""
+    chat = load_chat_template(template, ours["qwen"])
+    apart = HELLO[1] | {"reasoning_content": "so\n"}
+    input_ids, loss_mask = chat.encode([HELLO[0], THINKING, HELLO[0], HELLO[1], HELLO[0], apart])
+    learned = ours["qwen"].decode(input_ids[loss_mask])
+    assert learned == "<think>\nhm\n</think>\n\nyes<think>\n\n</think>\n\na<think>\nso\n</think>\n\na"
+
+
+def test_the_deepseek_templates_write_deepseeks_marks(ours):
+    tokenizer = ours["llama3"]
+    messages = [{"role": "system", "content": "be kind"}, *HELLO, HELLO[0]]
+    text = (
+        "<|begin_of_text|>be kind<｜User｜>Hello<｜Assistant｜>a<|end_of_text|><｜User｜>Hello<｜Assistant｜>"
+    )
+    chat = load_chat_template("deepseek3", tokenizer)
+    assert chat.encode_prompt(messages) == tokenizer.encode_with_offsets(text)[0]
+    assert load_chat_template("deepseekr1", tokenizer).encode_prompt(HELLO[:1]) == chat.encode_prompt(
+        HELLO[:1]
+    )
+
+
+# As R1-Distill's: the prompt of generation opens a thought, and the thoughts of answers are cut out.
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% else %}"
+    "{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+)
+
+
+def test_a_prompt_of_generation_that_training_never_saw_is_found(ours):
+    tokenizer = ours["llama3"]
+    chat = ChatTemplate("r1", R1, tokenizer)
+    asked, trained = chat.prompt_mismatch(HELLO)
+    assert asked.endswith("<｜Assistant｜><think>\n") and "<｜Assistant｜>a" in trained
+    with pytest.raises(UserError, match="since it has thoughts; --template deepseekr1 keeps them, or leave"):
+        chat.encode([HELLO[0], THINKING])
+    for name, answer in (("deepseek3", HELLO[1]), ("deepseekr1", THINKING), ("deepseekr1", HELLO[1])):
+        chat = load_chat_template(name, tokenizer)
+        assert chat.prompt_mismatch([HELLO[0], answer]) is None
+        assert chat.encode_all([HELLO[0], answer]).lost_thoughts == 0
+
+
+@pytest.mark.parametrize(("name", "template"), SUPPORTED)
+@given(messages=conversations())
+@few
+def test_no_named_template_asks_in_a_way_that_it_does_not_train(ours, name, template, messages):
+    assert load_chat_template(template, ours[name]).prompt_mismatch(messages) is None
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_answers_with_train_false_are_in_the_text_and_not_in_the_mask(ours, silent):
+    chat = load_chat_template("chatml", ours["qwen"])
+    chat = without_generation(chat, ours["qwen"]) if silent else chat
+    turns = [HELLO[0], HELLO[1] | {"content": "one", "train": False}, HELLO[0], HELLO[1] | {"content": "two"}]
+    input_ids, loss_mask = chat.encode(turns)
+    assert ours["qwen"].decode(input_ids[loss_mask]) == "two"
+    plain = [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
+    assert chat.encode(plain)[0].tolist() == input_ids.tolist()
+    assert ours["qwen"].decode(input_ids[chat.encode(plain)[1]]) == "onetwo"
+    assert not chat.encode(turns[:2])[1].any()
+    assert not chat.encode([*turns[2:], *turns[:2]], mask_history=True)[1].any()
+
+
 @given(thoughts=st.none() | texts, words=texts | st.just("<think>\nhm\n</think>\n\nyes"))
 @settings(max_examples=50, deadline=None)
 def test_qwen3_uses_separate_thoughts_if_they_are_given_even_empty_ones(ours, theirs, thoughts, words):
@@ -405,12 +486,14 @@ def test_exactly_the_answers_and_their_end_tokens_are_learned(ours, name, templa
         and input_ids[loss_mask].tolist().count(chat.end_id) == 2
         and tokenizer.is_special(chat.end_id)
     )
-    thoughts = "<think>\n\n</think>\n\n" if template == "qwen3" else ""
+    block = "<think>\n\n</think>\n\n"  # an empty one: before every answer, or the last one
+    all_thoughts = block if template in ("qwen3_all", "deepseekr1") else ""
+    thoughts = block if template == "qwen3" else all_thoughts
     first, second = (
         tokenizer.decode(input_ids[loss_mask][: len(runs[0])]),
         tokenizer.decode(input_ids[loss_mask][len(runs[0]) :]),
     )
-    assert (first.strip(), second.strip()) == ("two", thoughts + "four")
+    assert (first.strip(), second.strip()) == (all_thoughts + "two", thoughts + "four")
     last_ids, last = chat.encode(messages, mask_history=True)
     assert last_ids.tolist() == input_ids.tolist() and last.sum() == len(runs[1]) and (loss_mask[last]).all()
 
@@ -712,16 +795,17 @@ def test_a_template_that_is_not_jinja_is_refused_with_the_line(ours):
 
 @given(
     lengths=st.lists(st.integers(0, 3), max_size=12),
-    spans=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=4),
+    ends_of_spans=st.lists(st.integers(0, 20), max_size=8).map(sorted),
 )
-def test_a_token_is_learned_if_one_of_its_characters_lies_in_a_span(lengths, spans):
+def test_a_token_is_learned_if_one_of_its_characters_lies_in_a_span(lengths, ends_of_spans):
+    spans = [*zip(ends_of_spans[::2], ends_of_spans[1::2], strict=False)]  # one behind the other
     ends = np.cumsum(lengths)
     offsets = np.stack([ends - lengths, ends], axis=1).reshape(-1, 2).astype(np.int64)
     expected = [
         any(start <= i < end for start, end in spans for i in range(first, max(last, first + 1)))
         for first, last in offsets.tolist()
     ]
-    assert _tokens_in_spans(offsets, spans).tolist() == expected
+    assert (_spans_of_tokens(offsets, spans) > 0).tolist() == expected
 
 
 def test_a_template_that_prints_thousands_of_blocks_takes_seconds(ours):

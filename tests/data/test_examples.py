@@ -77,14 +77,7 @@ def test_the_template_decides_which_tokens_of_a_conversation_are_learned(model_d
         assert labels[0][labels[0] != IGNORE_INDEX].tolist() == answer * count
     (example,) = tokenize([CONVERSATION], tokenizer, 100, train_on_prompt=True, template=template).examples
     assert example.supervised == len(example.input_ids) - 1
-    ours, texts = (
-        tokenize([CONVERSATION], tokenizer, 100, template=template),
-        tokenize([Row("a", "b")], tokenizer, 100),
-    )
-    assert (
-        document_ids(ours.examples) is None
-        and tokenize([Row("a", "b")], tokenizer, 100, template=template).rows == texts.rows
-    )
+    assert document_ids(tokenize([CONVERSATION], tokenizer, 100, template=template).examples) is None
 
 
 def test_an_example_begins_with_the_prompt_of_its_row(model_dir):
@@ -131,7 +124,53 @@ def test_long_examples_are_cut_and_counted_and_dropped_if_nothing_is_left(model_
     assert (len(dataset), dataset.truncated, dataset.dropped) == (2, 1, 1)
     assert dataset.examples[1].supervised == 4 and tokenizer.eos_id not in dataset.examples[1].input_ids
     assert dataset.rows == rows[:2]
-    assert "cut at cutoff_len: 1 (33.3%); dropped with nothing left to learn: 1 (33.3%)" in dataset.summary()
+    assert (
+        "cut at cutoff_len: 1 (33.3%), 12 tokens lost; dropped with nothing left to learn: 1 (33.3%)"
+        in dataset.summary()
+    )
+
+
+def test_every_token_of_a_long_text_is_learned_exactly_once(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    row, short = Row(None, "the old fox lives by the river " * 40), Row(None, "owl")
+    ids = tokenizer.encode(row.completion, eos=True)
+    for cutoff_len in (2, 3, 16, 17, len(ids) - 1, len(ids), len(ids) + 1):
+        dataset = tokenize([row, short, row], tokenizer, cutoff_len)
+        assert dataset.rows == [row, short, row] and dataset.dropped == dataset.lost_tokens == 0
+        first = [e for e, i in zip(dataset.examples, dataset.row_indices, strict=True) if i == 0]
+        assert all(2 <= len(e.input_ids) <= cutoff_len for e in first)
+        learned = np.concatenate([e.input_ids[e.loss_mask] for e in first])
+        assert learned.tolist() == ids[1:]  # all but BOS, which no token predicts
+        assert [*dataset.row_indices] == sorted(dataset.row_indices) and {*dataset.row_indices} == {0, 1, 2}
+    assert "split into" not in dataset.summary()
+    assert "3 examples" in (text := tokenize([row, short, row], tokenizer, 17).summary())
+    assert f"split into {2 * -(-(len(ids) - 1) // 16) + 1} pieces" in text
+
+
+def test_an_answer_with_train_false_is_read_and_not_learned(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    template = load_chat_template("plain", tokenizer)
+    silent = Row("q", "a", (QUESTION, ANSWER | {"train": False}, QUESTION, ANSWER))
+    (every,), (one,) = (
+        tokenize([row], tokenizer, 100, template=template).examples for row in (CONVERSATION, silent)
+    )
+    (last,) = tokenize([CONVERSATION], tokenizer, 100, template=template, mask_history=True).examples
+    assert one.input_ids.tolist() == every.input_ids.tolist()
+    assert one.loss_mask.tolist() == last.loss_mask.tolist() != every.loss_mask.tolist()
+    other = Row("q", "a", (QUESTION, ANSWER, QUESTION, ANSWER | {"train": False}))
+    (first,) = tokenize([other], tokenizer, 100, template=template).examples
+    assert (first.loss_mask ^ last.loss_mask).tolist() == every.loss_mask.tolist()
+    dataset = tokenize([other], tokenizer, 100, template=template, mask_history=True)
+    assert (len(dataset), dataset.dropped) == (0, 1)
+
+
+def test_a_template_words_prompts_and_instructions_as_it_words_conversations(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    template = load_chat_template("llama2", tokenizer)
+    pair, chat = Row("the old fox", "lives here"), Row("", "", (QUESTION, ANSWER))
+    one, two = (tokenize([row], tokenizer, 100, template=template).examples[0] for row in (pair, chat))
+    assert one.input_ids.tolist() == two.input_ids.tolist() and one.supervised == two.supervised > 0
+    assert prompt_ids(pair, tokenizer, template) == prompt_ids(chat, tokenizer, template)
 
 
 orders = st.builds(

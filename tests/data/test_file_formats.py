@@ -185,11 +185,14 @@ values = st.recursive(
     max_leaves=6,
 )
 columns = st.sampled_from(
-    "prompt completion instruction input output system history messages conversations text tools".split()
+    (
+        "prompt completion instruction input context output response system system_prompt history messages "
+        "conversations text tools"
+    ).split()
 )
 turns = st.lists(
     st.dictionaries(
-        st.sampled_from("role content from value tool_calls weight more".split()),
+        st.sampled_from("role content from value tool_calls weight train type text more".split()),
         values | st.sampled_from(["user", "assistant", "gpt"]),
     )
     | values,
@@ -198,17 +201,15 @@ turns = st.lists(
 records = st.dictionaries(columns | st.text(max_size=3), values | turns, max_size=4)
 
 
-@given(
-    st.lists(records | values, min_size=1, max_size=3), st.sampled_from([".jsonl", ".json"]), st.booleans()
-)
+@given(st.lists(records | values, min_size=1, max_size=3), st.sampled_from([".jsonl", ".json"]))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_json_values_are_rows_or_one_line_each(tmp_path, written, suffix, chat):
+def test_any_json_values_are_rows_or_one_line_each(tmp_path, written, suffix):
     text = (
         json.dumps(written) if suffix == ".json" else "".join(json.dumps(value) + "\n" for value in written)
     )
     (tmp_path / f"a{suffix}").write_text(text)
     try:
-        for row in read_rows(tmp_path / f"a{suffix}", chat=chat):
+        for row in read_rows(tmp_path / f"a{suffix}"):
             assert isinstance(row.completion, str)
             json.dumps(rows.to_record(row))
     except UserError as error:

@@ -20,6 +20,7 @@ def good() -> dict[str, np.ndarray]:
         "loss_mask": np.array([0, 1, 1, 0, 0, 1], bool),
         "lengths": np.array([3, 3], np.int32),
         "uncut_lengths": np.array([3, 9], np.int32),
+        "row_indices": np.array([0, 1], np.int32),
     }
 
 
@@ -32,6 +33,16 @@ def test_tensors_that_fit_the_rows_are_used(tmp_path):
     loaded = load(tmp_path, good() | {"more": np.zeros(3)}, cutoff_len=3)
     assert [example.input_ids.tolist() for example in loaded.examples] == [[1, 5, 2], [1, 7, 8]]
     assert loaded.truncated == 1 and loaded.rows is ROWS
+
+
+def test_the_pieces_of_one_row_are_examples_of_their_own(tmp_path):
+    save_file(
+        good() | {"row_indices": np.array([0, 0], np.int32)},
+        tmp_path / "a.safetensors",
+        metadata={"key": "k"},
+    )
+    loaded = load_tokens(tmp_path / "a.safetensors", ROWS[:1], "k")
+    assert len(loaded.examples) == 2 and len(loaded.rows) == 1 and loaded.row_indices == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +58,12 @@ def test_tensors_that_fit_the_rows_are_used(tmp_path):
         {"lengths": np.array([2**31 - 1, 2**31 - 1], np.int32)},  # their sum in int32 is -2
         {"uncut_lengths": np.array([3], np.int32)},
         {"uncut_lengths": np.array([3, 2], np.int32)},
+        {"row_indices": np.array([0], np.int32)},
+        {"row_indices": np.array([0, 0], np.int32)},  # nothing of the second row
+        {"row_indices": np.array([1, 1], np.int32)},
+        {"row_indices": np.array([0, 2], np.int32)},
+        {"row_indices": np.array([1, 0], np.int32)},
+        {"row_indices": np.array([-1, 1], np.int32)},
         {"input_ids": np.array([1, 5, 2, 1, 7, -8], np.int32)},
         {"input_ids": np.array([1, 5, 2, 1, 7, 8], np.float32)},
         {"input_ids": np.array([1, 5], np.int32)},

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import UserError
-from minilora.data.rows import Row, mix_rows, parse_datasets, read_rows
+from minilora.data.rows import ColumnNames, Row, mix_rows, parse_datasets, read_rows, to_record
 
 
 def write(path, *objects):
@@ -26,49 +26,61 @@ def test_prompt_and_completion_are_read_under_their_own_names_and_under_others(t
         tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "c", "more": 1}
     )
     assert read_rows(path) == [Row("a", "b"), Row("", "c")]
-    assert read_rows(path, chat=True) == [Row("a", "b", said("a", "b")), Row("", "c", said("", "c"))]
+    assert [row.conversation for row in read_rows(path)] == [said("a", "b"), said("", "c")]
     assert [row.location for row in read_rows(path)] == [f"{path}, line 1", f"{path}, line 2"]
     path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "b"})
-    assert read_rows(path, "question", "answer") == [Row("a", "b")]
+    assert read_rows(path, ColumnNames("question", "answer")) == [Row("a", "b")]
 
 
-def test_alpaca_rows_get_alpacas_prompt_with_and_without_an_input(tmp_path):
+def asked(instruction: str, context: str = "") -> dict:
+    """A question of Alpaca's form, with its parts for the alpaca template."""
+    content = f"{instruction}\n{context}" if context else instruction
+    return {"role": "user", "content": content, "instruction": instruction, "input": context}
+
+
+@pytest.mark.parametrize("output", ["output", "response"])
+@pytest.mark.parametrize("context", ["input", "context"])
+def test_rows_of_alpacas_and_dollys_form_are_conversations(tmp_path, context, output):
     path = write(
         tmp_path / "data.jsonl",
-        {"instruction": "Add.", "input": "1 2", "output": "3"},
-        {"instruction": "Sing.", "input": "", "output": "la"},
-        {"instruction": "Sing.", "output": "la"},
+        {"instruction": "Add.", context: "1 2", output: "3"},
+        {"instruction": "Sing.", context: "", output: "la"},
+        {"instruction": "Sing.", output: "la"},
     )
     with_input, without, absent = read_rows(path)
-    assert with_input == Row(
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n",
-        "3",
-    )
-    assert without == absent == Row(
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nSing.\n\n### Response:\n",
-        "la",
-    )  # fmt: skip
+    assert with_input == Row("Add.\n1 2", "3", (asked("Add.", "1 2"), {"role": "assistant", "content": "3"}))
+    assert without == absent == Row("Sing.", "la", (asked("Sing."), {"role": "assistant", "content": "la"}))
+    assert with_input.is_instruction
 
 
-def test_alpaca_rows_are_conversations_where_a_template_words_them(tmp_path):
+@pytest.mark.parametrize("system", ["system", "system_prompt"])
+def test_system_and_history_of_an_alpaca_row_come_before_its_question(tmp_path, system):
     row = {
         "instruction": "Add.",
         "input": "1 2",
         "output": "3",
-        "system": "Be brief.",
+        system: "Be brief.",
         "history": [["a", "b"], ["c", "d"]],
     }
-    (read,) = read_rows(write(tmp_path / "a.jsonl", row), chat=True)
-    question = {"role": "user", "content": "Add.\n1 2", "instruction": "Add.", "input": "1 2"}
-    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "3"}
-    assert read == Row("Add.\n1 2", "3", (system, *said("a", "b", "c", "d"), question, answer))
+    (read,) = read_rows(write(tmp_path / "a.jsonl", row))
+    first, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "3"}
+    assert read == Row("Add.\n1 2", "3", (first, *said("a", "b", "c", "d"), asked("Add.", "1 2"), answer))
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_conversations_of_both_forms_are_the_same_rows(tmp_path, chat):
+def test_trls_conversational_prompts_are_conversations_whose_completions_are_learned(tmp_path):
+    turns = list(said("a", "b", "c", "d"))
+    row = {"prompt": turns[:3], "completion": turns[3:], "system": "s"}
+    (read,) = read_rows(write(tmp_path / "a.jsonl", row))
+    assert read.messages == (
+        {"role": "system", "content": "s"},
+        turns[0],
+        turns[1] | {"train": False},
+        *turns[2:],
+    )
+    assert (read.prompt, read.completion) == ("c", "d")
+
+
+def test_conversations_of_all_forms_are_the_same_rows(tmp_path):
     turns = [
         ("system", "s"),
         ("user", "a"),
@@ -81,16 +93,20 @@ def test_conversations_of_both_forms_are_the_same_rows(tmp_path, chat):
     messages = [{"role": role, "content": text} for role, text in turns]
     conversations = [{"from": sharegpt[role], "value": text} for role, text in turns]
     row = Row("c", "d", tuple(messages[:-1]))
-    assert read_rows(write(tmp_path / "a.jsonl", {"messages": messages}), chat=chat) == [row]
-    assert read_rows(write(tmp_path / "a.jsonl", {"conversations": conversations, "id": 1}), chat=chat) == [
-        row
-    ]
-    assert read_rows(
-        write(tmp_path / "a.jsonl", {"conversations": conversations[1:], "system": "s"}), chat=chat
-    ) == [row]
-    assert read_rows(
-        write(tmp_path / "a.jsonl", {"conversations": conversations, "system": "not this"}), chat=chat
-    ) == [row]
+    parts = [m | {"content": [{"type": "text", "text": t} for t in m["content"]]} for m in messages]
+    others = {"user": "human", "assistant": "model", "system": "developer"}
+    records = (
+        {"messages": messages},
+        {"messages": json.dumps(messages)},
+        {"messages": parts},
+        {"messages": [{"role": others[role], "value": text} for role, text in turns]},
+        {"conversations": conversations, "id": 1},
+        {"conversations": conversations[1:], "system": "s"},
+        {"conversations": conversations[1:], "system_prompt": "s"},
+        {"conversations": conversations, "system": "not this"},
+    )
+    for record in records:
+        assert read_rows(write(tmp_path / "a.jsonl", record)) == [row]
 
 
 def test_other_keys_of_a_message_are_kept_for_the_template(tmp_path):
@@ -130,14 +146,17 @@ def test_a_column_that_the_settings_name_is_preferred_to_all_others(tmp_path):
         ({"prompt_column": "text"}, "t"),
         ({"messages_column": "chat"}, "said"),
         ({"messages_column": "no"}, "i"),
+        ({"text_column": "output"}, None),
     ]
     for columns, prompt in cases:
-        assert [row.prompt for row in read_rows(path, **columns, chat=True)] == [prompt]
+        names = ColumnNames(**{key.removesuffix("_column"): name for key, name in columns.items()})
+        assert [row.prompt for row in read_rows(path, names)] == [prompt]
 
 
 def test_plain_text_is_a_row_without_a_prompt(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "one\n\ntwo"})
-    assert read_rows(path) == read_rows(path, chat=True) == [Row(None, "one\n\ntwo")]
+    assert read_rows(path) == [Row(None, "one\n\ntwo")]
+    assert read_rows(path, ColumnNames(text="text")) == read_rows(path)
 
 
 @pytest.mark.parametrize(
@@ -177,21 +196,31 @@ A, B = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ),
         ({"instruction": "a", "output": "b", "history": "a"}, "the column history holds 'a', not a list"),
         (
-            {"instruction": "a", "output": "b", "system": "c"},
-            "a row with system or history needs a chat template",
+            {"instruction": "a", "output": "b", "input": "c", "context": "d"},
+            "input and context both hold text; rename the one that is not meant",
+        ),
+        ({"messages": "[{]"}, "the column messages is not valid JSON"),
+        (
+            {"prompt": [A], "completion": "b"},
+            "the column prompt holds [{'role': 'user', 'content': 'a'}], not text",
         ),
         ({"messages": "hello"}, "the column messages holds 'hello', not a list of messages"),
         ({"messages": []}, "the conversation has no message of the assistant"),
+        (
+            {"messages": [A, B | {"role": "tool"}, B]},
+            "the role 'tool' is not known; known: system, developer, user, human, assistant, gpt, model, bot; tools",
+        ),
+        ({"messages": [A, B | {"content": [{"type": "image"}]}]}, "content holds a part of type 'image'"),
         ({"conversations": [A, A]}, "the conversation has no message of the assistant"),
         ({"messages": [A, "b"]}, "message 2: expected an object with role and content, found str"),
         ({"messages": [A, {"role": "assistant"}]}, "message 2: the column content is missing"),
         (
             {"messages": [A, B | {"content": [{"type": "text"}]}]},
-            "message 2: the column content holds [{'type': 'text'}]",
+            "message 2: content holds a part of type 'text'; only parts of type text are read",
         ),
         (
             {"messages": [A, B | {"role": "robot"}]},
-            "the role 'robot' is not known; known: system, user, human, assistant",
+            "the role 'robot' is not known; known: system, developer, user, human, assistant",
         ),
         ({"conversations": [{"from": "human"}, B]}, "message 1: the column value is missing"),
         (
@@ -211,8 +240,8 @@ A, B = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
             "functions holds [1], not empty, and tools are not supported; leave",
         ),
         (
-            {"messages": [A, B | {"weight": 0}, A, B]},
-            "message 2: the answer has weight 0, but all answers have equal weight here; leave the row out",
+            {"messages": [A, B | {"weight": 0.5}, A, B]},
+            "message 2: the answer has weight 0.5; it can be 1, learned, or 0, not learned",
         ),
     ],
 )
@@ -225,6 +254,34 @@ def test_a_row_of_no_form_and_a_broken_conversation_are_refused_with_file_and_li
         and message in str(error.value)
         and "\n" not in str(error.value)
     )
+
+
+@pytest.mark.parametrize("flag", [{"train": False}, {"training": False}, {"weight": 0}, {"loss_weight": 0.0}])
+def test_an_answer_that_a_flag_takes_out_is_kept_and_not_learned(tmp_path, flag):
+    (row,) = read_rows(write(tmp_path / "a.jsonl", {"messages": [A, B | flag, A, B]}))
+    assert row.messages == (A, B | {"train": False}, A, B)
+    on = {key: type(value)(1) for key, value in flag.items()}
+    assert read_rows(write(tmp_path / "a.jsonl", {"messages": [A, B | on]}))[0].messages == (A, B)
+    assert read_rows(write(tmp_path / "a.jsonl", to_record(row))) == [row]
+
+
+FORMS = [
+    {"prompt": "a", "completion": "b", "system": "s"},
+    {"instruction": "a", "input": "c", "output": "b", "system": "s", "history": [["d", "e"]]},
+    {"instruction": "a", "context": "c", "response": "b"},
+    {"messages": [A, B], "system_prompt": "s"},
+    {"conversations": [A, B], "tools": []},
+    {"text": "a"},
+]
+
+
+@pytest.mark.parametrize("record", FORMS)
+def test_columns_that_are_not_read_are_named_and_counted_and_no_others(tmp_path, record):
+    unread = {}
+    more = [{"extra": "x", "empty": "", "none": None}, {"extra": ["x"]}, {"empty": [], "late": 1}]
+    path = write(tmp_path / "a.jsonl", *({**record, **entry} for entry in more))
+    rows = read_rows(path, unread=unread)
+    assert len(rows) == 3 and unread == {"extra": 2, "late": 1}
 
 
 # Several datasets

@@ -87,7 +87,7 @@ def _read_chats() -> None:
     tokenizer = load_tokenizer(WORDS)
     for name in ("tokenizer", "alpaca", "plain"):
         template = load_chat_template(name, tokenizer)
-        tokenize(read_rows("chats.jsonl", chat=True), tokenizer, cutoff_len=64, template=template)
+        tokenize(read_rows("chats.jsonl"), tokenizer, cutoff_len=64, template=template)
 
 
 def _read_tokenizer() -> None:

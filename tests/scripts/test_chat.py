@@ -36,6 +36,10 @@ def expected_answer(model_dir, prompt, adapter=None, **changes):
     return generate_text(model, load_tokenizer(model_dir), [prompt], **{"max_new_tokens": 6} | changes)[0]
 
 
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
 def replies(out: str) -> list[str]:
     """The text printed after each prompt sign."""
     return [reply.strip("\n") for reply in out.split("> ")[1:]]
@@ -132,24 +136,32 @@ def test_a_long_row_shortens_its_own_answer_and_no_other(chat, model_dir, tmp_pa
     ]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_every_row_is_formatted_by_the_template_for_its_form(chat, model_dir, tmp_path, order):
+def test_rows_of_every_form_are_formatted_by_the_models_own_template(chat, model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    tokenizer = load_tokenizer(tmp_path / "model")
-    question = {"role": "user", "content": "the old fox"}
-    forms = [{"prompt": "the old fox"}, {"instruction": "the old fox"}, {"messages": [question]}]
-    wanted = [
-        tokenizer.encode("the old fox"),
-        *(load_chat_template(t, tokenizer).encode_prompt([question]) for t in ("alpaca", None)),
-    ]
-    assert len(set(map(tuple, wanted))) == 3
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(forms[i]) + "\n" for i in order))
+    forms = [{"prompt": "the old fox"}, {"instruction": "the old fox"}, {"messages": [user("the old fox")]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(form) + "\n" for form in forms))
     files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     code, _, err = chat("--model", tmp_path / "model", *files, *GREEDY)
     assert code == 0, err
     found = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert found == [expected_answer(model_dir, wanted[i]).strip() for i in order]
+    worded = expected_answer(model_dir, "the old fox\n### Response:\n")
+    assert found == [worded.strip()] * 3 and worded != expected_answer(model_dir, "the old fox")
+    assert chat("--model", tmp_path / "model", "--instruction", "the old fox", *GREEDY)[1] == worded + "\n"
+
+
+def test_without_a_template_prompts_are_raw_and_instructions_get_alpacas_words(chat, model_dir, tmp_path):
+    for form, template in (("prompt", None), ("instruction", "alpaca")):
+        (tmp_path / "in.jsonl").write_text(json.dumps({form: "the old fox"}) + "\n")
+        files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / f"{form}.jsonl")
+        code, _, err = chat("--model", model_dir, *files, *GREEDY)
+        assert code == 0, err
+        tokenizer = load_tokenizer(model_dir)
+        asked = tokenizer.encode("the old fox")
+        if template:
+            asked = load_chat_template(template, tokenizer).encode_prompt([user("the old fox")])
+        found = json.loads((tmp_path / f"{form}.jsonl").read_text())["prediction"]
+        assert found == expected_answer(model_dir, asked).strip()
 
 
 def test_rows_that_cannot_be_answered_are_named_before_weights_are_read(chat, model_dir, tmp_path):
@@ -215,24 +227,6 @@ def test_instructions_and_messages_in_a_file_are_formatted_by_the_template(chat,
         chat_script.parse_question("in.jsonl", row).messages for row in rows
     ] == asked  # a random model may answer two of them alike
     assert found[0] != expected_answer(model_dir, "the old\nfox").strip()
-
-
-def test_prompts_in_a_file_stay_unchanged_if_training_left_them_unchanged(chat, model_dir, tmp_path):
-    """The tokenizer's own template formats conversations, and prompts only if it was chosen by name."""
-    shutil.copytree(model_dir, tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    (tmp_path / "in.jsonl").write_text('{"prompt": "the old fox"}\n')
-    bare, worded = (
-        expected_answer(model_dir, "the old fox"),
-        expected_answer(model_dir, "the old fox\n### Response:\n"),
-    )
-    assert bare.strip() != worded.strip()
-    for keys, expected in (((), bare), (("--template", "tokenizer"), worded)):
-        files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-        code, _, err = chat("--model", tmp_path / "model", *files, *keys, *GREEDY)
-        assert code == 0, err
-        assert json.loads((tmp_path / "out.jsonl").read_text())["prediction"] == expected.strip()
-    assert chat("--model", tmp_path / "model", "--instruction", "the old fox", *GREEDY)[1] == worded + "\n"
 
 
 @pytest.mark.parametrize(
