@@ -3,11 +3,13 @@
     data.jsonl, .json, .csv, .tsv, .parquet, .txt       a file, or data.jsonl.gz, compressed
     https://host/data.jsonl                             a file on a web server
     s3://bucket/data.csv, hf://datasets/owner/name/f    a file in a storage that fsspec knows
-    owner/name, owner/name/folder                       a dataset on the Hugging Face hub, downloaded once,
+    owner/name, owner/name/folder, owner/name[test]     a dataset on the Hugging Face hub, downloaded once,
                                                         then read from the cache
+    folder, folder[test]                                the same on this machine: a copy of one from the hub,
+                                                        or what `datasets.save_to_disk` wrote
 
-Of a hub dataset, the training files are read, or all files if none is named so; and one format only, the
-first it has of .jsonl, .parquet, .csv, .tsv, .json, .txt.
+Of a dataset of many files one split is read (`splits.py`), and one format only, the first it has of .jsonl,
+.parquet, .csv, .tsv, .json, .txt, .arrow.
 
 A record is a dict of columns. Its location, "data.jsonl, line 3", comes with it, for error messages. What a
 pipe or a device would hold, /dev/zero for example, is not read: only files are.
@@ -17,16 +19,20 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from minilora.data.file_formats import FORMATS, decompressed
+from minilora.data.splits import choose_split, parse_name
 from minilora.system.errors import UserError, raise_error
 from minilora.system.redaction import Address, is_address
 from minilora.system.remote import error_kind, read_file
 
 Record = tuple[str, dict]  # its location, its columns
 # The formats of a hub dataset, the least likely to hold anything but rows first.
-_HUB_FORMATS = [".jsonl", ".parquet", ".csv", ".tsv", ".json", ".txt"]
+_HUB_FORMATS = [".jsonl", ".parquet", ".csv", ".tsv", ".json", ".txt", ".arrow"]
+CARD = "README.md"  # of a dataset; its YAML may name the files of each split
+MOST_FILES = 10_000
 # JSON files that the datasets library writes beside its data.
 _NOT_DATA = re.compile(r"(.*/)?(dataset_(infos?|dict)|state)\.json")
 
@@ -67,20 +73,41 @@ def _find_files(dataset: str) -> list[tuple[str, str]]:
     """Return the name of each file, for messages, and its path or address."""
     if is_address(dataset):
         return [(str(Address(dataset)), dataset)]
-    if os.path.isdir(dataset):  # the methods of Path raise for a name that is too long
-        raise UserError(f"dataset {dataset} is a directory; name a {', '.join(FORMATS)} file in it")
-    if os.path.isfile(dataset):
+    if os.path.isfile(dataset):  # the methods of Path raise for a name that is too long
         return [(dataset, dataset)]
+    place, split = parse_name(dataset)
+    if os.path.isdir(place):
+        return _find_local_files(Path(place), split)
     if os.path.exists(dataset):
         raise UserError(
             f"dataset {dataset} is no file, but a pipe or a device; write its contents into a file"
         )
-    if _suffix(dataset)[0] not in FORMATS and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)*", dataset):
-        return _find_hub_files(dataset)
+    if _suffix(place)[0] not in FORMATS and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)*", place):
+        return _find_hub_files(place, split)
     raise UserError(f"dataset {dataset} does not exist")
 
 
-def _find_hub_files(dataset: str) -> list[tuple[str, str]]:
+def _find_local_files(folder: Path, split: str | None) -> list[tuple[str, str]]:
+    """Return names and paths of the files of a dataset that lies in a folder."""
+    names = [name for name in _files_in(folder) if not any(part.startswith(".") for part in name.split("/"))]
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return [
+        (str(folder / name), str(folder / name))
+        for name in _choose_files(names, str(folder), "", split, text)
+    ]
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Return the names of all files in a folder, at most MOST_FILES of them."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = [*islice(files, MOST_FILES + 1)]
+    if len(names) > MOST_FILES:
+        raise UserError(f"dataset {folder} holds more than {MOST_FILES:,} files; name one of them")
+    return names
+
+
+def _find_hub_files(dataset: str, split: str | None) -> list[tuple[str, str]]:
     """Return names and local paths of the files of a hub dataset, downloaded if the cache lacks them."""
     import huggingface_hub
     from huggingface_hub import constants, errors
@@ -88,7 +115,11 @@ def _find_hub_files(dataset: str) -> list[tuple[str, str]]:
     owner, name, *folders = dataset.split("/")
     repo_id, folder = f"{owner}/{name}", "/".join(folders)
     try:
-        chosen = _choose_files(_list_hub_files(repo_id), repo_id, folder)
+        names, card = _list_hub_files(repo_id), ""
+        if CARD in names:
+            path = huggingface_hub.hf_hub_download(repo_id, CARD, repo_type="dataset")
+            card = Path(path).read_text(encoding="utf-8", errors="replace")
+        chosen = _choose_files(names, repo_id, folder, split, card)
         paths = [huggingface_hub.hf_hub_download(repo_id, file, repo_type="dataset") for file in chosen]
     except errors.RepositoryNotFoundError as error:  # the hub's answer for gated datasets too
         raise UserError(
@@ -115,39 +146,17 @@ def _list_hub_files(repo_id: str) -> list[str]:
         return huggingface_hub.HfApi().list_repo_files(repo_id, repo_type="dataset")
     except errors.OfflineModeIsEnabled:
         snapshot = huggingface_hub.snapshot_download(repo_id, repo_type="dataset", local_files_only=True)
-        cached = Path(snapshot)
-        return [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+        return _files_in(Path(snapshot))
 
 
-def _choose_files(names: list[str], repo_id: str, folder: str) -> list[str]:
-    """Return the training files of a hub dataset, all of one format.
-
-    `folder` narrows them to the files in it, or to files whose name begins with it: "data/test" is the folder
-    data/test and the files data/test-0.jsonl, data/test.jsonl.
-    """
-    names = [name for name in sorted(names) if _suffix(name)[0] in FORMATS and not _NOT_DATA.fullmatch(name)]
-    if folder:
-        names = [name for name in names if re.fullmatch(rf"{re.escape(folder)}(/.*|[-.][^/]*)", name)]
-    names = [name for name in names if re.search(r"(^|[/_.-])train", name)] or names
-    if not names:
-        where = f" in {folder}" if folder else ""
-        raise UserError(f"dataset {repo_id}: no {', '.join(FORMATS)} file is there{where}")
-    _refuse_several_folders(names, repo_id)
-    first = min(map(_suffix, names), key=lambda suffix: (_HUB_FORMATS.index(suffix[0]), suffix[1]))
-    return [name for name in names if _suffix(name) == first]
-
-
-def _refuse_several_folders(names: list[str], repo_id: str) -> None:
-    """Raise UserError, with a choice to make, if the files lie in several folders: each is a dataset then."""
-    folders = sorted({name.rpartition("/")[0] for name in names})
-    if len(folders) == 1:
-        return
-    listed = ", ".join(folder or "no folder" for folder in folders)
-    example = next(folder for folder in folders if folder)
-    advice = f"choose one, as in {repo_id}/{example}"
-    if outside := [name for name in names if "/" not in name]:
-        advice += f"; or a file outside of the folders, as in hf://datasets/{repo_id}/{outside[0]}"
-    raise UserError(f"dataset {repo_id} holds several, in {listed}; {advice}")
+def _choose_files(names: list[str], dataset: str, folder: str, split: str | None, card: str) -> list[str]:
+    """Return the files of one split of a dataset, all of one format."""
+    names = [name for name in names if _suffix(name)[0] in FORMATS and not _NOT_DATA.fullmatch(name)]
+    if names := choose_split(names, dataset, folder, split, card):
+        first = min(map(_suffix, names), key=lambda suffix: (_HUB_FORMATS.index(suffix[0]), suffix[1]))
+        return [name for name in names if _suffix(name) == first]
+    where = f" in {folder}" if folder else ""
+    raise UserError(f"dataset {dataset}: no {', '.join(FORMATS)} file is there{where}")
 
 
 def _suffix(name: str) -> tuple[str, bool]:

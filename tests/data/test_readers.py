@@ -194,7 +194,7 @@ def test_a_file_that_is_missing_a_directory_cut_short_or_not_text_is_refused(tmp
         read_records(tmp_path / "nowhere.jsonl")
     with pytest.raises(UserError, match="x.jsonl does not exist"):
         read_records(5000 * "x" + ".jsonl")
-    with pytest.raises(UserError, match="is a directory; name a .jsonl"):
+    with pytest.raises(UserError, match="no .jsonl, .json"):
         read_records(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UserError, match="not UTF-8 text: .* at byte 12"):
@@ -306,7 +306,7 @@ def hub(tmp_path, monkeypatch):
     """A hub with one dataset, of the files that a test names; it replaces the calls to huggingface_hub."""
     import huggingface_hub
 
-    def dataset(*names, listing=None):
+    def dataset(*names, listing=None, card=""):
         def list_repo_files(self, repo_id, repo_type):
             assert (repo_id, repo_type) == ("me/mine", "dataset")
             if listing is not None:
@@ -317,7 +317,7 @@ def hub(tmp_path, monkeypatch):
             assert (repo_id, repo_type) == ("me/mine", "dataset")
             path = tmp_path / "snapshot" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"text": name}))
+            path.write_text(card if name == "README.md" else json.dumps({"text": name}))
             return str(path)
 
         def snapshot_download(repo_id, repo_type, local_files_only):
@@ -368,6 +368,21 @@ def hub(tmp_path, monkeypatch):
 def test_the_training_files_of_a_hub_dataset_are_read(hub, names, place, chosen):
     hub(*names)
     assert read_records(place) == [(f"me/mine/{name}, line 1", {"text": name}) for name in chosen]
+
+
+def test_the_card_of_a_hub_dataset_names_the_files_of_each_split(hub):
+    card = "---\nconfigs:\n- data_files:\n  - {split: train, path: a.jsonl}\n  - {split: test, path: b.jsonl}\n---\n"
+    hub("README.md", "a.jsonl", "b.jsonl", "c.jsonl", card=card)
+    assert columns("me/mine") == [{"text": "a.jsonl"}]
+    assert columns("me/mine[test]") == [{"text": "b.jsonl"}]
+
+
+def test_a_folder_is_a_dataset_like_one_on_the_hub(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", ".cache/train.jsonl", "note.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    assert columns(tmp_path) == [{"text": "train.jsonl"}]
+    assert columns(f"{tmp_path}[test]") == [{"text": "test.jsonl"}]
 
 
 def test_a_hub_dataset_without_a_network_comes_from_the_cache(hub):

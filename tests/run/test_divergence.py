@@ -145,7 +145,8 @@ def test_without_scaling_the_first_step_ends_the_run_and_names_the_layer(train, 
 
 
 def test_an_adapter_that_diverged_is_told_by_its_learning_rate_and_by_the_layer(train):
-    keys = dict(learning_rate=1e30, max_grad_norm=0, max_steps=50, save_steps=1)
+    # In bfloat16 the gradient overflows first on some CPUs, behind a forward pass that is finite.
+    keys = dict(learning_rate=1e30, max_grad_norm=0, max_steps=50, save_steps=1, bf16="false")
     _, err = train(code=2, **keys | ONE_BATCH)
     assert "training diverged; lower learning_rate = 1e+30 (last good checkpoint: " in err
     assert "; not finite first: the " in err and "put of model.layers.0.self_attn." in err

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.project import ROOT
 
 from minilora import UserError
-from minilora.data.rows import parse_datasets, read_rows
+from minilora.data.rows import ColumnNames, parse_datasets, read_rows
 from minilora.run.llama_factory import (
     DEFAULTS,
     INSTEAD,
@@ -85,7 +85,8 @@ def test_an_rslora_and_dora_file_for_80_gb_means_what_it_says(load):
     check(config, template="tokenizer", prompt_column="question", completion_column="answer")
     check(config, report_to="tensorboard")
     assert [
-        row.completion for row in read_rows(config.dataset, config.prompt_column, config.completion_column)
+        row.completion
+        for row in read_rows(config.dataset, ColumnNames(config.prompt_column, config.completion_column))
     ][0] == "5"
 
 
@@ -232,9 +233,8 @@ def entry(tmp_path, monkeypatch):
         )
         config = load_train_config(["--stage", "sft", "--dataset", "mine", "--template", "chatml"])
         ((path, _),) = parse_datasets(config.dataset)
-        return read_rows(
-            path, config.prompt_column, config.completion_column, config.messages_column, chat=True
-        )
+        names = config.prompt_column, config.completion_column, config.messages_column, config.text_column
+        return read_rows(path, ColumnNames(*names))
 
     return read
 
