@@ -225,10 +225,14 @@ def converse(assistant: Assistant, system: list[Message]) -> None:
 
 def read_question() -> str:
     """One line from the terminal, joined with the next one as long as it ends in a backslash."""
-    text = input("> ")
-    while text.endswith("\\"):
-        text = text[:-1] + "\n" + input("  ")
-    return text.strip()
+    try:
+        text = input("> ")
+        while text.endswith("\\"):
+            text = text[:-1] + "\n" + input("  ")
+        return text.strip()
+    except UnicodeDecodeError as error:
+        problem = f"the line is not {error.encoding}, the encoding of this terminal"
+        raise UserError(f"{problem}; set PYTHONIOENCODING to the right one, such as utf-8") from error
 
 
 def continue_conversation(assistant: Assistant, messages: list[Message]) -> list[Message]:

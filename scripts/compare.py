@@ -27,6 +27,7 @@ from minilora.system.errors import ArgumentParser, UserError, local_path, run_sc
 from minilora.system.files import check_picture, read_json_lines
 from minilora.system.redaction import without_secrets
 from minilora.system.schema import Field, read_fields, shown_name
+from minilora.system.terminal import printable
 
 # A resumed run may change the settings in MAY_CHANGE; most of them only say where and how often it writes.
 # The table hides those, but not the ones that tell a reader what was trained and how.
@@ -73,7 +74,7 @@ def read_runs(directories: list[Path]) -> dict[str, Run]:
     if not runs:
         raise UserError(f"there is no training run; name an output_dir that contains {METRICS_FILE}")
     for length in range(1, max(len(path.parts) for path in runs) + 1):
-        names = ["/".join(path.parts[-length:]) for path in runs]
+        names = [printable("/".join(path.parts[-length:])) for path in runs]
         if len(set(names)) == len(names):
             break
     return dict(zip(names, runs.values(), strict=True))

@@ -347,8 +347,10 @@ def available_memory(device: torch.device) -> int | None:
         return (
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else None
         )
-    free = 1024 * int(re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE).group(1))
-    text = limit.read_text().strip() if limit.is_file() else "max"  # of a container
+    free = 1024 * int(
+        re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    )
+    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"  # of a container
     return free if text == "max" else min(free, int(text))
 
 

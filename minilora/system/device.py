@@ -169,7 +169,7 @@ def cpu_bfloat16_feature() -> str | None:
     cpuinfo = Path("/proc/cpuinfo")
     if platform.system() != "Linux" or not cpuinfo.is_file():
         return None
-    line = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
     flags = set(line.group(1).split()) if line else set()
     names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16"}
     return next((name for flag, name in names.items() if flag in flags), None)
@@ -181,7 +181,9 @@ def memory_used(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():  # Linux. getrusage's figure would begin with the parent process's peak.
-        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE).group(1))
+        return 1024 * int(
+            re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE).group(1)
+        )
     import resource  # macOS, where the figure is in bytes; Windows has no such module
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

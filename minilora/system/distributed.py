@@ -131,7 +131,7 @@ class Processes:
         if self.main:
             yield
             return
-        with open(os.devnull, "w") as null, redirect_stdout(null):
+        with open(os.devnull, "w", encoding="utf-8", errors="replace") as null, redirect_stdout(null):
             try:
                 yield
             except UserError as error:

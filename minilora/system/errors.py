@@ -21,7 +21,7 @@ from typing import NoReturn
 from minilora.system.children import end_with_parent
 from minilora.system.redaction import Address, hide_secrets, is_address, without_secrets
 from minilora.system.signals import Terminated, signals_raise, silence_closed_output
-from minilora.system.terminal import printable
+from minilora.system.terminal import escape_what_the_console_lacks, printable
 
 
 class UserError(ValueError):
@@ -121,6 +121,7 @@ until_end = ExitStack()
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main` and exit: 0 done, 2 a mistake of the user, 130 Ctrl-C, 128 + n for signal n."""
+    escape_what_the_console_lacks()
     try:
         with signals_raise(), until_end:
             end_with_parent()
@@ -167,6 +168,8 @@ def _reason(error: BaseException) -> str | None:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             reason = "too many open files; raise the limit, such as `ulimit -n 4096`"
         return f"{path}: {reason}" if path else reason
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        return f"{error.object!r} is no name of a file where these are {error.encoding}; set PYTHONUTF8=1"
     # PyTorch's errors for a full memory are RuntimeErrors with these words.
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
         size = re.search(r"allocate ([\d.]+ \w+)", str(error))

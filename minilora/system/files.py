@@ -113,7 +113,8 @@ def write_whole(path: Path, data: bytes | str, private: bool = False) -> None:
         with part.open("wb") as file:
             if private:
                 part.chmod(0o600)
-            file.write(data.encode() if isinstance(data, str) else data)
+            # A file's name may hold bytes that are no UTF-8. In a text about it they are written as escapes.
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -1,14 +1,26 @@
-"""Text of strangers on a terminal: it is shown, and steers nothing.
+"""Text of strangers on a terminal: it is shown, and steers nothing. A console of any encoding shows it.
 
 A model's answer, a row of a dataset or the name of a tensor may hold control characters. They move the
 cursor, change colours, or turn the direction of the text around, so that a reader sees something else than is
 there. Half a surrogate pair cannot be printed at all.
+
+A code page of Windows, or an ASCII console, lacks most characters, and Python's print raises an error for
+them. Python writes such characters to stderr as escapes, and scripts write them to stdout in the same way.
+Unlike a question mark, an escape says which character it was.
 """
 
+import io
 import re
+import sys
 
 # Control characters but tab and line end, line separators, changes of direction, halves of surrogate pairs.
 _STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_what_the_console_lacks() -> None:
+    """From now on, print writes a character that stdout's encoding lacks as an escape, such as \\u6570."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is None without a console
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def visible(text: str) -> str:

@@ -154,7 +154,7 @@ def describe(
 
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
     line = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return line.group(1) if line else platform.processor() or platform.machine()
 

@@ -50,7 +50,7 @@ def command(check: Check, output_dir: Path, *words: str) -> list[str]:
 def run_trainer(check: Check, output_dir: Path, *words: str) -> None:
     """Run the trainer to its end. Raises RuntimeError with its last line if it fails."""
     where = dict(cwd=ROOT, env=environment())
-    done = subprocess.run(command(check, output_dir, *words), capture_output=True, text=True, **where)
+    done = subprocess.run(command(check, output_dir, *words), capture_output=True, encoding="utf-8", **where)
     with (check.folder / "trainer.log").open("a", encoding="utf-8") as log:
         log.write(done.stdout + done.stderr)
     if done.returncode:
@@ -61,7 +61,7 @@ def run_trainer(check: Check, output_dir: Path, *words: str) -> None:
 def stop_trainer(check: Check, output_dir: Path) -> None:
     """Start the trainer, and stop it with SIGTERM as soon as its loop runs: it saves a checkpoint."""
     words = command(check, output_dir)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     with subprocess.Popen(words, cwd=ROOT, env=environment(), **pipes) as process:
         seen = []
         for line in process.stdout:
@@ -104,6 +104,7 @@ def gpu_tests(check: Check) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment in which the tests find minilora wherever it is not installed."""
+    """Return the environment in which programs find minilora if it is not installed, and print UTF-8."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    variables = {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONIOENCODING": "utf-8"}
+    return os.environ | variables

@@ -25,6 +25,8 @@ class Case:
     remarks: bool = False  # whether lines of stderr may precede the error: prepare.py lists wrong rows there
     descriptors: int | None = None  # how many files may be open at once
     file_size: int | None = None  # bytes that a file may have: a full disk
+    encoding: str = "utf-8"  # of the console
+    shows: tuple[str, ...] = ()  # texts that stdout must contain
 
     @property
     def id(self) -> str:

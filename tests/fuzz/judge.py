@@ -60,7 +60,7 @@ def faults_of_end(case: Case, ended: int, err: str) -> list[str]:
 
 
 def faults_of_text(case: Case, out: str, err: str) -> list[str]:
-    faults = []
+    faults = [f"does not show {text!a}" for text in case.shows if text not in out]
     if "Traceback (most recent call last)" in err + out:
         faults.append(f"traceback: {traceback_place(err if 'Traceback' in err else out)}")
     if case.code != 0 and (length := max(map(len, err.splitlines()), default=0)) > LINE_LENGTH:

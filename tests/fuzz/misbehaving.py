@@ -70,6 +70,7 @@ def main() -> None:
         case "take memory":
             bytearray(3 << 30)
         case "write to stdout what it cannot":
+            sys.stdout.reconfigure(errors="strict")
             print("caf\udce9")
     raise UserError(f"the place is wrong: {way}")
 

@@ -113,7 +113,7 @@ def run_case(case: Case, good: Path, folder: Path, seconds: float = SECONDS) -> 
     verdict = Verdict(case.kind, case.name, "", time.monotonic() - began, usage.ru_maxrss * 1024)
     verdict.faults += [] if ended is not None else [f"hangs: killed after {seconds:g} s"]
     verdict.faults += ["leaves a process running"] if _end_group(pid) else []
-    out, err = (path.read_text(encoding="utf-8", errors="replace") for path in (log, errors))
+    out, err = (path.read_text(encoding=case.encoding, errors="replace") for path in (log, errors))
     verdict.line = (err.strip().splitlines() or [""])[-1][:LINE_LENGTH]
     verdict.faults += [] if ended is None else faults_of_end(case, ended, err)
     verdict.faults += faults_of_text(case, out, err)
@@ -171,7 +171,7 @@ def start(
         os.environ.clear()
         os.environ.update(environment)
         tempfile.tempdir = None
-        _redirect(out, err or out)
+        _redirect(out, err or out, case.encoding if case else "utf-8")
         torch.set_num_threads(1)
         if case is not None:
             _limit(case, out.parent / "network")
@@ -190,21 +190,20 @@ def _run_script(case: Case, main: Callable[[], None]) -> None:
     run_script(main)
 
 
-def _redirect(out: Path, err: Path) -> None:
+def _redirect(out: Path, err: Path, encoding: str) -> None:
     """Standard input, output and error as a program has them, from and to files."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, out, flags), (2, err, flags)):
         descriptor = os.open(path, mode)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
-    sys.stdout = _writer(1, errors="strict")
-    sys.stderr = _writer(2, errors="backslashreplace", line_buffering=True)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding=encoding)
+    sys.stdout = _writer(1, encoding=encoding, errors="strict")
+    sys.stderr = _writer(2, encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
 def _writer(descriptor: int, **settings: object) -> io.TextIOWrapper:
-    file = io.FileIO(descriptor, "w", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(file), encoding="utf-8", **settings)
+    return io.TextIOWrapper(io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False)), **settings)
 
 
 def _limit(case: Case, network: Path) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import matplotlib.pyplot  # noqa: F401  the trainer imports it at its end
 import torch
-import torch._dynamo  # and every optimizer of PyTorch this at its beginning
+import torch._dynamo  # noqa: F401  and every optimizer of PyTorch this at its beginning
 import train
 
 from minilora.system.errors import run_script

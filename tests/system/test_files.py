@@ -35,6 +35,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_text_about_a_file_whose_name_is_no_utf8_is_written_with_escapes(tmp_path):
+    name = os.fsdecode(b"gr\xf6\xdfe")
+    write_whole(tmp_path / "text", f"größe or {name}")
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "größe or gr\\udcf6\\udcdfe"
+
+
 @pytest.mark.parametrize("write", [lambda old, new: write_whole(new, old.read_bytes()), shutil.copyfile])
 def test_a_full_disk_is_one_line_that_names_the_file_to_be_written(tmp_path, capsys, write):
     old, new = tmp_path / "old", tmp_path / "new"
