@@ -13,7 +13,7 @@ from decimal import Decimal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.project import ROOT
+from support.project import PROGRAM_ENVIRONMENT, ROOT
 
 from minilora import UserError
 from minilora.data import file_formats, rows
@@ -277,3 +277,34 @@ def test_text_in_parquet_that_is_not_utf8_and_times_that_python_lacks_are_one_li
         read_records(write_parquet({"text": bad}))
     with pytest.raises(UserError, match="is not a whole Parquet file"):
         read_records(write_parquet({"text": ["a"], "at": pyarrow.array([2**62], pyarrow.timestamp("us"))}))
+
+
+COUNT_THREADS = """
+import os, sys
+import pyarrow.parquet
+from minilora.data.readers import read_records
+
+before = len(os.listdir("/proc/self/task"))
+records = read_records(sys.argv[1])
+print(len(records), len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_parquet_is_read_without_a_thread_that_could_outlive_the_script(write_parquet):
+    columns = {name: [f"{name} {i}" for i in range(2000)] for name in ("prompt", "completion", "source")}
+    path = write_parquet(columns, row_group_size=500)
+    command = [sys.executable, "-c", COUNT_THREADS, path]
+    done = subprocess.run(command, env=PROGRAM_ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout == "2000 0\n", done.stderr
+
+
+def test_a_script_that_ends_as_soon_as_it_has_read_parquet_exits_with_its_own_code(write_parquet, tmp_path):
+    path = write_parquet({"text": [b"no text"]})
+    command = [sys.executable, ROOT / "scripts" / "prepare.py", "--dataset", path]
+    command += ["--output", tmp_path / "out"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=PROGRAM_ENVIRONMENT)
+    runs = [subprocess.Popen([*map(str, command)], **pipes) for _ in range(6)]
+    for run in runs:
+        _, err = run.communicate(timeout=300)
+        assert run.returncode == 2 and "b'no text'" in err, err
