@@ -252,7 +252,7 @@ def compare_answers(plan: Plan, model: CausalLM) -> dict[str, str]:
     after = answers(model, tokenizer, prompts, batch_size, template=plan.template)
     set_adapter(model, None)
     before = answers(model, tokenizer, prompts, batch_size, template=plan.template)
-    report.print_answers(prompts, before, after)
+    report.report_answers(plan, before, after)
     base, adapted = exact_match(before, prompts), exact_match(after, prompts)
     title = f"exact answers to {len(prompts)} held-out prompts"
     print(f"\n{title}: {base:.1%} before, {adapted:.1%} after")

@@ -11,6 +11,7 @@ divergence.py    a loss that is not finite: float16's range or the training, and
 stop_signal.py   Ctrl-C and other signals: the training saves first
 tracker.py       progress and metrics.jsonl; plots.py: pictures
 report.py        summary, model card, uploads; describe.py: weights and optimizer in words
+answers.py       what base and adapted model answer, in answers.jsonl
 reporters.py     metrics for services.py: MLflow, TensorBoard
 sharing.py       results for others: the hub, S3
 """

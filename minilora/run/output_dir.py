@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.data.tokenizer import TOKENIZER_FILES
+from minilora.run.answers import ANSWERS_FILE
 from minilora.run.checkpoints import delete_checkpoint, delete_leftovers, list_checkpoints
 from minilora.run.datasets import dataset_names
 from minilora.run.settings import TrainConfig
@@ -21,12 +22,14 @@ SETTINGS_FILE = "training_config.yaml"
 RUN_FILES = (
     SETTINGS_FILE,
     METRICS_FILE,
+    ANSWERS_FILE,
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     "loss.png",
     "training.png",
     "README.md",
 )
+KEPT_HERE = {ANSWERS_FILE}  # files of a run that are sent nowhere: rows of the dataset are its owner's
 
 
 def files_of_a_run(directory: Path) -> list[Path]:
@@ -78,6 +81,7 @@ def open_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
                     delete_checkpoint(path)
                 elif path.name != SETTINGS_FILE:  # It may be the --config of this run; it is replaced whole.
                     path.unlink()
+        (directory / ANSWERS_FILE).unlink(missing_ok=True)  # given by the adapter before a resume
         write_whole(directory / SETTINGS_FILE, config.to_yaml(), private=config.names_an_address())
     except OSError as error:
         raise UserError(f"output_dir {directory} cannot be written: {error.strerror}") from error

@@ -8,15 +8,15 @@ from typing import NoReturn, Protocol
 from minilora.config import LoraConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.examples import Order
-from minilora.data.rows import Row
 from minilora.initialize import takes_part_of_base
 from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
+from minilora.run.answers import write_answers
 from minilora.run.checkpoints import best_checkpoint, copy_checkpoint
 from minilora.run.datasets import describe_template
 from minilora.run.describe import count_parameters, describe_optimizer, describe_weights
-from minilora.run.output_dir import files_of_a_run, open_output_dir
+from minilora.run.output_dir import KEPT_HERE, files_of_a_run, open_output_dir
 from minilora.run.plan import ANSWERS_AT_A_TIME, Plan
 from minilora.run.plots import plot_loss, plot_training
 from minilora.run.sharing import files_to_share, send_to_all
@@ -214,7 +214,8 @@ def draw_curves(plan: Plan, run: Run) -> None:
 def publish(plan: Plan, run: Run) -> None:
     """Tell the reporters that the run is finished, and send the results to all destinations."""
     directory = plan.output_dir
-    run.tracker.finish("FINISHED", [path for path in files_of_a_run(directory) if path.is_file()])
+    files = [path for path in files_of_a_run(directory) if path.is_file() and path.name not in KEPT_HERE]
+    run.tracker.finish("FINISHED", files)
     print(f"adapter, metrics, plot and model card are in {directory} ({minutes(run.seconds)} in all)")
     try:
         send_to_all(plan.destinations, files_to_share(directory), f"Trained for {run.step} steps")
@@ -222,8 +223,10 @@ def publish(plan: Plan, run: Run) -> None:
         raise UserError(f"{error}; all is in {directory}, and scripts/share.py sends it again") from error
 
 
-def print_answers(rows: list[Row], before: list[str], after: list[str], count: int = 4) -> None:
-    """Print a few held-out prompts with the answers of the base model and of the adapted one."""
+def report_answers(plan: Plan, before: list[str], after: list[str], count: int = 4) -> None:
+    """Write the answers of the base model and of the adapted one to answers.jsonl, and print a few."""
+    rows = plan.prompts
+    write_answers(plan.output_dir, rows, before, after)
     for i in range(0, len(rows), max(1, len(rows) // count))[:count]:
         print(f"\n{visible(rows[i].prompt.strip())}")
         for name, text in ("base", before[i]), ("adapted", after[i]), ("expected", rows[i].completion):

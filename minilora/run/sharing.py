@@ -17,7 +17,7 @@ from typing import Protocol
 
 from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.data.tokenizer import TOKENIZER_FILES
-from minilora.run.output_dir import RUN_FILES, SETTINGS_FILE
+from minilora.run.output_dir import KEPT_HERE, RUN_FILES, SETTINGS_FILE
 from minilora.run.tracker import METRICS_FILE
 from minilora.system.errors import UserError, summarize
 from minilora.system.hub import push_files
@@ -75,10 +75,12 @@ def make_destinations(push_to_hub: str | None, private: bool, upload: str | None
 def files_to_share(directory: Path, adapter: Path | None = None) -> dict[str, Path | bytes]:
     """A run's results as {name: path or content}: adapter, tokenizer, settings, metrics, plots, model card.
 
-    `adapter` is the directory of the adapter, if not `directory` itself. Checkpoints are left out. So are
-    secrets in the texts, which a run of an older version or of another program may have written there.
+    `adapter` is the directory of the adapter, if not `directory` itself. Checkpoints and answers are left
+    out. So are secrets in the texts, which a run of an older version or of another program may have written
+    there.
     """
     names = [name for name in (*RUN_FILES, *TOKENIZER_FILES) if (directory / name).is_file()]
+    names = [name for name in names if name not in KEPT_HERE]
     files: dict[str, Path | bytes] = {name: directory / name for name in names}
     if adapter is not None:
         files |= {name: adapter / name for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)}
