@@ -9,7 +9,7 @@ checkpoints.py   everything that a resumed run needs; no kill leaves an incomple
 saved_state.py   what a checkpoint's state may hold, checked before use; random_state.py: generators
 divergence.py    a loss that is not finite: float16's range or the training, and the layer where it begins
 stop_signal.py   Ctrl-C and other signals: the training saves first
-tracker.py       progress and metrics.jsonl; plots.py: pictures
+tracker.py       progress and metrics.jsonl; plots.py: pictures; page.py: a page for the browser
 report.py        summary, model card, uploads; describe.py: weights and optimizer in words
 answers.py       what base and adapted model answer, in answers.jsonl
 reporters.py     metrics for services.py: MLflow, TensorBoard

@@ -161,6 +161,13 @@ def check_picture(name: str, path: Path) -> None:
         raise UserError(f"{name} {path}: pictures are PNG files; choose a name that ends in .png")
 
 
+def check_page(name: str, path: Path) -> None:
+    """Raise UserError if a page could not be written later, or would replace what is no page."""
+    check_writable(name, path)
+    if path.suffix.lower() != ".html":
+        raise UserError(f"{name} {path}: pages are HTML files; choose a name that ends in .html")
+
+
 def refuse_overwrite(name: str, path: Path, inputs: Iterable[str | Path]) -> None:
     """Raise UserError if a file or directory to be written is one that is read, under whatever name."""
     for read in inputs:

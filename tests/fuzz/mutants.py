@@ -61,6 +61,8 @@ MUTANTS = [
     Mutant(ERRORS, "[hide_secrets(entry) for entry in value]", "value", "tests/system/test_errors.py"),
     Mutant("minilora/run/settings.py", "hidden = [hide_secrets(text) for text in texts]", "hidden = texts", TRUST),
     Mutant("scripts/compare.py", "without_secrets(str(value))", "str(value)", "tests/scripts/test_compare.py"),
+    Mutant("minilora/run/page.py", r'.replace("<", "\\u003c")', "", "tests/run/test_page.py"),
+    Mutant("minilora/run/output_dir.py", "KEPT_HERE = {ANSWERS_FILE}", "KEPT_HERE = set()", "tests/run/test_answers.py"),
     Mutant("minilora/run/output_dir.py", "private=config.names_an_address()", "private=False", TRUST),
     Mutant("scripts/sweep.py", "    refuse_secrets(settings, config)\n", "", TRUST),
     # ---- connections ----

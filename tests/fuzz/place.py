@@ -24,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from support.project import WORDS
 
 from minilora import CausalLM, QuantConfig, load_model, save_model
+from minilora.data.rows import Row
 from minilora.formats.config_json import parse_config
+from minilora.run.answers import write_answers
 from minilora.system.errors import run_script
 
 CHAT_TEMPLATE = (
@@ -59,9 +61,10 @@ def make_files() -> None:
 
 
 def make_run(script: Callable[[], None]) -> None:
-    """Train; `script` is the trainer's main."""
+    """Train; `script` is the trainer's main. The answers are of no model."""
     sys.argv = ["train.py", "--config", "run.yaml"]
     run_script(script)
+    write_answers(Path("run"), [Row("say the:", "old"), Row("say a:", "fox")], ["the", ""], ["old", "owl"])
 
 
 def make_prepared(script: Callable[[], None]) -> None:

@@ -113,9 +113,10 @@ def _read_a_checkpoint() -> None:
 
 
 def _read_metrics() -> str:
-    from compare import comparison, read_runs
+    from compare import comparison, page, read_runs
 
-    return comparison(read_runs([RUN]))
+    runs = read_runs([RUN])
+    return comparison(runs) + page(runs)
 
 
 def _read_tokens() -> None:
@@ -160,6 +161,7 @@ TARGETS = [
            CHAT_TEMPLATE.encode()),
     Target("state.json, mutated", CHECKPOINT / "training_state/state.json", mutations.json_files, _read_a_checkpoint),
     Target("metrics.jsonl, mutated", RUN / "metrics.jsonl", mutations.json_lines, _read_metrics),
+    Target("answers.jsonl, mutated", RUN / "answers.jsonl", mutations.json_lines, _read_metrics),
 ]  # fmt: skip
 
 

@@ -109,8 +109,8 @@ def test_kernels_are_found_from_a_checkout_on_the_path(tmp_path):
 
 
 def sources(folder: Path) -> list[Path]:
-    """The files of Python and of C below a folder."""
-    return [path for path in folder.rglob("*") if path.suffix in (".py", ".c")]
+    """The files of Python and of C below a folder, and those of the page for the browser."""
+    return [path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".html", ".css", ".js")]
 
 
 def test_kernels_are_found_from_a_wheel_which_holds_every_module_and_the_c_sources(tmp_path):

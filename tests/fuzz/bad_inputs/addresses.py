@@ -73,6 +73,7 @@ LOCAL_ONLY = {  # a command that ends where a path of this machine is to follow:
     "merge --adapter adapter --export_adapter": "output|export_adapter",
     f"{MEMORY} --picture": "picture",
     f"{COMPARE} --output": "output",
+    f"{COMPARE} --html": "html",
     "compare": "s3|directory",
     "sweep --config": "config",
     "share --push_to_hub owner/name --adapter": "adapter",

@@ -40,6 +40,7 @@ COMMANDS = {
     "combine": COMBINE,
     "memory": MEMORY,
     "compare": COMPARE,
+    "compare on a page": f"{COMPARE} --html page.html",
     "lint_adapter": LINT,
     "a share of nothing to nobody": "share --help",
     "verify": "verify --help",

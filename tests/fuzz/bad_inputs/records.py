@@ -1,4 +1,4 @@
-"""metrics.jsonl and settings of finished runs, which compare.py and sweep.py read."""
+"""metrics.jsonl, answers and settings of finished runs, which compare.py and sweep.py read."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from fuzz.case import Case, make_case
 from fuzz.edits import Edit, both, edit_bytes, fifo, folder, link, remove, write
 
 KIND = "records"
-METRICS, SETTINGS = "metrics.jsonl", "training_config.yaml"
+METRICS, ANSWERS, SETTINGS = "metrics.jsonl", "answers.jsonl", "training_config.yaml"
 LINES = {  # name: a line of metrics.jsonl that is no record
     "is a number": "5",
     "is a list": "[1]",
@@ -32,6 +32,13 @@ LINES = {  # name: a line of metrics.jsonl that is no record
     "is not UTF-8": b'{"step": 3, "x": "caf\xe9"}',
     "is nested 100,000 deep": "[" * 100_000,
     "has an integer of 5,000 digits": '{"step": ' + "9" * 5000 + "}",
+}
+ANSWER_LINES = {  # name: a line of answers.jsonl that holds no answers
+    "is a list": "[]",
+    "is no JSON": "nonsense",
+    "lacks an answer": '{"prompt": "a", "expected": "b", "base": "c"}',
+    "has an answer of null": '{"prompt": "a", "expected": "b", "base": "c", "adapted": null}',
+    "has a prompt that is a list": '{"prompt": ["a"], "expected": "b", "base": "c", "adapted": "d"}',
 }
 FILES = {  # name: path -> edit of metrics.jsonl
     "empty": lambda path: write(path, ""),
@@ -62,6 +69,11 @@ def cases() -> Iterator[Case]:
             yield _case(f"a line {name} ({directory})", command, METRICS, change)
     for name, make in FILES.items():
         yield _case(f"the metrics are {name}", COMPARE, "metrics.jsonl", make(f"run/{METRICS}"))
+    for name, line in ANSWER_LINES.items():
+        change = _with_line(f"run/{ANSWERS}", line, "")
+        yield _case(f"a line of answers {name}", f"{COMPARE} --html page.html", ANSWERS, change)
+    for name in ("binary", "a pipe", "/dev/zero", "a directory"):
+        yield _case(f"the answers are {name}", COMPARE, ANSWERS, FILES[name](f"run/{ANSWERS}"))
     yield _case(
         "a sweep's run was finished with other settings", "sweep --config sweep.yaml", "seed", FINISHED
     )
