@@ -84,6 +84,7 @@ def make_optimizer(
     lr: float,
     weight_decay: float,
     loraplus_lr_ratio: float | None = None,
+    **adam,  # betas, eps
 ) -> torch.optim.Optimizer:
     """Return an optimizer by its name in TrainingArguments; set its rate with `set_learning_rate`.
 
@@ -98,7 +99,7 @@ def make_optimizer(
         is_fast = loraplus_lr_ratio and ("lora_B" in parameter_name or parameter.ndim == 1)
         by_scale[loraplus_lr_ratio if is_fast else 1.0].append(parameter)
     groups = [dict(params=group, lr=lr * scale, lr_scale=scale) for scale, group in by_scale.items() if group]
-    settings = dict(lr=lr, weight_decay=weight_decay)
+    settings = dict(lr=lr, weight_decay=weight_decay, **adam)
     if name == "adamw_torch":
         # Fused: a loop over an adapter's hundreds of small tensors would cost more than the arithmetic.
         return torch.optim.AdamW(groups, **settings, fused=True)

@@ -146,8 +146,7 @@ def start(plan: Plan, model: CausalLM, started: float) -> Run:
     config, device, processes = plan.config, plan.placement.device, plan.processes
     trainable = trainable_parameters(model)
     assert {p.dtype for p in trainable.values()} == {torch.float32}, "adapters are float32 in any dtype"
-    rates = config.learning_rate, config.weight_decay, config.loraplus_lr_ratio
-    optimizer = make_optimizer(config.optim, trainable, *rates)
+    optimizer = make_optimizer(config.optim, trainable, **config.optimizer_settings())
     loss_scale = LossScale(device, enabled=plan.placement.dtype == torch.float16)
     checkpoints.check_fits(plan.state, config, plan.lora, model, optimizer, loss_scale)
     run = Run(model, trainable, optimizer, loss_scale, report.open_output(plan), started)
@@ -172,9 +171,9 @@ def fit(plan: Plan, run: Run) -> None:
         while run.step < total_steps:
             metrics, stopping = optimizer_step(plan, run, stop)
             tracker.step(metrics, run.loss_scale)
-            save = stopping or run.step % config.save_steps == 0
-            if plan.eval_set and (run.step % plan.eval_steps == 0 or run.step == total_steps):
-                save |= evaluate(plan, run) and config.keeps_best
+            save = stopping or run.step % plan.save_steps == 0
+            if plan.evaluates(run.step):
+                save |= evaluate(plan, run) and plan.saves_best
                 if config.early_stopping_patience and run.best["waited"] >= config.early_stopping_patience:
                     tracker.say(f"stopping early: no lower held-out loss in {run.best['waited']} evaluations")
                     break

@@ -2,6 +2,7 @@
 
 settings.py      every key of a run, from the command line and YAML; yaml_file.py: YAML within limits
 llama_factory.py LLaMA-Factory's keys; dataset_info.py: its list of datasets
+training_arguments.py: the keys of Hugging Face's TrainingArguments that are not ours
 plan.py          every decision that needs no weights; datasets.py: the examples
 vocabulary.py    new tokens: the tokenizer with them, and their rows of the embedding
 output_dir.py    the directory of results: is it writable, and which files of an earlier run are deleted?

@@ -1,11 +1,15 @@
 """LLaMA-Factory's keys in this trainer's words: its files for supervised LoRA training run as they are.
 
-Most keys are the same, because both trainers took them from Hugging Face. The others are of three kinds:
+Most keys are the same, because both trainers took them from Hugging Face; `minilora.run.training_arguments`
+has the rest of Hugging Face's. LLaMA-Factory's own are of the same three kinds:
 
-    translated     dataset_dir, neat_packing, eval_strategy, ...: become keys of this trainer
+    translated     dataset_dir, neat_packing, early_stopping_steps, ...: become keys of this trainer
     no effect      flash_attn, preprocessing_num_workers, ...: change no number; accepted, and a line says why
-    refused        stage: dpo, deepspeed, use_galore, ...: would change the training; an error names the key,
-                   unless its value requests what this trainer does anyway
+    refused        stage: dpo, use_galore, export_dir, ...: would change the training, or are no training; an
+                   error names the key, unless its value requests what this trainer does anyway
+
+A file that cannot run is refused by its first real obstacle: another kind of training, then another kind of
+model, then the rest. A key that this trainer has never heard of is named only after those.
 
 The keys that a file leaves out count too. Without `quantization_bit` LLaMA-Factory does not quantize, but
 this trainer quantizes to 4 bits. So a file with `stage` or `finetuning_type` is taken to be LLaMA-Factory's,
@@ -17,8 +21,11 @@ A name in `dataset` is looked up in `dataset_dir/dataset_info.json`: `minilora.r
 
 from pathlib import Path
 
+from minilora.run import training_arguments
 from minilora.run.dataset_info import resolve_datasets
+from minilora.run.training_arguments import OFF, TRUE, normalize
 from minilora.system.errors import UserError
+from minilora.system.schema import shown
 
 MARKERS = ("stage", "finetuning_type")  # either key marks a file as LLaMA-Factory's
 DEFAULTS = {  # of LLaMA-Factory, or of the TrainingArguments that it builds on, where this trainer's differ
@@ -32,106 +39,153 @@ DEFAULTS = {  # of LLaMA-Factory, or of the TrainingArguments that it builds on,
     "learning_rate": 5e-5,
     "lr_scheduler_type": "linear",
 }
-TRANSLATED = {  # key: its meaning here
+TRANSLATED = training_arguments.TRANSLATED | {  # key: its meaning here
     "dataset_dir": "the folder of dataset_info.json, which resolves the names in `dataset`",
     "neat_packing": "`packing`; packed examples never attend to each other here",
-    "eval_strategy": "`steps`: every `eval_steps`; `epoch`, `no`: at the end of every epoch",
-    "evaluation_strategy": "`eval_strategy`",
     "disable_gradient_checkpointing": "`gradient_checkpointing: off`",
     "pure_bf16": "`bf16`; adapters stay float32",
     "pissa_init": "`init_lora_weights: pissa_niter_16`, of `pissa_iter` iterations; -1: `pissa`",
     "pissa_iter": "see `pissa_init`",
     "pissa_convert": "always done: an adapter is saved as plain LoRA",
     "add_special_tokens": "`new_special_tokens`",
-    "hub_model_id": "the repository for `push_to_hub: true`, which is `push_to_hub: NAME` here",
+    "early_stopping_steps": "`early_stopping_patience`",
 }
-VALUES = {  # key: {LLaMA-Factory's value: the same value here}
-    "optim": {"adamw_torch_fused": "adamw_torch"},
-    "lr_scheduler_type": {"constant_with_warmup": "constant"},
-    "template": {"qwen": "tokenizer", "qwen3_nothink": "chatml"},
+VALUES = training_arguments.VALUES | {  # key: {LLaMA-Factory's value: the same value here}
+    "template": {"qwen": "tokenizer", "ministral": "tokenizer"}
+    | dict.fromkeys(("qwen3_nothink", "yi", "smollm"), "chatml"),
 }
-NO_EFFECT = {  # the reason: the keys
-    "examples are tokenized at the start, in this process": (
-        "overwrite_cache preprocessing_num_workers preprocessing_batch_size dataloader_num_workers "
-        "dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers "
-        "remove_unused_columns data_shared_file_system"
+RENAMED = {
+    "add_special_tokens": "new_special_tokens",
+    "early_stopping_steps": "early_stopping_patience",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+}
+SEEING = """
+    dots_ocr ernie_vl gemma3 gemma3n gemma4 gemma4n glm4v glm4_5v glm_ocr granite3_vision intern_s1 intern_vl
+    keye_vl kimi_vl lfm2_vl llama4 llava llava_next llava_next_llama3 llava_next_mistral llava_next_qwen
+    llava_next_video llava_next_video_mistral llava_next_video_yi llava_next_yi mimo_vl minicpm_o minicpm_v
+    minicpm_v_4_6 ministral3 mistral_small mllama moss_vl paligemma paligemma_chat pixtral qwen2_audio
+    qwen2_omni qwen2_vl qwen3_5 qwen3_5_nothink qwen3_6 qwen3_omni qwen3_omni_nothink qwen3_vl
+    qwen3_vl_nothink video_llava yi_vl youtu_vl
+    """.split()  # templates of models that see or hear
+NO_EFFECT = training_arguments.NO_EFFECT | {  # the reason: the keys
+    "examples are tokenized once, at the start": (
+        "overwrite_cache preprocessing_num_workers preprocessing_batch_size buffer_size "
+        "data_shared_file_system"
     ),
-    "seed alone determines the order of the examples": "data_seed",
-    "the machine determines the kernels": (
+    "the machine determines the kernels and where weights lie": (
         "flash_attn enable_liger_kernel use_unsloth use_unsloth_gc use_v1_kernels use_reentrant_gc "
-        "gradient_checkpointing_kwargs torch_compile use_fast_tokenizer low_cpu_mem_usage "
-        "quantization_device_map"
+        "use_fast_tokenizer low_cpu_mem_usage quantization_device_map offload_folder"
     ),
     "norms and the loss are always computed in float32": "upcast_layernorm upcast_lmhead_output",
-    "float32 matrices are always multiplied in float32": "tf32",
-    "rows are text, and no other media are loaded": "media_dir",
-    "only inference uses it": "infer_dtype",
-    "nothing is fetched from ModelScope": "ms_hub_token",
+    "rows are text, and no other media are loaded": (
+        "media_dir freeze_vision_tower freeze_multi_modal_projector"
+    ),
+    "only inference uses it": (
+        "infer_dtype use_kv_cache do_sample temperature top_p top_k num_beams max_new_tokens "
+        "repetition_penalty length_penalty skip_special_tokens eval_num_beams"
+    ),
+    "nothing is fetched from ModelScope or Modelers": "ms_hub_token om_hub_token",
     "code that comes with a model is never run": "trust_remote_code",
-    "huggingface-hub reads its own settings: HF_HOME, HF_TOKEN": "cache_dir hf_hub_token hub_token",
-    "loss.png and metrics.jsonl are always written": (
-        "plot_loss logging_strategy logging_first_step logging_dir log_level disable_tqdm "
-        "include_num_input_tokens_seen include_effective_tokens_per_second print_param_status "
-        "compute_accuracy"
+    "huggingface-hub reads its own settings, such as HF_HOME": "cache_dir hf_hub_token",
+    "loss.png and metrics.jsonl always tell the course of a run": (
+        "plot_loss include_effective_tokens_per_second print_param_status compute_accuracy"
     ),
-    "checkpoints are written every save_steps steps and can be resumed": (
-        "save_strategy save_only_model save_safetensors"
-    ),
-    "held-out examples are always evaluated, and also before the first step": (
-        "do_eval eval_on_start eval_accumulation_steps"
-    ),
-    "torchrun and PyTorch read their own settings": (
-        "ddp_timeout ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb local_rank"
-    ),
-    "it changes nothing in this training": ("create_new_adapter loraplus_lr_embedding use_kv_cache"),
-    "the loss is the mean over all supervised tokens of a step": "average_tokens_across_devices",
+    "it changes nothing in this training": "create_new_adapter loraplus_lr_embedding",
+    "it counts only with a method that is off": """
+        pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing simpo_gamma ld_alpha
+        kto_chosen_weight kto_rejected_weight ppo_buffer_size ppo_epochs ppo_score_norm ppo_target
+        ppo_whiten_rewards ref_model ref_model_adapters ref_model_quantization_bit reward_model
+        reward_model_adapters reward_model_quantization_bit reward_model_type
+        freeze_trainable_layers freeze_trainable_modules freeze_extra_modules
+        oft_rank oft_block_size oft_target module_dropout asft_alpha eaft_alpha
+        galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise
+        apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj apollo_proj_type
+        apollo_scale_type apollo_layerwise apollo_scale_front
+        badam_mode badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio
+        badam_mask_mode badam_verbose fp8_backend fp8_enable_fsdp_float8_all_gather
+        swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir
+        swanlab_lark_webhook_url swanlab_lark_secret
+        kt_config kt_cpu_activation kt_weight_path kt_non_expert_weight_path kt_expert_checkpoint_path
+        kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size
+        megatron_bridge_args hyper_parallel_args hyper_parallel_cp_size
+        export_size export_device export_quantization_bit export_quantization_dataset
+        export_quantization_nsamples export_quantization_maxlen export_legacy_format export_hub_model_id
+        vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen
+        sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend ray_init_kwargs
+        profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps profiler_repeat
+        profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules
+    """,
 }
-_TRUE = ("true", "yes", "1")
-_OFF = ("false", "no", "none", "null", "0", "", "{}", "[]")
-_MUST_BE_OFF = """
-    deepspeed fsdp fsdp_config use_ray do_predict predict_with_generate streaming tokenized_path
-    interleave_probs tool_format eval_on_each_dataset use_galore use_apollo use_badam use_muon use_adam_mini
-    use_llama_pro use_dft_loss use_asft_loss use_swanlab neftune_noise_alpha label_smoothing_factor
-    shift_attn mixture_of_depths moe_aux_loss_coef rope_scaling new_special_tokens_config
-    split_special_tokens train_from_scratch fp8 auto_find_batch_size use_cpu lr_scheduler_kwargs
-    greater_is_better default_system
+MEDIA = """
+    image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels video_min_pixels
+    video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_language_model
     """.split()
-NEEDED = {  # key: the values that this trainer accepts, as `_normalize` writes them
-    "stage": ("sft",),
-    "finetuning_type": ("lora",),
-    "do_train": _TRUE,
-    "quantization_method": ("bnb", "bitsandbytes"),
-    "mix_strategy": ("concat",),
-    "ignore_pad_token_for_loss": _TRUE,
-    "enable_thinking": _TRUE,
-    "adam_beta1": ("0.9",),
-    "adam_beta2": ("0.999",),
-    "adam_epsilon": ("1e-08",),
-    "metric_for_best_model": ("eval_loss", "loss"),
-} | dict.fromkeys(_MUST_BE_OFF, _OFF)
-INSTEAD = {  # key: advice to whoever gave it another value than NEEDED
-    "new_special_tokens_config": "name the tokens in new_special_tokens, without descriptions",
-    "stage": "plain text (pt) is learned from a dataset with a text column; preferences are not",
-    "deepspeed": "torchrun --nproc-per-node N scripts/train.py shares the batches between GPUs",
-    "fsdp": "torchrun --nproc-per-node N scripts/train.py shares the batches between GPUs",
-    "finetuning_type": "the nearest is lora with lora_target: all and a high rank",
-    "mix_strategy": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
-    "interleave_probs": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
-    "enable_thinking": "template: qwen3 learns to write <think> </think> and template: chatml does not",
-    "default_system": "give the rows a system message, or a column system",
-    "do_predict": "scripts/evaluate.py does this after the training",
-}
-KEYS = {*TRANSLATED, *NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())}
+NOT_TRAINING = ("compute_environment", "export_dir", "infer_backend", "train_dataset", "peft_config")
+_MUST_BE_OFF = """
+    predict_with_generate streaming tokenized_path interleave_probs tool_format eval_on_each_dataset
+    use_galore use_apollo use_badam use_muon use_adam_mini use_llama_pro use_dft_loss use_asft_loss
+    use_eaft_loss use_swanlab shift_attn mixture_of_depths moe_aux_loss_coef rope_scaling
+    new_special_tokens_config split_special_tokens train_from_scratch fp8 default_system preserve_thinking
+    disable_shuffling adapter_folder use_mca use_megatron_bridge use_hyper_parallel use_kt
+    enable_torch_profiler
+    """.split()
+NEEDED = (
+    {  # key: the values that this trainer accepts, as `normalize` writes them; the first obstacle is named
+        "stage": ("sft",),
+        "finetuning_type": ("lora",),
+    }
+    | dict.fromkeys((*MEDIA, *NOT_TRAINING), OFF)
+    | training_arguments.NEEDED
+    | dict.fromkeys(_MUST_BE_OFF, OFF)
+    | {
+        "do_train": TRUE,
+        "quantization_method": ("bnb", "bitsandbytes"),
+        "mix_strategy": ("concat",),
+        "ignore_pad_token_for_loss": TRUE,
+        "enable_thinking": TRUE,
+        "init_special_tokens": ("noise_init",),
+        "ray_num_workers": ("1", *OFF),
+    }
+)
+_TEXT_ONLY = "models that see or hear are not trained, only models of text"
+_OWN_FORMAT = "write model_name_or_path, dataset and lora_rank, as docs/keys.md lists them"
+_TORCHRUN = training_arguments.INSTEAD["fsdp"]
+INSTEAD = (  # key: advice to whoever gave it another value than NEEDED
+    training_arguments.INSTEAD
+    | dict.fromkeys(MEDIA, _TEXT_ONLY)
+    | {
+        "compute_environment": _TORCHRUN,
+        "use_mca": _TORCHRUN,
+        "use_megatron_bridge": _TORCHRUN,
+        "use_hyper_parallel": _TORCHRUN,
+        "ray_num_workers": _TORCHRUN,
+        "export_dir": "scripts/merge.py writes the merged model",
+        "infer_backend": "scripts/chat.py answers with a trained adapter",
+        "train_dataset": _OWN_FORMAT,
+        "peft_config": _OWN_FORMAT,
+        "new_special_tokens_config": "name the tokens in new_special_tokens, without descriptions",
+        "stage": "plain text (pt) is learned from a dataset with a text column; preferences are not",
+        "finetuning_type": "the nearest is lora with lora_target: all and a high rank",
+        "mix_strategy": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
+        "interleave_probs": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
+        "enable_thinking": "template: qwen3 learns to write <think> </think> and template: chatml does not",
+        "default_system": "give the rows a system message, or a column system",
+        "tokenized_path": "scripts/prepare.py tokenizes a dataset once, for many trainings",
+        "init_special_tokens": "new rows begin at the mean of the old ones",
+    }
+)
+MAY_BE_EMPTY = {*NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())}
+KEYS = {*TRANSLATED, *MAY_BE_EMPTY}
 
 
 def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
     """(settings, notes): the same run in this trainer's keys, and lines to print.
 
     The notes name the keys without an effect, and the defaults taken from LLaMA-Factory. Raises UserError for
-    a key that requests another training.
+    a value that cannot be translated; `refuse_other_training` comes before.
     """
     is_llama_factory = any(name in values for name in MARKERS)
-    _refuse_other_training(values)
     notes = _ignored_keys(values)
     theirs = {name: value for name, value in values.items() if name in TRANSLATED}
     ours = {
@@ -149,8 +203,8 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
     _translate_pissa(theirs, ours)
     _translate_push_to_hub(theirs, ours)
     _translate_eval_strategy(theirs, ours, is_llama_factory)
-    if "add_special_tokens" in theirs:
-        ours["new_special_tokens"] = theirs["add_special_tokens"]
+    _translate_names(theirs, ours)
+    _translate_sampling(theirs, ours)
     if is_llama_factory:
         notes += _train_embeddings(ours)
         defaults = _missing_defaults(ours)
@@ -159,15 +213,21 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
     return ours, notes
 
 
-def _refuse_other_training(values: dict[str, object]) -> None:
-    """Raise UserError for the first key whose value requests another training."""
-    for name, value in values.items():
-        if name not in NEEDED or _normalize(value) in NEEDED[name]:
+def refuse_other_training(values: dict[str, object]) -> None:
+    """Raise UserError for the first obstacle in the order of NEEDED, whatever other keys are unknown."""
+    template = values.get("template")
+    for name, accepted in NEEDED.items():
+        if name == MEDIA[0] and template in SEEING:
+            raise UserError(f"template = {template!r} is of a model that sees or hears; {_TEXT_ONLY}")
+        if name not in values or normalize(values[name]) in accepted:
             continue
-        generic = "leave it out" if NEEDED[name] is _OFF else f"it must be {NEEDED[name][0]}"
-        raise UserError(
-            f"{name} = {value!r} requests a training that minilora does not do; {INSTEAD.get(name, generic)}"
-        )
+        if name == "do_train" and not any(marker in values for marker in MARKERS):
+            continue  # TrainingArguments alone: its trainer does not read it
+        generic = "leave it out" if accepted is OFF else f"it must be {accepted[0]}"
+        fault = "requests a training that minilora does not do"
+        if name in NOT_TRAINING:
+            fault = "belongs to another kind of file"
+        raise UserError(f"{name} = {shown(values[name])} {fault}; {INSTEAD.get(name, generic)}")
 
 
 def _ignored_keys(values: dict[str, object]) -> list[str]:
@@ -186,14 +246,31 @@ def _translate_switches(theirs: dict[str, object], ours: dict[str, object]) -> N
         ("disable_gradient_checkpointing", "gradient_checkpointing", "off"),
         ("pure_bf16", "bf16", True),
     ):
-        if _normalize(theirs.get(switch)) in _TRUE:
+        if normalize(theirs.get(switch)) in TRUE:
             ours[name] = value
+
+
+def _translate_names(theirs: dict[str, object], ours: dict[str, object]) -> None:
+    """Set in `ours` the keys that only have another name there. A null is left out."""
+    for name, own in RENAMED.items():
+        if theirs.get(name) is not None:
+            ours.setdefault(own, theirs[name])
+
+
+def _translate_sampling(theirs: dict[str, object], ours: dict[str, object]) -> None:
+    strategy = normalize(theirs.get("train_sampling_strategy", "random"))
+    if strategy not in ("random", "group_by_length", *OFF):
+        raise UserError(
+            f"train_sampling_strategy = {strategy!r} is not known; choose from random, group_by_length"
+        )
+    if strategy == "group_by_length":
+        ours["group_by_length"] = True
 
 
 def _train_embeddings(ours: dict[str, object]) -> list[str]:
     """With new tokens LLaMA-Factory trains the embedding and the head whole, unless the file names others."""
     keys = ("new_special_tokens", "add_tokens", "resize_vocab")
-    given = [name for name in keys if _normalize(ours.get(name)) not in _OFF]
+    given = [name for name in keys if normalize(ours.get(name)) not in OFF]
     if not given or ours.get("additional_target") is not None:
         return []
     ours["additional_target"] = "embed_tokens,lm_head"
@@ -202,19 +279,20 @@ def _train_embeddings(ours: dict[str, object]) -> list[str]:
 
 def _translate_pissa(theirs: dict[str, object], ours: dict[str, object]) -> None:
     """`pissa_init: true` is `init_lora_weights: pissa_niter_N`, N = `pissa_iter` or 16; -1: `pissa`."""
-    if _normalize(theirs.get("pissa_init")) in _TRUE:
-        iterations = _normalize(theirs.get("pissa_iter", 16))
+    if normalize(theirs.get("pissa_init")) in TRUE:
+        iterations = normalize(theirs.get("pissa_iter", 16))
         ours["init_lora_weights"] = "pissa" if iterations == "-1" else f"pissa_niter_{iterations}"
 
 
 def _translate_push_to_hub(theirs: dict[str, object], ours: dict[str, object]) -> None:
     """`push_to_hub: true` with `hub_model_id: NAME` is `push_to_hub: NAME` here."""
-    requested = _normalize(ours.get("push_to_hub"))
-    if requested in _TRUE:
-        if not theirs.get("hub_model_id"):
+    requested = normalize(ours.get("push_to_hub"))
+    if requested in TRUE:
+        repository = theirs.get("hub_model_id") or theirs.get("push_to_hub_model_id")
+        if not repository:
             raise UserError("push_to_hub = true names no repository; write push_to_hub: owner/name")
-        ours["push_to_hub"] = theirs["hub_model_id"]
-    elif requested in _OFF:
+        ours["push_to_hub"] = repository
+    elif requested in OFF:
         ours.pop("push_to_hub", None)
 
 
@@ -223,8 +301,8 @@ def _translate_eval_strategy(
 ) -> None:
     """`eval_steps` counts only with the strategy `steps`, where it is `logging_steps` by default."""
     given = "eval_strategy" in theirs or "evaluation_strategy" in theirs
-    strategy = _normalize(theirs.get("eval_strategy", theirs.get("evaluation_strategy", "no")))
-    if strategy not in ("steps", "epoch", *_OFF):
+    strategy = normalize(theirs.get("eval_strategy", theirs.get("evaluation_strategy", "no")))
+    if strategy not in ("steps", "epoch", *OFF):
         raise UserError(f"eval_strategy = {strategy!r} is not known; choose from steps, epoch, no")
     if strategy == "steps":
         ours.setdefault("eval_steps", ours.get("logging_steps", 10))
@@ -244,12 +322,3 @@ def _defaults_taken(defaults: dict[str, object]) -> list[str]:
     """One line that lists them, or none."""
     shown = ", ".join(f"{name} {'none' if value is None else value}" for name, value in defaults.items())
     return [f"a LLaMA-Factory file, with LLaMA-Factory's defaults: {shown}"] if defaults else []
-
-
-def _normalize(value: object) -> str:
-    """The same text for a value from YAML and from the command line: True -> "true", "1.0e-8" -> "1e-08"."""
-    text = str(value).strip().lower()
-    try:
-        return f"{float(text):g}"
-    except ValueError:
-        return text

@@ -125,8 +125,38 @@ class Plan:
 
     @property
     def eval_steps(self) -> int:
-        """Steps from one evaluation to the next: an epoch unless the settings give a number."""
-        return self.config.eval_steps or self.order.steps_per_epoch
+        """Steps from one evaluation to the next: an epoch unless the settings give a number or a share."""
+        return self._count(self.config.eval_steps) or self.order.steps_per_epoch
+
+    @property
+    def save_steps(self) -> int:
+        """Steps from one checkpoint to the next; more than all steps where none is due by their number."""
+        if self.config.save_strategy == "epoch":
+            return self.order.steps_per_epoch
+        if self.config.save_strategy == "steps":
+            return self._count(self.config.save_steps)
+        return self.schedule.total_steps + 1
+
+    @property
+    def logging_steps(self) -> int:
+        """Steps from one record of the metrics to the next."""
+        return self._count(self.config.logging_steps)
+
+    @property
+    def saves_best(self) -> bool:
+        """Whether a checkpoint follows every evaluation with a lower loss."""
+        return self.config.keeps_best or self.config.save_strategy == "best"
+
+    def evaluates(self, step: int) -> bool:
+        """Return whether the held-out examples are evaluated after `step` steps."""
+        if self.eval_set is None:
+            return False
+        due = step % self.eval_steps == 0 or step == self.schedule.total_steps
+        waited = step if self.config.eval_steps else step / self.order.steps_per_epoch
+        return due and waited >= self.config.eval_delay
+
+    def _count(self, steps: float | None) -> int | None:
+        return steps if steps is None else count_steps(steps, self.schedule.total_steps)
 
     @property
     def prompts(self) -> list[Row]:
@@ -242,10 +272,18 @@ def make_order(config: TrainConfig, train_set: Dataset, processes: Processes) ->
 def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
     """Return the number of steps and the learning rate of each."""
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    share = config.warmup_ratio or config.warmup_steps
+    warmup = count_steps(share, steps)
+    if share < 1:
+        warmup = min(warmup, steps - 1)  # a warm-up to the end would begin and end at a rate of 0
     if warmup >= steps:
         raise UserError(f"warmup_steps = {warmup} is not shorter than the training, which has {steps} steps")
     return Schedule(config.lr_scheduler_type, config.learning_rate, steps, warmup)
+
+
+def count_steps(steps: float, total_steps: int) -> int:
+    """Return a number of steps, or what a share of all steps (below 1) comes to, rounded up."""
+    return math.ceil(total_steps * steps) if steps < 1 else int(steps)
 
 
 def open_services(config: TrainConfig) -> tuple[list[Destination], list[Reporter]]:

@@ -133,7 +133,7 @@ def open_output(plan: Plan) -> Tracker:
         directory if plan.processes.main else None,
         plan.schedule.total_steps,
         plan.order.steps_per_epoch,
-        config.logging_steps,
+        plan.logging_steps,
         plan.state.get("tracker"),
         plan.reporters,
     )

@@ -4,7 +4,7 @@
 
 The YAML file is read first, and the command line overrides it. The names are those of Hugging Face's
 TrainingArguments and of LLaMA-Factory. Hyphens work like underscores, and the usual short names are aliases.
-`minilora.run.llama_factory` translates the keys that only LLaMA-Factory has.
+`minilora.run.training_arguments` and `minilora.run.llama_factory` have the keys that only those have.
 
 An unknown key is an error that names the nearest known one: a misspelled key that is silently ignored costs a
 night of training. A key that is set twice in one file or one command line is an error too. Numbers have
@@ -50,13 +50,25 @@ LARGEST = dict(
     learning_rate=1e30, loraplus_lr_ratio=1_000_000, weight_decay=1000, max_grad_norm=1_000_000_000,
     warmup_steps=1_000_000_000, warmup_ratio=1, logging_steps=1_000_000_000, eval_steps=1_000_000_000,
     save_steps=1_000_000_000, save_total_limit=1_000_000, early_stopping_patience=1_000_000_000,
+    eval_delay=1_000_000_000, adam_beta1=1, adam_beta2=1, adam_epsilon=1,
     exact_match_samples=1_000_000_000, lora_rank=65_536, lora_alpha=1_000_000, seed=2**63 - 1,
 )  # fmt: skip
 _MAY_BE_ZERO = set(
-    "val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples".split()
+    """
+    val_size warmup_steps warmup_ratio weight_decay max_grad_norm seed exact_match_samples eval_delay
+    adam_beta1 adam_beta2
+    """.split()
 )
+_BELOW_ONE = {
+    "warmup_ratio": "the rest is for training",
+    "adam_beta1": "at 1 no gradient counts",
+    "adam_beta2": "at 1 no gradient counts",
+}
+SAVE_STRATEGIES = ("steps", "epoch", "best", "no")
 NEW_TOKENS = ("new_special_tokens", "add_tokens", "resize_vocab")
-_NEED_HELD_OUT = "load_best_model_at_end early_stopping_patience eval_steps exact_match_samples".split()
+_NEED_HELD_OUT = (
+    "load_best_model_at_end early_stopping_patience eval_steps eval_delay exact_match_samples".split()
+)
 
 # Keys that a resumed run may change. Model and data are compared by their contents instead of their names,
 # bf16 and fp16 by the dtype that they lead to.
@@ -64,9 +76,9 @@ MAY_CHANGE = set(
     """
     model_name_or_path model_revision accept_config_fields dataset eval_dataset output_dir
     overwrite_output_dir resume_from_checkpoint bf16 fp16 per_device_eval_batch_size
-    gradient_checkpointing logging_steps eval_steps save_steps save_total_limit early_stopping_patience
-    exact_match_samples report_to run_name mlflow_tracking_uri push_to_hub hub_private_repo upload
-    hub_strategy
+    gradient_checkpointing logging_steps eval_steps eval_delay save_strategy save_steps save_total_limit
+    early_stopping_patience exact_match_samples report_to run_name mlflow_tracking_uri push_to_hub
+    hub_private_repo upload hub_strategy
     """.split()
 )
 
@@ -85,7 +97,7 @@ class TrainConfig:
     # data
     dataset: str | list[str] | None = None  # file, address or hub id; mixed by weight: a.json:0.7,b.json:0.3
     eval_dataset: str | list[str] | None = None  # held-out examples, named in the same way
-    val_size: float = 0.0  # or hold out part of dataset: a share (below 1) or a number of examples
+    val_size: int | float = 0  # or hold out part of dataset: a share (below 1) or a number of examples
     prompt_column: str = "prompt"  # name of the column that holds the prompt
     completion_column: str = "completion"  # name of the column that holds the completion
     messages_column: str | None = None  # name of the column of messages; none: messages or conversations
@@ -128,9 +140,12 @@ class TrainConfig:
     max_steps: int = -1  # optimizer steps; above 0 it overrides num_train_epochs
     learning_rate: float = 2e-4  # the peak, after the warm-up
     lr_scheduler_type: str = "cosine"  # cosine, linear, constant or polynomial
-    warmup_steps: int = 0  # optimizer steps over which the learning rate rises from 0
-    warmup_ratio: float = 0.0  # or the same as a share of all steps
+    warmup_steps: int | float = 0  # steps over which the learning rate rises from 0; below 1: a share of all
+    warmup_ratio: float = 0.0  # the same as a share of all steps
     optim: str = "adamw_torch"  # adamw_torch, adamw_8bit, adamw_bnb_8bit or paged_adamw_8bit
+    adam_beta1: float = 0.9  # AdamW's mean of the gradients keeps this share at each step
+    adam_beta2: float = 0.999  # the same for the mean of their squares
+    adam_epsilon: float = 1e-8  # added to the root of that mean, by which AdamW divides
     loraplus_lr_ratio: float | None = None  # LoRA+: learning rate of B divided by A's; none: both are equal
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     max_grad_norm: float = 1.0  # scale larger gradients down to this norm; 0: never
@@ -140,9 +155,11 @@ class TrainConfig:
     gradient_checkpointing: str = "auto"  # off, selective, full, offload: less memory; auto: first that fits
     seed: int = 42  # seed of adapter, dropout, split and order of the examples
     # watching and saving
-    logging_steps: int = 10  # optimizer steps between two records of the metrics
-    eval_steps: int | None = None  # optimizer steps between two evaluations; none: one after each epoch
-    save_steps: int = 500  # optimizer steps between two checkpoints
+    logging_steps: int | float = 10  # steps between two records of the metrics; below 1: a share of all steps
+    eval_steps: int | float | None = None  # the same between two evaluations; none: one after each epoch
+    eval_delay: float = 0.0  # no evaluation after fewer steps, or epochs if eval_steps is none
+    save_strategy: str = "steps"  # steps, epoch, best (whenever the evaluation loss is the lowest) or no
+    save_steps: int | float = 500  # steps between two checkpoints; below 1: a share of all steps
     save_total_limit: int | None = None  # number of newest checkpoints to keep beside the best one; none: all
     load_best_model_at_end: bool = False  # end with the adapter of the lowest evaluation loss
     early_stopping_patience: int | None = None  # stop after so many without a lower loss, at the lowest
@@ -194,6 +211,10 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least 0, not {_shown(value)}")
             if value > largest:
                 raise UserError(f"{name} must be at most {largest:,}, not {_shown(value)}")
+            if value >= 1 and name in _BELOW_ONE:
+                raise UserError(f"{name} must be below 1, not {_shown(value)}: {_BELOW_ONE[name]}")
+            if value > 1 and name in SHARES and value != int(value):
+                raise UserError(f"{name} must be a whole number or a share below 1, not {_shown(value)}")
         if self.cutoff_len == 1:
             raise UserError("cutoff_len must be at least 2: one token to read and one to learn")
 
@@ -202,6 +223,7 @@ class TrainConfig:
         _check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         _check_choice("optim", self.optim, OPTIMIZERS)
         _check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
+        _check_choice("save_strategy", self.save_strategy, SAVE_STRATEGIES)
         _check_choice("hub_strategy", self.hub_strategy, ("end", "every_save"))
         _check_choice("truncation", self.truncation, TRUNCATIONS)
         if self.template is not None:
@@ -214,10 +236,6 @@ class TrainConfig:
             raise UserError(
                 f"max_steps must be above 0, or -1 for num_train_epochs, not {_shown(self.max_steps)}"
             )
-        if self.warmup_ratio >= 1:
-            raise UserError(
-                f"warmup_ratio must be below 1, not {self.warmup_ratio:g}: the rest is for training"
-            )
         if self.warmup_ratio and self.warmup_steps:
             raise UserError("warmup_steps and warmup_ratio are both set; choose one")
 
@@ -226,6 +244,8 @@ class TrainConfig:
             raise UserError("eval_dataset and val_size are both set; choose one")
         if self.eval_dataset or self.val_size:
             return
+        if self.save_strategy == "best":
+            raise UserError("save_strategy = 'best' needs held-out examples: set val_size or eval_dataset")
         for name in _NEED_HELD_OUT:
             if getattr(self, name):
                 raise UserError(f"{name} needs held-out examples: set val_size or eval_dataset")
@@ -260,6 +280,12 @@ class TrainConfig:
                 raise UserError(
                     f"{name} is decided by the adapter that adapter_name_or_path names; leave it out"
                 )
+
+    def optimizer_settings(self) -> dict[str, object]:
+        """The settings of `make_optimizer`, as it and torch.optim name them."""
+        rates = dict(lr=self.learning_rate, loraplus_lr_ratio=self.loraplus_lr_ratio)
+        adam = dict(betas=(self.adam_beta1, self.adam_beta2), eps=self.adam_epsilon)
+        return rates | adam | dict(weight_decay=self.weight_decay)
 
     def quant_config(self) -> QuantConfig | None:
         """The quantization of the frozen weights, or None if they stay as they are stored."""
@@ -314,7 +340,8 @@ class TrainConfig:
     def may_change(self) -> set[str]:
         """The keys that a resumed run may change, because no number of its training depends on them."""
         # Every other schedule depends on the total number of steps, and so does a warm-up ratio.
-        constant_rate = self.lr_scheduler_type == "constant" and not self.warmup_ratio
+        shares = self.warmup_ratio or 0 < self.warmup_steps < 1
+        constant_rate = self.lr_scheduler_type == "constant" and not shares
         return MAY_CHANGE | ({"max_steps", "num_train_epochs"} if constant_rate else set())
 
     def names_an_address(self) -> bool:
@@ -325,6 +352,10 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """All keys, as the text of a file that --config reads."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+# Each is a number or, below 1, a share.
+SHARES = {field.name for field in fields(TrainConfig) if str(field.type).startswith("int | float")}
 
 
 def _shown(value: object) -> str:
@@ -381,12 +412,15 @@ ALIASES = {
     "max_seq_length": "cutoff_len",
     "num_epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
+    "activation_checkpointing": "gradient_checkpointing",
 }
 SWITCHES = ("use_4bit", "load_in_4bit")  # true: quantization_bit = 4, false: none
 BOOLEAN_SHORTHANDS = {  # these keys take words; true and false (on and off in YAML) stand for two of them
     "resume_from_checkpoint": {True: "latest", False: None},
     "gradient_checkpointing": {True: "full", False: "off"},
 }
+# In TrainingArguments a null stands for the default of these.
+_NULL_IS_DEFAULT = {"gradient_checkpointing", "hub_private_repo", "output_dir", "report_to", "warmup_ratio"}
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")  # on and off as in YAML
 
 
@@ -401,11 +435,12 @@ def load_train_config(arguments: list[str], default_file: Path | None = None) ->
         raise UserError("--config names no file; write --config run.yaml")
     if file is not None and is_address(file):
         raise UserError(f"--config {Address(file)} is an address; name a file on this machine")
-    values = _canonical(arguments_given, "the command line")
-    if file is None and default_file is not None and not {"model_name_or_path", "dataset"} & values.keys():
+    names = {ALIASES.get(key, key) for key in arguments_given}
+    if file is None and default_file is not None and not {"model_name_or_path", "dataset"} & names:
         file = default_file
-    if file is not None:
-        values = _canonical(read_yaml(Path(file)), str(file)) | values
+    file_given = read_yaml(Path(file)) if file is not None else {}
+    llama_factory.refuse_other_training(file_given | arguments_given)  # a key may be unknown because of it
+    values = _canonical(file_given, str(file)) | _canonical(arguments_given, "the command line")
     values, notes = llama_factory.translate(values)
     for note in notes:
         print(note)
@@ -447,9 +482,12 @@ def _canonical(given: dict[str, object], source: str) -> dict[str, object]:
         if name not in known:
             nearest = suggestion(key, known | ALIASES.keys() | set(SWITCHES))
             raise UserError(f"unknown key {key!r} in {source}{nearest}")
-        if name in values:
+        # TrainingArguments writes the old name of activation_checkpointing into its file, too.
+        if name in values and not (name == "gradient_checkpointing" and values[name] == value):
             raise UserError(f"{name} is set twice in {source}, once as {key!r}")
-        if isinstance(value, str) and not value.strip():
+        if name in _NULL_IS_DEFAULT and value in (None, "null", []):
+            continue
+        if isinstance(value, str) and not value.strip() and name not in llama_factory.MAY_BE_EMPTY:
             raise UserError(f"{key} is empty in {source}; give it a value, or leave it out")
         values[name] = value
     return values
@@ -472,7 +510,8 @@ def _coerce(name: str, value: object, annotation: object) -> object:
     if bool in accepted:
         return _parse_boolean(name, value)
     if int in accepted or float in accepted:
-        return _parse_number(name, value, whole=float not in accepted)
+        number = _parse_number(name, value, whole=float not in accepted)
+        return int(number) if int in accepted and number == int(number) else number
     if isinstance(value, (bool, list, dict)):
         raise UserError(f"{name} must be text, not {value!r}")
     return str(value)

@@ -56,6 +56,9 @@ def local_path(text: str) -> Path:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without abbreviated options, that raises UserError instead of printing its usage.
 
+    Options are written as the trainer's keys are: hyphens work like underscores, and a switch may be followed
+    by true or false.
+
     With `help_text`, such as a script's docstring, --help prints exactly this text.
     """
 
@@ -68,7 +71,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         """Read options as argparse does. Refuse empty and repeated ones, and hide secrets of addresses."""
-        words = list(sys.argv[1:] if args is None else args)
+        words = self._as_declared(sys.argv[1:] if args is None else args)
         self._refuse_empty(words)
         self._refuse_repeated(words)
         options, rest = super().parse_known_args(words, namespace)
@@ -78,6 +81,26 @@ class ArgumentParser(argparse.ArgumentParser):
             else:
                 setattr(options, name, hide_secrets(value))
         return options, rest
+
+    def _as_declared(self, words: Sequence[str]) -> list[str]:
+        """The same words with underscores in options, and with switches that are alone or left out."""
+        declared = {name: action for action in self._actions for name in action.option_strings}
+        result, rest = [], list(words)
+        while rest:
+            word = rest.pop(0)
+            name, equals, value = word.partition("=")
+            underscored = "--" + name[2:].replace("-", "_")
+            if word.startswith("--") and name not in declared and underscored in declared:
+                name, word = underscored, underscored + equals + value
+            if isinstance(declared.get(name), argparse._StoreTrueAction):
+                if not equals and rest and rest[0].lower() in ("true", "false"):
+                    value = rest.pop(0)
+                if value.lower() in ("true", "false"):
+                    word = name
+                if value.lower() == "false":
+                    continue
+            result.append(word)
+        return result
 
     def _refuse_empty(self, words: Sequence[str]) -> None:
         unnamed = " or ".join(action.metavar or action.dest for action in self._get_positional_actions())

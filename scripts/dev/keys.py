@@ -3,8 +3,8 @@
     python scripts/dev/keys.py
 
 The page of keys is built from the comments in `minilora/run/settings.py` and the tables in
-`minilora/run/llama_factory.py`, the page of fields from the tables by which the files are read. A test checks
-that both are up to date.
+`minilora/run/training_arguments.py` and `minilora/run/llama_factory.py`, the page of fields from the tables
+by which the files are read. A test checks that both are up to date.
 """
 
 if __name__ == "__main__":
@@ -53,10 +53,11 @@ def page() -> str:
 
 {short_names()}
 
-## LLaMA-Factory's files
+## Files of Hugging Face's TrainingArguments and of LLaMA-Factory
 
-They run as they are: most keys have the same names. A file with `stage` or `finetuning_type` counts as one of
-them. The keys that it omits then have LLaMA-Factory's defaults, wherever ours would give another number:
+They run as they are: most keys have the same names. A file with `stage` or `finetuning_type` counts as
+LLaMA-Factory's. The keys that it omits then have LLaMA-Factory's defaults, wherever ours would give another
+number:
 {llama_factory_defaults()}
 A name in `dataset` is looked up in `dataset_dir/dataset_info.json`.
 

@@ -1,6 +1,7 @@
 """LLaMA-Factory's files: the meaning of their keys here, of the keys they leave out, and the refused ones."""
 
 import json
+import re
 from dataclasses import asdict, fields
 
 import pytest
@@ -20,6 +21,7 @@ from minilora.run.llama_factory import (
     NO_EFFECT,
     TRANSLATED,
     VALUES,
+    refuse_other_training,
     translate,
 )
 from minilora.run.settings import ALIASES, SWITCHES, TrainConfig, load_train_config
@@ -139,7 +141,7 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
         ("quantization_method", "hqq", "it must be bnb"),
         ("use_galore", True, "leave it out"),
         ("neftune_noise_alpha", 5, "leave it out"),
-        ("adam_beta2", 0.95, "it must be 0.999"),
+        ("train_sampling_strategy", "sequential", "choose from random, group_by_length"),
         ("mix_strategy", "interleave_under", "a.jsonl:0.7"),
         ("eval_strategy", "often", "choose from steps, epoch, no"),
         ("template", "gemma", "choose from alpaca"),
@@ -156,6 +158,36 @@ def test_a_request_for_another_training_is_refused_in_one_line(tmp_path, key, va
     with pytest.raises(UserError) as error:
         load_train_config(["--config", str(tmp_path / "run.yaml")])
     assert key in str(error.value) and advice in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys, first",
+    [
+        ({"pref_beta": 0.1, "stage": "dpo"}, "stage = 'dpo'"),
+        ({"pref_bta": 0.1, "use_galore": True, "stage": "dpo"}, "stage = 'dpo'"),
+        ({"finetuning_type": "full", "stage": "kto"}, "stage = 'kto'"),
+        (
+            {"deepspeed": "z3.json", "image_max_pixels": 9, "finetuning_type": "full"},
+            "finetuning_type = 'full'",
+        ),
+        ({"deepspeed": "z3.json", "image_max_pixels": 9}, "image_max_pixels = 9"),
+        (
+            {"deepspeed": "z3.json", "template": "qwen3_vl_nothink"},
+            "template = 'qwen3_vl_nothink' is of a model",
+        ),
+        ({"learning_rat": 1, "deepspeed": "z3.json"}, "deepspeed = 'z3.json'"),
+        ({"learning_rat": 1, "pref_beta": 0.1}, "unknown key 'learning_rat'"),
+    ],
+)
+def test_the_first_real_obstacle_is_named_wherever_it_stands(tmp_path, keys, first):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    with pytest.raises(UserError, match=re.escape(first)):
+        load_train_config(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_the_command_line_may_take_an_obstacle_away(tmp_path):
+    (tmp_path / "run.yaml").write_text("stage: dpo\npref_beta: 0.1\n")
+    assert load_train_config(["--config", str(tmp_path / "run.yaml"), "--stage", "sft"]).lora_rank == 8
 
 
 @pytest.mark.parametrize(
@@ -177,12 +209,15 @@ def test_with_new_tokens_a_file_trains_both_embeddings_whole_unless_it_names_oth
 @pytest.mark.parametrize("off", [False, None, 0, "", {}, "false", "none"])
 def test_a_key_that_is_off_requests_nothing(off):
     names = [name for name, allowed in NEEDED.items() if "none" in allowed]
+    refuse_other_training(dict.fromkeys(names, off))
     assert "deepspeed" in names and translate(dict.fromkeys(names, off)) == ({}, [])
 
 
 def test_numbers_are_compared_as_numbers_however_yaml_reads_them():
-    for epsilon in ("1e-8", 1e-8, "1.0e-8", "0.00000001"):
-        assert translate({"adam_epsilon": epsilon, "do_train": 1}) == ({}, [])
+    for workers in (1, "1", 1.0, "1e0"):
+        refuse_other_training({"ray_num_workers": workers, "stage": "sft", "do_train": 1})
+    with pytest.raises(UserError, match="ray_num_workers = 4 requests"):
+        refuse_other_training({"ray_num_workers": 4})
 
 
 @pytest.mark.parametrize(
@@ -375,6 +410,14 @@ MEANINGS = {  # LLaMA-Factory's key: (the keys of a file, what they become here)
     "pissa_init": ({"pissa_init": True}, {"init_lora_weights": "pissa_niter_16"}),
     "pissa_iter": ({"pissa_init": True, "pissa_iter": -1}, {"init_lora_weights": "pissa"}),
     "pissa_convert": ({"pissa_convert": True}, {}),
+    "early_stopping_steps": ({"early_stopping_steps": 3}, {"early_stopping_patience": 3}),
+    "per_gpu_train_batch_size": ({"per_gpu_train_batch_size": 3}, {"per_device_train_batch_size": 3}),
+    "per_gpu_eval_batch_size": ({"per_gpu_eval_batch_size": 3}, {"per_device_eval_batch_size": 3}),
+    "train_sampling_strategy": ({"train_sampling_strategy": "group_by_length"}, {"group_by_length": True}),
+    "push_to_hub_model_id": (
+        {"push_to_hub_model_id": "owner/name", "push_to_hub": True},
+        {"push_to_hub": "owner/name"},
+    ),
     "hub_model_id": ({"hub_model_id": "owner/name", "push_to_hub": True}, {"push_to_hub": "owner/name"}),
 }
 

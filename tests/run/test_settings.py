@@ -41,6 +41,7 @@ SHORT_NAMES = {  # short name -> (a value, the key that gets it)
     "max_seq_length": ("65", "cutoff_len"),
     "num_epochs": ("7", "num_train_epochs"),
     "batch_size": ("9", "per_device_train_batch_size"),
+    "activation_checkpointing": ("offload", "gradient_checkpointing"),
 }
 
 
@@ -247,12 +248,13 @@ def test_no_number_depends_on_the_keys_that_may_change_on_resuming():
         val_size prompt_column completion_column messages_column text_column truncation cutoff_len max_samples template train_on_prompt mask_history
         padding_free packing group_by_length quantization_bit quantization_type double_quantization preset lora_rank lora_alpha
         lora_dropout lora_target additional_target adapter_name_or_path init_lora_weights use_vera use_rslora use_dora lora_fa per_device_train_batch_size gradient_accumulation_steps
-        num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio optim loraplus_lr_ratio
+        num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio optim adam_beta1 adam_beta2 adam_epsilon loraplus_lr_ratio
         weight_decay max_grad_norm seed load_best_model_at_end fused new_special_tokens add_tokens resize_vocab
     """.split()
     assert TrainConfig().may_change() == {field.name for field in fields(TrainConfig)} - set(numbers)
     assert "max_steps" in TrainConfig(lr_scheduler_type="constant").may_change()
-    assert "max_steps" not in TrainConfig(lr_scheduler_type="constant", warmup_ratio=0.1).may_change()
+    for name in ("warmup_ratio", "warmup_steps"):
+        assert "max_steps" not in TrainConfig(lr_scheduler_type="constant", **{name: 0.1}).may_change()
 
 
 def test_saved_settings_are_read_back_as_the_same_run(tmp_path):

@@ -98,3 +98,31 @@ def test_an_option_for_a_path_takes_no_address_and_repeats_no_secret(address):
     with pytest.raises(UserError, match="--output.* is an address; name a path on this machine") as error:
         parser.parse_known_args(["--output", address])
     assert "QQSECRETQQ" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words, replaced",
+    [
+        (["--overwrite_it"], True),
+        (["--overwrite-it"], True),
+        (["--overwrite_it", "true"], True),
+        (["--overwrite-it=True"], True),
+        (["--overwrite_it", "false"], False),
+        (["--overwrite_it=false"], False),
+        ([], False),
+    ],
+)
+def test_a_switch_is_written_as_the_trainers_keys_are(words, replaced):
+    parser = ArgumentParser()
+    parser.add_argument("--overwrite_it", action="store_true")
+    parser.add_argument("--cut-at")
+    options, rest = parser.parse_known_args([*words, "--max-steps", "3", "--cut-at", "a-b"])
+    assert (options.overwrite_it, options.cut_at, rest) == (replaced, "a-b", ["--max-steps", "3"])
+
+
+def test_a_switch_takes_no_other_word():
+    parser = ArgumentParser()
+    parser.add_argument("--overwrite_it", action="store_true")
+    assert parser.parse_known_args(["--overwrite_it", "maybe"])[1] == ["maybe"]
+    with pytest.raises(UserError, match="--overwrite_it: ignored explicit argument 'maybe'"):
+        parser.parse_known_args(["--overwrite_it=maybe"])
