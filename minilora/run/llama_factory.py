@@ -91,6 +91,15 @@ NO_EFFECT = training_arguments.NO_EFFECT | {  # the reason: the keys
     "loss.png and metrics.jsonl always tell the course of a run": (
         "plot_loss include_effective_tokens_per_second print_param_status compute_accuracy"
     ),
+    "PyTorch shares the batches between GPUs": (
+        "use_distributed_optimizer overlap_param_gather overlap_grad_reduce recompute_granularity "
+        "recompute_method recompute_num_layers bias_activation_fusion apply_rope_fusion "
+        "masked_softmax_fusion cross_entropy_loss_fusion moe_grouped_gemm moe_token_dispatcher_type "
+        "calculate_per_token_loss account_for_embedding_in_pipeline_split "
+        "account_for_loss_in_pipeline_split extra_config"
+    ),
+    "bf16 and fp16 alone choose the dtype": "mixed_precision compute_dtype",
+    "an adapter is always saved as PEFT's": "export_hf_on_finish",
     "it changes nothing in this training": "create_new_adapter loraplus_lr_embedding",
     "it counts only with a method that is off": """
         pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing simpo_gamma ld_alpha
@@ -113,6 +122,7 @@ NO_EFFECT = training_arguments.NO_EFFECT | {  # the reason: the keys
         export_quantization_nsamples export_quantization_maxlen export_legacy_format export_hub_model_id
         vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen
         sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend ray_init_kwargs
+        master_addr master_port
         profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps profiler_repeat
         profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules
     """,
@@ -121,6 +131,10 @@ MEDIA = """
     image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels video_min_pixels
     video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_language_model
     """.split()
+PARALLEL = """
+    ray_num_workers tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size
+    context_parallel_size virtual_pipeline_model_parallel_size
+    """.split()
 NOT_TRAINING = ("compute_environment", "export_dir", "infer_backend", "train_dataset", "peft_config")
 _MUST_BE_OFF = """
     predict_with_generate streaming tokenized_path interleave_probs tool_format eval_on_each_dataset
@@ -128,7 +142,7 @@ _MUST_BE_OFF = """
     use_eaft_loss use_swanlab shift_attn mixture_of_depths moe_aux_loss_coef rope_scaling
     new_special_tokens_config split_special_tokens train_from_scratch fp8 default_system preserve_thinking
     disable_shuffling adapter_folder use_mca use_megatron_bridge use_hyper_parallel use_kt
-    enable_torch_profiler
+    enable_torch_profiler sequence_parallel use_packed_sequences megatron_pretrained_checkpoint
     """.split()
 NEEDED = (
     {  # key: the values that this trainer accepts, as `normalize` writes them; the first obstacle is named
@@ -145,21 +159,19 @@ NEEDED = (
         "ignore_pad_token_for_loss": TRUE,
         "enable_thinking": TRUE,
         "init_special_tokens": ("noise_init",),
-        "ray_num_workers": ("1", *OFF),
     }
+    | dict.fromkeys(PARALLEL, ("1", *OFF))
 )
-_TEXT_ONLY = "models that see or hear are not trained, only models of text"
+_TEXT_ONLY = "only models of text are trained"
 _OWN_FORMAT = "write model_name_or_path, dataset and lora_rank, as docs/keys.md lists them"
 _TORCHRUN = training_arguments.INSTEAD["fsdp"]
 INSTEAD = (  # key: advice to whoever gave it another value than NEEDED
     training_arguments.INSTEAD
     | dict.fromkeys(MEDIA, _TEXT_ONLY)
+    | dict.fromkeys((*PARALLEL, "use_mca", "use_megatron_bridge", "use_hyper_parallel"), _TORCHRUN)
     | {
         "compute_environment": _TORCHRUN,
-        "use_mca": _TORCHRUN,
-        "use_megatron_bridge": _TORCHRUN,
-        "use_hyper_parallel": _TORCHRUN,
-        "ray_num_workers": _TORCHRUN,
+        "use_packed_sequences": "write packing: true",
         "export_dir": "scripts/merge.py writes the merged model",
         "infer_backend": "scripts/chat.py answers with a trained adapter",
         "train_dataset": _OWN_FORMAT,

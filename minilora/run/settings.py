@@ -438,9 +438,20 @@ def load_train_config(arguments: list[str], default_file: Path | None = None) ->
     names = {ALIASES.get(key, key) for key in arguments_given}
     if file is None and default_file is not None and not {"model_name_or_path", "dataset"} & names:
         file = default_file
-    file_given = read_yaml(Path(file)) if file is not None else {}
-    llama_factory.refuse_other_training(file_given | arguments_given)  # a key may be unknown because of it
-    values = _canonical(file_given, str(file)) | _canonical(arguments_given, "the command line")
+    sources = {str(file): read_yaml(Path(file))} if file is not None else {}
+    return make_train_config(sources | {"the command line": arguments_given})
+
+
+def make_train_config(sources: dict[str, dict[str, object]]) -> TrainConfig:
+    """The run that the keys of several sources describe, by the sources' names. Later ones override earlier.
+
+    Prints which keys have no effect, and which defaults are another trainer's.
+    """
+    given = {key: value for source in sources.values() for key, value in source.items()}
+    llama_factory.refuse_other_training(given)  # before a key that is unknown because of it
+    values: dict[str, object] = {}
+    for source, keys in sources.items():
+        values |= _canonical(keys, source)
     values, notes = llama_factory.translate(values)
     for note in notes:
         print(note)
@@ -480,7 +491,7 @@ def _canonical(given: dict[str, object], source: str) -> dict[str, object]:
         if name in BOOLEAN_SHORTHANDS and str(value).lower() in _TRUE + _FALSE:
             value = BOOLEAN_SHORTHANDS[name][str(value).lower() in _TRUE]
         if name not in known:
-            nearest = suggestion(key, known | ALIASES.keys() | set(SWITCHES))
+            nearest = suggestion(key, known | ALIASES.keys() | set(SWITCHES), "docs/keys.md has them all")
             raise UserError(f"unknown key {key!r} in {source}{nearest}")
         # TrainingArguments writes the old name of activation_checkpointing into its file, too.
         if name in values and not (name == "gradient_checkpointing" and values[name] == value):

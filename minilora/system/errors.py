@@ -125,11 +125,14 @@ def raise_error(error: UserError) -> None:
     raise error
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """The tail of an error message about an unknown name: "; nearest: 'v_proj'", or "; known: a, b"."""
+def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The tail of an error message about an unknown name: "; nearest: 'v_proj'", or "; known: a, b".
+
+    Where none is near, `otherwise` says where a long list of the known names is.
+    """
     known = list(known)
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; nearest: {match[0]!r}" if match else f"; known: {', '.join(sorted(known))}"
+    return f"; nearest: {match[0]!r}" if match else f"; {otherwise or 'known: ' + ', '.join(sorted(known))}"
 
 
 def summarize(problems: list[str], limit: int = 8) -> str:

@@ -1,19 +1,24 @@
-"""Write docs/keys.md, every key of a training, and docs/config_fields.md, every field of a model's files.
+"""Write docs/keys.md, docs/llama_factory.md and docs/config_fields.md: keys, example files, a model's fields.
 
     python scripts/dev/keys.py
 
 The page of keys is built from the comments in `minilora/run/settings.py` and the tables in
 `minilora/run/training_arguments.py` and `minilora/run/llama_factory.py`, the page of fields from the tables
-by which the files are read. A test checks that both are up to date.
+by which the files are read. The page of example files is what becomes of each in
+tests/run/llama_factory/examples.yaml. A test checks that all three are up to date.
 """
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
 
+import contextlib
+import io
 import json
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import yaml
 
 from minilora.adapters.peft_format import PEFT_CHANGES_NOTHING, PEFT_HONOURED, PEFT_INIT, PEFT_MUST_BE_OFF
 from minilora.formats.config_fields import (
@@ -23,19 +28,22 @@ from minilora.formats.config_fields import (
     QUANTIZATION_FIELDS,
     ROPE_FIELDS,
 )
+from minilora.formats.config_json import parse_config
 from minilora.run.llama_factory import DEFAULTS, INSTEAD, NEEDED, NO_EFFECT, TRANSLATED, VALUES
-from minilora.run.settings import ALIASES, SWITCHES, documented_keys
-from minilora.system.errors import ArgumentParser, run_script
+from minilora.run.settings import ALIASES, SWITCHES, documented_keys, make_train_config
+from minilora.system.assets import EMBEDDED_MODEL
+from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import write_whole
 from minilora.system.schema import Field
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGE, FIELDS_PAGE = DOCS / "keys.md", DOCS / "config_fields.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS, EXAMPLES = ROOT / "docs", ROOT / "tests" / "run" / "llama_factory"
+PAGE, FIELDS_PAGE, EXAMPLES_PAGE = DOCS / "keys.md", DOCS / "config_fields.md", DOCS / "llama_factory.md"
 
 
 def main() -> None:
     ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # it has no options
-    for path, text in ((PAGE, page()), (FIELDS_PAGE, fields_page())):
+    for path, text in ((PAGE, page()), (FIELDS_PAGE, fields_page()), (EXAMPLES_PAGE, examples_page())):
         write_whole(path, text)
         print(f"written: {path}")
 
@@ -179,6 +187,60 @@ def field_table(fields: Mapping[str, Field]) -> str:
 
 def names(fields: Iterable[str]) -> str:
     return textwrap.fill(", ".join(f"`{name}`" for name in fields) + ".", 130, break_on_hyphens=False)
+
+
+# ---- the page of example files ----
+
+
+def examples_page() -> str:
+    """Return what becomes of LLaMA-Factory's example files, as Markdown."""
+    examples = yaml.safe_load((EXAMPLES / "examples.yaml").read_text(encoding="utf-8"))
+    outcomes = {name: outcome(name, examples) for name in examples["files"]}
+    refused: dict[str, list[str]] = {}
+    for name, (error, _) in outcomes.items():
+        if error:
+            refused.setdefault(error, []).append(f"`{name}`")
+    runs = {name: keys for name, (error, keys) in outcomes.items() if not error}
+    accepted_rows = [(f"`{name}`", ", ".join(f"`{key}`" for key in keys)) for name, keys in runs.items()]
+    refused_rows = [(", ".join(files), error) for error, files in refused.items()]
+    return f"""# LLaMA-Factory's example files
+
+`python scripts/dev/keys.py` writes this page. It reads the keys and values of the files in LLaMA-Factory's
+folder `examples` as `python scripts/train.py --config FILE.yaml` does, and then looks at the kind of the
+model that each names. [keys.md](keys.md) says what becomes of every key.
+
+## These run as they are: {len(runs)}
+
+Their datasets are looked up in `data/dataset_info.json`, as LLaMA-Factory does. The trainer prints the keys
+without an effect, each with its reason.
+
+{table("file | keys without effect", accepted_rows)}
+
+## These are refused: {len(outcomes) - len(runs)}
+
+Each is refused in one line, by its first obstacle: another kind of training, another kind of model, then the
+rest. A model is looked at last, because its config.json has to be fetched.
+
+{table("files | the line", refused_rows)}
+"""
+
+
+def outcome(name: str, examples: dict) -> tuple[str, list[str]]:
+    """Return the line that refuses an example file, or "", and its keys that have no effect."""
+    given = {"dataset_dir": str(EXAMPLES / "data")} | examples["files"][name]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            config = make_train_config({name: given})
+        model_type, _, method = examples["models"][config.model_name_or_path].partition(" ")
+        parse_config(
+            json.loads((EMBEDDED_MODEL / "config.json").read_text(encoding="utf-8"))
+            | {"model_type": model_type, "architectures": None}
+            | ({"quantization_config": {"quant_method": method}} if method else {})
+        )
+    except UserError as error:
+        return str(error).replace(f"{EXAMPLES}/", ""), []
+    without_effect = {key for keys in NO_EFFECT.values() for key in keys.split()}
+    return "", [key for key in given if key in without_effect]
 
 
 def table(head: str, rows: list[tuple[str, ...]]) -> str:

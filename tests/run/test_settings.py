@@ -71,6 +71,7 @@ def test_the_default_file_is_read_only_if_nothing_is_named(tmp_path):
     [
         (["--learning_rat", "1"], "unknown key 'learning_rat' in the command line; nearest: 'learning_rate'"),
         (["--lora-rnak", "4"], "nearest: 'lora_rank'"),
+        (["--xyzzy", "4"], "unknown key 'xyzzy' in the command line; docs/keys.md has them all"),
         (["run.yaml"], "'run.yaml' is not a key; write --key value"),
         (["--r", "4", "--lora_rank", "8"], "lora_rank is set twice"),
         (
