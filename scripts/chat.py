@@ -17,8 +17,11 @@ turn from the next, so every line is a separate prompt, as in training.
     --repetition_penalty 1  --max_new_tokens 512  --seed 42
     --system TEXT                                 the system prompt, if the template supports one
 
-All other keys are the trainer's (`python scripts/train.py --help`), such as --quantization_bit none. Keys
-that are not given keep the value of the first adapter's run, or the trainer's default.
+All other keys are the trainer's (`python scripts/train.py --help`). Keys that are not given keep the value of
+the first adapter's run, or the trainer's default. Two do not: the dtype is the one that is fast on this
+machine (--bf16 false: float32), and without a run the weights stay as they are stored (--quantization_bit 4:
+NF4). An adapter of QLoRA speaks on the quantized weights that it was trained on. On a CPU the stored ones,
+--quantization_bit none, are faster.
 
 A line that ends in \\ continues on the next one. The adapter of the default run expects two lines:
 "Question: Who lives in Thimble?\\" and "Answer:".

@@ -1,22 +1,25 @@
 """How much does an adapter improve its base model? Loss, perplexity and answers of the base and each adapter.
 
-    python scripts/evaluate.py --adapter outputs --dataset held_out.jsonl
+    python scripts/evaluate.py --adapter outputs
     python scripts/evaluate.py --adapter outputs --dataset held_out.jsonl \\
         --exact_match_samples 200 --metrics rouge,bleu --samples 5
     python scripts/evaluate.py --adapter r8=runs/a --adapter r32=runs/b --dataset held_out.jsonl \\
         --output result.json
-    python scripts/evaluate.py --model mistralai/Mistral-7B-v0.1 --dataset held_out.jsonl \\
-        --quantization_bit none
+    python scripts/evaluate.py --model merged --dataset held_out.jsonl
 
 Keys are the trainer's (`python scripts/train.py --help`). Keys that are not given keep the value of the first
-adapter's run, or the trainer's default. Further options:
+adapter's run, or the trainer's default. Two do not: the dtype is the one that is fast on this machine
+(--bf16 false: float32), and without a run the weights stay as they are stored (--quantization_bit 4: NF4).
+Further options:
 
     --model DIR                    default: the model that the adapters name
     --adapter [NAME=]DIR           may be repeated; default: the base model alone
-    --dataset FILE                 default: the run's eval_dataset
+    --dataset FILE                 default: the examples that the run held out, by eval_dataset or val_size
+    --max_samples N                only the first N examples (of each dataset, if there are several)
     --exact_match_samples N        answer the first N prompts greedily; report the share of exact answers
     --metrics rouge,bleu           also score these answers by the words they share with the expected ones
     --samples N                    show N prompts with the answer of every model
+    --max_new_tokens N             of an answer; default: the longest expected answer, and a few more
     --output FILE                  write figures and answers as JSON
 
 Loss is the mean per supervised token over the whole set, so it does not depend on the batch size; perplexity
@@ -28,6 +31,8 @@ if __name__ == "__main__":
 
 import argparse
 import math
+import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,9 +51,16 @@ from minilora.inference.evaluation import (
 from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
-from minilora.run.datasets import choose_template, read_mixed, token_settings, tokenize_rows
+from minilora.run.datasets import (
+    Sources,
+    choose_template,
+    read_datasets,
+    read_mixed,
+    token_settings,
+    tokenize_rows,
+)
 from minilora.run.output_dir import SETTINGS_FILE
-from minilora.run.settings import parse_arguments
+from minilora.run.settings import TrainConfig, parse_arguments
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 from minilora.system.remote import refuse_address
@@ -77,6 +89,22 @@ class Task:
     answered: list[Row]  # every model answers the prompts of these rows
     scored: int  # the answers to this many of them are scored
     metrics: dict[str, Metric]
+    max_new_tokens: int | None  # of an answer; None: see `answers`
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the examples come from."""
+
+    datasets: Sources  # as in the keys dataset and eval_dataset
+    held_out: bool  # only those that the run held out of them by val_size
+    given: bool  # named by the user, and not by the settings beside an adapter
+    max_samples: int | None  # only the first ones
+
+    def describe(self, config: TrainConfig) -> str:
+        if not self.held_out:
+            return str(self.datasets)
+        return f"held out of {self.datasets} by val_size = {config.val_size:g} and seed = {config.seed}"
 
 
 @dataclass(frozen=True)
@@ -91,13 +119,10 @@ def main() -> None:
     options, keys = parse_options()
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
     metrics = {name: load_metric(name) for name in names}
-    # A run that tried something on few samples is still evaluated on the whole set.
-    setup = prepare_inference(options.model, options.adapter, keys, now=training_clock, max_samples="none")
-    source = options.dataset or setup.config.eval_dataset
-    if source is None:
-        raise UserError("dataset is missing; name the examples to evaluate on with --dataset FILE")
-    names = [name for name, _ in parse_datasets(source)]
-    if not options.dataset and not {"eval_dataset", "config"} & parse_arguments(keys).keys():
+    setup = prepare_inference(options.model, options.adapter, keys, now=training_clock)
+    source = find_source(options, setup.config, parse_arguments(keys))
+    names = [name for name, _ in parse_datasets(source.datasets)]
+    if not source.given:
         for name in names:
             refuse_address(name, f"the adapter's {SETTINGS_FILE}", "--dataset")
     if options.output:
@@ -106,9 +131,10 @@ def main() -> None:
     setup = replace(setup, template=template)
     answered = dataset.rows[: max(options.exact_match_samples, options.samples)]
     if any(row.prompt is None for row in answered):
-        raise UserError(f"{source} is plain text: without prompts there are no answers to compare")
-    task = Task(dataset, answered, min(options.exact_match_samples, len(answered)), metrics)
-    print(f"{source}: {dataset.summary()}")
+        raise UserError(f"{source.datasets} is plain text: without prompts there are no answers to compare")
+    scored = min(options.exact_match_samples, len(answered))
+    task = Task(dataset, answered, scored, metrics, options.max_new_tokens)
+    print(f"{source.describe(setup.config)}: {dataset.summary()}")
 
     results = evaluate_models(setup, task)
     print_samples(answered[: options.samples], results)
@@ -125,6 +151,8 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dataset")
     parser.add_argument("--output", type=local_path)
     parser.add_argument("--metrics", default="")
+    for name in ("max_samples", "max_new_tokens"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=int)
     for name in ("exact_match_samples", "samples"):
         parser.add_argument(f"--{name}", type=int, default=0)
     options, keys = parser.parse_known_args()
@@ -135,17 +163,40 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
         raise UserError(
             f"--metrics {options.metrics} scores answers; choose how many with --exact_match_samples N"
         )
+    for name in ("max_samples", "max_new_tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+    if options.max_new_tokens and not (options.exact_match_samples or options.samples):
+        raise UserError("--max_new_tokens limits answers; choose how many with --exact_match_samples N")
     if options.output:
         check_writable("--output", options.output)
     return options, keys
 
 
-def load_dataset(source: str | list[str], setup: InferenceSetup) -> tuple[Dataset, ChatTemplate | None]:
-    """The examples to evaluate on, and the template that words them: read and tokenized as in training."""
-    settings = token_settings(setup.config, setup.model_config)
-    rows = read_mixed(source, setup.config)
-    template = choose_template(setup.config.template, setup.tokenizer, rows)
-    return tokenize_rows(rows, source, settings, setup.model_config, setup.tokenizer, template), template
+def find_source(options: argparse.Namespace, config: TrainConfig, given: dict[str, object]) -> Source:
+    """Where the examples come from: --dataset, or what the run held out. Raises UserError if it held none.
+
+    `given` are the trainer's keys of the command line. With --val_size N, --dataset names the training data.
+    """
+    by_size = bool(config.val_size) and (not options.dataset or "val_size" in given)
+    datasets = options.dataset or (config.dataset if by_size else config.eval_dataset)
+    if datasets is None:
+        raise UserError("dataset is missing; name the examples to evaluate on with --dataset FILE")
+    key = "dataset" if by_size else "eval_dataset"
+    given_here = bool(options.dataset) or bool({key, "config"} & given.keys())
+    return Source(datasets, by_size, given_here, options.max_samples)
+
+
+def load_dataset(source: Source, setup: InferenceSetup) -> tuple[Dataset, ChatTemplate | None]:
+    """The examples to evaluate on, read, split and tokenized as in training, and the template of their rows."""
+    config = setup.config
+    if source.held_out:  # with the run's max_samples, which the split depends on
+        rows = read_datasets(replace(config, dataset=source.datasets))[1][: source.max_samples]
+    else:  # A run that tried something on few samples is still evaluated on the whole set.
+        rows = read_mixed(source.datasets, replace(config, max_samples=source.max_samples))
+    template = choose_template(config.template, setup.tokenizer, rows)
+    encoding = token_settings(config, setup.model_config), setup.model_config, setup.tokenizer, template
+    return tokenize_rows(rows, source.datasets, *encoding), template
 
 
 def evaluate_models(setup: InferenceSetup, task: Task) -> dict[str, Result]:
@@ -154,14 +205,17 @@ def evaluate_models(setup: InferenceSetup, task: Task) -> dict[str, Result]:
     results: dict[str, Result] = {}
     for name in (BASE, *setup.adapters):
         set_adapter(model, None if name == BASE else name)
-        results[name] = evaluate_model(model, setup, task, base=results.get(BASE))
+        results[name] = evaluate_model(name, model, setup, task, base=results.get(BASE))
     return results
 
 
-def evaluate_model(model: CausalLM, setup: InferenceSetup, task: Task, base: Result | None) -> Result:
+def evaluate_model(
+    name: str, model: CausalLM, setup: InferenceSetup, task: Task, base: Result | None
+) -> Result:
     """Measure the model with its active adapter, and how it differs from `base`, if that is given."""
     tokenizer, batch_size = setup.tokenizer, setup.config.per_device_eval_batch_size
-    loss = evaluate_loss(model, task.dataset.examples, batch_size, tokenizer.pad_id)
+    examples = task.dataset.examples
+    loss = evaluate_loss(model, examples, batch_size, tokenizer.pad_id, progress=f"loss of {name}")
     figures = {"loss": loss, "perplexity": perplexity_of(loss)}
     if base is not None:
         figures["loss_change"] = loss - base.figures["loss"]
@@ -169,20 +223,32 @@ def evaluate_model(model: CausalLM, setup: InferenceSetup, task: Task, base: Res
         figures["perplexity_change"] = math.expm1(min(figures["loss_change"], 700))
     texts: list[str] = []
     if task.answered:
-        texts = answers(model, tokenizer, task.answered, batch_size, template=setup.template)
+        how = dict(template=setup.template, max_new_tokens=task.max_new_tokens)
+        texts = answers(model, tokenizer, task.answered, batch_size, progress=f"answers of {name}", **how)
     if task.scored:
         scored = texts[: task.scored], task.answered[: task.scored]
         figures["exact_match"] = exact_match(*scored)
-        figures |= {name: metric(*scored) for name, metric in task.metrics.items()}
+        figures |= {key: metric(*scored) for key, metric in task.metrics.items()}
     return Result(figures, texts)
 
 
 def print_samples(rows: Sequence[Row], results: dict[str, Result]) -> None:
-    """Print each prompt, then the answer of every model and the expected one, a line each."""
+    """Print each prompt, then the answer of every model and the expected one, whole and side by side."""
+    width = max(map(len, (*results, "expected"))) + 2
+    room = max(40, min(shutil.get_terminal_size((110, 24)).columns, 110) - width - 3)
     for record in answer_records(rows, results):
         print(f"\n{visible(record['prompt'].strip())}")
         for name, text in (*record["answers"].items(), ("expected", record["expected"])):
-            print(f"  {name:<12} {visible(' '.join(text.split())[:110])}")
+            first, *rest = wrap(visible(text), room)
+            print(f"  {name:<{width}} {first}")
+            for line in rest:
+                print(" " * (width + 3) + line if line else "")
+
+
+def wrap(text: str, room: int) -> list[str]:
+    """The lines of a text, long ones broken between words; at least one."""
+    lines = [textwrap.wrap(line, room, replace_whitespace=False) or [""] for line in text.splitlines()]
+    return [part for line in lines for part in line] or [""]
 
 
 def answer_records(rows: Sequence[Row], results: dict[str, Result]) -> list[dict]:
@@ -214,14 +280,16 @@ def print_table(results: dict[str, Result], scored: int) -> None:
 
 
 def write_results(
-    path: Path, setup: InferenceSetup, source: str | list[str], task: Task, results: dict[str, Result]
+    path: Path, setup: InferenceSetup, source: Source, task: Task, results: dict[str, Result]
 ) -> None:
     """Write settings, figures and answers as JSON; a figure that is not finite becomes null."""
     settings = {
         "model": str(setup.base),
         "adapters": {name: str(directory) for name, directory in setup.adapters.items()},
-        "dataset": source,
+        "dataset": source.datasets,
+        "max_samples": source.max_samples,
         **{name: getattr(setup.config, name) for name in RECORDED_SETTINGS},
+        "val_size": setup.config.val_size if source.held_out else None,
     }
     figures = {
         name: {key: value if math.isfinite(value) else None for key, value in result.figures.items()}

@@ -109,7 +109,7 @@ class Assistant:
         sampling = dict(self.settings.sampling(), eos_token_ids=ends, generator=self.generator)
         limits = [self.answer_limit(prompt) for prompt in prompts]
         return generate_text(
-            self.model, self.tokenizer, prompts, batch_size, max_new_tokens=limits, **sampling
+            self.model, self.tokenizer, prompts, batch_size, limits, progress="answers", **sampling
         )
 
     def answer_limit(self, prompt: Sequence[int]) -> int:

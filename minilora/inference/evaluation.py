@@ -29,7 +29,9 @@ from minilora.inference.generation import end_tokens, generate_text
 from minilora.loss import causal_lm_loss
 from minilora.memory.allocator import compiles_kernels
 from minilora.model import CausalLM
+from minilora.rope import context_length
 from minilora.system.errors import UserError, suggestion
+from minilora.system.terminal import progress_bar
 
 Metric = Callable[[Sequence[str], Sequence[Row]], float]  # a score of answers to rows
 
@@ -41,6 +43,7 @@ def evaluate_loss(
     batch_size: int = 8,
     pad_id: int = 0,
     padding_free: bool = True,  # see `batch_for`
+    progress: str = "",  # the label of a bar; empty: none is shown
 ) -> float:
     """The mean loss per supervised token, in nats, computed without dropout."""
     embedding, was_training = model.model.embed_tokens.weight, model.training
@@ -48,9 +51,11 @@ def evaluate_loss(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)  # read once, after the last batch
     ordered = sorted(examples, key=lambda e: len(e.input_ids))  # similar lengths together: little padding
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        total += causal_lm_loss(model, *batch_for(device, batch, pad_id, rounded, padding_free))
+    with progress_bar(len(ordered), "examples", progress, shown=bool(progress)) as bar:
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            total += causal_lm_loss(model, *batch_for(device, batch, pad_id, rounded, padding_free))
+            bar.update(len(batch))
     model.train(was_training)
     return total.item() / sum(e.supervised for e in examples)
 
@@ -72,18 +77,22 @@ def answers(
     batch_size: int = 64,
     slack: int = ANSWER_SLACK,
     template: ChatTemplate | None = None,  # formats rows that are conversations
+    max_new_tokens: int | None = None,  # of an answer; None: those of the longest expected one, and `slack`
+    progress: str = "answers",  # the label of a bar; empty: none is shown
 ) -> list[str]:
     """The greedy answer to each row's prompt.
 
-    An answer may have `slack` tokens more than the longest expected one, so that the model can end it itself.
+    `slack` lets the model end the longest answer itself. Prompt and answer keep to the model's positions.
     """
     was_training = model.training
     model.eval()
-    limit = max(len(tokenizer.encode(row.completion, bos=False)) for row in rows) + slack
+    longest = max(len(tokenizer.encode(row.completion, bos=False)) for row in rows)
+    limit, positions = max_new_tokens or longest + slack, context_length(model.config)
     ends = end_tokens(model, tokenizer, template and template.end_id)
     prompts = [prompt_ids(row, tokenizer, template) for row in rows]
+    limits = [max(1, min(limit, positions - len(prompt))) for prompt in prompts]
     texts = generate_text(
-        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=limit, eos_token_ids=ends
+        model, tokenizer, prompts, batch_size, max_new_tokens=limits, eos_token_ids=ends, progress=progress
     )
     model.train(was_training)
     return [text.strip() for text in texts]

@@ -19,6 +19,7 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from minilora.backend.copies import to_device
 from minilora.backend.documents import PADDING
@@ -26,6 +27,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.inference.token_graph import token_graph
 from minilora.model import CausalLM, KVCache
 from minilora.system.errors import UserError
+from minilora.system.terminal import progress_bar
 
 # Logits are in the tens. Divided by a smaller number than this they lie so far apart that one token has all
 # the probability, and nothing is left to draw. Much smaller divisors overflow float32, and infinite logits
@@ -231,6 +233,7 @@ def generate_text(
     prompts: Sequence[str | Sequence[int]],  # texts or token ids
     batch_size: int = 32,
     max_new_tokens: int | Sequence[int] = 128,  # one limit for all prompts, or a limit for each
+    progress: str = "",  # the label of a bar; empty: none is shown
     **settings,  # as in `generate_stream`
 ) -> list[str]:
     """The completion of every prompt, without the prompt, cut before the first end token."""
@@ -240,16 +243,27 @@ def generate_text(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together: little padding
     eos = set(settings.setdefault("eos_token_ids", end_tokens(model, tokenizer)))
     texts = [""] * len(rows)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        input_ids, attention_mask = pad_left([rows[i] for i in batch], tokenizer.pad_id)
-        input_ids = to_device(input_ids, device)
-        settings |= dict(pad_token_id=tokenizer.pad_id, max_new_tokens=max(limits[i] for i in batch))
-        output = generate(model, input_ids, attention_mask, **settings)
-        for i, new in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
-            end = next((t for t, token in enumerate(new[: limits[i]]) if token in eos), limits[i])
-            texts[i] = tokenizer.decode(new[:end])
+    with progress_bar(len(rows), "answers", progress, shown=bool(progress)) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            input_ids, attention_mask = pad_left([rows[i] for i in batch], tokenizer.pad_id)
+            input_ids = to_device(input_ids, device)
+            settings |= dict(pad_token_id=tokenizer.pad_id, max_new_tokens=max(limits[i] for i in batch))
+            stream = generate_stream(model, input_ids, attention_mask, **settings)
+            new_tokens = torch.stack(list(_counted(stream, bar, len(batch))), dim=1)  # (B, new)
+            for i, new in zip(batch, new_tokens.tolist(), strict=True):
+                end = next((t for t, token in enumerate(new[: limits[i]]) if token in eos), limits[i])
+                texts[i] = tokenizer.decode(new[:end])
+            bar.update(len(batch))
     return texts
+
+
+def _counted(stream: Iterator[Tensor], bar: tqdm, answers: int) -> Iterator[Tensor]:
+    """Yield the same tokens, and count them beside the bar: a batch of long answers may take minutes."""
+    for number, token in enumerate(stream, start=1):
+        bar.set_postfix_str(f"token {number} of the next {answers}", refresh=False)
+        bar.update(0)
+        yield token
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

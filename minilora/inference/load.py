@@ -7,6 +7,9 @@ directory or hub id.
 Training saves its tokenizer, its chat template and its settings beside the adapter. A checkpoint-N uses those
 of its run, one directory above. The first adapter's settings hold for all adapters (how weights are
 quantized, how rows are formatted and cut), except for keys that the command line sets.
+
+An adapter corrects the weights that its training saw, so its run says whether they are quantized. Where no
+run says it, they stay as they are stored: a model alone is what its files hold.
 """
 
 import re
@@ -28,15 +31,15 @@ from minilora.adapters.save_load import (
 from minilora.config import ModelConfig
 from minilora.data.chat import ChatTemplate, load_chat_template
 from minilora.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from minilora.formats.weights import read_config
+from minilora.formats.weights import StoredTensors, read_config
 from minilora.lora import set_adapter
 from minilora.model import CausalLM
 from minilora.run.describe import describe_weights
 from minilora.run.output_dir import SETTINGS_FILE
-from minilora.run.settings import TrainConfig, load_train_config, parse_arguments
+from minilora.run.settings import SWITCHES, TrainConfig, load_train_config, parse_arguments
 from minilora.run.vocabulary import load_base_model
 from minilora.system.assets import EMBEDDED_MODEL
-from minilora.system.device import choose_placement
+from minilora.system.device import Placement, choose_placement
 from minilora.system.errors import ArgumentParser, UserError
 from minilora.system.files import read_json
 from minilora.system.hub import resolve_model
@@ -44,6 +47,7 @@ from minilora.system.redaction import hide_secrets, is_address, whole
 from minilora.system.remote import refuse_address
 
 BASE = "base"  # the name of the model without an adapter
+QUANTIZATION_KEYS = {"quantization_bit", "quantization_type", "double_quantization", *SWITCHES}
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,20 @@ class InferenceSetup:
         weights = describe_weights(model)
         # stdout carries the answers, so this line goes to stderr.
         print(f"{self.base.name}: {weights}, on {placement}; adapters: {names}", file=sys.stderr)
+        self._explain_quantization(placement)
         return model.eval()
+
+    def _explain_quantization(self, placement: Placement) -> None:
+        """Say why weights are quantized on a CPU, where that saves memory and costs time."""
+        quant = self.config.quant_config()
+        asked = quant and self.adapters and placement.device.type == "cpu"
+        if asked and not StoredTensors(self.base).prequantized:
+            kind = quant.quant_type if quant.bits == 4 else "int8"
+            print(
+                f"the weights are in {kind}, as the adapter's settings say; --quantization_bit none leaves "
+                "them as stored: faster on a CPU, more memory, slightly other answers",
+                file=sys.stderr,
+            )
 
 
 def add_model_options(parser: ArgumentParser) -> None:
@@ -97,11 +114,10 @@ def prepare_inference(
     adapter_entries: Sequence[str],  # as in --adapter
     keys: Sequence[str],  # the trainer's keys on the command line
     now: Callable[[], datetime] = datetime.now,  # the clock for templates that print the date
-    **overrides: str,  # see `load_run_config`
 ) -> InferenceSetup:
     """Find the adapters and their base model, and read everything but weights. Raises UserError."""
     adapters = find_adapters(adapter_entries)
-    config = load_run_config(adapters, keys, **overrides)
+    config = load_run_config(adapters, keys)
     base = find_base(model, adapters.values())
     tokenizer = load_adapted_tokenizer(base, adapters)
     template = load_chat_template(config.template, tokenizer, now=now)
@@ -161,19 +177,20 @@ def find_base(model: str | None, adapters: Iterable[Path]) -> Path:
     return EMBEDDED_MODEL if name == "assets/base" else resolve_model(name, revision)
 
 
-def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str], **overrides: str) -> TrainConfig:
+def load_run_config(adapters: Mapping[str, Path], keys: Sequence[str]) -> TrainConfig:
     """The settings of the first adapter's training run, or the trainer's defaults, changed by `keys`.
 
-    `overrides` replace settings of that run that do not apply here; `keys` of the command line win over both.
+    Two of them do not travel. The best dtype depends on the machine that runs the model, not on the one that
+    trained it. And without a run, weights are quantized only if `keys` say so.
     """
-    # The best dtype depends on the machine that runs the model, not on the one that trained it.
-    overrides |= dict(bf16="none", fp16="false")
-    for directory in run_directories(adapters):
-        if (directory / SETTINGS_FILE).exists():
-            overrides["config"] = str(directory / SETTINGS_FILE)
-            break
     given = parse_arguments(keys)
-    words = [f"--{name}={value}" for name, value in overrides.items() if name not in given]
+    values = dict(bf16="none", fp16="false")
+    files = [directory / SETTINGS_FILE for directory in run_directories(adapters)]
+    if file := next(filter(Path.exists, files), None):
+        values["config"] = str(file)
+    elif "config" not in given and not QUANTIZATION_KEYS & given.keys():
+        values["quantization_bit"] = "none"
+    words = [f"--{name}={value}" for name, value in values.items() if name not in given]
     return load_train_config([*words, *keys])
 
 

@@ -1,7 +1,7 @@
 """This machine and whatever lies beyond it. No file here knows what LoRA is.
 
 errors.py        a user's mistake in one line; exit codes of scripts
-terminal.py      text of strangers on a terminal: shown, and steering nothing
+terminal.py      text of strangers on a terminal: shown, and steering nothing; bars for long work
 signals.py       Ctrl-C, SIGTERM and SIGHUP end a script in one line, after it has cleaned up
 interrupts.py    Ctrl-C while a script still imports
 children.py      a program that a script starts ends with it

@@ -1,4 +1,5 @@
-"""Text of strangers on a terminal: it is shown, and steers nothing. A console of any encoding shows it.
+"""What a terminal shows: text of strangers, which steers nothing, on a console of any encoding; and how far
+long work has come.
 
 A model's answer, a row of a dataset or the name of a tensor may hold control characters. They move the
 cursor, change colours, or turn the direction of the text around, so that a reader sees something else than is
@@ -12,6 +13,8 @@ Unlike a question mark, an escape says which character it was.
 import io
 import re
 import sys
+
+from tqdm import tqdm
 
 # Control characters but tab and line end, line separators, changes of direction, halves of surrogate pairs.
 _STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -31,6 +34,13 @@ def visible(text: str) -> str:
 def printable(text: str) -> str:
     """A text in a message: everything that has no shape of its own is written as an escape, line ends too."""
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def progress_bar(total: int, unit: str, label: str, shown: bool = True) -> tqdm:
+    """A bar on stderr for work that takes longer than a moment; none where stderr is no terminal."""
+    return tqdm(
+        total=total, desc=label, unit=f" {unit}", leave=False, delay=1, miniters=0, disable=not shown or None
+    )
 
 
 def _escaped(character: str) -> str:

@@ -2,23 +2,28 @@
 and every adapter.
 """
 
+import io
 import json
 import math
+import re
 import shutil
 import sys
 from functools import partial
 
 import pytest
 import torch
-from support.project import WORDS
+from support.project import WORDS, metrics
+from tqdm import tqdm
 
 from minilora import load_model, load_tokenizer, save_model
 from minilora.data.chat import load_chat_template
-from minilora.data.examples import tokenize
+from minilora.data.examples import split, tokenize
 from minilora.data.rows import Row, read_rows
-from minilora.inference.evaluation import load_metric
+from minilora.inference.evaluation import answers, load_metric
+from minilora.inference.generation import generate_text
 from minilora.inference.load import load_adapted_tokenizer
 from minilora.system.errors import UserError
+from minilora.system.terminal import visible
 
 # Losses are summed in another order in float32, over a few hundred tokens: eps 6e-8 times the depth of the
 # sums. Seen: 2e-7.
@@ -104,7 +109,127 @@ def test_samples_show_every_model_beside_what_was_expected(evaluate, dataset, ad
     assert prompt == examples[0]["prompt"]
     assert [line.split()[0] for line in lines] == ["base", "one", "expected"]
     assert lines[2].split(maxsplit=1)[1] == examples[0]["completion"]
-    assert "nf4" in err  # quantized as in training, unless asked otherwise
+
+
+def test_samples_are_shown_whole_in_lines_that_fit(evaluate, model_dir, tmp_path):
+    answer = f"{' '.join(WORDS * 8)}\n\n    indented\n{'x' * 300}"
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "say", "completion": answer}) + "\n")
+    keys = ("--dataset", tmp_path / "long.jsonl", "--samples", 1, "--max_new_tokens", 200)
+    code, out, err = evaluate("--model", model_dir, *keys, "--output", tmp_path / "r.json")
+    assert code == 0, err
+    shown = re.split(r"\n\n +loss", out.split("  expected")[1])[0]
+    assert "".join(shown.split()) == "".join(answer.split()) and re.search(r"\n +    indented\n", shown)
+    assert max(map(len, out.splitlines()[1:])) <= 110
+    said = json.loads((tmp_path / "r.json").read_text())["answers"][0]["answers"]["base"]
+    assert "".join(visible(said).split()) in "".join(out.split())
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_max_new_tokens_limits_answers_and_is_by_default_a_few_more_than_expected(
+    evaluate, model_dir, dataset, tmp_path, monkeypatch, limit
+):
+    monkeypatch.setattr("minilora.inference.evaluation.end_tokens", lambda *_: set())  # no answer ends early
+    keys = ("--model", model_dir, "--dataset", dataset, "--max_samples", 2, "--samples", 2)
+    keys += ("--max_new_tokens", limit) if limit else ()
+    monkeypatch.setattr(
+        "minilora.inference.evaluation.generate_text",
+        lambda *arguments, **settings: found.append(settings) or ["it"] * 2,
+    )
+    found = []
+    assert evaluate(*keys)[0] == 0
+    tokenizer, rows = load_tokenizer(model_dir), read_rows(dataset)[:2]
+    longest = max(len(tokenizer.encode(row.completion, bos=False)) for row in rows)
+    assert found[0]["max_new_tokens"] == [limit or longest + 8] * 2
+
+
+def test_a_prompt_and_its_answer_keep_to_the_positions_of_the_model(model_dir, monkeypatch):
+    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+    monkeypatch.setattr("minilora.inference.evaluation.end_tokens", lambda *_: set())
+    prompt = " ".join(WORDS * 5)
+    tokens = len(tokenizer.encode(prompt))
+    assert 200 < tokens < 256
+    (text,) = answers(model, tokenizer, [Row(prompt, "the fox")], max_new_tokens=1000)
+    (cut,) = generate_text(model, tokenizer, [prompt], max_new_tokens=256 - tokens, eos_token_ids=())
+    assert text == cut.strip()
+
+
+@pytest.mark.parametrize("limit, shown", [(None, None), (20, 2)])
+def test_a_run_that_held_rows_out_is_evaluated_on_these_rows(
+    evaluate, train, dataset, tmp_path, limit, shown
+):
+    directory, _ = train(val_size=0.25, seed=7, max_steps=3, bf16="false", max_samples=limit)
+    command = ("--adapter", directory, "--bf16", "false", "--exact_match_samples", 24, "--max_new_tokens", 1)
+    command += ("--max_samples", shown) if shown else ()
+    code, out, err = evaluate(*command, "--output", tmp_path / "r.json")
+    assert code == 0, err
+    _, held_out = split(read_rows(dataset)[:limit], 0.25, seed=7)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [answer["prompt"] for answer in result["answers"]] == [row.prompt for row in held_out[:shown]]
+    assert out.startswith(
+        f"held out of {dataset} by val_size = 0.25 and seed = 7: {shown or len(held_out)} exa"
+    )
+    losses = [record["eval_loss"] for record in metrics(directory) if "eval_loss" in record]
+    if not shown:
+        found = result["results"]
+        found = found["base"]["loss"], found["out"]["loss"]
+        assert found == pytest.approx((losses[0], losses[-1]), rel=TOLERANCE)
+
+
+def test_a_bar_shows_how_far_each_models_loss_and_answers_have_come(evaluate, dataset, adapters, monkeypatch):
+    bars = []
+
+    def bar(*, total, desc, disable, **settings):
+        assert disable is None  # a bar on a terminal, and none in a pipe
+        bars.append(tqdm(total=total, desc=desc, file=io.StringIO(), disable=False))
+        return bars[-1]
+
+    monkeypatch.setattr("minilora.system.terminal.tqdm", bar)
+    code, out, _ = evaluate("--adapter", adapters / "one", "--dataset", dataset, "--samples", 3)
+    labels = ["loss of base", "answers of base", "loss of one", "answers of one"]
+    assert code == 0 and [bar.desc for bar in bars] == labels
+    assert [bar.n for bar in bars] == [bar.total for bar in bars] == [24, 3, 24, 3]
+    assert "token" in bars[1].postfix and "answers:" not in out
+
+
+def test_val_size_with_a_dataset_holds_the_same_rows_out_of_it(evaluate, train, dataset, tmp_path):
+    directory, _ = train(val_size=4, max_steps=1)
+    moved = shutil.copy(dataset, tmp_path / "moved.jsonl")
+    found = []
+    for keys in ((), ("--dataset", moved, "--val_size", 4), ("--dataset", moved)):
+        code, _, err = evaluate(
+            "--adapter", directory, "--samples", 24, *keys, "--output", tmp_path / "r.json"
+        )
+        assert code == 0, err
+        found.append(
+            [answer["prompt"] for answer in json.loads((tmp_path / "r.json").read_text())["answers"]]
+        )
+    assert len(found[0]) == 4 and found[1] == found[0] and len(found[2]) == 24
+
+
+def test_weights_are_quantized_only_where_a_run_or_a_key_says_so(
+    evaluate, train, model_dir, dataset, adapters
+):
+    run, _ = train(dataset=dataset, max_steps=1, quantization_bit=4)
+    plain, _ = train("plain", dataset=dataset, max_steps=1)
+    for chosen, kind in (
+        (("--model", model_dir), "float32"),
+        (("--model", model_dir, "--quantization_type", "fp4"), "fp4"),
+        (("--model", model_dir, "--load_in_4bit", "true"), "nf4"),
+        (("--adapter", adapters / "one"), "float32"),
+        (("--adapter", adapters / "one", "--quantization_bit", 8), "int8"),
+        (("--adapter", run), "nf4"),
+        (("--adapter", run, "--quantization_bit", "none"), "float32"),
+        (("--adapter", plain), "float32"),
+    ):
+        code, _, err = evaluate(*chosen, "--dataset", dataset, "--bf16", "false", "--max_samples", 1)
+        assert code == 0, err
+        first, *more = err.splitlines()
+        assert f": {kind}" in first and "requested by bf16: false" in first
+        # where an adapter corrects quantized weights, a line says so
+        explained = [f"the weights are in {kind}, as the adapter's settings say; --quantization_bit none"]
+        assert [line[: len(explained[0])] for line in more] == explained * (
+            "--adapter" in chosen and kind != "float32"
+        )
 
 
 def test_a_trained_adapter_is_an_improvement_and_its_exact_answers_are_counted(evaluate, train, tmp_path):
@@ -258,6 +383,9 @@ def test_a_missing_package_is_named_with_the_command_to_install_it(monkeypatch, 
         ({"--samples": -3}, "--samples must be at least 0, not -3"),
         ({"--metrics": "rogue", "--exact_match_samples": 1}, "metric 'rogue' is not known; nearest: 'rouge'"),
         ({"--metrics": "bleu"}, "--exact_match_samples N"),
+        ({"--max_new_tokens": 9}, "--exact_match_samples N"),
+        ({"--max_new_tokens": 0, "--samples": 1}, "--max_new_tokens must be at least 1, not 0"),
+        ({"--max_samples": 0}, "--max_samples must be at least 1, not 0"),
         ({"--template": "llama9"}, "template = 'llama9' is not known"),
         ({"--output": "no/such/place.json"}, "no/such (No such file or directory)"),
         ({"--output": "."}, "--output . exists and is no file"),

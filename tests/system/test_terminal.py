@@ -1,12 +1,14 @@
 """Text of strangers is shown on a terminal, and steers nothing there."""
 
+import io
+import time
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.system.terminal import printable, visible
+from minilora.system.terminal import printable, progress_bar, visible
 
 DIRECTIONS = {
     "LRE",
@@ -53,3 +55,16 @@ def test_answers_in_any_script_stay_as_they_are(text):
 def test_escapes_say_what_was_there():
     assert visible("a\x1b[2J\r\u202eb") == "a\\x1b[2J\\r\\u202eb"
     assert printable("a\nb\u00a0c") == "a\\nb\\xa0c"
+
+
+@pytest.mark.parametrize("terminal, seconds", [(True, 2), (True, 0), (False, 2)])
+def test_a_bar_is_shown_on_a_terminal_after_a_moment(monkeypatch, terminal, seconds):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stream)
+    with progress_bar(4, "answers", "base") as bar:
+        bar.start_t = bar.last_print_t = time.time() - seconds
+        bar.set_postfix_str("token 3", refresh=False)
+        bar.update(0)  # as between two batches
+    shown = "base:   0%" in stream.getvalue() and "token 3" in stream.getvalue()
+    assert shown == (terminal and seconds > 1) and bool(stream.getvalue()) == shown
