@@ -188,7 +188,7 @@ def find_source(options: argparse.Namespace, config: TrainConfig, given: dict[st
 
 
 def load_dataset(source: Source, setup: InferenceSetup) -> tuple[Dataset, ChatTemplate | None]:
-    """The examples to evaluate on, read, split and tokenized as in training, and the template of their rows."""
+    """The examples to evaluate on, as in training, and the template that words them."""
     config = setup.config
     if source.held_out:  # with the run's max_samples, which the split depends on
         rows = read_datasets(replace(config, dataset=source.datasets))[1][: source.max_samples]

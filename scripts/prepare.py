@@ -7,7 +7,7 @@
 
 Keys are those of the trainer (`python scripts/train.py --help`), and also
 
-    --show N                  show N examples as the model sees them, with learned tokens in colour
+    --show N                  show N examples as the model sees them: learned tokens in colour, and where cut
     --skip_invalid            skip wrong rows; without it they are listed, and nothing is saved
     --output DIR              default: prepared
     --overwrite_output_dir    replace the files of an earlier preparation in DIR
@@ -249,10 +249,10 @@ def show_examples(dataset: Dataset, tokenizer: Tokenizer, count: int) -> None:
     stride = max(1, len(dataset) // count)
     for i in range(0, len(dataset), stride)[:count]:
         example, row = dataset.examples[i], dataset.rows[dataset.row_indices[i]]
-        print(
-            f"--- {row.location}: {len(example.input_ids):,} tokens, {example.supervised:,} of them learned"
-        )
-        print(highlight_learned(example, tokenizer, use_colours), end="\n\n")
+        kept, uncut = len(example.input_ids), dataset.uncut_lengths[i]
+        cut = f"; cut at cutoff_len, from {uncut:,}" if uncut > kept else ""
+        print(f"--- {row.location}: {kept:,} tokens, {example.supervised:,} of them learned{cut}")
+        print(highlight_learned(example, tokenizer, use_colours, lost=uncut - kept), end="\n\n")
 
 
 # ---- statistics ----

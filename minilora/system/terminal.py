@@ -39,7 +39,14 @@ def printable(text: str) -> str:
 def progress_bar(total: int, unit: str, label: str, shown: bool = True) -> tqdm:
     """A bar on stderr for work that takes longer than a moment; none where stderr is no terminal."""
     return tqdm(
-        total=total, desc=label, unit=f" {unit}", leave=False, delay=1, miniters=0, disable=not shown or None
+        total=total,
+        desc=label,
+        unit=f" {unit}",
+        leave=False,
+        delay=1,
+        smoothing=0,
+        miniters=0,
+        disable=not shown or None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +16,7 @@ from support.project import adapter, metrics
 from minilora import load_tokenizer
 from minilora.data.chat import load_chat_template
 from minilora.data.examples import tokenize
-from minilora.data.mask_view import highlight_learned
+from minilora.data.mask_view import highlight_learned, readable
 from minilora.data.prepared import load_tokens, save_tokens, tokens_file, tokens_key
 from minilora.data.rows import Row, read_rows, to_record
 
@@ -153,6 +154,22 @@ def test_an_example_is_shown_with_its_special_tokens_and_its_line_ends(model_dir
     assert coloured == "\x1b[7m<s>\x1b[27mthe old↵\nfox\x1b[32m  the↵\n owl\x1b[7m</s>\x1b[27m\x1b[39m"
 
 
+def test_a_cut_example_ends_where_it_was_cut_with_the_number_of_lost_tokens(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    (example,) = tokenize([Row("the old", " fox")], tokenizer, 64).examples
+    cut = example._replace(input_ids=example.input_ids[:-1], loss_mask=example.loss_mask[:-1])
+    assert highlight_learned(cut, tokenizer, colours=False, lost=1) == "<s>the old⟦  fox⟧ ✂ 1 token cut off"
+    assert highlight_learned(cut, tokenizer, colours=True, lost=1200).endswith(
+        " \x1b[7m✂ 1,200 tokens cut off\x1b[27m"
+    )
+
+
+def test_the_text_of_ids_is_readable_with_its_special_tokens_and_without_marks(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    ids = [*tokenizer.encode("the old\nfox"), tokenizer.eos_id]
+    assert readable(ids, tokenizer) == "<s>the old\nfox</s>"
+
+
 # ---- the script ------------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +242,19 @@ def test_the_figures_are_those_of_the_rows(prepare, write, model_dir):
     }  # fmt: skip
     assert found["validation"]["also_in_training"] == 1 and found["validation"]["rows"] == 2
     assert (held_out.parent / "prepared" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_show_says_of_each_row_whether_and_where_cutoff_len_cut_it(prepare, write, model_dir):
+    rows = [{"prompt": "the old", "completion": text} for text in ("fox", "fox and a young owl")]
+    tokenizer = load_tokenizer(model_dir)
+    short, long = tokenize([Row(*row.values()) for row in rows], tokenizer, 64).uncut_lengths
+    assert short < long
+    code, out, err = prepare("--dataset", write(*rows), "--show", 2, "--cutoff_len", short)
+    assert code == 0, err
+    first, second, *_ = re.findall(r"--- .*\n.*", out)
+    assert f"{short} tokens" in first and "cut" not in first and "✂" not in first
+    assert f"; cut at cutoff_len, from {long}\n" in second
+    assert second.endswith(f" ✂ {long - short} tokens cut off")
 
 
 def test_examples_are_shown_from_all_over_the_set(prepare, dataset, examples):
