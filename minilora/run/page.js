@@ -17,6 +17,7 @@ const PANELS = [
   { name: "tokens_per_second", title: "Speed", unit: "tokens a second", fromZero: true },
 ];
 const HEIGHT = 240, LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 34; // of a chart, in pixels
+const LAST_STEP = content.curves.flatMap(Object.values).reduce((last, points) => Math.max(last, points[points.length - 1][0]), 1);
 const MOST_PALE = 4; // runs in a chart whose unsmoothed losses are drawn, too
 
 // ---- elements ----
@@ -156,15 +157,15 @@ function makeChart(panel) {
   const tip = make("div", { class: "tip", role: "status" });
   const caption = make("figcaption", {}, panel.title, make("span", {}, panel.unit));
   const figure = make("figure", {}, caption, svg, tip);
-  const chart = { panel, figure, svg, tip, curves: [], cursor: makeSvg("g") };
+  const chart = { panel, figure, svg, tip, curves: [], steps: [], cursor: makeSvg("g") };
   if (panel.smooth) addSmoothing(caption);
   svg.onpointermove = svg.onpointerdown = (event) => {
     const x = event.clientX - svg.getBoundingClientRect().left;
-    pointAll(chart, ((x - LEFT) / (svg.clientWidth - LEFT - RIGHT)) * lastStep());
+    pointAll(chart, ((x - LEFT) / (svg.clientWidth - LEFT - RIGHT)) * LAST_STEP);
   };
   svg.onpointerleave = svg.onblur = () => pointAll(chart, null);
   svg.onkeydown = (event) => {
-    const steps = stepsOf(chart);
+    const steps = chart.steps;
     const here = chart.step == null ? -1 : steps.indexOf(chart.step);
     const next = { ArrowRight: here + 1, ArrowLeft: here - 1, Home: 0, End: steps.length - 1 }[event.key];
     if (event.key === "Escape") pointAll(chart, null);
@@ -187,13 +188,9 @@ function addSmoothing(caption) {
   caption.append(make("label", {}, "smoothing", slider, said));
 }
 
-function lastStep() {
-  const ends = content.curves.flatMap((curves) => Object.values(curves).map((points) => points[points.length - 1][0]));
-  return Math.max(1, ...ends);
-}
-
-function stepsOf(chart) {
-  return [...new Set(chart.curves.flatMap((curve) => curve.points.map(([step]) => step)))].sort((a, b) => a - b);
+/** The steps at which a curve has a value, in their order. */
+function stepsOf(curves) {
+  return [...new Set(curves.flatMap((curve) => curve.points.map(([step]) => step)))].sort((a, b) => a - b);
 }
 
 function drawCharts() {
@@ -207,12 +204,13 @@ function drawChart(chart) {
   const raw = [...shown].sort((a, b) => a - b).map((run) => ({ run, points: scaled(run) })).filter((curve) => curve.points.length);
   const mean = panel.smooth && smoothing > 1;
   chart.curves = mean ? raw.map(({ run, points }) => ({ run, points: centredMean(points, smoothing) })) : raw;
+  chart.steps = stepsOf(chart.curves);
   const pale = mean && raw.length <= MOST_PALE ? raw : [];
   const values = [...chart.curves, ...pale].flatMap((curve) => curve.points.map(([, value]) => value));
   chart.cursor = makeSvg("g");
   svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
   if (!values.length) return svg.replaceChildren();
-  const y = axisFor(values, panel.fromZero), x = (step) => LEFT + ((width - LEFT - RIGHT) * step) / lastStep();
+  const y = axisFor(values, panel.fromZero), x = (step) => LEFT + ((width - LEFT - RIGHT) * step) / LAST_STEP;
   chart.at = { x, y: y.at };
   const line = ({ run, points }, kind) => makeSvg("path", {
     class: `curve ${kind || (points.length > width / 2 && !mean ? "thin" : "")} ${colour(run)}`, "data-run": run, "stroke-dasharray": kind ? "none" : dashes(run),
@@ -231,7 +229,7 @@ function axes(width, x, y) {
     makeSvg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y.at(value), y2: y.at(value) }),
     makeSvg("text", { x: LEFT - 6, y: y.at(value) + 4, "text-anchor": "end" }, String(Number(value.toPrecision(6)))),
   ]);
-  const steps = ticks(0, lastStep(), Math.max(2, Math.floor(width / 110))).filter(Number.isInteger);
+  const steps = ticks(0, LAST_STEP, Math.max(2, Math.floor(width / 110))).filter(Number.isInteger);
   const columns = steps.flatMap((step) => [
     makeSvg("line", { class: "grid", x1: x(step), x2: x(step), y1: bottom, y2: bottom + 4 }),
     makeSvg("text", { x: x(step), y: bottom + 16, "text-anchor": "middle" }, String(step)),
@@ -241,7 +239,7 @@ function axes(width, x, y) {
 
 /** Draw the line at a step in all charts, and the values in the one that is pointed at. null: nowhere. */
 function pointAll(here, step) {
-  const steps = step === null ? [] : stepsOf(here);
+  const steps = step === null ? [] : here.steps;
   const at = steps.length ? steps[nearest(steps.map((each) => [each]), step)] : null;
   here.step = at;
   pointed = [here, at];

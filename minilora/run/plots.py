@@ -113,10 +113,10 @@ def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
 def noise_window(values: Sequence[float]) -> int:
     """How many values a mean takes to show the trend of noisy ones: about the root of their number, or 1.
 
-    Noise turns up or down at two of three values. Values that do so at less than one of three are smooth.
+    Noise goes up and down many times its range, where a loss that falls crosses the range once.
     """
-    turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(values, values[1:], values[2:], strict=False))
-    if len(values) < FEWEST_NOISY or 3 * turns < len(values):
+    way = sum(abs(b - a) for a, b in zip(values, values[1:], strict=False))
+    if len(values) < FEWEST_NOISY or way <= 5 * (max(values) - min(values)):
         return 1
     return math.isqrt(len(values)) | 1  # odd: as many before a value as after it
 

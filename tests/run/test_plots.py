@@ -73,8 +73,14 @@ def test_noisy_losses_are_pale_below_their_mean_and_the_legend_says_so(draw):
 
 @pytest.mark.parametrize(
     "losses",
-    [[2.0 - i / 100 for i in range(100)], noisy(19), [3 * math.exp(-i / 40) + 0.1 for i in range(200)]],
-    ids=["a line", "few", "a decay"],
+    [
+        [2.0 - i / 100 for i in range(100)],
+        [1.0] * 100,
+        noisy(19),
+        [3 * math.exp(-i / 40) + 0.2 for i in range(200)],
+        [4 * math.exp(-i / 5) + 0.4 + (i % 2) / 25 for i in range(60)],
+    ],
+    ids=["a line", "constant", "few", "a decay", "a ripple at the end of a deep fall"],
 )
 def test_smooth_or_few_losses_are_drawn_as_they_are(draw, losses):
     (line,) = draw(plot_loss, records_of(losses)).axes[0].lines
@@ -85,7 +91,7 @@ def test_a_centred_mean_takes_as_many_values_before_as_after_and_keeps_a_line():
     assert centred_mean([1.0, 2.0, 6.0, 4.0], 3) == [1.5, 3.0, 4.0, 5.0]
     line = [float(i) for i in range(10)]
     assert centred_mean(line, 5)[2:-2] == line[2:-2] and centred_mean([], 5) == []
-    assert all(noise_window(noisy(count)) % 2 for count in (20, 35, 400))
+    assert [noise_window(noisy(count)) for count in (36, 100, 400)] == [7, 11, 21]
 
 
 @pytest.mark.parametrize("count, pale", [(4, 4), (12, 0)])
