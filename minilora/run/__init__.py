@@ -13,6 +13,6 @@ stop_signal.py   Ctrl-C and other signals: the training saves first
 tracker.py       progress and metrics.jsonl; plots.py: pictures; page.py: a page for the browser
 report.py        summary, model card, uploads; describe.py: weights and optimizer in words
 answers.py       what base and adapted model answer, in answers.jsonl
-reporters.py     metrics for services.py: MLflow, TensorBoard
+reporters.py     metrics for services.py: MLflow, TensorBoard, W&B
 sharing.py       results for others: the hub, S3
 """

@@ -1,4 +1,4 @@
-"""Reporters send a run's records to MLflow and TensorBoard, and no failure there can stop the training.
+"""Reporters send a run's records to MLflow, TensorBoard and W&B, and no failure there can stop the training.
 
 A service can fail at any time: a server is killed, a disk fills up. The reporter then prints one line of
 warning and the training continues. It sends nothing for `RETRY_SECONDS`, so a server that hangs costs one
@@ -17,11 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from minilora.run.services import MlflowRun, Service, TensorBoardLog
+from minilora.run.services import MlflowRun, Service, TensorBoardLog, WandbRun
 from minilora.system.errors import UserError, suggestion
 from minilora.system.redaction import whole, without_secrets
 
-PACKAGES = ("mlflow", "tensorboard")  # each is the name of a service, of its package and of minilora's extra
+PACKAGES = (
+    "mlflow",
+    "tensorboard",
+    "wandb",
+)  # each is the name of a service, of its package and of minilora's extra
 RETRY_SECONDS = 300.0  # from a failure to the next attempt
 
 
@@ -47,6 +51,8 @@ def make_reporters(
         services.append(MlflowRun(output_dir, run_name, texts, tracking_uri))
     if "tensorboard" in names:
         services.append(TensorBoardLog(output_dir / "tensorboard", texts))
+    if "wandb" in names:
+        services.append(WandbRun(output_dir, run_name, texts))
     for name in names:
         _import_package(name)
     return [Reporter(service) for service in services]

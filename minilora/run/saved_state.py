@@ -45,8 +45,13 @@ _TRACKER = {
     "seconds": _SECONDS,
     "mlflow": Field(dict, "the run there"),
     "tensorboard": Field(dict, "nothing"),
+    "wandb": Field(dict, "the run there"),
 }
 _MLFLOW = {"run_id": Field(str, "MLflow's name of the run", nullable=True, longest=200, one_line=True)}
+_WANDB = {
+    "run_id": Field(str, "W&B's name of the run", nullable=True, longest=200, one_line=True),
+    "directory": Field(str, "the run's output_dir", nullable=True, longest=5000),
+}
 _LOSS_SCALE = {"scaler": _OBJECT, "skipped": _COUNT, "skipped_in_a_row": _COUNT}
 _SCALER = {
     "scale": Field(float, "S", required=True, above=0),
@@ -63,6 +68,7 @@ def check_state(state: object) -> None:
     read_fields(fields["best"], _BEST, "best.")
     tracker = read_fields(fields["tracker"], _TRACKER, "tracker.")
     read_fields(tracker["mlflow"] or {}, _MLFLOW, "tracker.mlflow.")
+    read_fields(tracker["wandb"] or {}, _WANDB, "tracker.wandb.")
     for record in tracker["records"]:
         _check_record(record)
     for entry in tracker["window"]:

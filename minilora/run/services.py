@@ -1,4 +1,4 @@
-"""The services that record a run besides metrics.jsonl: MLflow and TensorBoard, behind one interface.
+"""The services that record a run besides metrics.jsonl: MLflow, TensorBoard and W&B, behind one interface.
 
     mlflow         One MLflow run for one training: settings as parameters, records as metrics, adapter and
                    other results as artifacts. A resumed training continues its MLflow run. Without a
@@ -6,10 +6,15 @@
                    there: `mlflow ui --backend-store-uri sqlite:///mlflow.db`.
     tensorboard    Event files in output_dir/tensorboard. `tensorboard --logdir` over the parent directory of
                    several runs compares them.
+    wandb          One run of Weights & Biases for one training: settings and records, without files, code,
+                   command line or printed lines. WANDB_PROJECT names the project. With WANDB_MODE=offline
+                   all of it stays in output_dir/wandb, for `wandb sync`. A resumed training continues its
+                   run; offline it begins another one, with the whole history.
 
 MLflow's client is used without MLflow's global state (`mlflow.start_run`), which belongs to the program that
-imported minilora. Credentials come from the environment (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD,
-MLFLOW_TRACKING_TOKEN) and are never printed or recorded.
+imported minilora, and W&B's run is one beside that program's own. Credentials come from the environment
+(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN, WANDB_API_KEY) or from `wandb
+login`, and are never asked for, printed or recorded.
 """
 
 import os
@@ -28,6 +33,18 @@ MLFLOW_DEFAULTS = {  # where the environment sets no other value
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 MLFLOW_PARAMETERS_PER_CALL, MLFLOW_METRICS_PER_CALL = 100, 1000  # MLflow refuses more in one log_batch
+WANDB_DEFAULTS = {"WANDB_SILENT": "true"}
+WANDB_SETTINGS = dict(
+    reinit="create_new",
+    init_timeout=20,  # seconds; W&B's default is 90
+    finish_timeout=60,  # W&B's default is to wait for ever
+    finish_timeout_raises=True,
+    console="off",
+    disable_git=True,  # the address of a repository can hold a token
+    disable_code=True,
+    x_disable_meta=True,  # so can a command line
+    x_save_requirements=False,
+)
 SQLITE = "sqlite:///"
 EXPERIMENT = "minilora"
 DIRECTORY_TAG = "minilora.run.output_dir"
@@ -196,6 +213,69 @@ class TensorBoardLog:
 
     def disconnect(self) -> None:
         self.writer = None
+
+
+class WandbRun:
+    """One run in Weights & Biases."""
+
+    name = "wandb"
+
+    def __init__(self, directory: Path, run_name: str | None, parameters: dict[str, str]):
+        for name, value in WANDB_DEFAULTS.items():  # before the import of wandb
+            os.environ.setdefault(name, value)
+        self.directory, self.parameters = directory.resolve(), parameters
+        self.run_name = run_name or self.directory.name
+        self.project = os.environ.get("WANDB_PROJECT", EXPERIMENT)
+        self.offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+        self.address = f"W&B's project {self.project}"
+        self.run_id: str | None = None
+        self.run = None  # a wandb.Run while the service is open
+
+    @property
+    def is_open(self) -> bool:
+        return self.run is not None
+
+    def state_dict(self) -> dict:
+        return {"run_id": self.run_id, "directory": str(self.directory)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue the run, unless its checkpoint comes from another directory."""
+        if state.get("directory") == str(self.directory) and not self.offline:
+            self.run_id = state.get("run_id")
+
+    def open(self) -> None:
+        """Begin a run, or continue the one that an earlier process or attempt began."""
+        import wandb
+
+        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+            raise RuntimeError("no API key: run `wandb login`, or set WANDB_MODE=offline")
+        run = wandb.init(
+            project=self.project,
+            name=self.run_name,
+            id=self.run_id,
+            resume=None if self.offline or self.run_id is None else "allow",
+            dir=os.environ.get("WANDB_DIR") or str(self.directory),
+            config=self.parameters,
+            settings=wandb.Settings(**WANDB_SETTINGS),
+        )
+        if not self.offline:
+            self.run_id = run.id
+        self.first_step = run.step  # the run has all records before it
+        self.run = run
+
+    def send(self, records: Records) -> None:
+        """Record the values that the run does not have. W&B joins the records of one step."""
+        for _, record in records:
+            if record["step"] >= self.first_step:
+                values = {_tag(name): value for name, value in record.items() if name != "step"}
+                self.run.log(values, step=record["step"])
+
+    def finish(self, status: str, files: Sequence[Path]) -> None:
+        """Wait until all has arrived. The files stay here: an adapter belongs on the hub."""
+        self.run.finish(exit_code=0 if status == "FINISHED" else 1)
+
+    def disconnect(self) -> None:
+        self.run = None
 
 
 def _tag(metric: str) -> str:

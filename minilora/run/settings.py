@@ -40,7 +40,7 @@ from minilora.system.redaction import Address, hide_secrets, is_address
 from minilora.system.schema import shown
 
 VERA_RANK = 256  # PEFT's default. A random direction is worth less than a learned one
-TRACKERS = ("mlflow", "tensorboard", "all")
+TRACKERS = ("mlflow", "tensorboard", "wandb", "all")
 
 # The largest value of each number. Nothing is enumerated or reserved for it before it is needed.
 LARGEST = dict(
@@ -164,8 +164,8 @@ class TrainConfig:
     load_best_model_at_end: bool = False  # end with the adapter of the lowest evaluation loss
     early_stopping_patience: int | None = None  # stop after so many without a lower loss, at the lowest
     exact_match_samples: int = 0  # held-out prompts answered before and after training, and compared exactly
-    report_to: str | list[str] = "none"  # mlflow, tensorboard or all: also send the metrics there
-    run_name: str | None = None  # name of the run in MLflow; none: the name of output_dir
+    report_to: str | list[str] = "none"  # mlflow, tensorboard, wandb or all: also send the metrics there
+    run_name: str | None = None  # name of the run in MLflow and W&B; none: the name of output_dir
     mlflow_tracking_uri: str | None = None  # server; none: MLFLOW_TRACKING_URI or mlflow.db beside output_dir
     # sharing
     push_to_hub: str | None = None  # owner/name of a hub repository for adapter, model card and metrics

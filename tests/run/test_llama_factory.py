@@ -145,7 +145,7 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
         ("mix_strategy", "interleave_under", "a.jsonl:0.7"),
         ("eval_strategy", "often", "choose from steps, epoch, no"),
         ("template", "gemma", "choose from alpaca"),
-        ("report_to", "wandb", "choose from none, mlflow, tensorboard"),
+        ("report_to", "swanlab", "choose from none, mlflow, tensorboard, wandb"),
         ("optim", "lion_32bit", "choose from adamw_torch"),
         ("enable_thinking", False, "template: chatml"),
         ("default_system", "Be kind.", "give the rows a system message"),

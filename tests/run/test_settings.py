@@ -106,8 +106,8 @@ def test_the_default_file_is_read_only_if_nothing_is_named(tmp_path):
         (["--loraplus_lr_ratio", "0"], "loraplus_lr_ratio must be above 0, not 0"),
         (["--template", "alpacca"], "template = 'alpacca' is not known; choose from alpaca, llama2"),
         (
-            ["--report_to", "mlflow,wandb"],
-            "report_to = 'wandb' is not known; choose from none, mlflow, tensorboard",
+            ["--report_to", "mlflow,comet_ml"],
+            "report_to = 'comet_ml' is not known; choose from none, mlflow, tensorboard, wandb",
         ),
         (["--max_samples", "0"], "max_samples must be above 0, not 0"),
         (["--mask_history", "--train_on_prompt"], "mask_history and train_on_prompt exclude each other"),

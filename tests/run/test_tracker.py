@@ -143,8 +143,8 @@ def test_a_process_without_a_directory_reports_nothing():
 
 
 @pytest.mark.parametrize(
-    "name, said", [("wandb", "report_to = 'wandb' is not known"), ("mlflow", "pip install 'minilora[mlflow]'"),
-                   ("tensorboard", "pip install 'minilora[tensorboard]'")]
+    "name, said", [("comet_ml", "report_to = 'comet_ml' is not known"), ("mlflow", "pip install 'minilora[mlflow]'"),
+                   ("tensorboard", "pip install 'minilora[tensorboard]'"), ("wandb", "pip install 'minilora[wandb]'")]
 )  # fmt: skip
 def test_an_unknown_or_missing_package_is_told_at_the_start(tmp_path, monkeypatch, name, said):
     for package in reporters.PACKAGES:

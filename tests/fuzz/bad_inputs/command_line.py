@@ -136,7 +136,7 @@ CHOICES = {
     "lr_scheduler_type": "zigzag",
     "optim": "sgd",
     "gradient_checkpointing": "sometimes",
-    "report_to": "wandb",
+    "report_to": "comet_ml",
     "hub_strategy": "never",
     "bf16": "maybe",
     "packing": "2",

@@ -55,7 +55,7 @@ VALUES = {  # key: values that it cannot have
     "output_dir": ("[a]", "{a: b}", '""', "true", '"a\\0b"'),
     "packing": ("maybe", "[true]", "2", "null"),
     "max_steps": ("1.5", "2024-01-01", "[1]", "null"),
-    "report_to": ("[mlflow, 5]", "{a: 1}", "wandb"),
+    "report_to": ("[mlflow, 5]", "{a: 1}", "comet_ml"),
     "eval_dataset": ("[]", "{a: b}", '""'),
     "run_name": (
         "[x]",
