@@ -1,9 +1,9 @@
 """The records of one data file, read piece by piece and within limits, whoever wrote it.
 
-    a line            268 million characters; a JSON document, a thousand million
-    blank lines       a million, and ten for each line that is not blank
-    .gz, .parquet     200 times their own size, once they expand beyond 64 MiB
-    JSON              100 levels of lists and objects
+    a line                   268 million characters; a JSON document, a thousand million
+    blank lines              a million, and ten for each line that is not blank
+    .gz, .parquet, .arrow    200 times their own size, once they expand beyond 64 MiB
+    JSON                     100 levels of lists and objects
 
 Without them a few kilobytes that expand without end, or gigabytes of line ends, would take all memory or
 hours. A file of any size that keeps to them is read, and memory holds its records and one line.
@@ -16,13 +16,18 @@ import csv
 import gzip
 import io
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import chain
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from minilora.system.errors import UserError
 from minilora.system.files import parse_json
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 Parsed = Iterator[tuple[str, object]]
 
@@ -67,7 +72,13 @@ def _lines(
 
 
 def _parse_jsonl(name: str, file: BinaryIO) -> Parsed:
-    return _parse_lines(name, enumerate(_lines(name, file), start=1))
+    numbered = enumerate(_lines(name, file), start=1)
+    number, line = next(((n, line) for n, line in numbered if not line.isspace()), (0, ""))
+    if line.strip() == "[" or line.lstrip().startswith("[{"):
+        raise UserError(
+            f"dataset {name} holds one JSON list, not an object in every line: let its name end in .json"
+        )
+    return _parse_lines(name, chain([(number, line)], numbered) if line else ())
 
 
 def _parse_lines(name: str, numbered: Iterable[tuple[int, str]]) -> Parsed:
@@ -163,6 +174,7 @@ def _parse_csv(name: str, file: BinaryIO, delimiter: str = ",") -> Parsed:
     reader = csv.DictReader(_lines(name, file, newline=""), delimiter=delimiter, strict=True)
     line = 1  # the last line of the record before
     try:
+        _refuse_doubled(name, reader.fieldnames or ())
         for record in reader:
             location, line = f"{name}, line {line + 1}", reader.line_num
             if None in record:  # csv puts the cells behind the last column here
@@ -174,26 +186,68 @@ def _parse_csv(name: str, file: BinaryIO, delimiter: str = ",") -> Parsed:
         raise UserError(f"{name}, line {line + 1}: not valid CSV: {error}") from error
 
 
+def _refuse_doubled(name: str, columns: Iterable[str]) -> None:
+    """Raise UserError for two columns of one name, of which a record would hold the last."""
+    doubled = [column for column, times in Counter(columns).items() if times > 1 and column]
+    if doubled:
+        raise UserError(f"dataset {name} has two columns {doubled[0]!r}; rename or remove one of them")
+
+
 def _parse_tsv(name: str, file: BinaryIO) -> Parsed:
     return _parse_csv(name, file, delimiter="\t")
 
 
+# pyarrow's threads outlive the reading. A script that ends soon after it would abort in some runs, so both
+# formats are read without them.
+
+
 def _parse_parquet(name: str, file: BinaryIO) -> Parsed:
-    try:
+    def batches(source: BinaryIO, stored: int) -> Iterator["RecordBatch"]:
         from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(
-            f"dataset {name}: Parquet needs a package that is missing: pip install 'minilora[parquet]'"
-        ) from error
-    source = file if file.seekable() else io.BytesIO(file.read())
-    stored, row, expanded = source.seek(0, io.SEEK_END), 0, 0
-    try:
-        # pyarrow's threads outlive the reading. A script that ends soon after it would abort in some runs.
+
         table = parquet.ParquetFile(source, pre_buffer=False)
         rows = table.metadata.num_rows
         if rows > max(1_000_000, MOST_ROWS_A_BYTE * stored):
             raise UserError(f"dataset {name} claims {rows:,} rows in {stored:,} bytes")
-        for batch in table.iter_batches(_BATCH, use_threads=False):
+        _refuse_doubled(name, table.schema_arrow.names)
+        yield from table.iter_batches(_BATCH, use_threads=False)
+
+    return _parse_batches(name, file, batches, "Parquet")
+
+
+def _parse_arrow(name: str, file: BinaryIO) -> Parsed:
+    """Parse what `datasets.save_to_disk` writes, a stream, and Arrow's other format, a file with an index."""
+
+    def batches(source: BinaryIO, stored: int) -> Iterator["RecordBatch"]:
+        from pyarrow import ipc
+
+        options = ipc.IpcReadOptions(use_threads=False)
+        source.seek(0)
+        if source.read(6) == b"ARROW1":
+            reader = ipc.open_file(source, options=options)
+            whole = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            source.seek(0)
+            whole = reader = ipc.open_stream(source, options=options)
+        _refuse_doubled(name, reader.schema.names)
+        for batch in whole:
+            yield from (batch.slice(start, _BATCH) for start in range(0, batch.num_rows, _BATCH))
+
+    return _parse_batches(name, file, batches, "Arrow")
+
+
+def _parse_batches(
+    name: str, file: BinaryIO, batches: Callable[[BinaryIO, int], Iterator["RecordBatch"]], form: str
+) -> Parsed:
+    """Yield the rows of what pyarrow reads; `batches` returns that for a source and its size in bytes."""
+    if find_spec("pyarrow") is None:
+        raise UserError(
+            f"dataset {name}: {form} needs a package that is missing: pip install 'minilora[parquet]'"
+        )
+    source = file if file.seekable() else io.BytesIO(file.read())
+    stored, row, expanded = source.seek(0, io.SEEK_END), 0, 0
+    try:
+        for batch in batches(source, stored):
             expanded += batch.nbytes
             _refuse_expansion(name, stored, expanded)
             for record in batch.to_pylist():
@@ -203,7 +257,7 @@ def _parse_parquet(name: str, file: BinaryIO) -> Parsed:
         raise
     except Exception as error:  # pyarrow raises every type for damaged files, and for types Python lacks
         message = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"dataset {name} is not a whole Parquet file: {message}") from error
+        raise UserError(f"dataset {name} is not a whole {form} file: {message}") from error
 
 
 # ---- plain text --------------------------------------------------------------------------------------------
@@ -231,6 +285,7 @@ FORMATS: dict[str, Callable[[str, BinaryIO], Parsed]] = {
     ".tsv": _parse_tsv,
     ".parquet": _parse_parquet,
     ".txt": _parse_txt,
+    ".arrow": _parse_arrow,
 }
 
 

@@ -3,7 +3,8 @@
     {"riddles": {"file_name": "riddles.json", "columns": {"prompt": "question", "response": "answer"}}}
 
 File names in it are relative to its own folder. An entry is accepted if `minilora.data.rows` can read its
-rows as they are; everything else is an error that names the entry and the fix.
+rows as they are; everything else is an error that names the entry and the fix. `split` and `subset` are those
+of a dataset on the hub, `train` by default.
 """
 
 import os
@@ -19,6 +20,9 @@ _FIELD_TYPES = {
     "hf_hub_url": str,
     "ms_hub_url": str,
     "om_hub_url": str,
+    "subset": str,
+    "folder": str,
+    "split": str,
     "formatting": str,
     "columns": dict,
     "tags": dict,
@@ -40,10 +44,13 @@ _TAGS = {  # the accepted values; tags of tools may have any value, because mess
 }
 
 
-def resolve_datasets(values: dict[str, object], index_file: Path) -> dict[str, object]:
+def resolve_datasets(
+    values: dict[str, object], index_file: Path, is_plain_text: bool = False
+) -> dict[str, object]:
     """The keys `dataset` and `eval_dataset` with a path or hub id for each name, and the columns' keys.
 
-    `index_file` is dataset_info.json. Column keys that `values` sets are not overridden. Raises UserError for
+    `index_file` is dataset_info.json. With `is_plain_text` the prompts alone are learned, whole, as in
+    LLaMA-Factory's stage pt. Column keys that `values` sets are not overridden. Raises UserError for
     an unknown name and for an entry that cannot be read here.
     """
     entries = read_json(index_file) if os.path.isfile(index_file) else {}
@@ -58,7 +65,7 @@ def resolve_datasets(values: dict[str, object], index_file: Path) -> dict[str, o
             continue
         sources = []
         for name, weight in parse_datasets(values[key]):
-            source, needed = _resolve(name, entries, index_file)
+            source, needed = _resolve(name, entries, index_file, is_plain_text)
             if any(column_keys.get(column_key, column) != column for column_key, column in needed.items()):
                 raise UserError(
                     f"{key} {name}: {index_file} names its columns differently from another dataset's; "
@@ -71,7 +78,7 @@ def resolve_datasets(values: dict[str, object], index_file: Path) -> dict[str, o
     return resolved | {name: column for name, column in column_keys.items() if name not in values}
 
 
-def _resolve(name: str, entries: dict, index_file: Path) -> tuple[str, dict[str, str]]:
+def _resolve(name: str, entries: dict, index_file: Path, is_plain_text: bool) -> tuple[str, dict[str, str]]:
     """The path or hub id behind a name, and the column keys that its rows need."""
     if entries.get(name) is None:
         return _resolve_without_entry(name, entries, index_file), {}
@@ -79,14 +86,25 @@ def _resolve(name: str, entries: dict, index_file: Path) -> tuple[str, dict[str,
     _check_entry(entry, location)
     for field in ("hf_hub_url", "file_name"):
         refuse_address(entry.get(field) or "", location, "--dataset")
-    source = entry.get("hf_hub_url") or str(index_file.parent / (entry.get("file_name") or name))
-    columns = _given_columns(entry)
+    source, columns = _source(entry, name, index_file.parent), _given_columns(entry)
+    if is_plain_text:
+        return source, {"text_column": columns["prompt"]} if "prompt" in columns else {}
     if entry.get("formatting") in _MESSAGE_FORMATS or "messages" in columns:
         _check_tags(entry.get("tags") or {}, location)
         if columns.get("system", "system") != "system":
             raise UserError(f"{location}: rename the column {columns['system']} to system")
         return source, {"messages_column": columns.get("messages", "conversations")}
     return source, _prompt_columns(columns, location)
+
+
+def _source(entry: dict, name: str, folder: Path) -> str:
+    """The path of an entry's file or folder, or its hub id with subset and split."""
+    split = f"[{entry['split']}]" if entry.get("split") else ""
+    if not entry.get("hf_hub_url"):
+        place = str(folder / (entry.get("file_name") or name))
+        return place + split if os.path.isdir(place) else place  # one file holds one split
+    parts = entry["hf_hub_url"], entry.get("subset"), entry.get("folder")
+    return "/".join(part for part in parts if part) + split
 
 
 def _resolve_without_entry(name: str, entries: dict, index_file: Path) -> str:
@@ -133,6 +151,8 @@ def _given_columns(entry: dict) -> dict[str, object]:
 
 def _prompt_columns(columns: dict[str, object], location: str) -> dict[str, str]:
     """The column keys for rows of prompt and response; {} if the rows have the usual Alpaca columns."""
+    if [*columns] == ["prompt"]:
+        return {"text_column": columns["prompt"]}  # LLaMA-Factory's way to describe plain text
     if columns and not columns.keys() >= {"prompt", "response"}:
         raise UserError(
             f"{location}: columns {', '.join(columns)} do not make an example; name prompt and response"

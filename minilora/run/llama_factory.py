@@ -38,6 +38,7 @@ DEFAULTS = {  # of LLaMA-Factory, or of the TrainingArguments that it builds on,
     "gradient_accumulation_steps": 1,
     "learning_rate": 5e-5,
     "lr_scheduler_type": "linear",
+    "truncation": "keep_answer",
 }
 TRANSLATED = training_arguments.TRANSLATED | {  # key: its meaning here
     "dataset_dir": "the folder of dataset_info.json, which resolves the names in `dataset`",
@@ -54,6 +55,8 @@ VALUES = training_arguments.VALUES | {  # key: {LLaMA-Factory's value: the same 
     "template": {"qwen": "tokenizer", "ministral": "tokenizer"}
     | dict.fromkeys(("qwen3_nothink", "yi", "smollm"), "chatml"),
 }
+# In LLaMA-Factory's files only: there, every answer keeps its thoughts, in Qwen's own template the last one.
+TEMPLATES = {"qwen3": "qwen3_all"}
 RENAMED = {
     "add_special_tokens": "new_special_tokens",
     "early_stopping_steps": "early_stopping_patience",
@@ -146,7 +149,7 @@ _MUST_BE_OFF = """
     """.split()
 NEEDED = (
     {  # key: the values that this trainer accepts, as `normalize` writes them; the first obstacle is named
-        "stage": ("sft",),
+        "stage": ("sft", "pt"),
         "finetuning_type": ("lora",),
     }
     | dict.fromkeys((*MEDIA, *NOT_TRAINING), OFF)
@@ -177,7 +180,7 @@ INSTEAD = (  # key: advice to whoever gave it another value than NEEDED
         "train_dataset": _OWN_FORMAT,
         "peft_config": _OWN_FORMAT,
         "new_special_tokens_config": "name the tokens in new_special_tokens, without descriptions",
-        "stage": "plain text (pt) is learned from a dataset with a text column; preferences are not",
+        "stage": "sft learns answers and pt plain text; preferences and rewards are not learned",
         "finetuning_type": "the nearest is lora with lora_target: all and a high rank",
         "mix_strategy": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
         "interleave_probs": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
@@ -208,16 +211,20 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
 
     if is_llama_factory and values.get("lr_scheduler_type") == "constant":  # no warm-up in transformers
         ours = {name: value for name, value in ours.items() if name not in ("warmup_steps", "warmup_ratio")}
+    is_plain_text = normalize(values.get("stage")) == "pt"
     if is_llama_factory or "dataset_dir" in theirs:
         index_file = Path(str(theirs.get("dataset_dir", "data"))) / "dataset_info.json"
-        ours |= resolve_datasets(ours, index_file)
+        ours |= resolve_datasets(ours, index_file, is_plain_text)
     _translate_switches(theirs, ours)
     _translate_pissa(theirs, ours)
     _translate_push_to_hub(theirs, ours)
     _translate_eval_strategy(theirs, ours, is_llama_factory)
     _translate_names(theirs, ours)
     _translate_sampling(theirs, ours)
+    if is_plain_text:
+        ours.setdefault("packing", True)
     if is_llama_factory:
+        ours["template"] = TEMPLATES.get(str(ours.get("template")), ours.get("template"))
         notes += _train_embeddings(ours)
         defaults = _missing_defaults(ours)
         notes += _defaults_taken(defaults)

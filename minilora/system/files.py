@@ -40,7 +40,7 @@ def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
         data = file.read(size + 1) if size <= max_bytes else b""  # `read` takes all the memory it may need
     if max(size, len(data)) > max_bytes:
         raise UserError(f"larger than {max_bytes >> 20} MiB, the most that is read of such a file")
-    return data.decode("utf-8")
+    return data.decode("utf-8-sig")  # programs on Windows put a byte order mark in front
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

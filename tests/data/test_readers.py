@@ -65,6 +65,44 @@ def test_parquet_gives_the_same_records_and_nested_columns(tmp_path):
         read_records(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_arrow_files_of_both_formats_give_the_same_records(tmp_path, form):
+    pyarrow = pytest.importorskip("pyarrow", reason="an extra: reads Arrow")
+    table = pyarrow.Table.from_pylist(RECORDS * 400)
+    write = pyarrow.ipc.new_stream if form == "stream" else pyarrow.ipc.new_file
+    with write(tmp_path / "data-00000-of-00001.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "state.json").write_text('{"_split": "train"}')
+    assert columns(tmp_path) == RECORDS * 400  # as datasets.save_to_disk lays them down
+    path = tmp_path / "data-00000-of-00001.arrow"
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(UserError, match="is not a whole Arrow file"):
+        read_records(path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    with pytest.raises(UserError, match=r"a.csv has two columns 'text'; rename or remove one"):
+        read_records(tmp_path / "a.csv")
+    pyarrow = pytest.importorskip("pyarrow", reason="an extra: reads Parquet")
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(UserError, match=f"{name} has two columns 'text'"):
+            read_records(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", [json.dumps(RECORDS), "\n" + json.dumps(RECORDS, indent=2)])
+def test_a_json_list_in_a_jsonl_file_is_told(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError, match="holds one JSON list, .* let its name end in .json"):
+        read_records(tmp_path / "a.jsonl")
+
+
 @pytest.fixture(scope="module")
 def parquet_bytes():
     pyarrow = pytest.importorskip("pyarrow", reason="an extra: reads Parquet")

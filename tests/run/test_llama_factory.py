@@ -60,7 +60,7 @@ def test_a_qlora_file_for_16_gb_means_what_it_says(load, capsys):
     assert "no effect: overwrite_cache, preprocessing_num_workers (examples are tokenized" in out
     assert (
         "trust_remote_code (code that comes with a model is never run)" in out
-        and "LLaMA-Factory's defaults" not in out
+        and "LLaMA-Factory's defaults: truncation keep_answer\n" in out
     )
 
 
@@ -73,7 +73,7 @@ def test_keys_that_a_file_leaves_out_get_llama_factorys_defaults_and_are_printed
     assert config.quant_config() is None and config.lora_config().lora_alpha == 16
     assert config.lora_config().target_modules == "all-linear"
     assert (
-        "defaults: quantization_bit none, lora_rank 8, lora_dropout 0.0, cutoff_len 2048\n"
+        "defaults: quantization_bit none, lora_rank 8, lora_dropout 0.0, cutoff_len 2048, truncation keep_answer\n"
         in capsys.readouterr().out
     )
 
@@ -133,7 +133,7 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
 @pytest.mark.parametrize(
     "key, value, advice",
     [
-        ("stage", "dpo", "plain text (pt) is learned from a dataset with a text column; preferences are not"),
+        ("stage", "dpo", "sft learns answers and pt plain text; preferences and rewards are not learned"),
         ("finetuning_type", "full", "the nearest is lora with lora_target: all and a high rank"),
         ("finetuning_type", "freeze", "lora"),
         ("deepspeed", "ds_z3_config.json", "torchrun"),
@@ -255,6 +255,48 @@ def test_names_stand_for_files_hub_datasets_and_themselves(load, monkeypatch, tm
         load_train_config(["--stage", "sft", "--dataset", "riddles"])
 
 
+def test_a_pretraining_file_learns_whole_texts_end_to_end(load, monkeypatch, tmp_path):
+    """In LLaMA-Factory's words, the prompt of plain text is the column to learn; its stage pt packs."""
+    config = load("lora_24gb", "--stage", "pt", "--dataset", "c4_demo")
+    check(config, dataset="data/plain.txt", text_column="text", packing=True)
+    assert load("lora_24gb", "--stage", "pt", "--dataset", "c4_demo", "--packing", "false").packing is False
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"wiki": {"file_name": "wiki.jsonl", "columns": {"prompt": "article"}}})
+    )
+    (tmp_path / "wiki.jsonl").write_text(json.dumps({"article": "one two", "prompt": "a", "completion": "b"}))
+    for stage in ("pt", "sft"):
+        config = load("lora_24gb", "--dataset_dir", str(tmp_path), "--stage", stage, "--dataset", "wiki")
+        assert config.text_column == "article"
+        names = ColumnNames(config.prompt_column, config.completion_column, None, config.text_column)
+        assert [row.completion for row in read_rows(config.dataset, names)] == ["one two"]
+
+
+def test_a_file_for_thoughts_and_long_prompts_is_trained_as_llama_factory_does(load):
+    config = load("lora_24gb", "--template", "qwen3")
+    check(config, template="qwen3_all", truncation="keep_answer")
+    assert load("lora_24gb", "--truncation", "end").truncation == "end"
+    assert load_train_config(["--template", "qwen3"]).template == "qwen3"
+    assert load_train_config([]).truncation == "end"
+
+
+@pytest.mark.parametrize(
+    ("described", "source"),
+    [
+        ({"hf_hub_url": "a/b", "split": "train_sft"}, "a/b[train_sft]"),
+        ({"hf_hub_url": "a/b", "subset": "main"}, "a/b/main"),
+        ({"hf_hub_url": "a/b", "folder": "en", "split": "test"}, "a/b/en[test]"),
+        ({"hf_hub_url": "a/b", "split": None, "subset": None}, "a/b"),
+        ({"file_name": "one.jsonl", "split": "train"}, "{}/one.jsonl"),
+        ({"file_name": "many", "split": "test"}, "{}/many[test]"),
+    ],
+)
+def test_split_and_subset_of_an_entry_choose_the_files(load, tmp_path, described, source):
+    (tmp_path / "many").mkdir()
+    (tmp_path / "dataset_info.json").write_text("\ufeff" + json.dumps({"mine": described}), encoding="utf-8")
+    config = load("lora_24gb", "--dataset_dir", str(tmp_path), "--dataset", "mine")
+    assert config.dataset == source.format(tmp_path)
+
+
 @pytest.fixture
 def entry(tmp_path, monkeypatch):
     """Read one row as an entry of dataset_info.json describes it."""
@@ -329,7 +371,7 @@ def test_the_columns_of_an_entry_are_read_whatever_other_columns_a_row_has(entry
         ),
         ({"formatting": "sharegpt", "columns": {"system": "preface"}}, "rename the column preface to system"),
         ({"formatting": "xml"}, "formatting xml is not supported"),
-        ({"columns": {"prompt": "text"}}, "columns prompt do not make an example; name prompt and response"),
+        ({"columns": {"query": "text"}}, "columns query do not make an example; name prompt and response"),
         (
             {"columns": {"prompt": "q", "query": "input", "response": "a"}},
             "rename the columns q, a to instruction, input, output",

@@ -16,6 +16,7 @@ FILES = EXAMPLES["files"]
 RUN = """
     extras/fsdp_qlora/llama3_lora_sft.yaml extras/loraplus/llama3_lora_sft.yaml
     extras/pissa/llama3_lora_sft.yaml megatron_bridge/llama3_sft.yaml train_lora/qwen3_lora_sft.yaml
+    train_lora/qwen3_lora_pretrain.yaml
     train_qlora/qwen3_lora_sft_bnb_npu.yaml train_qlora/qwen3_lora_sft_otfq.yaml
     """.split()
 OBSTACLES = """
