@@ -84,33 +84,30 @@ function nearest(points, step) {
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= 0.7 * rough);
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
-  return found;
+  const first = Math.ceil(low / step - 1e-9), last = Math.floor(high / step + 1e-9);
+  return Array.from({ length: Math.min(last - first + 1, 2 * count) }, (_, i) => (first + i) * step);
 }
 
-function logarithmicTicks(low, high) {
-  const few = high / low < 1000, found = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
-    for (const factor of few ? [1, 2, 5] : [1]) found.push(factor * 10 ** power);
-  return found.filter((tick) => low <= tick && tick <= high);
+/** Powers of ten between 10^bottom and 10^top, and their double and their fivefold if those are few. */
+function logarithmicTicks(bottom, top) {
+  const stride = Math.max(1, Math.ceil((top - bottom) / 8)), found = [];
+  for (let power = Math.floor(bottom); power <= top; power += stride)
+    for (const factor of top - bottom < 3 ? [1, 2, 5] : [1])
+      if (power + Math.log10(factor) >= bottom && power + Math.log10(factor) <= top) found.push(factor * 10 ** power);
+  return found;
 }
 
 /** The vertical axis for some values: it begins at zero, or fits them, or is logarithmic if they are wide apart. */
 function axisFor(values, fromZero) {
-  const low = Math.min(...extremes(values)), high = Math.max(...extremes(values));
+  const low = values.reduce((a, b) => Math.min(a, b)), high = values.reduce((a, b) => Math.max(a, b));
   const wide = !fromZero && low > 0 && high > 20 * low;
   const scale = wide ? Math.log10 : (value) => value;
   let bottom = fromZero ? Math.min(0, low) : scale(low), top = scale(high);
   const margin = 0.07 * (top - bottom) || 0.05 * Math.abs(top) || 1;
   top += margin;
   if (!fromZero) bottom = low >= 0 && !wide ? Math.max(0, bottom - margin) : bottom - margin;
-  const marks = wide ? logarithmicTicks(10 ** bottom, 10 ** top) : ticks(bottom, top, 5);
+  const marks = wide ? logarithmicTicks(bottom, top) : ticks(bottom, top, 5);
   return { marks, at: (value) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - (scale(value) - bottom) / (top - bottom)) };
-}
-
-function extremes(values) {
-  return [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
 }
 
 // ---- legend and figures ----
@@ -153,7 +150,8 @@ let pointed = null; // [chart, step] that the reader points at
 
 /** The figure of a panel, which `drawChart` fills, and what the reader's hand and keys do in it. */
 function makeChart(panel) {
-  const svg = makeSvg("svg", { class: "chart", role: "img", tabindex: 0, "aria-label": `${panel.title} over the optimizer steps` });
+  const label = `${panel.title} over the optimizer steps`;
+  const svg = makeSvg("svg", { class: "chart", role: "img", tabindex: 0, "aria-label": label, "aria-describedby": "hint" });
   const tip = make("div", { class: "tip", role: "status" });
   const caption = make("figcaption", {}, panel.title, make("span", {}, panel.unit));
   const figure = make("figure", {}, caption, svg, tip);
@@ -163,7 +161,8 @@ function makeChart(panel) {
     const x = event.clientX - svg.getBoundingClientRect().left;
     pointAll(chart, ((x - LEFT) / (svg.clientWidth - LEFT - RIGHT)) * LAST_STEP);
   };
-  svg.onpointerleave = svg.onblur = () => pointAll(chart, null);
+  svg.onblur = () => pointAll(chart, null);
+  svg.onpointerleave = (event) => event.pointerType === "touch" || pointAll(chart, null); // a lifted finger wants to read
   svg.onkeydown = (event) => {
     const steps = chart.steps;
     const here = chart.step == null ? -1 : steps.indexOf(chart.step);
@@ -212,8 +211,11 @@ function drawChart(chart) {
   if (!values.length) return svg.replaceChildren();
   const y = axisFor(values, panel.fromZero), x = (step) => LEFT + ((width - LEFT - RIGHT) * step) / LAST_STEP;
   chart.at = { x, y: y.at };
+  const thin = (points) => (points.length > width / 2 && !mean ? "thin" : "");
   const line = ({ run, points }, kind) => makeSvg("path", {
-    class: `curve ${kind || (points.length > width / 2 && !mean ? "thin" : "")} ${colour(run)}`, "data-run": run, "stroke-dasharray": kind ? "none" : dashes(run),
+    class: `curve ${kind || thin(points)} ${colour(run)}`,
+    "data-run": run,
+    "stroke-dasharray": kind ? "none" : dashes(run),
     d: "M" + points.map(([step, value]) => `${x(step).toFixed(1)} ${y.at(value).toFixed(1)}`).join("L"),
   });
   const dot = (run, [step, value]) => makeSvg("circle", { class: `dot ${colour(run)}`, r: 2.5, cx: x(step), cy: y.at(value) });

@@ -27,6 +27,7 @@ BLUE, ORANGE, GREEN, PURPLE = "#3b6ea5", "#d1662f", "#4a8f5c", "#7d5ba6"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b0892b", "#c25b7a", "#3d9aa1", "#707070", "#8c564b", "#9aa83a")
 LOSS = "loss per supervised token (nats)"
 FEWEST_NOISY = 20  # values; fewer ones are no noise, whatever they do
+LARGEST = 1e100  # value that is drawn: axes compute with multiples and differences of values
 MOST_PALE = 4  # runs in a picture whose noise is drawn, below the mean
 
 
@@ -104,9 +105,9 @@ def plot_lengths(lengths: Sequence[int], supervised: Sequence[int], cutoff_len: 
 
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps with a finite value of this name, and the values."""
+    """Return the steps with a value of this name, and the values; without NaN, infinities and what is near them."""
     points = [(record["step"], record[name]) for record in records if name in record]
-    points = [point for point in points if all(map(math.isfinite, point))]
+    points = [point for point in points if all(abs(number) <= LARGEST for number in point)]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -172,7 +173,7 @@ def _style(axes: "Axes", label: str, xlabel: str = "optimizer step", from_zero: 
     if from_zero:
         axes.set_ylim(bottom=0, top=1.1 * max(values, default=0) or 1)
     elif min(values, default=0) > 0 and max(values) > 20 * min(values):
-        _make_logarithmic(axes, decades=math.log10(max(values) / min(values)))
+        _make_logarithmic(axes, decades=math.log10(max(values)) - math.log10(min(values)))
     else:
         axes.margins(y=0.08)
         axes.ticklabel_format(axis="y", useOffset=False)

@@ -188,6 +188,25 @@ def test_a_run_of_one_record_without_anything_else_is_a_page(browse):
     assert not complaints and "NaN" not in html and count(html, "circle", "dot") == 1
 
 
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [1e17, 1e17 + 16],
+        [5e-324, 1.0],
+        [1e308, -1e308, 1.0, 2.0],
+        [0.0, 0.0],
+        [-1e-320, 3e-320],
+        [1e100, -1e100],
+    ],
+    ids=str,
+)
+def test_losses_of_any_size_are_drawn_with_a_few_ticks(browse, losses):
+    records = [dict(step=10**12 - i, loss=loss) for i, loss in enumerate(losses)]
+    html, complaints = browse(page_of(["a"], [records]))
+    assert not complaints and "NaN" not in html and "Infinity" not in html
+    assert count(html, "path", "curve") == 1 and 0 < count(html, "line", "grid") < 40
+
+
 def test_a_hostile_run_steers_nothing_in_a_browser(browse):
     answers = [[dict(prompt=HOSTILE, expected=HOSTILE, base="\u202e", adapted=HOSTILE)]]
     page = page_of([HOSTILE], [a_run()], answers, [dict(name=HOSTILE, values=[HOSTILE], differs=True)])

@@ -111,6 +111,25 @@ def test_many_runs_are_drawn_by_their_means_alone_and_the_title_says_so(draw, co
     assert len(set(styles)) == count
 
 
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [1e17, 1e17 + 16],
+        [5e-324, 1.0],
+        [1e308, -1e308, 1.0],
+        [1e308, 1e308],
+        [1e100, -1e100],
+        [1e-300, 1e100],
+    ],
+    ids=str,
+)
+def test_losses_of_any_size_are_drawn(tmp_path, losses):
+    records = [dict(record, eval_loss=record["loss"], lr=record["loss"]) for record in records_of(losses)]
+    for function in (plot_loss, plot_training, lambda records, path: plot_runs({"a": records}, path)):
+        function(records_of([1.0, 2.0]) + records, tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_runs_without_a_training_loss_are_drawn(draw):
     figure = draw(plot_runs, {"a": [{"step": 0, "eval_loss": 1.0}], "b": [{"step": 1, "loss": math.nan}]})
     assert len(figure.axes) == 2
