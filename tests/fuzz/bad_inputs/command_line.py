@@ -108,8 +108,10 @@ NUMBERS = """
     val_size cutoff_len max_samples lora_rank lora_alpha lora_dropout per_device_train_batch_size
     per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate
     warmup_steps warmup_ratio loraplus_lr_ratio weight_decay max_grad_norm seed logging_steps eval_steps
-    save_steps save_total_limit early_stopping_patience exact_match_samples
+    save_steps save_total_limit early_stopping_patience exact_match_samples eval_delay adam_beta1 adam_beta2
+    adam_epsilon
     """.split()
+SHARES = "val_size warmup_steps logging_steps eval_steps save_steps".split()  # whole, or a share below 1
 HUGE = {  # key: a number that is absurd
     "val_size": "1e30",
     "cutoff_len": "1e12",
@@ -138,6 +140,7 @@ CHOICES = {
     "gradient_checkpointing": "sometimes",
     "report_to": "comet_ml",
     "hub_strategy": "never",
+    "save_strategy": "often",
     "bf16": "maybe",
     "packing": "2",
     "use_dora": "half",
@@ -161,6 +164,11 @@ TOGETHER = {  # keys that exclude one another: words of the message
     "--val_size 50": ("val_size",),
     "--fp16": ("fp16",),
     "--stage dpo": ("stage",),
+    "--pref_beta 0.1 --stage dpo --nonsense 1": ("stage", "dpo"),
+    "--template qwen3_vl": ("template", "text"),
+    "--val_size 0 --save_strategy best": ("save_strategy",),
+    "--dataloader_drop_last true": ("dataloader_drop_last",),
+    "--train_sampling_strategy sequential": ("train_sampling_strategy",),
     "--deepspeed ds.json": ("deepspeed",),
 }
 OPTIONS = {  # numbers of the other scripts' own options
@@ -270,6 +278,8 @@ def _trainers_values() -> Iterator[Case]:
     for key in NUMBERS:
         yield make_case(KIND, f"train: {key} = nan", f"{TRAIN} --{key} nan", key)
         yield make_case(KIND, f"train: {key} = -5", f"{TRAIN} --{key}=-5", key)
+    for key in SHARES:
+        yield make_case(KIND, f"train: {key} = 1.5", f"{TRAIN} --{key} 1.5", key)
     for values in (HUGE, CHOICES):
         for key, value in values.items():
             yield make_case(KIND, f"train: {key} = {value}", f"{TRAIN} --{key} {value}", key)
