@@ -11,7 +11,8 @@ saved_state.py   what a checkpoint's state may hold, checked before use; random_
 divergence.py    a loss that is not finite: float16's range or the training, and the layer where it begins
 stop_signal.py   Ctrl-C and other signals: the training saves first
 tracker.py       progress and metrics.jsonl; plots.py: pictures; page.py: a page for the browser
-report.py        summary, model card, uploads; describe.py: weights and optimizer in words
+report.py        summary, figures, uploads; describe.py: weights, layers and optimizer in words
+model_card.py    README.md beside the adapter: its settings and figures, and a snippet that runs
 answers.py       what base and adapted model answer, in answers.jsonl
 reporters.py     metrics for services.py: MLflow, TensorBoard, W&B
 sharing.py       results for others: the hub, S3

@@ -1,8 +1,9 @@
-"""One line for people about a model's weights, its size, and an optimizer."""
+"""One line for people about a model's weights, its size, an adapter's layers, and an optimizer."""
 
 import torch
 from torch import nn
 
+from minilora.config import LoraConfig
 from minilora.int8 import Int8Tensor
 from minilora.linear import QuantizedLinear
 from minilora.quantization import QuantizedTensor
@@ -42,6 +43,15 @@ def count_parameters(model: nn.Module) -> int:
     """How many numbers the model has, those of quantized weights included."""
     quantized = sum(m.weight.shape.numel() for m in model.modules() if isinstance(m, QuantizedLinear))
     return quantized + sum(p.numel() for p in model.parameters())
+
+
+def describe_targets(lora: LoraConfig, between: str = " ") -> str:
+    """Return what an adapter is on, the ranks of single layers, and what is trained whole."""
+    targets = lora.target_modules
+    text = targets if isinstance(targets, str) else between.join(targets)
+    ranks = [f"{name} of r {r}" for name, r in lora.rank_pattern.items()]
+    whole = [f"whole: {between.join(lora.modules_to_save)}"] if lora.modules_to_save else []
+    return "; ".join([text, *ranks, *whole])
 
 
 def describe_optimizer(name: str, device: torch.device, loraplus_lr_ratio: float | None = None) -> str:

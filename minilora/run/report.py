@@ -1,6 +1,5 @@
-"""Where a run's output goes and what people read of it: summary, model card, pictures, answers, uploads."""
+"""Where a run's output goes and what people read of it: summary, figures, pictures, answers, uploads."""
 
-import re
 import sys
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -8,21 +7,25 @@ from typing import NoReturn, Protocol
 from minilora.config import LoraConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.examples import Order
-from minilora.initialize import takes_part_of_base
 from minilora.lora import trainable_parameters
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
 from minilora.run.answers import write_answers
 from minilora.run.checkpoints import best_checkpoint, copy_checkpoint
 from minilora.run.datasets import describe_template
-from minilora.run.describe import count_parameters, describe_optimizer, describe_weights
+from minilora.run.describe import (
+    count_parameters,
+    describe_optimizer,
+    describe_targets,
+    describe_weights,
+)
+from minilora.run.model_card import write_model_card
 from minilora.run.output_dir import KEPT_HERE, files_of_a_run, open_output_dir
 from minilora.run.plan import ANSWERS_AT_A_TIME, Plan
 from minilora.run.plots import plot_loss, plot_training
 from minilora.run.sharing import files_to_share, send_to_all
 from minilora.run.tracker import Tracker, minutes
 from minilora.system.errors import UserError
-from minilora.system.files import write_whole
 from minilora.system.terminal import visible
 
 
@@ -62,15 +65,6 @@ def print_plan(plan: Plan) -> None:
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
         "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak" + _smaller_batches(plan),
     })  # fmt: skip
-
-
-def describe_targets(lora: LoraConfig, between: str = " ") -> str:
-    """Return what an adapter is on, the ranks of single layers, and what is trained whole."""
-    targets = lora.target_modules
-    text = targets if isinstance(targets, str) else between.join(targets)
-    ranks = [f"{name} of r {r}" for name, r in lora.rank_pattern.items()]
-    whole = [f"whole: {between.join(lora.modules_to_save)}"] if lora.modules_to_save else []
-    return "; ".join([text, *ranks, *whole])
 
 
 def describe_kind(lora: LoraConfig) -> str:
@@ -142,20 +136,28 @@ def open_output(plan: Plan) -> Tracker:
 # ---- during the run, and at its end ------------------------------------------------------------------------
 
 
-def training_figures(plan: Plan, run: Run) -> dict[str, str]:
-    """The rows of the model card's table, as of the current step."""
+def saved_step(plan: Plan, run: Run) -> int:
+    """The step of the adapter that a finished run saves: the best one if requested, else the last."""
+    best = run.best["step"]
+    return best if plan.config.keeps_best and 0 < best < run.step else run.step
+
+
+def training_figures(plan: Plan, run: Run, step: int | None = None) -> dict[str, str]:
+    """The rows of the model card's table, for the adapter of `step`; None: the one that the run ends with."""
+    step = saved_step(plan, run) if step is None else step
     losses = [record["loss"] for record in run.tracker.records if "loss" in record]
-    held_out = [record["eval_loss"] for record in run.tracker.records if "eval_loss" in record]
-    (used, reserved), predicted = plan.memory.measure(plan.placement.device), plan.memory.peak
+    held_out = {r["step"]: r["eval_loss"] for r in run.tracker.records if "eval_loss" in r}
+    used, reserved = run.tracker.peak(*plan.memory.measure(plan.placement.device))
     first_step = sum(len(batch) for batch in plan.order.batches(0))
     figures = {
-        "examples": f"{len(plan.train_set):,}",
+        "examples": f"{len(plan.train_set.rows):,}",
         "steps": f"{run.step} of {first_step} examples{run.loss_scale.summary()}",
+        "this adapter": f"of step {step}" + ", the lowest held-out loss" * (step == run.best["step"]),
         "trainable parameters": f"{sum(p.numel() for p in trainable_parameters(run.model).values()):,}",
         "final training loss": f"{losses[-1]:.4f}" if losses else "not finite",
         "computed on": str(plan.placement),
         "frozen weights": describe_weights(run.model),
-        "peak memory": f"{used / 2**30:.2f} GiB ({predicted / 2**30:.2f} GiB predicted)",
+        "peak memory": f"{used / 2**30:.2f} GiB ({plan.memory.peak / 2**30:.2f} GiB predicted)",
         "training time": minutes(run.seconds),
     }
     if accepted := plan.config.accepted_fields():
@@ -163,17 +165,17 @@ def training_figures(plan: Plan, run: Run) -> dict[str, str]:
     if reserved is not None:
         figures["peak memory reserved of the GPU"] = f"{reserved / 2**30:.2f} GiB"
     if held_out:
-        figures["held-out loss, base model"] = f"{held_out[0]:.4f}"
+        figures["held-out loss, base model"] = f"{held_out[min(held_out)]:.4f}"
+        if step in held_out:
+            figures["held-out loss, this adapter"] = f"{held_out[step]:.4f}"
         figures["held-out loss, lowest"] = f"{run.best['loss']:.4f} (step {run.best['step']})"
-        if run.best["step"] != run.step and not plan.config.keeps_best:
-            figures["held-out loss, this adapter"] = f"{held_out[-1]:.4f} (step {run.step})"
     return figures
 
 
 def share_checkpoint(plan: Plan, run: Run, checkpoint: Path) -> None:
     """Send a checkpoint's adapter, loss curve and model card. A failed upload only prints a warning."""
     plot_loss(run.tracker.records, plan.output_dir / "loss.png")
-    write_model_card(plan, training_figures(plan, run))
+    write_model_card(plan, training_figures(plan, run, run.step))
     files = files_to_share(plan.output_dir, checkpoint)
     for destination in plan.destinations:
         try:
@@ -196,7 +198,7 @@ def print_saved_step(plan: Plan, run: Run) -> None:
     best = run.best
     if not 0 < best["step"] < run.step:
         return
-    if plan.config.keeps_best:
+    if saved_step(plan, run) == best["step"]:
         print(f"back to the adapter of step {best['step']}, held-out loss {best['loss']:.4f}")
         return
     print(
@@ -231,77 +233,3 @@ def report_answers(plan: Plan, before: list[str], after: list[str], count: int =
         print(f"\n{visible(rows[i].prompt.strip())}")
         for name, text in ("base", before[i]), ("adapted", after[i]), ("expected", rows[i].completion):
             print(f"  {name:<9} {visible(' '.join(text.split())[:110])}")
-
-
-MODEL_CARD = """---
-{link}library_name: peft
-pipeline_tag: text-generation
-tags:
-- lora
-- minilora
----
-
-# LoRA adapter for {title}
-
-Trained with minilora. {size}, dropout {lora.lora_dropout:g}, on: {targets}.
-
-| | |
-|---|---|
-{table}
-
-![loss](loss.png)
-
-## Use
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({base_model!r})
-{resize}model = PeftModel.from_pretrained(base, {address!r})
-```
-
-All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.
-"""
-
-
-def write_model_card(plan: Plan, figures: dict[str, str]) -> None:
-    """Write README.md, which the hub shows: the adapter's settings, its figures, and how to load it.
-
-    The hub links to a base model of its own. A local directory is only named in the text.
-    """
-    base_model, lora = plan.base_model, plan.lora
-    on_hub = (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", base_model)
-        and not base_model.startswith("assets/")
-        and not Path(base_model).exists()
-    )
-    rows = plan.model_config.vocab_size
-    grown = rows > plan.base_config.vocab_size  # PEFT wants the base model to have these rows
-    card = MODEL_CARD.format(
-        link=f"base_model: {base_model}\n" if on_hub else "",
-        base_model=str(base_model),
-        resize=f"base.resize_token_embeddings({rows})\n" if grown else "",
-        title=as_markdown(base_model),
-        lora=lora,
-        size=_size_in_card(lora),
-        targets=as_markdown(describe_targets(lora, ", ")),
-        table="\n".join(f"| {as_markdown(name)} | {as_markdown(value)} |" for name, value in figures.items()),
-        address=plan.config.push_to_hub or "path/to/this/directory",
-    )
-    write_whole(plan.output_dir / "README.md", card)
-
-
-def _size_in_card(lora: LoraConfig) -> str:
-    if lora.use_vera:
-        return f"VeRA of rank {lora.r}"
-    scaling = "alpha / sqrt(r)" if lora.use_rslora else "alpha / r"
-    size = f"Rank {lora.r}, alpha {lora.lora_alpha:g} (scaling {scaling})"
-    if takes_part_of_base(lora.init_lora_weights):
-        size += f", started with {lora.init_lora_weights} and saved as plain LoRA of rank {2 * lora.r}"
-    return size
-
-
-def as_markdown(text: str) -> str:
-    """Text in one line that Markdown shows as it is: no markup, no HTML, no cell of a table begins in it."""
-    return re.sub(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))

@@ -20,6 +20,7 @@ from minilora.system.errors import UserError
 from minilora.system.schema import Field, read_fields, shown, shown_name
 
 _MOST = 10**12  # steps, seconds: far beyond every training
+_MOST_BYTES = 10**15
 _COUNT = Field(int, "a count", required=True, low=0, high=_MOST)
 _SECONDS = Field(float, "a time", required=True, low=0, high=_MOST)
 _OBJECT = Field(dict, "an object", required=True)
@@ -43,6 +44,8 @@ _TRACKER = {
     "records": Field(list, "the lines of metrics.jsonl", required=True, items=dict, longest=_MOST),
     "window": Field(list, "loss, tokens, seconds of each step since", required=True, items=list),
     "seconds": _SECONDS,
+    "memory": Field(int, "peak bytes in use", low=0, high=_MOST_BYTES, default=0),
+    "reserved": Field(int, "peak bytes reserved of a GPU", low=0, high=_MOST_BYTES, default=0),
     "mlflow": Field(dict, "the run there"),
     "tensorboard": Field(dict, "nothing"),
     "wandb": Field(dict, "the run there"),

@@ -61,6 +61,8 @@ class Tracker:
         self.records: list[dict] = list(state.get("records", []))
         self.window: list = list(state.get("window", []))  # [loss, tokens, seconds] of steps not yet recorded
         self.seconds = state.get("seconds", 0.0)  # in optimizer steps, including those before a resume
+        # Peak bytes of all processes of this training, in use and reserved.
+        self.memory, self.reserved = state.get("memory", 0), state.get("reserved", 0)
         self.own_steps = 0  # steps of this process, since `started`: they predict the time left
         self.started = 0.0
         self.bar, self.finished = None, False
@@ -75,7 +77,14 @@ class Tracker:
     def state_dict(self) -> dict:
         """The state that a resumed run needs, as JSON."""
         reported = {reporter.service.name: reporter.service.state_dict() for reporter in self.reporters}
-        return {"records": self.records, "window": self.window, "seconds": self.seconds} | reported
+        peak = {"memory": self.memory, "reserved": self.reserved}
+        return {"records": self.records, "window": self.window, "seconds": self.seconds} | peak | reported
+
+    def peak(self, memory: int, reserved: int | None) -> tuple[int, int | None]:
+        """Note the peak bytes of this process. Returns those of the training, also before a resume."""
+        self.memory = max(self.memory, memory)
+        self.reserved = max(self.reserved, reserved or 0)
+        return self.memory, None if reserved is None else self.reserved
 
     def log(self, **record: float) -> None:
         """Write one line of metrics, without values that JSON cannot express: infinities and NaN.
@@ -99,6 +108,7 @@ class Tracker:
             # Not at construction: the evaluation before the first step is not repeated at every step.
             self.started = time.perf_counter() - metrics.seconds
         self.own_steps += 1
+        self.peak(metrics.memory, metrics.reserved)
         self.seconds += metrics.seconds
         self.window.append([metrics.loss, metrics.tokens, metrics.seconds])
         losses, tokens, seconds = zip(*self.window, strict=True)

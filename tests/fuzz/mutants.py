@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant("scripts/chat.py", "[options.input, *setup.files]", "[options.input]", TRUST),
     Mutant("minilora/run/settings.py", "if any(isinstance(text, str) and not text.strip() for text in texts):", "if False:", "tests/run/test_settings.py"),
     Mutant(ERRORS, 'if word == "" or re.fullmatch(r"--[\\w-]+=", word):', 'if word == "":', "tests/system/test_errors.py"),
-    Mutant("minilora/run/report.py", 'r"[\\\\`*\\[\\]<>|&~]', 'r"[\\\\`*\\[\\]|&~]', TRUST),
+    Mutant("minilora/run/model_card.py", 'r"[\\\\`*\\[\\]<>|&~]', 'r"[\\\\`*\\[\\]|&~]', TRUST),
     # ---- tables of fields ----
     Mutant(SCHEMA, "type(value) not in kinds or not", "not isinstance(value, kinds) or not", "tests/system/test_schema.py"),
     Mutant(SCHEMA, "self.low is None or self.low <= value", "self.low is None or self.low < value", "tests/system/test_schema.py"),

@@ -13,7 +13,7 @@ import yaml
 from support.project import WORDS
 from support.servers import serving
 
-from minilora.run.report import as_markdown
+from minilora.run.model_card import as_markdown
 from minilora.system import remote
 
 SECRET = "QQSECRETQQ"
