@@ -16,10 +16,12 @@ the layers that its files hold in 4 or 8 bits, and W in the others.
 
 Neither is right in all cases. A table shows how far each lies from Q + scaling B A: the norm of the
 difference over the norm. It shows the adapter's own size on the same scale. And it shows the merged weights
-quantized once more, which may lose more than the adapter gained; only --quantize writes them. An adapter
-trained without quantization, or a layer of it, saw W, and goes into the original weights.
+quantized once more, which may lose more than the adapter gained; only --quantize writes them. Below the
+table stands what follows from its figures. An adapter trained without quantization, or a layer of it, saw W,
+and goes into the original weights.
 
-Sums are computed in float32 and rounded once, to the dtype of the file. Memory holds one tensor at a time,
+Sums are computed in float32 and rounded once, to the dtype of the base's file or to --dtype; the distances
+include this rounding. Memory holds one tensor at a time,
 and one output file of about 1 GB until it is written: a 7B model needs less than 4 GB. The output appears
 complete or not at all.
 
@@ -79,8 +81,10 @@ from minilora.system.outputs import check_output, whole_output
 from minilora.wrapping import match_targets
 
 _MERGING_OPTIONS = (
-    "model", "into", "quantize", "quantization_type", "double_quantization", "accept_config_fields"
+    "model", "into", "dtype", "quantize", "quantization_type", "double_quantization", "accept_config_fields"
 )  # fmt: skip
+
+FLOAT32_ROUNDING = 1e-6  # more than float32 takes from any number, relatively
 
 
 def main() -> None:
@@ -104,6 +108,7 @@ def parse_options() -> argparse.Namespace:
     )
     add("--model", help="base model, directory or hub id; default: the one that the adapter names")
     add("--into", choices=("original", "dequantized"), help="default: original, if the files hold them")
+    add("--dtype", choices=FLOATS, help="of the weights in a directory; default: as the base stores them")
     add("--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16")
     add("--quantize", action="store_true", help="write them quantized, as training had them")
     add("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
@@ -118,6 +123,10 @@ def check_options(options: argparse.Namespace, output: Path) -> None:
     """Raise UserError for options that contradict one another, and for an output that cannot be written."""
     if options.outtype and not options.to_gguf:
         raise UserError("--outtype holds for a .gguf file only: let --output end in .gguf, or leave it out")
+    if options.dtype and options.to_gguf:
+        raise UserError(
+            "--dtype holds for a directory only: leave it out, or choose the .gguf file's with --outtype"
+        )
     if options.quantize and options.to_gguf:
         raise UserError(
             "--quantize writes bitsandbytes' format, which no .gguf file holds: "
@@ -145,6 +154,7 @@ class Choice:
     into: str  # original | dequantized
     quant: QuantConfig  # of training, and of --quantize
     quantize: bool  # write the merged weights quantized
+    dtype: torch.dtype | None  # of the written weights; None: as the base stores them
 
     @property
     def written(self) -> str:
@@ -247,16 +257,17 @@ def choose(options: argparse.Namespace, file: AdapterFile) -> Choice:
     quant_type = options.quantization_type or run.get("quantization_type", "nf4")
     double_quant = options.double_quantization or run.get("double_quantization", True)
     quant = QuantConfig(8 if bits == 8 else 4, quant_type, str(double_quant).lower() == "true")
-    return Choice(bits in (4, 8), options.into or "original", quant, options.quantize)
+    dtype = FLOATS.get(options.dtype)
+    return Choice(bits in (4, 8), options.into or "original", quant, options.quantize, dtype)
 
 
 def choose_as_in_files(
     options: argparse.Namespace, stored: StoredTensors, shapes: dict[str, tuple[int, ...]]
 ) -> Choice:
     """Quantized files leave no choice: where they hold 4 or 8 bits, the original weights are gone."""
-    name = next(iter(stored.quantized), None)
+    name, dtype = next(iter(stored.quantized), None), FLOATS.get(options.dtype)
     if name is None:  # Only config.json says that the base is quantized: no weight of it is.
-        return Choice(False, "original", QuantConfig(), options.quantize)
+        return Choice(False, "original", QuantConfig(), options.quantize, dtype)
     quant = quant_config_of(stored.read_quantized(name, shapes[name], torch.float32, "cpu"))
     if options.into == "original" or options.quantization_type or options.double_quantization:
         raise UserError(
@@ -267,7 +278,7 @@ def choose_as_in_files(
         f"the base model's files hold {quant.bits} bits a weight in {len(stored.quantized)} layers, "
         "so only merging into the dequantized weights is possible there"
     )
-    return Choice(True, "dequantized", quant, options.quantize)
+    return Choice(True, "dequantized", quant, options.quantize, dtype)
 
 
 # ---- one tensor, then all of them ----
@@ -289,6 +300,8 @@ def merge_model(plan: Plan, output: Path) -> None:
         write_directory(output, plan, merger)
     if merger.errors:
         print_table(merger.errors, plan.choice)
+    for line in recommend(merger, plan):
+        print(line)
     if not plan.choice.trained_quantized and not plan.choice.quantize:
         print(
             "training saw the original weights, unquantized: "
@@ -317,6 +330,8 @@ class Merger:
         self.plan = plan
         self.errors: dict[str, dict[str, float]] = {}  # choice -> quantized layer -> relative error
         self.exact: list[str] = []  # adapted layers that are not quantized, and hold W + scaling B A
+        # Of sums whose base training saw: "sum" -> layer -> what rounding them takes; "adapter" -> its size.
+        self.rounding: dict[str, dict[str, float]] = {}
 
     def tensor(self, name: str) -> Tensor:
         """The merged tensor to write under a name, unquantized."""
@@ -329,8 +344,10 @@ class Merger:
         if self.plan.merging.changes(name):
             return self._merged(name, weight, quantized)
         if self._is_quantized(name):  # Bit-identical to training. Quantizing dequantized weights is not.
-            return to_entries(quantized, name)
-        return {name: weight if quantized is None or choice.into == "original" else quantized.dequantize()}
+            return to_entries(replace(quantized, dtype=choice.dtype or quantized.dtype), name)
+        as_stored = quantized is None or choice.into == "original"
+        value = weight.to(choice.dtype or weight.dtype) if as_stored else quantized.dequantize(choice.dtype)
+        return {name: self._finite(name, value)}
 
     def _is_quantized(self, name: str) -> bool:
         """Whether the tensor is written quantized."""
@@ -364,12 +381,15 @@ class Merger:
         sums = {key: self.plan.merging.merged(name, base) for key, base in bases.items()}  # float32
         # A layer that training did not quantize has one sum, whatever the choice for the others.
         into = choice.into if choice.into in sums else "original"
-        dtype = weight.dtype if quantized is None else quantized.dtype
+        dtype = choice.dtype or (weight.dtype if quantized is None else quantized.dtype)
         rounded = {key: total.to(dtype) for key, total in sums.items()}
-        if not rounded[into].isfinite().all():
-            raise UserError(
-                f"{name} is infinite or NaN once merged, in {dtype}; the adapter or the base model is damaged"
-            )
+        self._finite(name, rounded[into])
+        seen = "dequantized" if "dequantized" in sums else "original"
+        if (
+            not self.plan.merging.replaces(name) and bases[seen].shape == sums[seen].shape
+        ):  # as large as before
+            note(self.rounding, "sum", layer, rounded[seen], sums[seen])
+            note(self.rounding, "adapter", layer, bases[seen], sums[seen])
         if quantized is None:
             if not self.plan.merging.replaces(name):
                 self.exact.append(layer)
@@ -377,15 +397,24 @@ class Merger:
                 return to_entries(replace(quantize(sums[into], choice.quant), dtype=dtype), name)
             return {name: rounded[into]}
         again = replace(quantize(sums[into], quant_config_of(quantized)), dtype=dtype)
-        seen = "dequantized" if choice.trained_quantized else "original"
         values = rounded | {"quantized": again.dequantize(torch.float32), "adapter": bases[seen]}
         for key, value in values.items():
-            self._note_error(key, layer, value, sums[seen])
+            note(self.errors, key, layer, value, sums[seen])
         return to_entries(again, name) if self._is_quantized(name) else {name: rounded[into]}
 
-    def _note_error(self, choice: str, layer: str, value: Tensor, seen: Tensor) -> None:
-        """Note how far `value` lies from the sum that training saw."""
-        self.errors.setdefault(choice, {})[layer] = ((value - seen).norm() / seen.norm()).item()
+    def _finite(self, name: str, value: Tensor) -> Tensor:
+        """The tensor to write. Raises UserError if a number in it is infinite or NaN."""
+        if not value.isfinite().all():
+            reason = "; the adapter or the base model is damaged"
+            if self.plan.choice.dtype == torch.float16:
+                reason = ", which ends at 65504; choose another --dtype"
+            raise UserError(f"{name} is infinite or NaN once merged, in {value.dtype}{reason}")
+        return value
+
+
+def note(errors: dict[str, dict[str, float]], choice: str, layer: str, value: Tensor, seen: Tensor) -> None:
+    """Note how far `value` lies from the sum that training saw."""
+    errors.setdefault(choice, {})[layer] = ((value - seen).norm() / seen.norm()).item()
 
 
 def print_table(errors: dict[str, dict[str, float]], choice: Choice) -> None:
@@ -406,6 +435,36 @@ def print_table(errors: dict[str, dict[str, float]], choice: Choice) -> None:
             worst, middle = max(errors[key].values()), median(errors[key].values())
             mark = "   <- written" * (key == choice.written)
             print(f"  {text:38}{worst:>9.1e}{middle:>9.1e}{mark}")
+
+
+def recommend(merger: Merger, plan: Plan) -> list[str]:
+    """What follows from the medians of the table, in words; nothing where they leave nothing to decide."""
+    distances, rounding = (
+        {key: median(of_layers.values()) for key, of_layers in errors.items()}
+        for errors in (merger.errors, merger.rounding)
+    )
+    lines, size = [], distances.get("adapter", 0)
+    if plan.choice.quantize:
+        if (again := distances.get("quantized", 0)) > size:
+            lines.append(
+                f"leave out --quantize: so written, weights lie {again:.1e} from the trained ones, and the "
+                f"adapter is {size:.1e}"
+            )
+        return lines
+    if {"original", "dequantized"} <= distances.keys():
+        near, far = sorted(("original", "dequantized"), key=distances.get)
+        times = f"{distances[far] / size:,.1f} times the adapter's size" if size else "and the adapter is 0"
+        lines.append(
+            f"--into {near} is the model that was trained, within {distances[near]:.1e}; --into {far} is "
+            f"{distances[far]:.1e} away, {times}"
+        )
+        lines.append("evaluate.py --model says which of them answers better, for a merge of each")
+    lost, size = rounding.get("sum", 0), rounding.get("adapter", 0)
+    if plan.gguf_type is None and size and lost > max(size / 10, FLOAT32_ROUNDING):
+        lines.append(
+            f"rounding takes {lost:.1e}, and the adapter is {size:.1e}: --dtype float32 keeps all of it"
+        )
+    return lines
 
 
 # ---- the files ----
@@ -439,8 +498,12 @@ def write_config(plan: Plan, directory: Path) -> None:
     raw.pop("quantization_config", None)
     raw["tie_word_embeddings"] = plan.config.tie_word_embeddings  # as the files hold the head
     raw["vocab_size"] = plan.config.vocab_size
+    dtype = plan.config.dtype
+    if plan.choice.dtype is not None:
+        dtype = str(plan.choice.dtype).removeprefix("torch.")
+        raw |= {key: dtype for key in ("dtype", "torch_dtype") if key in raw} or {"torch_dtype": dtype}
     if plan.choice.quantize:
-        raw["quantization_config"] = bitsandbytes_config(plan.choice.quant, plan.plain, plan.config.dtype)
+        raw["quantization_config"] = bitsandbytes_config(plan.choice.quant, plan.plain, dtype)
     write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 

@@ -133,6 +133,114 @@ def test_half_precision_files_stay_so_and_each_sum_is_rounded_once(merge, place,
             assert weight.dtype == dtype and torch.equal(weight, (before + delta).to(dtype)), name
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("into", ["original", "dequantized"])
+@torch.no_grad()
+def test_with_dtype_every_weight_is_written_in_it_and_rounded_once_from_float32(
+    merge, place, model_dir, into, quantize
+):
+    shutil.rmtree(place / "base")
+    make_base(place / "base", model_dir, torch.bfloat16)
+    base, layers = stored(place / "base"), lora_layers(adapted(place))
+    for dtype in (torch.float32, torch.float16):
+        name_of = str(dtype).removeprefix("torch.")
+        keys = (
+            "--adapter",
+            place / "adapter",
+            "--into",
+            into,
+            "--dtype",
+            name_of,
+            *["--quantize"] * quantize,
+        )
+        code, out, err = merge(*keys, "--output", place / name_of)
+        assert code == 0, err
+        raw = json.loads((place / name_of / "config.json").read_text())
+        assert {raw[key] for key in ("dtype", "torch_dtype") if key in raw} == {name_of}
+        model = load_model(place / name_of)
+        assert (
+            model.model.norm.weight.dtype == dtype
+            and in_transformers_dtype(place / name_of, quantize) == dtype
+        )
+        if quantize:
+            weight = model.get_submodule(next(iter(layers))).weight
+            assert weight.dtype == dtype
+            assert raw["quantization_config"]["bnb_4bit_compute_dtype"] == name_of
+            continue
+        for name, weight in stored(place / name_of).items():
+            layer, linear = name.removesuffix(".weight"), name.endswith("_proj.weight")
+            quantized = into == "dequantized" and linear
+            before = quantize_4bit(base[name]).dequantize(torch.float32) if quantized else base[name].float()
+            delta = layers[layer].delta_weight("default") if layer in layers else 0
+            assert weight.dtype == dtype and torch.equal(weight, (before + delta).to(dtype)), name
+        worst = printed_errors(out)["dequantized"][0]
+        assert worst < 1e-7 if dtype == torch.float32 else 1e-5 < worst < 2**-11  # float16's unit
+
+
+def in_transformers_dtype(directory, quantized) -> torch.dtype:
+    """The dtype in which transformers would load a directory."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    return config.dtype
+
+
+def test_a_weight_beyond_float16s_range_is_named(merge, place, model_dir):
+    base = load_model(place / "base")
+    base.model.norm.weight.data[0] = 1e5
+    save_model(base, place / "base")
+    keys = ("--adapter", place / "adapter", "--output", place / "merged", "--dtype", "float16")
+    code, _, err = merge(*keys)
+    assert code == 2 and "norm.weight is infinite or NaN once merged, in torch.float16" in err
+    assert "choose another --dtype" in err and not (place / "merged").exists()
+
+
+@pytest.mark.parametrize("std", [1, 2e-5])
+def test_the_table_ends_in_what_follows_from_its_figures(merge, place, model_dir, std):
+    shutil.rmtree(place / "base")
+    make_base(place / "base", model_dir, torch.bfloat16)
+    change_tensors(
+        place, lambda tensors: tensors.update({k: t * std for k, t in tensors.items() if "lora_B" in k})
+    )
+    said = {}
+    for name, options in {
+        "original": (),
+        "float32": ("--dtype", "float32"),
+        "quantized": ("--quantize",),
+        "gguf": (),
+    }.items():
+        output = place / (f"{name}.gguf" if name == "gguf" else name)
+        code, out, err = merge("--adapter", place / "adapter", "--output", output, *options)
+        assert code == 0, err
+        said[name], errors = out, printed_errors(out)
+        adapter, away = errors["adapter"][1], errors["original"][1]
+        if name == "quantized":
+            assert ("leave out --quantize" in out) == (errors["quantized"][1] > adapter)
+            continue
+        (line,) = re.findall("^--into dequantized is the model that was trained.*", out, re.M)
+        assert f"--into original is {away:.1e} away" in line
+        times = float(re.search(r"([\d.,]+) times", line)[1].replace(",", ""))
+        assert times == pytest.approx(away / adapter, rel=0.1)
+        rounds = errors["dequantized"][1] > adapter / 10 and name != "gguf"
+        assert ("--dtype float32 keeps all of it" in out) == rounds
+    assert ("--dtype float32 keeps" in said["original"]) == (std < 1e-3)
+    assert "--dtype float32 keeps" not in said["float32"]
+
+
+def test_an_adapter_smaller_than_the_rounding_of_unquantized_weights_is_told(merge, place, model_dir):
+    shutil.rmtree(place / "base")
+    make_base(place / "base", model_dir, torch.bfloat16)
+    (place / "adapter" / "training_config.yaml").write_text("quantization_bit: null\n")
+    keys = ("--adapter", place / "adapter", "--output")
+    assert "--dtype" not in merge(*keys, place / "large")[1]
+    change_tensors(
+        place, lambda tensors: tensors.update({k: t * 1e-4 for k, t in tensors.items() if "lora_B" in k})
+    )
+    code, out, _ = merge(*keys, place / "small")
+    assert code == 0 and "--dtype float32 keeps all of it" in out and "--into" not in out
+    assert "--dtype" not in merge(*keys, place / "float32", "--dtype", "float32")[1]
+
+
 @pytest.mark.parametrize("into", ["original", "dequantized"])
 @torch.no_grad()
 def test_the_printed_errors_are_those_of_the_weights_that_each_choice_writes(merge, place, model_dir, into):
