@@ -105,7 +105,7 @@ def plot_lengths(lengths: Sequence[int], supervised: Sequence[int], cutoff_len: 
 
 
 def series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Return the steps with a value of this name, and the values; without NaN, infinity and what is near it."""
+    """Return the steps with a value of this name, and the values, without NaN and huge ones."""
     points = [(record["step"], record[name]) for record in records if name in record]
     points = [point for point in points if all(abs(number) <= LARGEST for number in point)]
     return [step for step, _ in points], [value for _, value in points]
