@@ -205,7 +205,11 @@ class ChatTemplate:
         """
         encoded, before = self.encode_all(messages), messages[:-1]
         start = int(np.argmax(encoded.answers == encoded.answers.max()))
-        if not encoded.answers.any() or encoded.input_ids[:start].tolist() == self.encode_prompt(before):
+        try:
+            prompt = self.encode_prompt(before)
+        except UserError:  # a template may refuse a conversation that ends before the answer
+            return None
+        if not encoded.answers.any() or encoded.input_ids[:start].tolist() == prompt:
             return None
         asked, trained = self._render(before, add_generation_prompt=True), self._render(messages)
         same = len(commonprefix([asked, trained]))

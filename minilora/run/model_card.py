@@ -157,13 +157,17 @@ def _ask(plan: Plan, form: PromptFormat) -> str:
     """The lines of the snippet that make the prompt.
 
     transformers reads a `tokenizer.json` as training did. With a `tokenizer.model` it puts BOS and the "▁" in
-    front of a text or leaves them out, as other files say. So the prompt has both, and it adds nothing.
+    front of a text or leaves them out, as other files say. So the prompt has both, and it adds nothing; a
+    template's prompt, too, unless it holds other special tokens.
     """
+    tokenizer, reads_json = plan.tokenizer, (plan.output_dir / "tokenizer.json").is_file()
+    bos = tokenizer.special_tokens["bos_token"] if tokenizer.puts_bos else ""
+    prompt, options = form.example.removeprefix(bos) if form.template else form.example, ""
     if form.template:
-        return ASK_WITH_TEMPLATE.format(question=QUESTION)
-    prompt, options, tokenizer = form.example, "", plan.tokenizer
-    if not (plan.output_dir / "tokenizer.json").is_file():
-        bos = tokenizer.special_tokens["bos_token"] if tokenizer.puts_bos else ""
+        ids = plan.template.encode_prompt([{"role": "user", "content": QUESTION}]) if form.example else []
+        if reads_json or not ids or any(map(tokenizer.is_special, ids[bool(bos) :])):
+            return ASK_WITH_TEMPLATE.format(question=QUESTION)
+    if not reads_json:
         first = tokenizer.token(tokenizer.encode(prompt, bos=False)[0])
         prompt, options = bos + " " * first.startswith("▁") + prompt, ", add_special_tokens=False"
     return ASK_AS_WRITTEN.format(prompt=prompt, options=options)

@@ -67,7 +67,7 @@ ROWS = {
     ("prompt", None, False, QUESTION),
     ("prompt", None, True, QUESTION),
     ("prompt", "alpaca", True, f"{BOS}{ALPACA}"),
-    ("instruction", None, False, ALPACA),
+    ("instruction", None, False, f"<s>{ALPACA}"),
     ("messages", "tokenizer", True, f"<|user|>\n{QUESTION}{EOS}\n<|assistant|>\n"),
     ("text", None, False, "The"),
 ])  # fmt: skip
@@ -84,7 +84,7 @@ def test_the_snippet_runs_as_it_is_and_gives_the_answer_of_the_adapter(
     assert "".join(f"    {line}\n" for line in shown.split("\n")) in card
     tokenizer = load_tokenizer(directory)
     prompt, turn_end = tokenizer.encode(shown), None
-    if template is not None:
+    if template is not None or form == "instruction":  # whose template is saved with the adapter
         chat = load_chat_template(template, tokenizer)
         prompt, turn_end = chat.encode_prompt([{"role": "user", "content": QUESTION}]), chat.end_id
     model = load_model(base, dtype=torch.float32)
