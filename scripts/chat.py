@@ -13,6 +13,7 @@ The chat template formats what you type: by default the tokenizer's own, which t
 adapter, or --template NAME; plain adds nothing to the words. Without any template, the model cannot tell one
 turn from the next, so every line is a separate prompt, as in training.
 
+    --model DIR                                   default: the model that the adapters name
     --temperature 0.7  --top_p 0.9  --top_k 50    how tokens are sampled; temperature 0: the most likely one
     --repetition_penalty 1  --max_new_tokens 512  --seed 42
     --system TEXT                                 the system prompt, if the template supports one
@@ -33,6 +34,9 @@ conversation only new tokens go through the model: the KV cache keeps the earlie
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 import contextlib

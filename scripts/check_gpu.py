@@ -3,12 +3,17 @@
     python scripts/check_gpu.py                          everything: its table is docs/benchmarks/<card>.md
     python scripts/check_gpu.py --only gradients,steps   these sections: their table is in the folder of --out
     python scripts/check_gpu.py --emulate t4             as on a T4: float16, 15 GiB, no flash attention
-    python scripts/check_gpu.py --tiny                   a dry run with small shapes
+    python scripts/check_gpu.py --tiny                   a dry run with small shapes, few repeats
 
-The sections run in the order of SECTIONS, the most telling first. Each runs in a process of its own, so one
-that crashes or hangs takes nothing from the next. A section is skipped if less time is left than its plan
-says. Results are written as they come: every event to results.jsonl, with the tracebacks of what failed, and
-the table anew after each of them. So a run that is killed leaves what it has measured.
+    --budget SECONDS    in all; default: 480
+    --out FOLDER        of results.jsonl and of logs; default: outputs/check_gpu
+    --table FILE        Markdown; default: docs/benchmarks/<card>.md, or in --out if not everything is run
+
+The sections are environment, attention, gradients, kernels, steps, peer, t4, decode, trainer and tests. They
+run in this order, the most telling first. Each runs in a process of its own, so one that crashes or hangs
+takes nothing from the next. A section is skipped if less time is left than its plan says. Results are written
+as they come: every event to results.jsonl, with the tracebacks of what failed, and the table anew after each
+of them. So a run that is killed leaves what it has measured.
 
 Exit codes: 0 every section ran and its claims hold, 1 some failed or had no time, 2 the command line is wrong
 or there is no GPU.
@@ -16,6 +21,9 @@ or there is no GPU.
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 import os
@@ -78,16 +86,13 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    only_help = f"of these, separated by commas: {', '.join(NAMES)}"
-    parser.add_argument("--only", metavar="NAMES", help=only_help)
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all; default: %(default)s")
-    parser.add_argument("--emulate", choices=["t4"], help="use the card as an older one is used")
-    parser.add_argument("--tiny", action="store_true", help="a dry run: small shapes, few repeats")
-    out_help = "folder of results.jsonl and of logs; default: %(default)s"
-    parser.add_argument("--out", type=local_path, default=Path("outputs/check_gpu"), help=out_help)
-    table_help = "Markdown file; default: docs/benchmarks/<card>.md, or in --out if not everything is run"
-    parser.add_argument("--table", type=local_path, help=table_help)
+    parser = ArgumentParser(help_text=__doc__)
+    parser.add_argument("--only")
+    parser.add_argument("--budget", type=float, default=BUDGET)
+    parser.add_argument("--emulate", choices=["t4"])
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=local_path, default=Path("outputs/check_gpu"))
+    parser.add_argument("--table", type=local_path)
     options = parser.parse_args()
     options.sections = sections_of(options.only or ",".join(NAMES))
     if not 0 < options.budget <= 3600:

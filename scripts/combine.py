@@ -3,9 +3,12 @@
     python scripts/combine.py --adapter one:0.7 --adapter two:0.3 --output new
     python scripts/combine.py --adapter one:1 --adapter two:-0.5 --combination_type cat --output new
 
-    svd       the nearest adapter of rank --svd_rank to the sum; default: the adapters' largest rank
-    cat       exactly the sum; its rank is the sum of the ranks
-    linear    the factors are added, not their products: rough; all ranks must be equal
+    --adapter ADAPTER:WEIGHT     may be repeated; a directory or a hub id, and the weight of its update
+    --output DIRECTORY           a new directory
+    --combination_type svd       the nearest adapter of rank --svd_rank to the sum (the default)
+                       cat       exactly the sum; its rank is the sum of the ranks
+                       linear    the factors are added, not their products: rough; all ranks must be equal
+    --svd_rank RANK              default: the adapters' largest rank
 
 These are PEFT's `add_weighted_adapter`. The script prints each layer's error, the norm of the difference to
 the exact sum over the sum's norm, and whether the new adapter loads in PEFT, vLLM and SGLang. The output
@@ -14,6 +17,9 @@ appears complete or not at all. No base model is read.
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 import math
@@ -50,12 +56,11 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--adapter", action="append", required=True, metavar="ADAPTER:WEIGHT", help="directory or hub id")
-    add("--combination_type", choices=COMBINATION_TYPES, default="svd", help="default: %(default)s")
-    add("--svd_rank", type=int, help="rank of the result of svd")
-    add("--output", type=local_path, required=True, help="new directory")
+    parser = ArgumentParser(help_text=__doc__)
+    parser.add_argument("--adapter", action="append", required=True)
+    parser.add_argument("--combination_type", choices=COMBINATION_TYPES, default="svd")
+    parser.add_argument("--svd_rank", type=int)
+    parser.add_argument("--output", type=local_path, required=True)
     return parser.parse_args()
 
 

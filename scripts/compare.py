@@ -1,9 +1,10 @@
 """Compare several training runs, or look at one: a table, a picture, and a page for the browser.
 
     python scripts/compare.py runs/a runs/b runs/c
-    python scripts/compare.py runs/* --output compare.png
-    python scripts/compare.py runs/* --html compare.html
+    python scripts/compare.py runs/* --output compare.png    the picture's file; default: compare.png
+    python scripts/compare.py runs/* --html compare.html     also write a page for the browser into this file
 
+Each directory is the output_dir of a training run.
 The table has a line for each run: the number of steps, the last training loss, the lowest held-out loss and
 its step, the speed (a median, so that a slow first step does not matter), the peak memory, the time that the
 steps took, the share of exact answers, and the settings that differ. A dash marks a figure that the run did
@@ -16,8 +17,10 @@ one file that needs no network. The script reads only `metrics.jsonl`, `training
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
 
-import argparse
+    answer_help(__doc__)
+
 import io
 import statistics
 import sys
@@ -59,11 +62,10 @@ class Run:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", metavar="DIRECTORY", help="output_dir of a training run")
-    picture_help = "file of the picture (default: %(default)s)"
-    parser.add_argument("--output", type=local_path, default="compare.png", help=picture_help)
-    parser.add_argument("--html", type=local_path, help="also write a page for the browser into this file")
+    parser = ArgumentParser(help_text=__doc__)
+    parser.add_argument("directories", nargs="+", metavar="DIRECTORY")
+    parser.add_argument("--output", type=local_path, default="compare.png")
+    parser.add_argument("--html", type=local_path)
     options = parser.parse_args()
     check_picture("--output", options.output)
     if options.html:

@@ -9,6 +9,9 @@ appears complete or not at all. `minilora/formats/pickled.py` tells what is read
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import shutil
 from collections.abc import Iterator

@@ -28,6 +28,9 @@ Loss is the mean per supervised token over the whole set, so it does not depend 
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 import math

@@ -2,6 +2,12 @@
 
     python scripts/extract.py --base mistralai/Mistral-7B-v0.1 --tuned my-finetune --lora_rank 16 --output new
 
+    --base MODEL            the model before training, directory or hub id
+    --tuned MODEL           the model after training, directory or hub id
+    --output DIRECTORY      a new directory
+    --lora_rank RANK        of the adapter; default: 16
+    --lora_target NAMES     of layers, with commas between them; default: all-linear
+
 For each linear layer, tuned - base is a matrix of any rank. The r largest parts of its singular value
 decomposition are the nearest matrix of rank r. The script prints each layer's error, the norm of what is left
 out over the norm of the difference. It names the other tensors that differ: embeddings, the output head and
@@ -10,6 +16,9 @@ norms are no part of this adapter. Files are read tensor by tensor. The output a
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 from collections import Counter
@@ -54,13 +63,12 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--base", required=True, help="the model before training, directory or hub id")
-    add("--tuned", required=True, help="the model after training, directory or hub id")
-    add("--lora_rank", type=int, default=16, help="rank of the adapter; default: %(default)s")
-    add("--lora_target", default="all-linear", help="names of layers, with commas; default: %(default)s")
-    add("--output", type=local_path, required=True, help="new directory")
+    parser = ArgumentParser(help_text=__doc__)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--tuned", required=True)
+    parser.add_argument("--lora_rank", type=int, default=16)
+    parser.add_argument("--lora_target", default="all-linear")
+    parser.add_argument("--output", type=local_path, required=True)
     options = parser.parse_args()
     if options.lora_target != "all-linear":
         options.lora_target = options.lora_target.split(",")

@@ -3,14 +3,18 @@
     python scripts/lint_adapter.py outputs
     python scripts/lint_adapter.py outputs --model mistralai/Mistral-7B-v0.1
 
-With --model, names and shapes are compared with the base model's. None of the three programs is installed or
-started: `minilora/adapters/lint.py` knows their rules. The weights are read once, to find a NaN. Exits with 0
-if all three load the adapter as it was trained, 1 if some do not or nobody can tell, 2 if the directory holds
-no adapter. A command that is advised takes this adapter.
+The adapter and the base model are directories or hub ids. With --model, names and shapes are compared with
+the base model's. None of the three programs is installed or started: `minilora/adapters/lint.py` knows their
+rules. The weights are read once, to find a NaN. Exits with 0 if all three load the adapter as it was trained,
+1 if some do not or nobody can tell, 2 if the directory holds no adapter. A command that is advised takes this
+adapter.
 """
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import sys
 
@@ -21,9 +25,9 @@ from minilora.system.hub import resolve_model
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("adapter", help="its directory, or its hub id")
-    parser.add_argument("--model", help="base model, directory or hub id, to compare names and shapes with")
+    parser = ArgumentParser(help_text=__doc__)
+    parser.add_argument("adapter")
+    parser.add_argument("--model")
     options = parser.parse_args()
     base_config = read_config(resolve_model(options.model)) if options.model else None
     findings = lint_adapter(resolve_model(options.adapter), base_config)

@@ -17,6 +17,9 @@ qwen2.5-7b, tinyllama-1.1b.
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import io
 from collections.abc import Callable, Collection, Sequence

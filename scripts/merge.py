@@ -5,6 +5,18 @@
     python scripts/merge.py --adapter outputs --output model.gguf --outtype q8_0  llama.cpp, Ollama, LM Studio
     python scripts/merge.py --adapter outputs --export_adapter plain              any server; merges nothing
 
+    --adapter ADAPTER               its directory, or its hub id
+    --output PATH                   a new directory, or a new file that ends in .gguf
+    --export_adapter DIRECTORY      in place of --output: a new directory for the plain adapter
+    --model MODEL                   the base model, directory or hub id; default: the one the adapter names
+    --into original                 or dequantized, see below; default: original, if the files hold them
+    --dtype float32                 or bfloat16, float16, of a directory's weights; default: the base's
+    --outtype f16                   or q8_0: of the matrices of a .gguf file; default: f16
+    --quantize                      write the matrices quantized, as training had them
+    --quantization_type nf4         or fp4; default: as in training, or nf4
+    --double_quantization true      or false; default: as in training, or true
+    --accept_config_fields NAMES    unknown fields of the base's config.json; default: as in training
+
 An adapter corrects the weights it was trained on. QLoRA trains on Q = dequantize(quantize(W)), which is all
 that 4 bits keep of W. So there are two weights to add the adapter to:
 
@@ -21,9 +33,8 @@ table stands what follows from its figures. An adapter trained without quantizat
 and goes into the original weights.
 
 Sums are computed in float32 and rounded once, to the dtype of the base's file or to --dtype; the distances
-include this rounding. Memory holds one tensor at a time,
-and one output file of about 1 GB until it is written: a 7B model needs less than 4 GB. The output appears
-complete or not at all.
+include this rounding. Memory holds one tensor at a time, and one output file of about 1 GB until it is
+written: a 7B model needs less than 4 GB. The output appears complete or not at all.
 
 --export_adapter merges nothing. It writes rsLoRA, ranks and alphas by layer, patterns and chosen layers as
 plain LoRA: one rank, one alpha, names. SGLang knows nothing else (minilora/adapters/export.py). Then it
@@ -32,6 +43,9 @@ prints for each server whether the adapter loads there, as scripts/lint_adapter.
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 import json
@@ -99,21 +113,19 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(help_text=__doc__)
     add, target = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    add("--adapter", required=True, help="its directory, or its hub id")
-    target.add_argument("--output", type=local_path, help="new directory, or new file that ends in .gguf")
-    target.add_argument(
-        "--export_adapter", type=local_path, metavar="DIRECTORY", help="new directory for the plain adapter"
-    )
-    add("--model", help="base model, directory or hub id; default: the one that the adapter names")
-    add("--into", choices=("original", "dequantized"), help="default: original, if the files hold them")
-    add("--dtype", choices=FLOATS, help="of the weights in a directory; default: as the base stores them")
-    add("--outtype", choices=("f16", "q8_0"), help="of the matrices of a .gguf file; default: f16")
-    add("--quantize", action="store_true", help="write them quantized, as training had them")
-    add("--quantization_type", choices=QUANT_TYPES, help="as in training; default: nf4")
-    add("--double_quantization", choices=("true", "false"), help="as in training; default: true")
-    add("--accept_config_fields", help="unknown fields of the base's config.json; default: as in training")
+    add("--adapter", required=True)
+    target.add_argument("--output", type=local_path)
+    target.add_argument("--export_adapter", type=local_path)
+    add("--model")
+    add("--into", choices=("original", "dequantized"))
+    add("--dtype", choices=FLOATS)
+    add("--outtype", choices=("f16", "q8_0"))
+    add("--quantize", action="store_true")
+    add("--quantization_type", choices=QUANT_TYPES)
+    add("--double_quantization", choices=("true", "false"))
+    add("--accept_config_fields")
     options = parser.parse_args()
     options.to_gguf = options.output is not None and options.output.suffix == ".gguf"
     return options

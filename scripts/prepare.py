@@ -25,6 +25,9 @@ No weights are read, and no weights of a model on the hub are downloaded.
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 import json
@@ -129,9 +132,6 @@ class Encoding:
 
 
 def main() -> None:
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(__doc__, end="")
-        return
     options, keys = parse_options()
     check_options(options)
     config = load_train_config(keys, DEFAULT_RUN)
@@ -163,7 +163,7 @@ def main() -> None:
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
     """Return the options of this script, and the remaining arguments: keys of the trainer."""
-    parser = ArgumentParser()
+    parser = ArgumentParser(help_text=__doc__)
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--skip_invalid", action="store_true")
     parser.add_argument("--output", type=local_path, default=Path("prepared"))

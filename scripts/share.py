@@ -13,6 +13,9 @@ name=owner/name.
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 from minilora.adapters.save_load import read_adapter
 from minilora.run.sharing import files_to_share, make_destinations, send_to_all

@@ -26,6 +26,9 @@ run has saved a checkpoint).
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import io
 import itertools

@@ -7,9 +7,8 @@
     torchrun --nproc-per-node 2 scripts/train.py --config run.yaml
     python scripts/train.py --help                             every key, its default and its meaning
 
-`train` is the whole story, and its parts follow in order. A `Plan` holds every decision of a run. It is
-complete before any weight is read, so every cheap mistake shows at once, before anything is written. A `Run`
-holds everything that changes while the model trains. A checkpoint saves it.
+`train` is the whole story, its parts in order. A `Plan` holds every decision. It is complete before a weight
+is read, so every cheap mistake shows at once. A `Run` holds what changes while training; checkpoints save it.
 
 Exit codes: 0 done, 2 a mistake of the user's (one line explains it), 130 interrupted by Ctrl-C, SIGTERM or
 SIGHUP (after a checkpoint is saved), 128 + n ended by signal n outside the loop. torchrun turns them into 1.
@@ -17,6 +16,10 @@ SIGHUP (after a checkpoint is saved), 128 + n ended by signal n outside the loop
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.run.manual import manual
+    from minilora.system.early_help import answer_help
+
+    answer_help(manual())
 
 import math
 import sys
@@ -44,7 +47,7 @@ from minilora.run import checkpoints, report
 from minilora.run.divergence import explain_not_finite
 from minilora.run.plan import Plan, make_plan
 from minilora.run.random_state import random_state, set_random_state
-from minilora.run.settings import TrainConfig, load_train_config, manual
+from minilora.run.settings import TrainConfig, load_train_config
 from minilora.run.stop_signal import StopSignal
 from minilora.run.tracker import StepMetrics, Tracker
 from minilora.run.vocabulary import load_base_model
@@ -54,9 +57,6 @@ from minilora.system.errors import run_script
 
 
 def main() -> None:
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(manual(), end="")
-        return
     processes = join_processes()
     with processes.only_main_prints():
         train(load_train_config(sys.argv[1:], DEFAULT_RUN), processes)

@@ -21,7 +21,7 @@ FLOORS = (
     ("adapters",),
     ("run",),
     ("inference",),
-    ("__init__",),
+    ("__init__", "__main__"),
     ("scripts",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

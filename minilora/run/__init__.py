@@ -1,6 +1,7 @@
 """One training run, except for its loop, which is in scripts/train.py. Read in this order:
 
 settings.py      every key of a run, from the command line and YAML; yaml_file.py: YAML within limits
+manual.py        what train.py --help prints of these keys, without importing them
 llama_factory.py LLaMA-Factory's keys; dataset_info.py: its list of datasets
 training_arguments.py: the keys of Hugging Face's TrainingArguments that are not ours
 plan.py          every decision that needs no weights; datasets.py: the examples

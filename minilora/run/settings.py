@@ -12,7 +12,6 @@ upper limits, `LARGEST`: a typing error should end in a line, not in a machine w
 """
 
 import contextlib
-import inspect
 import math
 import re
 import types
@@ -548,33 +547,3 @@ def _parse_number(name: str, value: object, whole: bool) -> int | float:
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {_shown(value)}") from error
     return int(number) if whole else number
-
-
-# ---- the manual --------------------------------------------------------------------------------------------
-
-
-def manual() -> str:
-    """The text of --help: every key with its default and meaning, by sections."""
-    lines = ["usage: train.py [--config FILE.yaml] [--KEY VALUE ...]"]
-    for section, keys in documented_keys().items():
-        lines.append(f"\n{section}")
-        for name, default, meaning in keys:
-            lines.append(f"  --{name} {default}".ljust(42) + (f"  {meaning}" if meaning else ""))
-    short_names = [f"{alias} = {name}" for alias, name in ALIASES.items()]
-    short_names += [f"{switch} = quantization_bit 4" for switch in SWITCHES]
-    lines += ["", f"short names: {', '.join(short_names)}", ""]
-    return "\n".join(lines)
-
-
-def documented_keys() -> dict[str, list[tuple[str, str, str]]]:
-    """{section: [(name, default, meaning and limit), ...]}, parsed from the source of TrainConfig above."""
-    source = inspect.getsource(TrainConfig).partition("def __post_init__")[0]
-    sections: dict[str, list[tuple[str, str, str]]] = {}
-    for line in re.findall(r"^    (# .+|\w+: .+ = .+)$", source, re.MULTILINE):
-        if line.startswith("# "):
-            keys = sections[line[2:]] = []
-        else:
-            name, default, meaning = re.fullmatch(r"(\w+): .+? = (.+?)(?:  # (.+))?", line).groups(default="")
-            limit = f"; at most {LARGEST[name]:,}" if name in LARGEST else ""
-            keys.append((name, default, meaning + limit))
-    return sections

@@ -5,6 +5,17 @@
     python scripts/dev/bench.py --peer --model DIR --tokens 512 --bf16 --gradient_checkpointing full
     python scripts/dev/bench.py --peer --model DIR --data alpaca.json --batch 4 --tokens 512 --steps 20
 
+    --peer                         time transformers + bitsandbytes + PEFT too
+    --model DIR                    default: a random Llama of these sizes:
+    --width 512 --layers 8 --vocab 32000 --batch 1 --tokens 256 --steps 5
+    --data FILE                    train on its examples, cut at --tokens; default: random tokens
+    --tokenizer DIR                for --data; default: the model's
+    --quantization_bit 4           or none
+    --gradient_checkpointing off   or selective, full, offload; the peer recomputes all or nothing
+    --optim adamw_8bit             or adamw_torch, adamw_bnb_8bit, paged_adamw_8bit; the peer uses its own
+    --bf16, --fp16                 compute in bfloat16 or float16; default: as scripts/train.py
+    --output FILE                  write all figures as JSON
+
 Each side (bench_sides.py) reads the same checkpoint in a process of its own, so that its peak memory can be
 measured. The script first compares their losses and their gradients on the step with the longest example, and
 stops if they differ. Both warm up on that step. Then the steps of the two sides alternate, so that a machine
@@ -19,6 +30,9 @@ table says which share of a side's time they are.
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 import contextlib
@@ -90,23 +104,17 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="directory of a model; default: a random Llama of these sizes")
+    parser = ArgumentParser(help_text=__doc__)
+    for name in ("model", "data", "tokenizer"):
+        parser.add_argument(f"--{name}")
     for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
-    data_help = "train on the examples of this file, cut at --tokens; default: random tokens"
-    parser.add_argument("--data", help=data_help)
-    parser.add_argument("--tokenizer", help="directory of a tokenizer for --data; default: the model's")
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--quantization_bit", default="4", choices=["4", "none"])
-    policy_help, optim_help = "the peer recomputes all or nothing", "the peer uses bitsandbytes' own"
-    parser.add_argument("--gradient_checkpointing", default="off", choices=POLICIES, help=policy_help)
-    parser.add_argument("--optim", default="adamw_8bit", choices=OPTIMIZERS, help=optim_help)
-    parser.add_argument(
-        "--bf16", action="store_true", help="compute in bfloat16; default: as scripts/train.py"
-    )
-    parser.add_argument("--fp16", action="store_true", help="compute in float16")
-    parser.add_argument("--peer", action="store_true", help=f"time {PEER} too")
-    parser.add_argument("--output", type=local_path, help="write all figures to this JSON file")
+    parser.add_argument("--gradient_checkpointing", default="off", choices=POLICIES)
+    parser.add_argument("--optim", default="adamw_8bit", choices=OPTIMIZERS)
+    for name in ("bf16", "fp16", "peer"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--output", type=local_path)
     options = parser.parse_args()
     for name in SIZES:
         if not 1 <= getattr(options, name) <= LARGEST:

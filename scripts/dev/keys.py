@@ -10,6 +10,9 @@ tests/run/llama_factory/examples.yaml. A test checks that all three are up to da
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import contextlib
 import io
@@ -30,7 +33,8 @@ from minilora.formats.config_fields import (
 )
 from minilora.formats.config_json import parse_config
 from minilora.run.llama_factory import DEFAULTS, INSTEAD, NEEDED, NO_EFFECT, TRANSLATED, VALUES
-from minilora.run.settings import ALIASES, SWITCHES, documented_keys, make_train_config
+from minilora.run.manual import documented_keys
+from minilora.run.settings import ALIASES, SWITCHES, make_train_config
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.errors import ArgumentParser, UserError, run_script
 from minilora.system.files import write_whole
@@ -42,7 +46,7 @@ PAGE, FIELDS_PAGE, EXAMPLES_PAGE = DOCS / "keys.md", DOCS / "config_fields.md", 
 
 
 def main() -> None:
-    ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # it has no options
+    ArgumentParser(help_text=__doc__).parse_args()  # it has no options
     for path, text in ((PAGE, page()), (FIELDS_PAGE, fields_page()), (EXAMPLES_PAGE, examples_page())):
         write_whole(path, text)
         print(f"written: {path}")

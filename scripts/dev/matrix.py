@@ -9,6 +9,9 @@ names. The columns of the two servers are the linter's verdicts (minilora/adapte
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import json
 import sys
@@ -39,7 +42,7 @@ COLUMNS = ("read", "run", "train", "merge", "PEFT loads ours", "vLLM", "SGLang",
 
 
 def main() -> None:
-    ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # it has no options
+    ArgumentParser(help_text=__doc__).parse_args()  # it has no options
     sys.path.insert(0, str(ROOT / "tests"))
     from support.adapter_kinds import KINDS
 

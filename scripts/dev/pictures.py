@@ -1,6 +1,7 @@
 """Draw the pictures of the documents.
 
-    python scripts/dev/pictures.py     rewrites docs/pictures/, in seconds and without a model
+    python scripts/dev/pictures.py                 rewrites docs/pictures/, in seconds and without a model
+    python scripts/dev/pictures.py --output DIR    another directory of the PNG files
 
     codes.png     the sixteen values of three 4-bit codes, among the weights           docs/quantization.md
     error.png     error against bits per weight, both measured                         docs/quantization.md
@@ -17,6 +18,9 @@ if __name__ == "__main__":
     import sys
     from pathlib import Path
 
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
     sys.path.append(str(Path(__file__).resolve().parents[1]))  # for memory.py, a script of the users
 
 import io
@@ -59,9 +63,8 @@ MISTRAL_7B |= dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_h
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    directory_help = "directory of the PNG files (default: %(default)s)"
-    parser.add_argument("--output", type=local_path, default="docs/pictures", help=directory_help)
+    parser = ArgumentParser(help_text=__doc__)
+    parser.add_argument("--output", type=local_path, default="docs/pictures")
     directory = parser.parse_args().output
     try:
         directory.mkdir(parents=True, exist_ok=True)

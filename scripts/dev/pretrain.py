@@ -2,6 +2,10 @@
 
     python scripts/dev/pretrain.py     rewrites assets/, under 25 minutes on 2 cores
 
+    --output FOLDER    default: assets
+    --steps N          of 3,072 tokens; default: 2400
+    --seed N           of the world, the texts and the initial weights; default: 0
+
     world -> texts -> sentencepiece vocabulary -> packed rows -> AdamW
         -> assets/base, assets/train.jsonl, assets/test.jsonl
 
@@ -16,6 +20,9 @@ idea of Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularizati
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # noqa: F401  first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 import contextlib
@@ -78,13 +85,10 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    steps_help, seed_help = f"steps of {ROW * ROWS} tokens", "of the world, the texts and the initial weights"
-    parser.add_argument(
-        "--output", type=local_path, default="assets", help="folder to write to (default: assets)"
-    )
-    parser.add_argument("--steps", type=int, default=2400, help=steps_help + " (default: 2400)")
-    parser.add_argument("--seed", type=int, default=0, help=seed_help + " (default: 0)")
+    parser = ArgumentParser(help_text=__doc__)
+    parser.add_argument("--output", type=local_path, default="assets")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.steps < 1:
         raise UserError(f"--steps must be a positive whole number, not {arguments.steps}")

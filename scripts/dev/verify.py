@@ -4,6 +4,12 @@
     python scripts/dev/verify.py --family all --output docs/parity.md  all six families, and the report
     python scripts/dev/verify.py --model assets/base                   the same rows on weights of your own
 
+    --family NAME    llama, mistral, qwen2, qwen3, ministral, smollm3, or all; default: llama
+    --model DIR      a directory with unquantized weights, in place of a random model
+    --output FILE    the report, in Markdown
+    --steps N        of each optimizer; default: 20
+    --seed N         of everything random; default: 0
+
 Both sides load the same files and get the same tokens and the same random adapter (B too: B = 0 would hide
 most of LoRA). Both compute in float32 on the CPU. Each row compares one thing, tensor by tensor, in one of
 two ways, and shows the worst tensor and the median:
@@ -24,6 +30,9 @@ Exit codes: 0 every row is ok, 1 a row failed, 2 the command line or the model i
 
 if __name__ == "__main__":
     import minilora.system.interrupts  # first, for Ctrl-C during the other imports
+    from minilora.system.early_help import answer_help
+
+    answer_help(__doc__)
 
 import argparse
 import math
@@ -101,14 +110,13 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(help_text=__doc__)
     subject = parser.add_mutually_exclusive_group()
-    families, default = (*FAMILIES, "all"), "; default: %(default)s"
-    subject.add_argument("--family", choices=families, default="llama", help="of the random model" + default)
-    subject.add_argument("--model", help="directory with unquantized weights, instead of a random model")
-    parser.add_argument("--output", type=local_path, help="Markdown file to write")
-    parser.add_argument("--steps", type=int, default=20, help="steps of each optimizer" + default)
-    parser.add_argument("--seed", type=int, default=0, help="of everything random" + default)
+    subject.add_argument("--family", choices=(*FAMILIES, "all"), default="llama")
+    subject.add_argument("--model")
+    parser.add_argument("--output", type=local_path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 

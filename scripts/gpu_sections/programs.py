@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import minilora
 from gpu_sections.section import Check, Skip
 from minilora.system.assets import DEFAULT_RUN
 from minilora.system.files import read_json_lines
@@ -105,6 +106,6 @@ def gpu_tests(check: Check) -> None:
 
 def environment() -> dict[str, str]:
     """Return the environment in which programs find minilora if it is not installed, and print UTF-8."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(minilora.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     variables = {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONIOENCODING": "utf-8"}
     return os.environ | variables

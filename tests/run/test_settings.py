@@ -14,8 +14,9 @@ from minilora.adapters.peft_format import PEFT_DEFAULTS
 from minilora.data.examples import Order
 from minilora.formats.config_fields import CHANGES_NOTHING, CONFIG_FIELDS, ROPE_FIELDS
 from minilora.run.llama_factory import KEYS
+from minilora.run.manual import documented_keys, manual
 from minilora.run.plan import make_schedule
-from minilora.run.settings import ALIASES, LARGEST, TrainConfig, documented_keys, load_train_config, manual
+from minilora.run.settings import ALIASES, LARGEST, TrainConfig, load_train_config
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 from support.project import PROGRAM_ENVIRONMENT, ROOT
 
+from minilora.system.early_help import answer_help
 from minilora.system.errors import UserError, run_script
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
@@ -63,3 +64,11 @@ def test_a_question_in_another_encoding_than_the_terminals_is_refused_in_one_lin
     monkeypatch.setattr(sys, "stdin", typed)
     with pytest.raises(UserError, match="the line is not ascii.*PYTHONIOENCODING"):
         chat.read_question()
+
+
+def test_help_is_printed_on_such_a_console_too(monkeypatch):
+    written = stdout_of("ascii", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        answer_help("größe\n")
+    assert not end.value.code and written.getvalue() == b"gr\\xf6\\xdfe\n"

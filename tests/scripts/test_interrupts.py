@@ -13,6 +13,7 @@ SCRIPTS = sorted(
     for path in (ROOT / "scripts").rglob("*.py")
     if "run_script(main)" in path.read_text(encoding="utf-8")
 )
+COMMAND = ROOT / "minilora" / "__main__.py"
 # Runs a script as the command line does, and sends Ctrl-C when it imports the Nth module after the first.
 IMPORTING = """
 import os, runpy, signal, sys
@@ -27,7 +28,7 @@ class Finder:
             os.kill(os.getpid(), signal.SIGINT)
 
 sys.meta_path.insert(0, Finder())
-sys.argv = [script, "--help"]
+sys.argv = [script, "train"]  # a command, and for scripts an argument to be refused
 runpy.run_path(script, run_name="__main__")
 """
 
@@ -40,7 +41,7 @@ def test_every_script_prepares_for_ctrl_c_before_any_other_import():
         assert 'if __name__ == "__main__":\n    import minilora' in code, path
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [*SCRIPTS, COMMAND], ids=lambda path: path.stem)
 @pytest.mark.parametrize("number", [1, 40, 400])
 def test_ctrl_c_during_an_import_is_one_line_and_130(script, number):
     command = [sys.executable, "-c", IMPORTING, str(number), str(script)]

@@ -1,5 +1,5 @@
 """What a package promises to its neighbours: it shadows nobody, imports nothing heavy, and finds its kernels
-wherever it lies.
+and its scripts wherever it lies.
 """
 
 import ast
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -113,26 +114,60 @@ def sources(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".html", ".css", ".js")]
 
 
-def test_kernels_are_found_from_a_wheel_which_holds_every_module_and_the_c_sources(tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
-    source = tmp_path / "source"  # setuptools leaves a build folder beside what it builds
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with what the wheel holds."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # setuptools leaves a build folder beside what it builds
     source.mkdir()
-    for name in ("minilora", "kernels", "pyproject.toml", "README.md"):
+    for name in ("minilora", "kernels", "scripts", "assets", "pyproject.toml", "README.md"):
         (source / name).symlink_to(ROOT / name)
     build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
-    command = [sys.executable, "-W", "ignore", "-c", build, str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", "-c", build, str(folder)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_a_wheel_holds_every_module_every_script_and_the_c_sources(site):
     tree = {path.relative_to(ROOT) for path in sources(ROOT / "minilora")}
     tree -= {Path("minilora/kernels/__init__.py")}
-    tree |= {Path("minilora") / path.relative_to(ROOT) for path in sources(ROOT / "kernels")}
-    assert {path.relative_to(tmp_path / "site") for path in sources(tmp_path / "site")} == tree
-    done = run_python(WHERE_KERNELS_LIE, tmp_path, tmp_path / "site")
-    site = tmp_path / "site" / "minilora"
-    assert done.stdout.split() == [str(site / "__init__.py"), str(site / "kernels/nf4.py")], done.stderr
+    for folder in ("kernels", "scripts"):
+        tree |= {Path("minilora") / path.relative_to(ROOT) for path in sources(ROOT / folder)}
+    tree = {path for path in tree if "dev" not in path.parts}  # the tools of the maintainers
+    assert {path.relative_to(site) for path in sources(site)} == tree
+
+
+def test_kernels_are_found_from_a_wheel(tmp_path, site):
+    pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
+    done = run_python(WHERE_KERNELS_LIE, tmp_path, site)
+    package = site / "minilora"
+    assert done.stdout.split() == [str(package / "__init__.py"), str(package / "kernels/nf4.py")], done.stderr
+
+
+def command_of(site: Path, *words: str) -> str:
+    """Python code that runs the command of the wheel as the program does that pip writes for it."""
+    (package,) = distributions(name="minilora", path=[str(site)])
+    (entry,) = package.entry_points
+    return f"sys.argv = {['minilora', *words]!r}\nfrom {entry.module} import {entry.attr} as main\nmain()"
+
+
+def test_the_command_of_a_wheel_runs_the_scripts_in_it(tmp_path, site):
+    done = run_python(command_of(site, "memory", "--model", "mistral-7b", "--gpu", "16"), tmp_path, site)
+    assert done.returncode == 0 and "on a GPU of 16 GB" in done.stdout, done.stderr
+    assert (tmp_path / "memory.png").exists()
+    done = run_python(command_of(site, "check-gpu", "--only", "x"), tmp_path, site)  # it imports its sections
+    assert done.returncode == 2 and "--only names 'x'" in done.stderr
+
+
+def test_the_small_model_and_its_data_come_with_a_wheel_so_the_default_run_needs_no_clone(tmp_path, site):
+    few = ["--max_steps", "2", "--max_samples", "8", "--exact_match_samples", "0"]
+    done = run_python(command_of(site, "train", *few), tmp_path, site)
+    assert done.returncode == 0 and "assets/base" in done.stdout, done.stderr
+    assert (tmp_path / "outputs" / "default" / "adapter_model.safetensors").exists()
 
 
 def test_every_public_name_exists_and_is_documented():
