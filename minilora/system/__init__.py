@@ -1,7 +1,7 @@
 """This machine and whatever lies beyond it. No file here knows what LoRA is.
 
 errors.py        a user's mistake in one line; exit codes of scripts
-terminal.py      text of strangers on a terminal: shown on any console, and steering nothing; bars for long work
+terminal.py      text of strangers on any console: shown, and steering nothing; bars for long work
 signals.py       Ctrl-C, SIGTERM and SIGHUP end a script in one line, after it has cleaned up
 interrupts.py    Ctrl-C while a script still imports
 early_help.py    --help before a script imports
