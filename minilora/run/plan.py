@@ -39,6 +39,7 @@ from minilora.memory.planner import choose_recompute
 from minilora.memory.stored_layers import InFiles
 from minilora.optim import Schedule
 from minilora.run.checkpoints import find_resumed, sample_model
+from minilora.run.curves import Curve, make_curve
 from minilora.run.datasets import load_datasets, token_settings
 from minilora.run.output_dir import SETTINGS_FILE, check_inputs, check_output_dir
 from minilora.run.reporters import Reporter, make_reporters
@@ -99,7 +100,7 @@ class Plan:
     eval_set: Dataset | None
     # the steps
     order: Order
-    schedule: Schedule
+    schedule: Schedule | Curve
     memory: MemoryPlan
     # where the run begins
     training: dict  # settings and fingerprints that a run must share with the checkpoint it resumes
@@ -269,7 +270,7 @@ def make_order(config: TrainConfig, train_set: Dataset, processes: Processes) ->
     )
 
 
-def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
+def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule | Curve:
     """Return the number of steps and the learning rate of each."""
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
     share = config.warmup_ratio or config.warmup_steps
@@ -278,7 +279,8 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
         warmup = min(warmup, steps - 1)  # a warm-up to the end would begin and end at a rate of 0
     if warmup >= steps:
         raise UserError(f"warmup_steps = {warmup} is not shorter than the training, which has {steps} steps")
-    return Schedule(config.lr_scheduler_type, config.learning_rate, steps, warmup)
+    curve = config.lr_scheduler_type, config.learning_rate
+    return make_curve(*curve, steps, warmup, config.lr_scheduler_kwargs)
 
 
 def count_steps(steps: float, total_steps: int) -> int:

@@ -29,10 +29,11 @@ from minilora.data.new_tokens import check_new_tokens
 from minilora.data.templates import TEMPLATES
 from minilora.data.truncation import TRUNCATIONS
 from minilora.initialize import check_kind
-from minilora.optim import OPTIMIZERS, SCHEDULES
+from minilora.optim import OPTIMIZERS
 from minilora.quantization import QUANT_TYPES
 from minilora.recompute import POLICIES
 from minilora.run import llama_factory
+from minilora.run.curves import CURVES, check_settings
 from minilora.run.yaml_file import read_yaml
 from minilora.system.errors import UserError, suggestion
 from minilora.system.redaction import Address, hide_secrets, is_address
@@ -138,7 +139,8 @@ class TrainConfig:
     num_train_epochs: float = 3.0  # passes over the training examples; may be a fraction
     max_steps: int = -1  # optimizer steps; above 0 it overrides num_train_epochs
     learning_rate: float = 2e-4  # the peak, after the warm-up
-    lr_scheduler_type: str = "cosine"  # cosine, linear, constant or polynomial
+    lr_scheduler_type: str = "cosine"  # cosine, linear, constant, polynomial; others in docs/training.md
+    lr_scheduler_kwargs: dict[str, float] | None = None  # {min_lr_rate: 0.1} of cosine_with_min_lr, ...
     warmup_steps: int | float = 0  # steps over which the learning rate rises from 0; below 1: a share of all
     warmup_ratio: float = 0.0  # the same as a share of all steps
     optim: str = "adamw_torch"  # adamw_torch, adamw_8bit, adamw_bnb_8bit or paged_adamw_8bit
@@ -219,7 +221,7 @@ class TrainConfig:
 
     def _check_choices(self) -> None:
         _check_choice("quantization_type", self.quantization_type, QUANT_TYPES)
-        _check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        _check_choice("lr_scheduler_type", self.lr_scheduler_type, CURVES)
         _check_choice("optim", self.optim, OPTIMIZERS)
         _check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
         _check_choice("save_strategy", self.save_strategy, SAVE_STRATEGIES)
@@ -235,6 +237,7 @@ class TrainConfig:
             raise UserError(
                 f"max_steps must be above 0, or -1 for num_train_epochs, not {_shown(self.max_steps)}"
             )
+        check_settings(self.lr_scheduler_type, self.learning_rate, self.lr_scheduler_kwargs)
         if self.warmup_ratio and self.warmup_steps:
             raise UserError("warmup_steps and warmup_ratio are both set; choose one")
 
@@ -517,6 +520,8 @@ def _coerce(name: str, value: object, annotation: object) -> object:
         if not value or not all(isinstance(entry, str) for entry in value):
             raise UserError(f"{name} must be text or a list of texts, not {value!r}")
         return value
+    if dict[str, float] in accepted:
+        return _parse_numbers(name, value)
     if bool in accepted:
         return _parse_boolean(name, value)
     if int in accepted or float in accepted:
@@ -525,6 +530,17 @@ def _coerce(name: str, value: object, annotation: object) -> object:
     if isinstance(value, (bool, list, dict)):
         raise UserError(f"{name} must be text, not {value!r}")
     return str(value)
+
+
+def _parse_numbers(name: str, value: object) -> dict[str, float] | None:
+    """{setting: number} as it is, or from a text as YAML would read it; None for an empty one."""
+    with contextlib.suppress(Exception):  # PyYAML raises every type; the text stays a text then
+        value = yaml.safe_load(value) if isinstance(value, str) and len(value) <= 1000 else value
+    if not isinstance(value, dict):
+        raise UserError(f"{name} must be settings such as {{min_lr_rate: 0.1}}, not {_shown(value)}")
+    return {
+        str(key): _parse_number(f"{name}: {key}", part, whole=False) for key, part in value.items()
+    } or None
 
 
 def _parse_boolean(name: str, value: object) -> bool:

@@ -83,7 +83,7 @@ NO_EFFECT = {  # the reason: the keys
 MUST_BE_OFF = """
     deepspeed fsdp parallelism_config split_batches dispatch_batches tpu_num_cores use_cpu no_cuda
     use_mps_device auto_find_batch_size do_predict dataloader_drop_last neftune_noise_alpha
-    label_smoothing_factor lr_scheduler_kwargs optim_args optim_target_modules adafactor greater_is_better
+    label_smoothing_factor optim_args optim_target_modules adafactor greater_is_better
     hub_revision
     """.split()
 _ACCELERATE = dict(split_batches=False, dispatch_batches=None, even_batches=True, use_seedable_sampler=True,
@@ -103,7 +103,6 @@ INSTEAD = {  # key: advice to whoever gave it another value than NEEDED
     "no_cuda": _HIDE_GPU,
     "auto_find_batch_size": "scripts/memory.py says which batch fits",
     "dataloader_drop_last": "the last batch of an epoch is trained on, however small",
-    "lr_scheduler_kwargs": "the curves have no settings beside warmup_steps",
     "metric_for_best_model": "the best adapter is the one with the lowest held-out loss, eval_loss",
     "greater_is_better": "the best adapter is the one with the lowest held-out loss, eval_loss",
     "hub_revision": "results go to the main branch",
