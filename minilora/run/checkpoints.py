@@ -30,6 +30,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -266,8 +267,12 @@ def best_checkpoint(checkpoint: Path, state: dict) -> Path | None:
 
 
 def check_same_training(saved: dict, now: dict, may_change: set[str], checkpoint: Path) -> None:
-    """Raise UserError if settings differ that may not, naming each one with both values."""
+    """Raise UserError if settings differ that may not, naming each one with both values.
+
+    A setting that is newer than the checkpoint had its default there.
+    """
     now = json.loads(json.dumps(now))  # as `saved` went through JSON: tuples are lists
+    saved = asdict(TrainConfig()) | saved
     changed = [
         f"{shown_name(name)} is {shown(now.get(name))} here, {shown(saved.get(name))} there"
         for name in sorted((saved.keys() | now.keys()) - may_change)

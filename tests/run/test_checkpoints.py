@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from minilora.run.checkpoints import (
 )
 from minilora.run.random_state import random_state, set_random_state
 from minilora.run.saved_state import check_state
+from minilora.run.settings import TrainConfig
 from minilora.run.stop_signal import StopSignal
 from minilora.system.files import fingerprint
 
@@ -787,3 +789,11 @@ def test_the_sample_of_a_model_sees_a_changed_tensor_anywhere(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(data + b"\0")
     seen.add(fingerprint(sample_model(tmp_path)))
     assert len(seen) == 12
+
+
+def test_a_checkpoint_from_before_a_key_existed_goes_on_if_the_key_has_its_default(tmp_path):
+    now = asdict(TrainConfig(lora_rank=4, adam_beta2=0.95))
+    older = {name: value for name, value in now.items() if not name.startswith("adam_")}
+    checkpoints.check_same_training(older, now | {"adam_beta2": 0.999}, set(), tmp_path)
+    with pytest.raises(UserError, match="adam_beta2 is 0.95 here, 0.999 there"):
+        checkpoints.check_same_training(older, now, set(), tmp_path)
