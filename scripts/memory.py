@@ -6,7 +6,7 @@
     # the trainer's settings file, on this machine
     python scripts/memory.py --config run.yaml
 
-Keys are the trainer's (`python scripts/train.py --help`). Further options:
+Keys are the trainer's (`python scripts/train.py --help`), such as --bf16 false for float32. Further options:
 
     --gpu GB            a GPU with this many gigabytes (10^9 bytes), instead of this machine
     --picture FILE      file of the bar chart (default: memory.png)

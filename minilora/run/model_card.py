@@ -119,7 +119,7 @@ def settings_in_card(plan: Plan, form: PromptFormat) -> dict[str, str]:
     config, schedule = plan.config, plan.schedule
     rate = f"{schedule.peak:g}, {schedule.name}"
     if schedule.warmup_steps:
-        rate += f" after {schedule.warmup_steps} steps of warm-up"
+        rate += f", warmup_steps = {schedule.warmup_steps}"
     held_out = "none"
     if plan.eval_set:
         source = _names(config.eval_dataset) if config.eval_dataset else f"val_size = {config.val_size:g}"

@@ -102,7 +102,7 @@ def test_the_card_says_on_what_and_how_the_adapter_was_trained(train, dataset):
     assert rows["dataset"] == as_markdown(str(dataset))
     assert rows["held-out examples"] == "4 (val_size = 4)"
     assert rows["examples"] == "20" and rows["cutoff_len"] == "200" and rows["seed"] == "7"
-    assert rows["learning rate"] == "0.003, linear after 1 steps of warm-up"
+    assert rows["learning rate"] == "0.003, linear, warmup_steps = 1"
     assert rows["prompt format"] == "none, the prompt as it is written"
 
 
