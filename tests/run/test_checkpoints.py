@@ -443,6 +443,8 @@ WRONG = [
     (put(["tracker", "window"], [[1.0, 2.0]]), "tracker.window must hold loss, tokens and seconds"),
     (put(["tracker", "window"], [[1.0, -2.0, 3.0]]), "tracker.window must be a number from 0"),
     (put(["tracker", "mlflow"], {"run_id": 3}), "tracker.mlflow.run_id must be text"),
+    (put(["tracker", "memory"], -1), "tracker.memory must be a whole number from 0"),
+    (put(["tracker", "reserved"], "x"), "tracker.reserved must be a whole number from 0"),
     (put(["loss_scale", "scaler"], {"scale": -1.0}), "loss_scale.scaler.scale must be a number above 0"),
     (put(["loss_scale", "skipped"], DELETED), "the key loss_scale.skipped is missing"),
     (put(["training"], []), "training must be an object"),
