@@ -107,6 +107,7 @@ TABLE = {
     "repeated": ("the same as an earlier row", "{:,}"),
     "also_in_training": ("the same as a row of training", "{:,}"),
 }
+IF_ANY = {"lost_thoughts", "also_in_training"}  # lines that are only printed if there is something to count
 
 Sets = dict[str, Dataset]  # "train" and, if rows are held out, "validation"
 
@@ -309,7 +310,7 @@ def print_table(statistics: dict[str, dict[str, int | float]]) -> None:
     """Print the figures: one column per set, one line per figure."""
     print("\n" + " " * 30 + "".join(f"{name:>14}" for name in statistics))
     for key, (label, number_format) in TABLE.items():
-        if any(key in figures for figures in statistics.values()):
+        if any(figures.get(key, 0) for figures in statistics.values()) or key not in IF_ANY:
             cells = [number_format.format(f[key]) if key in f else "" for f in statistics.values()]
             print(f"{label:<30}" + "".join(f"{cell:>14}" for cell in cells))
 

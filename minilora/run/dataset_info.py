@@ -10,6 +10,7 @@ of a dataset on the hub, `train` by default.
 import os
 from pathlib import Path
 
+from minilora.data.messages import ROLES
 from minilora.data.rows import parse_datasets
 from minilora.system.errors import UserError, suggestion
 from minilora.system.files import read_json
@@ -38,9 +39,9 @@ _COLUMNS = {  # LLaMA-Factory's name of a column: the name that it must have her
 _TAGS = {  # the accepted values; tags of tools may have any value, because messages of tools are refused
     "role_tag": ("from", "role"),
     "content_tag": ("value", "content"),
-    "user_tag": ("human", "user"),
-    "assistant_tag": ("gpt", "assistant"),
-    "system_tag": ("system",),
+} | {
+    f"{role}_tag": tuple(name for name, meaning in ROLES.items() if meaning == role)
+    for role in ("user", "assistant", "system")
 }
 
 
@@ -168,14 +169,10 @@ def _prompt_columns(columns: dict[str, object], location: str) -> dict[str, str]
 
 
 def _check_tags(tags: dict[str, object], location: str) -> None:
-    """Messages must be {"role", "content"} or {"from", "value"}, with the usual names of the roles."""
+    """Raise UserError for names of keys and roles in messages that `minilora.data.messages` does not read."""
     for tag, value in tags.items():
         if tag in _TAGS and value is not None and value not in _TAGS[tag]:
             raise UserError(
                 f"{location}: {tag} is {value!r}, and must be {' or '.join(_TAGS[tag])}; "
                 "rename it in the file"
             )
-    role, content = (tags.get(tag) or _TAGS[tag][0] for tag in ("role_tag", "content_tag"))
-    if (role == "role") != (content == "content"):
-        needed = "content" if role == "role" else "value"
-        raise UserError(f"{location}: role_tag {role} goes with content_tag {needed}, not {content}")

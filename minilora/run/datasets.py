@@ -18,6 +18,7 @@ from minilora.rope import context_length
 from minilora.run.settings import TrainConfig
 from minilora.system.assets import ASSETS
 from minilora.system.errors import UserError, raise_error
+from minilora.system.terminal import visible
 
 _CHECKED = 8  # rows whose prompts are compared with those of generation
 Sources = str | Sequence[str]  # a value of the keys dataset and eval_dataset: names, perhaps with weights
@@ -130,9 +131,9 @@ def read_mixed(
         unread: dict[str, int] = {}
         rows = read_rows(source, names, on_error, unread)
         if (files := files_of(rows)) != [source]:
-            print(f"files      {source}: {list_columns(files)}")
+            print(visible(f"files      {source}: {list_columns(files)}"))
         if unread:
-            print(f"columns    {source}: not read: {list_columns(sorted(unread))}")
+            print(visible(f"columns    {source}: not read: {list_columns(sorted(unread))}"))
         parts.append(rows[: config.max_samples])
         weights.append(weight)
     return mix_rows(parts, weights, config.seed)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minilora.config import LoraConfig
+from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.mask_view import readable
 from minilora.initialize import takes_part_of_base
 from minilora.run.datasets import token_settings
@@ -138,7 +139,8 @@ def settings_in_card(plan: Plan, form: PromptFormat) -> dict[str, str]:
 def prompt_format(plan: Plan) -> PromptFormat:
     """How training wrote its prompts, with QUESTION as an example."""
     if plan.template is not None:
-        name = f"chat template {plan.template.name}"
+        own = plan.template.name == TOKENIZER_TEMPLATE
+        name = "the tokenizer's own chat template" if own else f"chat template {plan.template.name}"
         words = "The chat template that is saved with the tokenizer writes a question as"
         example = ""
         with contextlib.suppress(UserError):  # a template may refuse a conversation of one question

@@ -343,7 +343,12 @@ ROW = {
         (
             {
                 "columns": {"messages": "chat"},
-                "tags": {"role_tag": "from", "observation_tag": "tool", "system_tag": "system"},
+                "tags": {
+                    "role_tag": "from",
+                    "content_tag": "value",
+                    "observation_tag": "tool",
+                    "system_tag": "system",
+                },
             },
             "said",
         ),
@@ -359,15 +364,11 @@ def test_the_columns_of_an_entry_are_read_whatever_other_columns_a_row_has(entry
     [
         (
             {"columns": {"messages": "chat"}, "tags": {"user_tag": "customer"}},
-            "user_tag is 'customer', and must be human or user",
+            "user_tag is 'customer', and must be user or human",
         ),
         (
             {"formatting": "sharegpt", "tags": {"role_tag": "speaker"}},
             "role_tag is 'speaker', and must be from or role",
-        ),
-        (
-            {"formatting": "sharegpt", "tags": {"role_tag": "role"}},
-            "role_tag role goes with content_tag content, not value",
         ),
         ({"formatting": "sharegpt", "columns": {"system": "preface"}}, "rename the column preface to system"),
         ({"formatting": "xml"}, "formatting xml is not supported"),
