@@ -13,8 +13,10 @@ Unlike a question mark, an escape says which character it was.
 import io
 import re
 import sys
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # Control characters but tab and line end, line separators, changes of direction, halves of surrogate pairs.
 _STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -36,8 +38,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
-def progress_bar(total: int, unit: str, label: str, shown: bool = True) -> tqdm:
+def progress_bar(total: int, unit: str, label: str, shown: bool = True) -> "tqdm":
     """A bar on stderr for work that takes longer than a moment; none where stderr is no terminal."""
+    from tqdm import tqdm  # here, since every script imports this module before it answers --help
+
     return tqdm(
         total=total,
         desc=label,

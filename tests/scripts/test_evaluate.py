@@ -183,7 +183,7 @@ def test_a_bar_shows_how_far_each_models_loss_and_answers_have_come(evaluate, da
         bars.append(tqdm(total=total, desc=desc, file=io.StringIO(), disable=False))
         return bars[-1]
 
-    monkeypatch.setattr("minilora.system.terminal.tqdm", bar)
+    monkeypatch.setattr("tqdm.tqdm", bar)
     code, out, _ = evaluate("--adapter", adapters / "one", "--dataset", dataset, "--samples", 3)
     labels = ["loss of base", "answers of base", "loss of one", "answers of one"]
     assert code == 0 and [bar.desc for bar in bars] == labels

@@ -191,7 +191,7 @@ def test_pain_9_cut_and_dropped_examples_are_counted_and_reported(train, dataset
     )
     _, out = train(dataset=path, cutoff_len=24)
     said = re.search(
-        r"^training +(\d+) examples, .+; cut at cutoff_len: (\d+) \(.+\); dropped .+: (\d+) \(4.0%\)$",
+        r"^training +(\d+) examples, .+; cut at cutoff_len: (\d+) \(.+\), \d+ tokens lost; dropped .+: (\d+) \(4.0%\)$",
         out,
         re.MULTILINE,
     )
