@@ -10,7 +10,7 @@ new_tokens.py       a model's tokenizer with tokens of your own
 stream_decoder.py   ids that arrive one by one -> text
 templates.py        chat templates as text; jinja_sandbox.py runs them, those of strangers in the process
                     that template_process.py starts
-chat.py             a conversation -> ids, and which of them are answers
+chat.py             a conversation -> ids, and which of them are answers; markers.py finds them in the text
 truncation.py       what becomes of an example that is too long
 examples.py         rows -> examples -> batches, and the order in which they are learned
 packing.py          several short examples in one row

@@ -16,12 +16,10 @@ its text are those of transformers' `apply_chat_template`. There are four steps:
 Special tokens are those that the template writes. The tokenizer adds no BOS to them.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
-from itertools import accumulate, chain, islice
 from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
@@ -29,15 +27,20 @@ from typing import NamedTuple
 import numpy as np
 
 from minilora.data.jinja_sandbox import TemplateError, compile_template, render
-from minilora.data.messages import Message, is_learned
+from minilora.data.markers import (
+    Span,
+    back,
+    front,
+    remove_markers,
+    spans_of_tokens,
+    unused_characters,
+)
+from minilora.data.messages import Message, is_learned, lost_thoughts, thoughts_of
 from minilora.data.template_process import check_apart, render_apart
 from minilora.data.templates import MISTRAL_V1, TEMPLATES
 from minilora.data.tokenizer import Tokenizer
 from minilora.system.errors import UserError, suggestion
 
-Span = tuple[int, int]  # characters [start, end) of a text
-
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message
 TOKENIZER_TEMPLATE = "tokenizer"  # the name of the template in the tokenizer's own files
 # Without blocks, a conversation of n answers takes up to 8 n renderings of all its messages.
 _MOST_ANSWERS = 500
@@ -173,7 +176,7 @@ class ChatTemplate:
         All answers are learned but those with `train: False`; with `mask_history` only the last one. Raises
         UserError if the template refuses the conversation, with the template's own message.
         """
-        escape, *markers = _unused_characters(messages, 3)
+        escape, *markers = unused_characters(messages, 3)
         messages = self._escape(messages, escape)
         text, spans = self._render_with_blocks(messages, markers)
         ids, offsets = self._tokenizer.encode_with_offsets(text, escape)
@@ -187,13 +190,13 @@ class ChatTemplate:
             history_end = self._locate_history_end(messages, text)
             last = [i for i, span in enumerate(spans) if span[0] >= history_end] or [len(spans) - 1]
             learned = [i for i in last if i in learned]
-        numbers = _spans_of_tokens(offsets, spans)
+        numbers = spans_of_tokens(offsets, spans)
         loss_mask = np.isin(numbers, [i + 1 for i in learned])
-        return Encoded(np.array(ids, dtype=np.int32), loss_mask, numbers, _lost_thoughts(messages, text))
+        return Encoded(np.array(ids, dtype=np.int32), loss_mask, numbers, lost_thoughts(messages, text))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation up to the start of the assistant's next answer."""
-        (escape,) = _unused_characters(messages, 1)
+        (escape,) = unused_characters(messages, 1)
         text = self._render(self._escape(messages, escape), add_generation_prompt=True)
         return self._tokenizer.encode_with_offsets(text, escape)[0]
 
@@ -274,7 +277,7 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """Return the rendered text, and the span of each {% generation %} block in it."""
         marked_text = self._render(messages, generation_markers=markers)
-        text, removed, positions = _remove_markers(marked_text, markers)
+        text, removed, positions = remove_markers(marked_text, markers)
         if removed != [*markers] * (len(removed) // 2):  # start, end, start, end, ...
             raise UserError(
                 f"the chat template {self.name} cuts or nests a {{% generation %}} block; "
@@ -295,9 +298,9 @@ class ChatTemplate:
                 f"mark them; at most {_MOST_ANSWERS} can be located; split the conversation, or put "
                 "{% generation %} and {% endgeneration %} around answers in the template"
             )
-        markers = _unused_characters(messages, len(answers))
-        fronts = {i: _front(content) for i, content in answers.items()}
-        backs = {i: _back(content) for i, content in answers.items()}
+        markers = unused_characters(messages, len(answers))
+        fronts = {i: front(content) for i, content in answers.items()}
+        backs = {i: back(content) for i, content in answers.items()}
         starts = self._locate_markers(messages, fronts, text, markers)
         ends = self._locate_markers(messages, backs, text, markers)
         spans = []
@@ -313,7 +316,7 @@ class ChatTemplate:
     def _unlocated(self, number: int, answer: Message) -> str:
         """Return the error for an answer that is not in the text as it was given, and what helps."""
         said = f"the chat template {self.name} changes answer {number} so that it cannot be found in the text"
-        if _thoughts(answer):
+        if thoughts_of(answer):
             marks = {"<｜Assistant｜>": "deepseekr1", "<|im_start|>": "qwen3_all"}
             named = [name for mark, name in marks.items() if self._tokenizer.token_id(mark) is not None]
             keeps = f"--template {named[0]} keeps them" if named else "choose another with --template"
@@ -377,7 +380,7 @@ class ChatTemplate:
         for (i, position), marker in zip(positions.items(), markers, strict=True):
             content = messages[i]["content"]
             marked[i] = messages[i] | {"content": content[:position] + marker + content[position:]}
-        unmarked_text, removed, located = _remove_markers(self._render(marked), markers)
+        unmarked_text, removed, located = remove_markers(self._render(marked), markers)
         return located if unmarked_text == text and removed == list(markers) else None
 
     def _include_end_token(self, text: str, end: int, ids: Sequence[int], offsets: np.ndarray) -> int:
@@ -407,81 +410,6 @@ class ChatTemplate:
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         if last == 0:
             return 0
-        position = {last - 1: _back(messages[last - 1]["content"])}
-        (end,) = self._locate_markers(messages, position, text, _unused_characters(messages, 1))
+        position = {last - 1: back(messages[last - 1]["content"])}
+        (end,) = self._locate_markers(messages, position, text, unused_characters(messages, 1))
         return len(text) if end is None else end
-
-
-def _spans_of_tokens(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Return int32 (T,): the number, from 1, of the span that token i, the characters offsets[i] = [start,
-    end), meets, or 0. The spans lie one behind the other."""
-    token_starts = offsets[:, 0]
-    # A token without characters, such as "▁" in front of a text, belongs to the character behind it.
-    token_ends = np.maximum(offsets[:, 1], token_starts + 1)
-    full = np.array(
-        [(start, end, i + 1) for i, (start, end) in enumerate(spans) if start < end], dtype=np.int64
-    )
-    if not len(full):
-        return np.zeros(len(offsets), dtype=np.int32)
-    starts, ends, numbers = full.T
-    first = np.searchsorted(ends, token_starts, side="right")  # the first span that ends behind its start
-    nearest = np.minimum(first, len(ends) - 1)
-    met = (first < len(ends)) & (starts[nearest] < token_ends)
-    return np.where(met, numbers[nearest], 0).astype(np.int32)
-
-
-def _thoughts(answer: Message) -> list[str]:
-    """Return what the assistant thought before an answer; empty thoughts are none."""
-    written = re.findall(r"<think>(.*?)</think>", answer["content"], re.DOTALL)
-    thoughts = [*written, *(answer.get(key) for key in _THOUGHTS)]
-    return [part.strip() for part in thoughts if isinstance(part, str) and part.strip()]
-
-
-def _lost_thoughts(messages: Sequence[Message], text: str) -> int:
-    """Return of how many answers the thoughts are not in the text, one behind the other."""
-    lost, position = 0, 0
-    for thoughts in (_thoughts(m) for m in messages if m["role"] == "assistant"):
-        for thought in thoughts:
-            found = text.find(thought, position)
-            if found < 0:
-                lost += 1
-                break
-            position = found + len(thought)
-    return lost
-
-
-# ---- markers ----
-
-
-def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:
-    """Return characters that occur nowhere in the conversation.
-
-    Unicode reserves U+FDD0 to U+FDEF for such internal use; the private use plane 15 extends them.
-    """
-    try:
-        used = set(json.dumps(messages, ensure_ascii=False, default=str))
-    except RecursionError as error:
-        raise UserError("the conversation is nested too deeply") from error
-    candidates = chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))
-    unused = list(islice((chr(i) for i in candidates if chr(i) not in used), count))
-    if len(unused) < count:
-        raise UserError("the conversation uses all 65,566 characters that Unicode reserves for internal use")
-    return unused
-
-
-def _remove_markers(text: str, markers: Sequence[str]) -> tuple[str, list[str], list[int]]:
-    """Return the text without markers, the removed markers in order, and their positions in that text."""
-    parts = re.split("([" + "".join(markers) + "])", text)  # text, marker, text, ..., text
-    texts, removed = parts[::2], parts[1::2]
-    positions = list(accumulate(map(len, texts)))[:-1]
-    return "".join(texts), removed, positions
-
-
-def _front(content: str) -> tuple[int, int]:
-    """Return two positions in front of a message: before its leading blanks, and after them."""
-    return 0, len(content) - len(content.lstrip())
-
-
-def _back(content: str) -> tuple[int, int]:
-    """Return two positions behind a message: after its trailing blanks, and before them."""
-    return len(content), len(content.rstrip())

@@ -8,11 +8,14 @@
 A list of messages may also be written as JSON text, as in cells of CSV. Further keys are kept for the
 template. An answer that is not learned has `train: False`, whichever flag said so.
 
+What an assistant thought before an answer is in its content, <think>...</think>, or in a key of its own.
+
 Tool calls are not supported. A conversation that calls tools or offers them is refused: without them, the
 rest of it would teach the model to answer nothing.
 """
 
 import json
+import re
 from collections.abc import Sequence
 
 from minilora.system.errors import UserError
@@ -24,6 +27,7 @@ ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of an answer
 TOOLS = ("tools", "functions")  # columns of a conversation that offers tools
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 _FLAGS = ("train", "training", "weight", "loss_weight")  # on an answer: whether it is learned
@@ -37,6 +41,26 @@ def message(role: str, content: str) -> Message:
 def is_learned(answer: Message) -> bool:
     """Whether a message of the assistant is learned."""
     return answer.get("train") is not False
+
+
+def thoughts_of(answer: Message) -> list[str]:
+    """Return what the assistant thought before an answer; empty thoughts are none."""
+    written = re.findall(r"<think>(.*?)</think>", answer["content"], re.DOTALL)
+    thoughts = [*written, *(answer.get(key) for key in THOUGHTS)]
+    return [part.strip() for part in thoughts if isinstance(part, str) and part.strip()]
+
+
+def lost_thoughts(messages: Sequence[Message], text: str) -> int:
+    """Return of how many answers the thoughts are not in the text, one behind the other."""
+    lost, position = 0, 0
+    for thoughts in (thoughts_of(m) for m in messages if m["role"] == "assistant"):
+        for thought in thoughts:
+            found = text.find(thought, position)
+            if found < 0:
+                lost += 1
+                break
+            position = found + len(thought)
+    return lost
 
 
 def read_messages(location: str, record: dict, column: str) -> list[Message]:

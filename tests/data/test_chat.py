@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minilora import UserError
-from minilora.data.chat import ChatTemplate, _spans_of_tokens, load_chat_template
+from minilora.data.chat import ChatTemplate, load_chat_template
+from minilora.data.markers import spans_of_tokens
 from minilora.data.templates import TEMPLATES
 from minilora.data.tokenizer import load_tokenizer
 
@@ -805,7 +806,7 @@ def test_a_token_is_learned_if_one_of_its_characters_lies_in_a_span(lengths, end
         any(start <= i < end for start, end in spans for i in range(first, max(last, first + 1)))
         for first, last in offsets.tolist()
     ]
-    assert (_spans_of_tokens(offsets, spans) > 0).tolist() == expected
+    assert (spans_of_tokens(offsets, spans) > 0).tolist() == expected
 
 
 def test_a_template_that_prints_thousands_of_blocks_takes_seconds(ours):
