@@ -50,6 +50,6 @@ def _shares(prompt: int, answer: int, room: int) -> tuple[int, int]:
     elif 2 * prompt < room:
         most = room - prompt
     else:
-        most = room * answer // max(prompt + answer, 1)
+        most = int(room * (answer / (prompt + answer)))  # in floats, rounded as there: 100 * 0.29 is 28
     answer = min(answer, most)
     return min(prompt, room - answer), answer
