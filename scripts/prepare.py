@@ -88,6 +88,7 @@ APPLIED_KEYS = {
     "completion_column",
     "messages_column",
     "text_column",
+    "columns",
     "max_samples",
 }
 # The printed table: key of statistics.json -> label, format.

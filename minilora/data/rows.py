@@ -4,7 +4,7 @@
                                  messages (TRL's form), of which the completion's are learned
     instruction, input, output   Stanford Alpaca's form; `input` may be empty or absent. Dolly's names for the
                                  last two are context and response. LLaMA-Factory adds `history`, a list of
-                                 [question, answer]
+                                 [question, answer]. Other names with columns, instruction=task,...
     messages, conversations      a list of messages, in all the forms of `messages.py`; another name with
                                  messages_column
     text                         every token is learned; another name with text_column
@@ -26,11 +26,12 @@ each dataset are used, once for the whole training.
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,7 @@ from minilora.system.redaction import hide_secrets, whole
 MOST_ERRORS = 100_000  # wrong records of a dataset, each kept with its message
 _SYSTEM = ("system", "system_prompt")
 _INPUT, _OUTPUT = ("input", "context"), ("output", "response")
+RENAMED = ("instruction", "input", "output", "system", "history")  # columns that may have other names
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,14 @@ class ColumnNames(NamedTuple):
     completion: str = "completion"
     messages: str | None = None  # None: messages or conversations
     text: str = "text"
+    # Other names of the columns of Alpaca's form, and of `system`: {"task": "instruction"}.
+    renamed: Mapping[str, str] = MappingProxyType({})
+
+    def apply(self, record: dict) -> dict:
+        """Return a record with its `renamed` columns under their usual names, in place of those there."""
+        usual = {self.renamed[column]: value for column, value in record.items() if column in self.renamed}
+        rest = {column: value for column, value in record.items() if column not in self.renamed}
+        return rest | usual if usual else record
 
 
 _USUAL = ColumnNames()
@@ -110,13 +120,15 @@ def read_rows(
     something and are not read, with the number of their records.
     """
     on_error, form, rows = _limit_errors(str(dataset), on_error), None, []
-    for location, record in each_record(dataset, on_error):
+    for location, given in each_record(dataset, on_error):
+        record = names.apply(given)
         if form is None:
             form = _choose_form(location, record, names)
-        if unread is not None:
-            for column in record.keys() - form.columns:
-                if record[column] not in (None, "", [], {}):
-                    unread[column] = unread.get(column, 0) + 1
+        for column, value in given.items() if unread is not None else ():
+            usual = names.renamed.get(column, column)
+            is_read = usual in form.columns and record[usual] is value
+            if not is_read and value not in (None, "", [], {}):
+                unread[column] = unread.get(column, 0) + 1
         try:
             rows.append(form.read(location, record))
         except UserError as error:
@@ -270,7 +282,24 @@ def _row_of(location: str, messages: list[Message]) -> Row:
     return Row(questions[-1] if questions else "", messages[-1]["content"], tuple(messages), location)
 
 
-# ---- several datasets ----
+# ---- names and weights of several datasets ----
+
+
+def parse_columns(columns: str | Sequence[str] | None) -> dict[str, str]:
+    """Return {"task": "instruction", ...} of "instruction=task,output=solution", or of a list of entries.
+
+    One column may have several other names, of which each dataset has one.
+    """
+    renamed: dict[str, str] = {}
+    for entry in columns.split(",") if isinstance(columns, str) else columns or ():
+        usual, _, other = (part.strip() for part in entry.partition("="))
+        if usual not in RENAMED or not other:
+            raise UserError(
+                f"columns = {entry!r} must be NAME=COLUMN, where NAME is one of {', '.join(RENAMED)}"
+            )
+        if renamed.setdefault(other, usual) != usual:
+            raise UserError(f"columns gives the column {other!r} two meanings, {renamed[other]} and {usual}")
+    return renamed
 
 
 def parse_datasets(datasets: str | Sequence[str]) -> list[tuple[str, Fraction | None]]:

@@ -67,6 +67,9 @@ def resolve_datasets(
         sources = []
         for name, weight in parse_datasets(values[key]):
             source, needed = _resolve(name, entries, index_file, is_plain_text)
+            if both := column_keys.keys() & needed.keys() & {"columns"}:
+                needed |= {key: ",".join(dict.fromkeys((column_keys[key], needed[key]))) for key in both}
+                column_keys |= {key: needed[key] for key in both}
             if any(column_keys.get(column_key, column) != column for column_key, column in needed.items()):
                 raise UserError(
                     f"{key} {name}: {index_file} names its columns differently from another dataset's; "
@@ -92,9 +95,8 @@ def _resolve(name: str, entries: dict, index_file: Path, is_plain_text: bool) ->
         return source, {"text_column": columns["prompt"]} if "prompt" in columns else {}
     if entry.get("formatting") in _MESSAGE_FORMATS or "messages" in columns:
         _check_tags(entry.get("tags") or {}, location)
-        if columns.get("system", "system") != "system":
-            raise UserError(f"{location}: rename the column {columns['system']} to system")
-        return source, {"messages_column": columns.get("messages", "conversations")}
+        system = {name: column for name, column in columns.items() if name == "system"}
+        return source, {"messages_column": columns.get("messages", "conversations")} | _renamed(system)
     return source, _prompt_columns(columns, location)
 
 
@@ -160,12 +162,13 @@ def _prompt_columns(columns: dict[str, object], location: str) -> dict[str, str]
         )
     if len(columns) == 2:
         return {"prompt_column": columns["prompt"], "completion_column": columns["response"]}
-    if renamed := [str(column) for name, column in columns.items() if _COLUMNS[name] != column]:
-        raise UserError(
-            f"{location}: rename the columns {', '.join(renamed)} "
-            "to instruction, input, output, system and history"
-        )
-    return {}
+    return _renamed(columns)
+
+
+def _renamed(columns: dict[str, object]) -> dict[str, str]:
+    """The key `columns` for columns that have other names than here; {} if there are none."""
+    other = [f"{_COLUMNS[name]}={column}" for name, column in columns.items() if _COLUMNS[name] != column]
+    return {"columns": ",".join(other)} if other else {}
 
 
 def _check_tags(tags: dict[str, object], location: str) -> None:

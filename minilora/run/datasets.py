@@ -12,7 +12,7 @@ from minilora.data.chat import TOKENIZER_TEMPLATE, ChatTemplate, load_chat_templ
 from minilora.data.examples import Dataset, split, tokenize
 from minilora.data.file_formats import list_columns
 from minilora.data.prepared import load_tokens, tokens_file, tokens_key
-from minilora.data.rows import ColumnNames, Row, files_of, mix_rows, parse_datasets, read_rows
+from minilora.data.rows import ColumnNames, Row, files_of, mix_rows, parse_columns, parse_datasets, read_rows
 from minilora.data.tokenizer import Tokenizer
 from minilora.rope import context_length
 from minilora.run.settings import TrainConfig
@@ -121,9 +121,8 @@ def read_mixed(
     sources: Sources, config: TrainConfig, on_error: Callable[[UserError], None] = raise_error
 ) -> list[Row]:
     """Return the rows of one or several datasets, mixed by their weights."""
-    names = ColumnNames(
-        config.prompt_column, config.completion_column, config.messages_column, config.text_column
-    )
+    named = config.prompt_column, config.completion_column, config.messages_column, config.text_column
+    names = ColumnNames(*named, parse_columns(config.columns))
     parts, weights = [], []
     for source, weight in parse_datasets(sources):
         if source.startswith("assets/") and not Path(source).exists():

@@ -26,6 +26,7 @@ from minilora import starts
 from minilora.config import LoraConfig, QuantConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.new_tokens import check_new_tokens
+from minilora.data.rows import parse_columns
 from minilora.data.templates import TEMPLATES
 from minilora.data.truncation import TRUNCATIONS
 from minilora.initialize import check_kind
@@ -101,6 +102,7 @@ class TrainConfig:
     prompt_column: str = "prompt"  # name of the column that holds the prompt
     completion_column: str = "completion"  # name of the column that holds the completion
     messages_column: str | None = None  # name of the column of messages; none: messages or conversations
+    columns: str | list[str] | None = None  # names of Alpaca's columns: instruction=task,output=solution
     text_column: str = "text"  # name of the column of plain text, of which every token is learned
     cutoff_len: int | None = None  # cut examples to this many tokens; none: min(1024, the model's limit)
     max_samples: int | None = None  # use only this many examples of each dataset, the first ones; none: all
@@ -182,7 +184,8 @@ class TrainConfig:
         self._check_schedule()
         self._check_held_out()
         self._check_exclusive_keys()
-        self.quant_config()  # these three check their own fields
+        parse_columns(self.columns)  # these check their own fields
+        self.quant_config()
         self.lora_config()
         self.new_tokens()
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import UserError
-from minilora.data.rows import ColumnNames, Row, mix_rows, parse_datasets, read_rows, to_record
+from minilora.data.rows import ColumnNames, Row, mix_rows, parse_columns, parse_datasets, read_rows, to_record
 
 
 def write(path, *objects):
@@ -263,6 +263,46 @@ def test_an_answer_that_a_flag_takes_out_is_kept_and_not_learned(tmp_path, flag)
     on = {key: type(value)(1) for key, value in flag.items()}
     assert read_rows(write(tmp_path / "a.jsonl", {"messages": [A, B | on]}))[0].messages == (A, B)
     assert read_rows(write(tmp_path / "a.jsonl", to_record(row))) == [row]
+
+
+@pytest.mark.parametrize(
+    ("columns", "renamed"),
+    [
+        (None, {}),
+        ("instruction=task, output=solution", {"task": "instruction", "solution": "output"}),
+        (["instruction=task", "instruction=q,a"], {"task": "instruction", "q,a": "instruction"}),
+        ("system=a=b", {"a=b": "system"}),
+    ],
+)
+def test_other_names_of_columns_are_parsed(columns, renamed):
+    assert parse_columns(columns) == renamed
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            "task",
+            "'task' must be NAME=COLUMN, where NAME is one of instruction, input, output, system, history",
+        ),
+        ("prompt=task", "'prompt=task' must be NAME=COLUMN"),
+        ("output=", "'output=' must be NAME=COLUMN"),
+        ("output=a,input=a", "the column 'a' two meanings, output and input"),
+    ],
+)
+def test_a_name_of_a_column_that_means_nothing_is_refused(columns, said):
+    with pytest.raises(UserError) as error:
+        parse_columns(columns)
+    assert said in str(error.value)
+
+
+def test_a_renamed_column_takes_the_place_of_one_that_has_its_name(tmp_path):
+    names = ColumnNames(renamed={"task": "instruction", "solution": "output"})
+    path = write(tmp_path / "a.jsonl", {"task": "a", "solution": "b", "output": "c", "instruction": "d"})
+    (row,) = read_rows(path, names, unread=(unread := {}))
+    assert (row.prompt, row.completion) == ("a", "b") and unread == {"output": 1, "instruction": 1}
+    (row,) = read_rows(write(tmp_path / "a.jsonl", {"instruction": "d", "output": "c"}), names)
+    assert (row.prompt, row.completion) == ("d", "c")
 
 
 FORMS = [

@@ -12,6 +12,7 @@ from support.project import ROOT
 
 from minilora import UserError
 from minilora.data.rows import ColumnNames, parse_datasets, read_rows
+from minilora.run.datasets import read_mixed
 from minilora.run.llama_factory import (
     DEFAULTS,
     INSTEAD,
@@ -255,6 +256,33 @@ def test_names_stand_for_files_hub_datasets_and_themselves(load, monkeypatch, tm
         load_train_config(["--stage", "sft", "--dataset", "riddles"])
 
 
+def test_columns_of_any_name_are_read_also_of_two_datasets_in_one_run(load, tmp_path):
+    described = {
+        "one": {"file_name": "one.jsonl", "columns": {"prompt": "q", "query": "ctx", "response": "a", "system": "sys"}},
+        "two": {"file_name": "two.jsonl", "columns": {"prompt": "task", "response": "output", "history": "past"}},
+        "talk": {
+            "file_name": "talk.jsonl",
+            "formatting": "sharegpt",
+            "columns": {"messages": "conversations", "system": "sys"},
+        },
+    }  # fmt: skip
+    rows = {
+        "one": {"q": "Add.", "ctx": "1 2", "a": "3", "sys": "s", "output": "not this", "input": ""},
+        "two": {"task": "Sing.", "output": "la", "past": [["a", "b"]]},
+        "talk": {"conversations": SAID, "sys": "s"},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(described))
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    config = load("lora_24gb", "--dataset_dir", str(tmp_path), "--dataset", "one,two,talk")
+    one, two, talk = read_mixed(config.dataset, config)
+    assert [m["content"] for m in one.messages] == ["s", "Add.\n1 2", "3"]
+    assert [m["content"] for m in two.messages] == ["a", "b", "Sing.", "la"]
+    assert [(m["role"], m["content"]) for m in talk.messages][0] == ("system", "s")
+    (tmp_path / "training_config.yaml").write_text(config.to_yaml())
+    assert load_train_config(["--config", str(tmp_path / "training_config.yaml")]) == config
+
+
 def test_a_pretraining_file_learns_whole_texts_end_to_end(load, monkeypatch, tmp_path):
     """In LLaMA-Factory's words, the prompt of plain text is the column to learn; its stage pt packs."""
     config = load("lora_24gb", "--stage", "pt", "--dataset", "c4_demo")
@@ -370,13 +398,8 @@ def test_the_columns_of_an_entry_are_read_whatever_other_columns_a_row_has(entry
             {"formatting": "sharegpt", "tags": {"role_tag": "speaker"}},
             "role_tag is 'speaker', and must be from or role",
         ),
-        ({"formatting": "sharegpt", "columns": {"system": "preface"}}, "rename the column preface to system"),
         ({"formatting": "xml"}, "formatting xml is not supported"),
         ({"columns": {"query": "text"}}, "columns query do not make an example; name prompt and response"),
-        (
-            {"columns": {"prompt": "q", "query": "input", "response": "a"}},
-            "rename the columns q, a to instruction, input, output",
-        ),
         ({"columns": ["prompt", "response"]}, "columns must be an object, not ['prompt', 'response']"),
         ({"tags": "human"}, "tags must be an object, not 'human'"),
         ({"file_name": 5}, "file_name must be text, not 5"),
