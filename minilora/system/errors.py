@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from minilora.system.children import end_with_parent
 from minilora.system.redaction import Address, hide_secrets, is_address, without_secrets
-from minilora.system.signals import Terminated, signals_raise, silence_closed_output
+from minilora.system.signals import Terminated, received, signals_raise, silence_closed_output
 from minilora.system.terminal import escape_what_the_console_lacks, printable
 
 
@@ -156,7 +156,7 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader has gone, as in `| head`
         _exit(128 + signal.SIGPIPE)
     except (KeyboardInterrupt, Terminated, Exception) as error:
-        interruption = _interruption(error)
+        interruption = _interruption(error) or received()
         if isinstance(interruption, KeyboardInterrupt):
             _exit(128 + signal.SIGINT, "interrupted")
         if isinstance(interruption, Terminated):

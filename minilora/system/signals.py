@@ -13,14 +13,16 @@ in C++, where Python's handlers do not run.
 """
 
 import io
+import math
 import os
 import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 
 class Terminated(BaseException):
@@ -41,9 +43,10 @@ def terminating() -> list[int]:
 @contextmanager
 def signals_raise() -> Iterator[None]:
     """Within it, signals that end a process raise an exception in the main thread."""
+    _received.clear()
     handlers = {}
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # A shell ignores Ctrl-C for `script &`.
-        handlers[signal.SIGINT] = signal.default_int_handler
+        handlers[signal.SIGINT] = _interrupt
     if os.environ.get("RANK", "0") == "0":
         handlers |= dict.fromkeys(terminating(), _terminate)
     with handled(handlers):
@@ -66,9 +69,33 @@ def handled(handlers: dict[int, object]) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+_received: dict[type, tuple[float, BaseException]] = {}  # the last of each kind, and when it came
+
+
+def received() -> BaseException | None:
+    """Return the exception of a signal that should have ended this script, if it was swallowed; else None.
+
+    Code in C or Rust that calls Python, such as safetensors', may turn it into an error of its own. Ctrl-C
+    may have been answered, as in a conversation: it counts for a second.
+    """
+    if Terminated in _received:
+        return _received[Terminated][1]
+    came, interruption = _received.get(KeyboardInterrupt, (-math.inf, None))
+    return interruption if time.monotonic() - came < 1 else None
+
+
+def _raise(error: BaseException) -> NoReturn:
+    _received[type(error)] = (time.monotonic(), error)
+    raise error
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _raise(KeyboardInterrupt())
+
+
 def _terminate(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # Schedulers send it several times; cleaning up goes on.
-    raise Terminated(number)
+    _raise(Terminated(number))
 
 
 def silence_closed_output() -> None:

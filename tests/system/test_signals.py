@@ -1,5 +1,6 @@
 """Signals and errors of the system end a script in one line, after it has cleaned up."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -188,6 +189,39 @@ def test_a_script_without_such_a_parent_outlives_it():
         parent.wait()
         time.sleep(0.3)
         os.kill(int(child), signal.SIGKILL)  # raises if it is gone
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "ended by SIGTERM\n")],
+)
+def test_a_signal_that_a_library_turns_into_an_error_of_its_own_is_no_other_error(number, code, said, capsys):
+    """As safetensors does while it reads a tensor: the error does not say what it came from."""
+
+    def main():
+        with contextlib.suppress(KeyboardInterrupt, Terminated):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        raise ValueError("could not determine the shape")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == code and capsys.readouterr().err == said
+
+
+def test_a_ctrl_c_that_was_answered_long_ago_is_no_reason(monkeypatch):
+    def main():
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        later = time.monotonic() + 2
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_script(main)
+    with pytest.raises(ValueError, match="a bug"):  # nor is one of an earlier script in this process
+        run_script(lambda: int("a bug"))
 
 
 @pytest.mark.parametrize(
