@@ -319,6 +319,18 @@ def test_thoughts_that_a_template_leaves_out_are_counted(ours):
     assert load_chat_template("qwen3", ours["qwen"]).encode_all([HELLO[0], empty] * 2).lost_thoughts == 0
 
 
+def test_of_two_answers_in_a_row_only_the_words_are_learned_where_a_template_rewords_the_first(ours):
+    """Qwen3's own template, which has no blocks, writes an empty thought before the last answer of all: so the
+    prompt of the second one is not the beginning of the text, and a marker finds its words.
+    """
+    own = without_generation(load_chat_template("qwen3", ours["qwen"]), ours["qwen"])
+    answers = [HELLO[1] | {"content": "one"}, HELLO[1] | {"content": "two"}]
+    input_ids, loss_mask = own.encode([HELLO[0], *answers])
+    assert ours["qwen"].decode(input_ids[loss_mask]) == "onetwo"
+    input_ids, loss_mask = own.encode([HELLO[0], answers[1]])
+    assert ours["qwen"].decode(input_ids[loss_mask]) == "<think>\n\n</think>\n\ntwo"
+
+
 @pytest.mark.parametrize("template", ["qwen3_all", "deepseekr1"])
 def test_every_answer_of_a_thinking_template_has_its_thoughts_or_an_empty_block(ours, template):
     """What LLaMA-Factory learns as qwen3 and deepseekr1: thoughts of all answers, and the words of empty ones."""
