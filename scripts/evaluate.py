@@ -42,7 +42,8 @@ from pathlib import Path
 
 from minilora.data.chat import ChatTemplate, training_clock
 from minilora.data.examples import Dataset
-from minilora.data.rows import Row, parse_datasets
+from minilora.data.mixing import parse_datasets
+from minilora.data.rows import Row
 from minilora.inference.evaluation import (
     Metric,
     answers,

@@ -55,9 +55,9 @@ from minilora.run.datasets import (
     dataset_names,
     describe_template,
     read_datasets,
+    template_warnings,
     token_settings,
     tokenize_rows,
-    warnings,
 )
 from minilora.run.plots import plot_lengths
 from minilora.run.settings import TrainConfig, load_train_config
@@ -300,7 +300,7 @@ def print_summary(config: TrainConfig, encoding: Encoding, sets: Sets, errors: l
     template = describe_template(encoding.template, encoding.tokenizer, sets["train"].rows)
     print(f"dataset    {config.dataset}, for {model}, cutoff_len {cutoff_len:,}")
     print(f"template   {template}")
-    for line in warnings(sets["train"], encoding.tokenizer, encoding.template, config.mask_history):
+    for line in template_warnings(sets["train"], encoding.tokenizer, encoding.template, config.mask_history):
         print(line)
     if errors:
         rows = "1 wrong row" if len(errors) == 1 else f"{len(errors):,} wrong rows"

@@ -4,6 +4,7 @@ readers.py          a path, an address or a hub dataset -> records, each with it
 splits.py           which files of a dataset are read
 file_formats.py     the records of one file, within limits
 rows.py             a record -> prompt and completion, a conversation, or plain text
+mixing.py           several datasets, by their weights
 messages.py         conversations in the forms in which people keep them
 tokenizer.py        text -> ids and back, by one of the two tokenizer_backends.py
 new_tokens.py       a model's tokenizer with tokens of your own

@@ -204,20 +204,25 @@ class ChatTemplate:
         """Return how the prompt of the last answer ends in generation, and how in training, if they differ.
 
         Then the model is asked for answers in a way in which it never learned to give them. A template does
-        this that opens a thought in its generation prompt, for rows without thoughts.
+        this that opens a thought in its generation prompt, for rows without thoughts; and one that puts words
+        between its prompt and the answer, which nobody learns to write.
         """
         encoded, before = self.encode_all(messages), messages[:-1]
-        start = int(np.argmax(encoded.answers == encoded.answers.max()))
         try:
             prompt = self.encode_prompt(before)
+            asked, trained = self._render(before, add_generation_prompt=True), self._render(messages)
         except UserError:  # a template may refuse a conversation that ends before the answer
             return None
-        if not encoded.answers.any() or encoded.input_ids[:start].tolist() == prompt:
+        behind = encoded.input_ids[len(prompt) :]
+        if encoded.input_ids[: len(prompt)].tolist() == prompt:
+            between = behind[: int(np.argmax(encoded.answers[len(prompt) :] > 0))]
+            if not any(self._tokenizer.is_special(int(i)) for i in between) and (
+                not self._tokenizer.decode(between).strip()
+            ):
+                return None
+        elif trained.startswith(asked):  # a token reaches from the prompt into the answer
             return None
-        asked, trained = self._render(before, add_generation_prompt=True), self._render(messages)
         same = len(commonprefix([asked, trained]))
-        if same == len(asked):  # the texts agree, and a token reaches from the prompt into the answer
-            return None
         shown = max(0, same - 20)
         return asked[shown:], trained[shown : same + 20]
 

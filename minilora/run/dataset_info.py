@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from minilora.data.messages import ROLES
-from minilora.data.rows import parse_datasets
+from minilora.data.mixing import parse_datasets
 from minilora.system.errors import UserError, suggestion
 from minilora.system.files import read_json
 from minilora.system.remote import refuse_address

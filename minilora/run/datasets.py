@@ -11,8 +11,9 @@ from minilora.config import ModelConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE, ChatTemplate, load_chat_template, training_clock
 from minilora.data.examples import Dataset, split, tokenize
 from minilora.data.file_formats import list_columns
+from minilora.data.mixing import mix_rows, parse_datasets
 from minilora.data.prepared import load_tokens, tokens_file, tokens_key
-from minilora.data.rows import ColumnNames, Row, files_of, mix_rows, parse_columns, parse_datasets, read_rows
+from minilora.data.rows import ColumnNames, Row, files_of, parse_columns, read_rows
 from minilora.data.tokenizer import Tokenizer
 from minilora.rope import context_length
 from minilora.run.settings import TrainConfig
@@ -35,7 +36,7 @@ def load_datasets(
     template = choose_template(config.template, tokenizer, rows)
     encoding = token_settings(config, model_config), model_config, tokenizer, template
     train_set = tokenize_rows(rows, config.dataset, *encoding)
-    for line in warnings(train_set, tokenizer, template, config.mask_history):
+    for line in template_warnings(train_set, tokenizer, template, config.mask_history):
         print(line)
     if not held_out:
         return template, train_set, None
@@ -72,7 +73,7 @@ def describe_template(template: ChatTemplate | None, tokenizer: Tokenizer, rows:
     return f"{template.name}, saved with the adapter; the model has one of its own: --template tokenizer"
 
 
-def warnings(
+def template_warnings(
     dataset: Dataset, tokenizer: Tokenizer, template: ChatTemplate | None, mask_history: bool
 ) -> Iterator[str]:
     """Yield what a template does to the rows of a dataset that nobody would expect, a line each."""

@@ -375,6 +375,21 @@ def test_a_prompt_of_generation_that_training_never_saw_is_found(ours):
         assert chat.encode_all([HELLO[0], answer]).lost_thoughts == 0
 
 
+@pytest.mark.parametrize("words", ["Sure: ", "<|im_start|>"])
+def test_words_between_the_prompt_and_an_answer_that_nobody_learns_to_write_are_found(ours, words):
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ WORDS }}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    asked, trained = ChatTemplate("w", source.replace("WORDS", repr(words)), ours["qwen"]).prompt_mismatch(
+        HELLO
+    )
+    assert asked.endswith("assistant\n") and f"assistant\n{words}a" in trained
+    blank = ChatTemplate("w", source.replace("WORDS", repr("\n")), ours["qwen"])
+    assert blank.prompt_mismatch(HELLO) is None
+
+
 @pytest.mark.parametrize(("name", "template"), SUPPORTED)
 @given(messages=conversations())
 @few

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import UserError
-from minilora.data.rows import ColumnNames, Row, mix_rows, parse_columns, parse_datasets, read_rows, to_record
+from minilora.data.mixing import mix_rows, parse_datasets
+from minilora.data.rows import ColumnNames, Row, parse_columns, read_rows, to_record
 
 
 def write(path, *objects):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.project import ROOT
 
 from minilora import UserError
-from minilora.data.rows import ColumnNames, parse_datasets, read_rows
+from minilora.data.mixing import parse_datasets
+from minilora.data.rows import ColumnNames, read_rows
 from minilora.run.datasets import read_mixed
 from minilora.run.llama_factory import (
     DEFAULTS,
