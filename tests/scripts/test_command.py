@@ -9,11 +9,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from support.project import PROGRAM_ENVIRONMENT, ROOT
+from support.project import PROGRAM_ENVIRONMENT, ROOT, is_key
 
-from minilora import UserError
 from minilora.run.manual import manual
-from minilora.run.settings import load_train_config
 from minilora.system.errors import ArgumentParser
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
@@ -89,14 +87,6 @@ def test_the_text_names_every_option_with_its_default_and_choices_and_no_other_o
             assert shown in text, f"{action.dest} {shown}"
     for name in re.findall(r"^ +--([\w-]+)", text, re.MULTILINE):
         assert f"--{name}" in parser._option_string_actions or is_key(name), name
-
-
-def is_key(name: str) -> bool:
-    try:
-        load_train_config([f"--{name}", "1"])
-    except UserError as error:
-        return "unknown key" not in str(error)
-    return True
 
 
 def test_check_gpus_text_names_every_section():

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.project import ROOT
+from support.project import ROOT, is_key
 
-from minilora.run.settings import load_train_config
-from minilora.system.errors import ArgumentParser, UserError
+from minilora.system.errors import ArgumentParser
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "assets" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,15 +60,6 @@ def parser_of(script: Path, monkeypatch) -> tuple[set[str], bool]:
     except Parsed as parsed:
         return parsed.args
     raise AssertionError(f"{script.name} parses no options")
-
-
-def is_key(name: str) -> bool:
-    """Whether the trainer knows a key. Any other mistake about it, such as a wrong value, means that it does."""
-    try:
-        load_train_config([f"--{name}", "1"])
-    except UserError as error:
-        return "unknown key" not in str(error)
-    return True
 
 
 @pytest.mark.parametrize("command", found_in_documents(COMMAND))

@@ -1,10 +1,13 @@
-"""Where the project lies, and what a run left behind."""
+"""Where the project lies, what a run left behind, and which keys it knows."""
 
 import json
 import os
 from pathlib import Path
 
 from safetensors.torch import load_file
+
+from minilora import UserError
+from minilora.run.settings import load_train_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"  # programs that tests start as processes of their own
@@ -23,3 +26,12 @@ def adapter(directory: Path) -> dict:
 def metrics(directory: Path) -> list[dict]:
     """The records of a run."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_key(name: str) -> bool:
+    """Whether the trainer knows a key. Any other mistake about it, such as a wrong value, means that it does."""
+    try:
+        load_train_config([f"--{name}", "1"])
+    except UserError as error:
+        return "unknown key" not in str(error)
+    return True
