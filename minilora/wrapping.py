@@ -24,6 +24,11 @@ from minilora.targets import (
 # The order of nested wrappers; by name, because lora.LoraLinear stands above this file.
 _INSIDE_OUT = ("TrainedCopy", "LoraEmbedding", "LoraLinear", "TrainedRows")
 _BASE = ".base_layer"
+# The ends of the names of all modules that have a weight: an adapter that copies them trains all of a model.
+ALL_WEIGHTS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("norm", "embed_tokens", "lm_head"),
+)
 
 
 def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Adapted]:
@@ -128,6 +133,9 @@ def wrap_whole(model: nn.Module, targets: list[str], config: LoraConfig, name: s
             raise UserError(f"modules_to_save names {path}, which {why}")
         copy = wrapper(model, path, TrainedCopy)
         copy.add_adapter(name, config, weight, getattr(layers[path], "bias", None))
+    if config.modules_to_save == ALL_WEIGHTS and model.config.tie_word_embeddings:
+        embedding, head = (model.get_submodule(path) for path in (EMBEDDING, OUTPUT_HEAD))
+        head.saved_weight[name] = embedding.saved_weight[name]  # it stays tied
     for path in (EMBEDDING, OUTPUT_HEAD):
         if path in layers and has_grown(model, layers[path]) and name not in _copies(model, path):
             grown = layers[path].weight

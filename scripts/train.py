@@ -31,13 +31,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.lint import findings_text, lint_adapter
-from minilora.adapters.save_load import load_adapter, save_adapter
 from minilora.backend.choice import set_fused
 from minilora.data.examples import batch_for
 from minilora.formats.weights import original_weight
 from minilora.inference.evaluation import answers, evaluate_loss, exact_match
-from minilora.lora import add_lora, remove_lora, set_adapter, trainable_parameters
+from minilora.lora import add_lora, set_adapter, trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
@@ -45,6 +43,7 @@ from minilora.optim import make_optimizer, set_learning_rate
 from minilora.recompute import set_recompute
 from minilora.run import checkpoints, report
 from minilora.run.divergence import explain_not_finite
+from minilora.run.full import load_trained, save_trained
 from minilora.run.plan import Plan, make_plan
 from minilora.run.random_state import random_state, set_random_state
 from minilora.run.settings import TrainConfig, load_train_config
@@ -131,7 +130,7 @@ def build_model(plan: Plan) -> CausalLM:
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
     model = load_base_model(plan.model_dir, config, plan.placement, plan.model_config.vocab_size)
     if adapter := plan.checkpoint or plan.start_adapter:
-        load_adapter(model, adapter, **plan.as_trained)
+        load_trained(plan, model, adapter)
     else:
         add_lora(model, plan.lora, original=partial(original_weight, plan.model_dir))
     set_recompute(model, plan.memory.policies)
@@ -266,7 +265,7 @@ def save_checkpoint(plan: Plan, run: Run) -> Path:
     config, directory = plan.config, plan.output_dir / f"checkpoint-{run.step}"
     generators = plan.processes.gather(random_state(plan.placement.device))
     if plan.processes.main:
-        write_adapter = partial(save_adapter, run.model, base_model_name_or_path=plan.base_model)
+        write_adapter = partial(save_trained, plan, run.model, is_checkpoint=True)
         state = run.state_dict() | {"training": plan.training, "random": generators}
         checkpoints.write_checkpoint(directory, write_adapter, state)
         if plan.destinations and config.hub_strategy == "every_save":
@@ -281,17 +280,16 @@ def finish(plan: Plan, run: Run) -> None:
     """Save the last adapter, or the best one if requested. Then draw, compare answers, and publish."""
     model, directory, best = run.model, plan.output_dir, run.best
     if plan.config.keeps_best and 0 < best["step"] < run.step:
-        remove_lora(model)
-        load_adapter(model, directory / f"checkpoint-{best['step']}", **plan.as_trained)
+        load_trained(plan, model, directory / f"checkpoint-{best['step']}")
     report.print_saved_step(plan, run)
     model.eval()
-    save_adapter(model, directory, base_model_name_or_path=plan.base_model)
+    save_trained(plan, model, directory)
     report.draw_curves(plan, run)
     figures = report.training_figures(plan, run)
     if plan.prompts:
         figures |= compare_answers(plan, model)
     report.write_model_card(plan, figures)
-    print("\n" + findings_text(lint_adapter(directory, plan.base_config)))
+    report.print_findings(plan)
     report.publish(plan, run)
 
 

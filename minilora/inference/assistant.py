@@ -16,7 +16,13 @@ from minilora.backend.copies import to_device
 from minilora.data.chat import ChatTemplate, Message
 from minilora.data.stream_decoder import StreamDecoder
 from minilora.data.tokenizer import Tokenizer
-from minilora.inference.generation import check_sampling, end_tokens, generate_stream, generate_text
+from minilora.inference.generation import (
+    check_sampling,
+    end_tokens,
+    generate_stream,
+    generate_text,
+    make_cache,
+)
 from minilora.lora import set_adapter
 from minilora.model import CausalLM, KVCache
 from minilora.rope import context_length
@@ -147,8 +153,7 @@ def reuse_cache(
     The last token of the prompt is never taken from the old cache: its logits give the first token of the
     answer, so it must go through the model.
     """
-    weight = model.model.norm.weight
-    cache = KVCache(model.config, 1, len(prompt) + new_tokens, weight.dtype, weight.device)
+    cache = make_cache(model, 1, len(prompt) + new_tokens)
     if old is not None:
         limit = min(old.length, len(old_tokens), len(prompt) - 1)
         shared = next((t for t in range(limit) if old_tokens[t] != prompt[t]), limit)

@@ -72,7 +72,7 @@ def generate_stream(
     check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
     (B, T), device = input_ids.shape, input_ids.device
     if use_cache and cache is None:
-        cache = KVCache(model.config, B, T + max_new_tokens, model.model.norm.weight.dtype, device)
+        cache = make_cache(model, B, T + max_new_tokens)
     cache = cache if use_cache else None
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     prompt = input_ids, attention_mask
@@ -88,6 +88,12 @@ def generate_stream(
             generator.set_state(random_state)
         if cache is not None:  # the model has not read the last token
             cache.length = min(cache.length, T + max(count - 1, 0))
+
+
+def make_cache(model: CausalLM, batch_size: int, max_length: int) -> KVCache:
+    """Return an empty cache in the dtype of the activations: the embedding table's, whatever is trained."""
+    table = next(model.parameters())
+    return KVCache(model.config, batch_size, max_length, table.dtype, table.device)
 
 
 def compute_tokens(

@@ -86,6 +86,7 @@ class LayerBytes(NamedTuple):
     attention: int  # attention's output and log-sum-exps
     kept: int  # what backward reads, attention's included but not the input
     backward: int  # what backward makes itself, at its largest
+    gradients: int  # of weights that are trained whole, which a layer that runs again has all at once
     alone: int  # all of a forward without a graph, the input included
 
 
@@ -127,8 +128,10 @@ def layer_bytes(
     adapted: frozenset[str],  # products that have an adapter: q_proj, ...
     tokens: int,
     widths: Widths,
+    copied: int = 0,  # numbers of its weights that are trained whole, in copies
 ) -> LayerBytes:
     """Return the bytes of a decoder layer on so many tokens, of however many rows and documents."""
+    in_16_bits = copied * widths.number if widths.number < 4 else 0  # copies as the products read them
     row = 4 * tokens  # a float32 a token
     H, G, K = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     D, HK, GK, F = (tokens * n * widths.number for n in (c.hidden_size, H * K, G * K, c.intermediate_size))
@@ -165,8 +168,9 @@ def layer_bytes(
     return LayerBytes(
         input=D,
         attention=attention,
-        kept=first_half + second_half + adapters.copies(c, *adapted),
+        kept=first_half + second_half + adapters.copies(c, *adapted) + in_16_bits,
         backward=D + max(at_swiglu, at_down, between),  # D: the gradient of the residual stream
+        gradients=4 * copied,
         alone=max(alone_in_attention, alone_in_mlp),
     )
 

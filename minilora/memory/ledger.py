@@ -241,9 +241,14 @@ class _Sizes:
 
     @property
     def layers(self) -> list[LayerBytes]:
-        fixed, kinds = (self.tokens, self.widths), set(self.counts.adapted)
-        sizes = {adapted: layer_bytes(self.model_config, self.lora, adapted, *fixed) for adapted in kinds}
-        return [sizes[adapted] for adapted in self.counts.adapted]
+        kinds = list(zip(self.counts.adapted, self.counts.copied, strict=True))
+        sizes = {
+            (adapted, copied): layer_bytes(
+                self.model_config, self.lora, adapted, self.tokens, self.widths, copied
+            )
+            for adapted, copied in set(kinds)
+        }
+        return [sizes[kind] for kind in kinds]
 
     @property
     def masks(self) -> int:
@@ -316,7 +321,8 @@ def _kept_and_live(layer: LayerBytes, policy: str) -> tuple[int, int]:
     if policy == "off":
         return layer.kept, layer.backward
     kept = layer.attention if policy == "selective" else 0
-    return kept, layer.kept - kept + layer.backward + layer.input  # run again, it has its output once more
+    # Run again, it has its output once more.
+    return kept, layer.kept - kept + layer.backward + layer.input + layer.gradients
 
 
 def _evaluation_bytes(sizes: _Sizes) -> dict[str, int]:
@@ -371,7 +377,8 @@ class _Counts(NamedTuple):
     rest: int  # embeddings, head, norms, biases
     adapter: int
     trainable: list[int]  # of every tensor of it that learns
-    adapted: list[frozenset[str]]  # of every decoder layer, the products that have an adapter
+    adapted: list[frozenset[str]]  # of every decoder layer, the products with an adapter or a trained copy
+    copied: list[int]  # of every decoder layer, the numbers of weights that are trained whole
     first_adapted: int  # the first decoder layer that backward reaches
     head_is_plain: bool  # no update, not quantized: the loss never computes its logits twice
     whole: frozenset[str]  # of the embedding and the head, those that are trained whole
@@ -391,15 +398,17 @@ def _count(model_config: ModelConfig, lora: LoraConfig, head_is_quantized: bool)
     rest = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in weights.values())
     add_lora(model, lora)
     layers = {plain_name(name): layer for name, layer in lora_layers(model).items()}
-    paths = [name.split(".") for name in layers]  # model.layers.N.self_attn.q_proj
+    changed = adapted_layers(model)
+    copies = {plain_name(name): m for name, m in changed.items() if isinstance(m, TrainedCopy)}
+    copies = {name: m for name, m in copies.items() if "default" in m.saved_weight}
+    products = [*layers, *(name for name in copies if name in weights)]
+    paths = [name.split(".") for name in products]  # model.layers.N.self_attn.q_proj
     adapted = [
         frozenset(path[-1] for path in paths if path[1:3] == ["layers", str(i)])
         for i in range(len(model.model.layers))
     ]
-    with_values = layers if lora.use_dora else ()
-    changed = adapted_layers(model)
+    with_values = layers if lora.use_dora else copies
     parts = {id(p): p.numel() for layer in changed.values() for p in layer.parts("default").values()}
-    whole = {plain_name(name) for name, layer in changed.items() if isinstance(layer, TrainedCopy)}
     return _Counts(
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
         rest=rest,
@@ -407,9 +416,13 @@ def _count(model_config: ModelConfig, lora: LoraConfig, head_is_quantized: bool)
         + sum(p.numel() for name, p in model.named_parameters() if ".frozen_" in name),
         trainable=[p.numel() for p in trainable_parameters(model).values()],
         adapted=adapted,
+        copied=[
+            sum(m.weight.numel() for name, m in copies.items() if name.startswith(f"model.layers.{i}."))
+            for i in range(len(adapted))
+        ],
         first_adapted=min(_first_layer(plain_name(name), len(adapted)) for name in changed),
         head_is_plain=isinstance(model.lm_head, (nn.Linear, TrainedCopy)) and not head_is_quantized,
-        whole=frozenset({EMBEDDING, OUTPUT_HEAD} & whole),
+        whole=frozenset({EMBEDDING, OUTPUT_HEAD} & copies.keys()),
         not_rerun=sum(
             w.numel() for name, w in weights.items() if name.endswith("down_proj") and name not in with_values
         ),

@@ -1,7 +1,7 @@
 """Stop a training and resume it as if nothing had happened.
 
     checkpoint-40/
-      adapter_config.json, adapter_model.safetensors    the adapter, in PEFT's format
+      adapter_config.json, adapter_model.safetensors    the adapter, in PEFT's format; or a model: full.py
       training_state/                                   everything else
         state.json             numbers and texts, with references to the tensors
         tensors.safetensors    the tensors
@@ -42,7 +42,7 @@ from minilora import starts
 from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.adapters.save_load import read_adapter_config
 from minilora.config import LoraConfig
-from minilora.formats.weights import save_tensors
+from minilora.formats.weights import MODEL_CONFIG_FILE, SINGLE_FILE, save_tensors
 from minilora.lora import lora_layers
 from minilora.loss_scale import LossScale
 from minilora.run.random_state import random_state, set_random_state
@@ -56,7 +56,11 @@ from minilora.wrapping import match_targets, plain_name
 STATE_FILE = "training_state/state.json"
 TENSORS_FILE = "training_state/tensors.safetensors"
 DIGESTS_FILE = "training_state/digests.json"
-_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, STATE_FILE, TENSORS_FILE)
+_STATE_FILES = (STATE_FILE, TENSORS_FILE)
+_TRAINED_FILES = (  # an adapter, or a model
+    (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE),
+    (MODEL_CONFIG_FILE, SINGLE_FILE),
+)
 _MAX_STATE_BYTES = 4 << 30  # it holds a record for every line of metrics.jsonl
 _NUMBER = re.compile("#(0|[1-9][0-9]{0,17})")
 # What the file of an adapter says in the words of its settings. Targets it says in its own.
@@ -84,7 +88,8 @@ def write_checkpoint(directory: Path, write_adapter: Callable[[Path], None], sta
         tree, tensors = flatten(state)
         save_tensors(tensors, part / TENSORS_FILE)
         write_whole(part / STATE_FILE, json.dumps(tree))
-        digests = {name: _digest(part / name) for name in _FILES}
+        names = [*next(f for f in _TRAINED_FILES if (part / f[0]).exists()), *_STATE_FILES]
+        digests = {name: _digest(part / name) for name in names}
         write_whole(part / DIGESTS_FILE, json.dumps(digests, indent=2) + "\n")
         _sync_and_rename(part, directory)
     except (OSError, UserError) as error:
@@ -100,9 +105,11 @@ def read_checkpoint(directory: Path) -> dict:
     if not _has_state(directory):
         raise UserError(f"{directory} holds no training_state to resume from")
     digests = read_json(directory / DIGESTS_FILE)
-    if not isinstance(digests, dict) or not digests.keys() >= set(_FILES):
+    listed = digests.keys() if isinstance(digests, dict) else set()
+    kinds = [(*files, *_STATE_FILES) for files in _TRAINED_FILES if listed >= {*files, *_STATE_FILES}]
+    if not kinds:
         raise UserError(f"{directory / DIGESTS_FILE} is corrupt: it does not list the files of a checkpoint")
-    for name in _FILES:
+    for name in kinds[0]:
         if not (directory / name).is_file():
             raise UserError(f"{directory / name} is missing")
         if _digest(directory / name) != digests[name]:
@@ -246,7 +253,8 @@ def find_resumed(
     except UserError as error:
         raise UserError(f"{checkpoint / STATE_FILE} is corrupt: {error}") from error
     check_same_training(state["training"], training, config.may_change(), checkpoint)
-    _check_adapter(checkpoint, lora)
+    if config.finetuning_type == "lora":
+        _check_adapter(checkpoint, lora)
     _check_generators(state["random"], training["the number of processes"], device, checkpoint)
     if state["step"] > total_steps:
         raise UserError(

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from minilora.adapted import TrainedCopy
 from minilora.config import LoraConfig
 from minilora.int8 import Int8Tensor
 from minilora.linear import QuantizedLinear
@@ -40,9 +41,11 @@ def _kind(weight: QuantizedTensor | Int8Tensor) -> str:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many numbers the model has, those of quantized weights included."""
+    """How many numbers the model has, those of quantized weights included, and originals of copies not."""
+    copied = [m for m in model.modules() if isinstance(m, TrainedCopy) and m.applied in m.saved_weight]
+    originals = {id(p): p.numel() for m in copied for p in m.plain_layer.parameters()}
     quantized = sum(m.weight.shape.numel() for m in model.modules() if isinstance(m, QuantizedLinear))
-    return quantized + sum(p.numel() for p in model.parameters())
+    return quantized + sum(p.numel() for p in model.parameters()) - sum(originals.values())
 
 
 def describe_targets(lora: LoraConfig, between: str = " ") -> str:

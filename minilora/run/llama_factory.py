@@ -14,7 +14,8 @@ model, then the rest. A key that this trainer has never heard of is named only a
 The keys that a file leaves out count too. Without `quantization_bit` LLaMA-Factory does not quantize, but
 this trainer quantizes to 4 bits. So a file with `stage` or `finetuning_type` is taken to be LLaMA-Factory's,
 and gets LLaMA-Factory's defaults wherever they would change a number. A value given in the file or on the
-command line overrides every default.
+command line overrides every default. (This trainer's own files hold all of its keys: `finetuning_type` too,
+but `preset` beside it and no `stage`.)
 
 A name in `dataset` is looked up in `dataset_dir/dataset_info.json`: `minilora.run.dataset_info`.
 """
@@ -27,7 +28,6 @@ from minilora.run.training_arguments import OFF, TRUE, normalize
 from minilora.system.errors import UserError
 from minilora.system.schema import shown
 
-MARKERS = ("stage", "finetuning_type")  # either key marks a file as LLaMA-Factory's
 DEFAULTS = {  # of LLaMA-Factory, or of the TrainingArguments that it builds on, where this trainer's differ
     "quantization_bit": None,
     "lora_rank": 8,
@@ -150,7 +150,7 @@ _MUST_BE_OFF = """
 NEEDED = (
     {  # key: the values that this trainer accepts, as `normalize` writes them; the first obstacle is named
         "stage": ("sft", "pt"),
-        "finetuning_type": ("lora",),
+        "finetuning_type": ("lora", "full"),
     }
     | dict.fromkeys((*MEDIA, *NOT_TRAINING), OFF)
     | training_arguments.NEEDED
@@ -181,7 +181,7 @@ INSTEAD = (  # key: advice to whoever gave it another value than NEEDED
         "peft_config": _OWN_FORMAT,
         "new_special_tokens_config": "name the tokens in new_special_tokens, without descriptions",
         "stage": "sft learns answers and pt plain text; preferences and rewards are not learned",
-        "finetuning_type": "the nearest is lora with lora_target: all and a high rank",
+        "finetuning_type": "lora trains an adapter and full all weights",
         "mix_strategy": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
         "interleave_probs": "give every dataset a weight, dataset: a.jsonl:0.7,b.jsonl:0.3",
         "enable_thinking": "template: qwen3 learns to write <think> </think> and template: chatml does not",
@@ -191,7 +191,16 @@ INSTEAD = (  # key: advice to whoever gave it another value than NEEDED
     }
 )
 MAY_BE_EMPTY = {*NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())}
-KEYS = {*TRANSLATED, *MAY_BE_EMPTY}
+KEYS = {*TRANSLATED, *MAY_BE_EMPTY} - {"finetuning_type"}  # which is this trainer's, too
+ADAPTER_KEYS = """
+    lora_rank lora_alpha lora_dropout lora_target additional_target adapter_name_or_path use_rslora use_dora
+    init_lora_weights use_vera lora_fa loraplus_lr_ratio
+    """.split()  # this trainer's keys that have no meaning where all weights are trained
+
+
+def is_llama_factory(values: dict[str, object]) -> bool:
+    """Whether a run's keys are those of a LLaMA-Factory file."""
+    return "stage" in values or ("finetuning_type" in values and "preset" not in values)
 
 
 def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
@@ -200,7 +209,7 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
     The notes name the keys without an effect, and the defaults taken from LLaMA-Factory. Raises UserError for
     a value that cannot be translated; `refuse_other_training` comes before.
     """
-    is_llama_factory = any(name in values for name in MARKERS)
+    from_llama_factory = is_llama_factory(values)
     notes = _ignored_keys(values)
     theirs = {name: value for name, value in values.items() if name in TRANSLATED}
     ours = {
@@ -209,23 +218,23 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
         if name not in KEYS
     }
 
-    if is_llama_factory and values.get("lr_scheduler_type") == "constant":  # no warm-up in transformers
+    if from_llama_factory and values.get("lr_scheduler_type") == "constant":  # no warm-up in transformers
         ours = {name: value for name, value in ours.items() if name not in ("warmup_steps", "warmup_ratio")}
     is_plain_text = normalize(values.get("stage")) == "pt"
-    if is_llama_factory or "dataset_dir" in theirs:
+    if from_llama_factory or "dataset_dir" in theirs:
         index_file = Path(str(theirs.get("dataset_dir", "data"))) / "dataset_info.json"
         ours |= resolve_datasets(ours, index_file, is_plain_text)
     _translate_switches(theirs, ours)
     _translate_pissa(theirs, ours)
     _translate_push_to_hub(theirs, ours)
-    _translate_eval_strategy(theirs, ours, is_llama_factory)
+    _translate_eval_strategy(theirs, ours, from_llama_factory)
     _translate_names(theirs, ours)
     _translate_sampling(theirs, ours)
     if is_plain_text:
         ours.setdefault("packing", True)
-    if is_llama_factory:
+    if from_llama_factory:
         ours["template"] = TEMPLATES.get(str(ours.get("template")), ours.get("template"))
-        notes += _train_embeddings(ours)
+        notes += _drop_adapter(ours) if ours.get("finetuning_type") == "full" else _train_embeddings(ours)
         defaults = _missing_defaults(ours)
         notes += _defaults_taken(defaults)
         ours = defaults | ours
@@ -240,7 +249,7 @@ def refuse_other_training(values: dict[str, object]) -> None:
             raise UserError(f"template = {template!r} is of a model that sees or hears; {_TEXT_ONLY}")
         if name not in values or normalize(values[name]) in accepted:
             continue
-        if name == "do_train" and not any(marker in values for marker in MARKERS):
+        if name == "do_train" and not is_llama_factory(values):
             continue  # TrainingArguments alone: its trainer does not read it
         generic = "leave it out" if accepted is OFF else f"it must be {accepted[0]}"
         fault = "requests a training that minilora does not do"
@@ -296,6 +305,13 @@ def _train_embeddings(ours: dict[str, object]) -> list[str]:
     return [f"{given[0]}: embed_tokens and lm_head are trained whole, as in LLaMA-Factory"]
 
 
+def _drop_adapter(ours: dict[str, object]) -> list[str]:
+    """Take an adapter's keys out of the settings of a full training: LLaMA-Factory does not read them."""
+    unread = {*ADAPTER_KEYS} - {"adapter_name_or_path"}  # refused there, too
+    given = [name for name in ADAPTER_KEYS if name in unread and ours.pop(name, None) is not None]
+    return [f"no effect: {', '.join(given)} (finetuning_type is full)"] if given else []
+
+
 def _translate_pissa(theirs: dict[str, object], ours: dict[str, object]) -> None:
     """`pissa_init: true` is `init_lora_weights: pissa_niter_N`, N = `pissa_iter` or 16; -1: `pissa`."""
     if normalize(theirs.get("pissa_init")) in TRUE:
@@ -332,7 +348,7 @@ def _translate_eval_strategy(
 def _missing_defaults(ours: dict[str, object]) -> dict[str, object]:
     """LLaMA-Factory's defaults for the keys that are not given. A preset gives the adapter's."""
     given = {*ours}
-    if "preset" in ours or "adapter_name_or_path" in ours:
+    if {"preset", "adapter_name_or_path"} & ours.keys() or ours.get("finetuning_type") == "full":
         given |= {"lora_rank", "lora_dropout", "lora_target"}
     return {name: value for name, value in DEFAULTS.items() if name not in given}
 

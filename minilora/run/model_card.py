@@ -24,16 +24,15 @@ from minilora.system.terminal import visible
 
 QUESTION = "Why is the sky blue?"
 MODEL_CARD = """---
-{link}library_name: peft
+{link}library_name: {library}
 pipeline_tag: text-generation
 tags:
-- lora
-- minilora
+{tag}- minilora
 ---
 
-# LoRA adapter for {title}
+# {kind} {title}
 
-Trained with minilora. {size}, dropout {lora.lora_dropout:g}, on: {targets}.
+Trained with minilora. {size}
 
 | | |
 |---|---|
@@ -48,12 +47,7 @@ Trained with minilora. {size}, dropout {lora.lora_dropout:g}, on: {targets}.
 ## Use
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained({base_model!r}, dtype="auto")
-{resize}model = PeftModel.from_pretrained(base, {address!r})
-tokenizer = AutoTokenizer.from_pretrained({address!r}, config=base.config)
+{load}
 
 {ask}
 output = model.generate(**inputs, max_new_tokens=100, eos_token_id={ends})
@@ -62,6 +56,16 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 {quantized}
 All settings are in `training_config.yaml`, all measurements in `metrics.jsonl`.
 """
+LOAD_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base_model!r}, dtype="auto")
+{resize}model = PeftModel.from_pretrained(base, {address!r})
+tokenizer = AutoTokenizer.from_pretrained({address!r}, config=base.config)"""
+LOAD_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({address!r}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({address!r})"""
 ASK_WITH_TEMPLATE = """messages = [{{"role": "user", "content": {question!r}}}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -97,19 +101,23 @@ def write_model_card(plan: Plan, figures: Mapping[str, str]) -> None:
     rows = plan.model_config.vocab_size
     grown = rows > plan.base_config.vocab_size  # PEFT wants the base model to have these rows
     table = settings_in_card(plan, form) | dict(figures)
-    card = MODEL_CARD.format(
-        link=f"base_model: {base_model}\n" if on_hub else "",
+    load = (LOAD_MODEL if plan.trains_all else LOAD_ADAPTER).format(
         base_model=str(base_model),
         resize=f"base.resize_token_embeddings({rows})\n" if grown else "",
+        address=str(plan.config.push_to_hub or plan.output_dir),
+    )
+    card = MODEL_CARD.format(
+        link=f"base_model: {base_model}\n" if on_hub else "",
+        library="transformers" if plan.trains_all else "peft",
+        tag="" if plan.trains_all else "- lora\n",
+        kind="Full fine-tune of" if plan.trains_all else "LoRA adapter for",
         title=as_markdown(base_model),
-        lora=lora,
-        size=_size_in_card(lora),
-        targets=as_markdown(describe_targets(lora, ", ")),
+        size="All weights were trained." if plan.trains_all else _size_in_card(lora),
+        load=load,
         table="\n".join(f"| {as_markdown(name)} | {as_markdown(value)} |" for name, value in table.items()),
         form=f"{form.words}\n\n{_indented(form.example)}" if form.example else form.words,
         ask=_ask(plan, form),
         ends=_end_ids(plan, form),
-        address=str(plan.config.push_to_hub or plan.output_dir),
         quantized=QUANTIZED.format(weights=figures["frozen weights"]) if plan.config.quant_config() else "",
     )
     write_whole(plan.output_dir / "README.md", card)
@@ -194,13 +202,14 @@ def _indented(text: str) -> str:
 
 
 def _size_in_card(lora: LoraConfig) -> str:
-    if lora.use_vera:
-        return f"VeRA of rank {lora.r}"
+    """An adapter's size, its dropout and its layers, in a sentence."""
     scaling = "alpha / sqrt(r)" if lora.use_rslora else "alpha / r"
     size = f"Rank {lora.r}, alpha {lora.lora_alpha:g} (scaling {scaling})"
+    if lora.use_vera:
+        size = f"VeRA of rank {lora.r}"
     if takes_part_of_base(lora.init_lora_weights):
         size += f", started with {lora.init_lora_weights} and saved as plain LoRA of rank {2 * lora.r}"
-    return size
+    return f"{size}, dropout {lora.lora_dropout:g}, on: {as_markdown(describe_targets(lora, ', '))}."
 
 
 def as_markdown(text: str) -> str:

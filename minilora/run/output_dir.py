@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.data.tokenizer import TOKENIZER_FILES
+from minilora.formats.weights import MODEL_CONFIG_FILE, SINGLE_FILE
 from minilora.run.answers import ANSWERS_FILE
 from minilora.run.checkpoints import delete_checkpoint, delete_leftovers, list_checkpoints
 from minilora.run.datasets import dataset_names
@@ -29,12 +30,15 @@ RUN_FILES = (
     "training.png",
     "README.md",
 )
+MODEL_FILES = (MODEL_CONFIG_FILE, SINGLE_FILE)  # of a full training, in place of the adapter's
 KEPT_HERE = {ANSWERS_FILE}  # files of a run that are sent nowhere: rows of the dataset are its owner's
 
 
 def files_of_a_run(directory: Path) -> list[Path]:
     """The existing files and checkpoints of a run: everything that another run there would overwrite."""
-    paths = [directory / name for name in RUN_FILES]
+    # A model without settings beside it is somebody else's.
+    names = RUN_FILES + MODEL_FILES * (directory / SETTINGS_FILE).is_file()
+    paths = [directory / name for name in names]
     return [path for path in paths if path.exists()] + list_checkpoints(directory)
 
 
@@ -46,9 +50,13 @@ def check_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
         raise UserError(f"output_dir {directory}: {parent} is a file, not a directory")
     if not os.access(parent, os.W_OK):
         raise UserError(f"output_dir {directory} cannot be written: no permission in {parent}")
+    if config.finetuning_type == "full" and not (directory / SETTINGS_FILE).exists():
+        for name in MODEL_FILES:
+            if (directory / name).exists():
+                raise UserError(f"output_dir {directory} holds a model ({name}); choose another directory")
     if config.overwrite_output_dir or _contains(directory, checkpoint):
         return
-    finished = (directory / ADAPTER_WEIGHTS_FILE).exists()
+    finished = any((directory / name).exists() for name in (ADAPTER_WEIGHTS_FILE, SINGLE_FILE))
     if config.resume_from_checkpoint == "latest" and not finished:
         return  # The run was killed before its first checkpoint; it starts again.
     if files := files_of_a_run(directory):
@@ -73,7 +81,7 @@ def open_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         until_end.enter_context(locked("output_dir", directory))
         delete_leftovers(directory)
-        for name in (*RUN_FILES, *TOKENIZER_FILES):
+        for name in (*RUN_FILES, *MODEL_FILES, *TOKENIZER_FILES):
             (directory / f"{name}.part").unlink(missing_ok=True)
         if not _contains(directory, checkpoint):
             for path in files_of_a_run(directory):

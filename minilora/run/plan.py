@@ -120,6 +120,11 @@ class Plan:
         return self.config.model_name_or_path or "assets/base"
 
     @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained, and not an adapter: see `minilora.run.full`."""
+        return self.config.finetuning_type == "full"
+
+    @property
     def as_trained(self) -> dict:
         """What `load_adapter` must know of this run's adapter and its files do not say."""
         return dict(lora_fa=self.lora.lora_fa, lora_dropout=self.lora.lora_dropout, started=self.lora)

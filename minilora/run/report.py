@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from minilora.adapters.lint import findings_text, lint_adapter
 from minilora.config import LoraConfig
 from minilora.data.chat import TOKENIZER_TEMPLATE
 from minilora.data.examples import Order
@@ -53,7 +54,9 @@ def print_plan(plan: Plan) -> None:
     _print_lines({
         "model": f"{plan.base_model}: {c.model_type}, {c.num_hidden_layers} layers of width {c.hidden_size}",
         "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
-        "adapter": f"{describe_kind(lora)}, dropout {lora.lora_dropout:g}, on {describe_targets(lora)}",
+        "adapter": "none: all weights are trained"
+        if plan.trains_all
+        else f"{describe_kind(lora)}, dropout {lora.lora_dropout:g}, on {describe_targets(lora)}",
         "optimizer": describe_optimizer(config.optim, plan.placement.device, config.loraplus_lr_ratio),
         "template": describe_template(plan.template, plan.tokenizer, plan.train_set.rows),
         "training": plan.train_set.summary(),
@@ -145,6 +148,7 @@ def saved_step(plan: Plan, run: Run) -> int:
 def training_figures(plan: Plan, run: Run, step: int | None = None) -> dict[str, str]:
     """The rows of the model card's table, for the adapter of `step`; None: the one that the run ends with."""
     step = saved_step(plan, run) if step is None else step
+    this = "this model" if plan.trains_all else "this adapter"
     losses = [record["loss"] for record in run.tracker.records if "loss" in record]
     held_out = {r["step"]: r["eval_loss"] for r in run.tracker.records if "eval_loss" in r}
     used, reserved = run.tracker.peak(*plan.memory.measure(plan.placement.device))
@@ -152,11 +156,11 @@ def training_figures(plan: Plan, run: Run, step: int | None = None) -> dict[str,
     figures = {
         "examples": f"{len(plan.train_set.rows):,}",
         "steps": f"{run.step} of {first_step} examples{run.loss_scale.summary()}",
-        "this adapter": f"of step {step}" + ", the lowest held-out loss" * (step == run.best["step"]),
+        this: f"of step {step}" + ", the lowest held-out loss" * (step == run.best["step"]),
         "trainable parameters": f"{sum(p.numel() for p in trainable_parameters(run.model).values()):,}",
         "final training loss": f"{losses[-1]:.4f}" if losses else "not finite",
         "computed on": str(plan.placement),
-        "frozen weights": describe_weights(run.model),
+        "original weights" if plan.trains_all else "frozen weights": describe_weights(run.model),
         "peak memory": f"{used / 2**30:.2f} GiB ({plan.memory.peak / 2**30:.2f} GiB predicted)",
         "training time": minutes(run.seconds),
     }
@@ -167,7 +171,7 @@ def training_figures(plan: Plan, run: Run, step: int | None = None) -> dict[str,
     if held_out:
         figures["held-out loss, base model"] = f"{held_out[min(held_out)]:.4f}"
         if step in held_out:
-            figures["held-out loss, this adapter"] = f"{held_out[step]:.4f}"
+            figures[f"held-out loss, {this}"] = f"{held_out[step]:.4f}"
         figures["held-out loss, lowest"] = f"{run.best['loss']:.4f} (step {run.best['step']})"
     return figures
 
@@ -194,15 +198,16 @@ def end_interrupted(plan: Plan, run: Run, checkpoint: Path) -> NoReturn:
 
 
 def print_saved_step(plan: Plan, run: Run) -> None:
-    """Print which step's adapter is saved, if another step had the lowest held-out loss."""
+    """Print which step's adapter or model is saved, if another step had the lowest held-out loss."""
     best = run.best
     if not 0 < best["step"] < run.step:
         return
+    trained = "model" if plan.trains_all else "adapter"
     if saved_step(plan, run) == best["step"]:
-        print(f"back to the adapter of step {best['step']}, held-out loss {best['loss']:.4f}")
+        print(f"back to the {trained} of step {best['step']}, held-out loss {best['loss']:.4f}")
         return
     print(
-        f"saved is the adapter of step {run.step}; step {best['step']} had the lowest held-out loss, "
+        f"saved is the {trained} of step {run.step}; step {best['step']} had the lowest held-out loss, "
         f"{best['loss']:.4f}: --load_best_model_at_end ends with that one"
     )
 
@@ -213,12 +218,19 @@ def draw_curves(plan: Plan, run: Run) -> None:
     plot_training(run.tracker.records, plan.output_dir / "training.png")
 
 
+def print_findings(plan: Plan) -> None:
+    """Print which programs load the adapter that was saved. A model loads anywhere."""
+    if not plan.trains_all:
+        print("\n" + findings_text(lint_adapter(plan.output_dir, plan.base_config)))
+
+
 def publish(plan: Plan, run: Run) -> None:
     """Tell the reporters that the run is finished, and send the results to all destinations."""
     directory = plan.output_dir
     files = [path for path in files_of_a_run(directory) if path.is_file() and path.name not in KEPT_HERE]
     run.tracker.finish("FINISHED", files)
-    print(f"adapter, metrics, plot and model card are in {directory} ({minutes(run.seconds)} in all)")
+    trained = "model" if plan.trains_all else "adapter"
+    print(f"{trained}, metrics, plot and model card are in {directory} ({minutes(run.seconds)} in all)")
     try:
         send_to_all(plan.destinations, files_to_share(directory), f"Trained for {run.step} steps")
     except UserError as error:

@@ -39,6 +39,7 @@ from minilora.run.yaml_file import read_yaml
 from minilora.system.errors import UserError, suggestion
 from minilora.system.redaction import Address, hide_secrets, is_address
 from minilora.system.schema import shown
+from minilora.wrapping import ALL_WEIGHTS
 
 VERA_RANK = 256  # PEFT's default. A random direction is worth less than a learned one
 TRACKERS = ("mlflow", "tensorboard", "wandb", "all")
@@ -122,6 +123,7 @@ class TrainConfig:
     quantization_type: str = "nf4"  # nf4 or fp4, if quantization_bit is 4
     double_quantization: bool = True  # store the scales in 8 bits too: 4.127 bits a weight, not 4.5
     # adapter
+    finetuning_type: str = "lora"  # full: train all weights, without an adapter and without quantization
     preset: str = "standard_r8_qkvo"  # others: minimal_r4_qv, aggressive_r16_all, high_capacity_r32_all
     lora_rank: int | None = None  # rank of the update, r; none: the preset's
     lora_alpha: float | None = None  # the update is scaled by alpha / r; none: 2 * lora_rank or the preset's
@@ -225,6 +227,7 @@ class TrainConfig:
     def _check_choices(self) -> None:
         _check_choice("quantization_type", self.quantization_type, QUANT_TYPES)
         _check_choice("lr_scheduler_type", self.lr_scheduler_type, CURVES)
+        _check_choice("finetuning_type", self.finetuning_type, ("lora", "full"))
         _check_choice("optim", self.optim, OPTIMIZERS)
         _check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
         _check_choice("save_strategy", self.save_strategy, SAVE_STRATEGIES)
@@ -258,6 +261,7 @@ class TrainConfig:
     def _check_exclusive_keys(self) -> None:
         self._check_start()
         self._check_adapter_to_go_on_from()
+        self._check_full_training()
         for one, other in (("mask_history", "train_on_prompt"), ("packing", "group_by_length")):
             if getattr(self, one) and getattr(self, other):
                 raise UserError(f"{one} and {other} exclude each other; leave one of them out")
@@ -286,6 +290,19 @@ class TrainConfig:
                     f"{name} is decided by the adapter that adapter_name_or_path names; leave it out"
                 )
 
+    def _check_full_training(self) -> None:
+        """Raise UserError for a key that has no meaning where all weights are trained."""
+        if self.finetuning_type != "full":
+            return
+        if self.quantization_bit is not None:
+            raise UserError(
+                "finetuning_type = 'full' trains all weights, which cannot be quantized: set "
+                "quantization_bit to none"
+            )
+        for name in llama_factory.ADAPTER_KEYS:
+            if getattr(self, name) not in (None, False, "true"):
+                raise UserError(f"{name} belongs to an adapter, and finetuning_type is 'full'; leave it out")
+
     def optimizer_settings(self) -> dict[str, object]:
         """The settings of `make_optimizer`, as it and torch.optim name them."""
         rates = dict(lr=self.learning_rate, loraplus_lr_ratio=self.loraplus_lr_ratio)
@@ -303,7 +320,9 @@ class TrainConfig:
         )
 
     def lora_config(self) -> LoraConfig:
-        """The preset, with the settings that this run overrides."""
+        """The preset, with the settings that this run overrides. Full training: copies of all modules."""
+        if self.finetuning_type == "full":
+            return LoraConfig(r=1, lora_alpha=1, modules_to_save=ALL_WEIGHTS)
         overrides = dict(r=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout)
         if self.lora_rank is not None and self.lora_alpha is None:
             overrides["lora_alpha"] = 2 * self.lora_rank

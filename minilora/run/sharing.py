@@ -17,7 +17,7 @@ from typing import Protocol
 
 from minilora.adapters.peft_format import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from minilora.data.tokenizer import TOKENIZER_FILES
-from minilora.run.output_dir import KEPT_HERE, RUN_FILES, SETTINGS_FILE
+from minilora.run.output_dir import KEPT_HERE, MODEL_FILES, RUN_FILES, SETTINGS_FILE
 from minilora.run.tracker import METRICS_FILE
 from minilora.system.errors import UserError, summarize
 from minilora.system.hub import push_files
@@ -73,17 +73,19 @@ def make_destinations(push_to_hub: str | None, private: bool, upload: str | None
 
 
 def files_to_share(directory: Path, adapter: Path | None = None) -> dict[str, Path | bytes]:
-    """A run's results as {name: path or content}: adapter, tokenizer, settings, metrics, plots, model card.
+    """A run's results as {name: path or content}: adapter or model, tokenizer, settings, metrics, plots.
 
     `adapter` is the directory of the adapter, if not `directory` itself. Checkpoints and answers are left
     out. So are secrets in the texts, which a run of an older version or of another program may have written
     there.
     """
+    trained = adapter or directory
+    is_adapter = (trained / ADAPTER_CONFIG_FILE).is_file()
+    kind = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE) if is_adapter else MODEL_FILES
     names = [name for name in (*RUN_FILES, *TOKENIZER_FILES) if (directory / name).is_file()]
     names = [name for name in names if name not in KEPT_HERE]
     files: dict[str, Path | bytes] = {name: directory / name for name in names}
-    if adapter is not None:
-        files |= {name: adapter / name for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)}
+    files |= {name: trained / name for name in kind if adapter or (trained / name).is_file()}
     for name in _TEXTS & files.keys():
         text = files[name].read_text(encoding="utf-8", errors="surrogateescape")
         if (shown := without_secrets(text)) != text:

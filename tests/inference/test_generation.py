@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.families import FAMILIES, same_model_here, transformers_model
 from support.tiny import ids, small_model, tiny_model
 
-from minilora import UserError, generate, set_adapter
+from minilora import LoraConfig, UserError, add_lora, generate, set_adapter
 from minilora.backend import choice
 from minilora.inference.generation import (
     LEAST_DIVISOR,
@@ -33,6 +33,14 @@ def test_greedy_tokens_equal_transformers_and_do_not_depend_on_the_cache(family)
     )
     assert torch.equal(generate(ours, prompt, max_new_tokens=24), expected)
     assert torch.equal(generate(ours, prompt, max_new_tokens=24, use_cache=False), expected)
+
+
+def test_a_16_bit_model_with_float32_copies_of_all_its_norms_gives_the_same_tokens_with_the_cache():
+    model, prompt = tiny_model().bfloat16(), ids(2, 10)
+    expected = generate(model, prompt, max_new_tokens=12)
+    add_lora(model, LoraConfig(modules_to_save=["norm"]))  # not yet trained
+    assert model.model.norm.weight.dtype == torch.float32
+    assert torch.equal(generate(model, prompt, max_new_tokens=12), expected)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

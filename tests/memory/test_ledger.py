@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -49,6 +50,7 @@ from minilora.memory.ledger import (
 from minilora.optim import make_optimizer
 from minilora.recompute import POLICIES, set_recompute
 from minilora.system.device import cpu_bfloat16_feature
+from minilora.wrapping import ALL_WEIGHTS
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_SEVEN = (*QKVO, "gate_proj", "up_proj", "down_proj")
@@ -215,6 +217,23 @@ def test_forward_and_backward_allocate_what_the_ledger_says(
         compare_with_allocations(config, lora, sizes, recompute, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+def test_training_all_weights_allocates_what_the_ledger_says(recompute, dtype):
+    config = shape(
+        vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=32,
+    )  # fmt: skip
+    lora = LoraConfig(r=1, lora_alpha=1, modules_to_save=ALL_WEIGHTS)
+    model = CausalLM(config).to(getattr(torch, dtype))
+    for tokens in (300, 3000):  # of which weights or activations are the larger part
+        sizes = dict(batch_size=3, length=tokens // 3)
+        predicted, allocated = activation_peaks(
+            config, lora, sizes, recompute, getattr(torch, dtype), deepcopy(model), None
+        )
+        assert max(predicted.values()) == pytest.approx(max(allocated.values()), rel=0.15)
+
+
 def compare_with_allocations(config, lora, sizes, recompute, dtype):
     predicted, allocated = activation_peaks(config, lora, sizes, recompute, dtype)
     # At rank 1 and a vocabulary of 64 everything is small beside what is not counted: 13 % was seen there.
@@ -222,9 +241,9 @@ def compare_with_allocations(config, lora, sizes, recompute, dtype):
     assert max(predicted.values()) == pytest.approx(max(allocated.values()), rel=0.15)
 
 
-def activation_peaks(config, lora, sizes, recompute, dtype):
+def activation_peaks(config, lora, sizes, recompute, dtype, model=None, quant=QUANTS["nf4"]):
     """Bytes by moment, as the ledger predicts them; bytes by phase, as PyTorch allocates them."""
-    model = random_model(config, dtype)
+    model = random_model(config, dtype) if model is None else model
     add_lora(model, lora)
     set_recompute(model.train(), recompute)
     batch_size, length = sizes["batch_size"], sizes["length"]
@@ -238,9 +257,7 @@ def activation_peaks(config, lora, sizes, recompute, dtype):
         loss = causal_lm_loss(model, input_ids, input_ids, documents)
         allocations.phase = "backward"
         loss.backward()
-    ledger = memory_ledger(
-        config, lora, QuantConfig(), dtype=dtype, recompute=recompute, device="cpu", **sizes
-    )
+    ledger = memory_ledger(config, lora, quant, dtype=dtype, recompute=recompute, device="cpu", **sizes)
     activations = CATEGORIES[CATEGORIES.index("layer inputs") :]
     predicted = {
         name: sum(moment[category] for category in activations) for name, moment in ledger.moments.items()

@@ -18,7 +18,6 @@ from minilora.run.llama_factory import (
     DEFAULTS,
     INSTEAD,
     KEYS,
-    MARKERS,
     NEEDED,
     NO_EFFECT,
     TRANSLATED,
@@ -136,8 +135,7 @@ def test_a_constant_rate_warms_up_only_where_it_says_so(schedule, warmup_ratio):
     "key, value, advice",
     [
         ("stage", "dpo", "sft learns answers and pt plain text; preferences and rewards are not learned"),
-        ("finetuning_type", "full", "the nearest is lora with lora_target: all and a high rank"),
-        ("finetuning_type", "freeze", "lora"),
+        ("finetuning_type", "freeze", "lora trains an adapter and full all weights"),
         ("deepspeed", "ds_z3_config.json", "torchrun"),
         ("do_train", False, "it must be true"),
         ("quantization_method", "hqq", "it must be bnb"),
@@ -169,8 +167,8 @@ def test_a_request_for_another_training_is_refused_in_one_line(tmp_path, key, va
         ({"pref_bta": 0.1, "use_galore": True, "stage": "dpo"}, "stage = 'dpo'"),
         ({"finetuning_type": "full", "stage": "kto"}, "stage = 'kto'"),
         (
-            {"deepspeed": "z3.json", "image_max_pixels": 9, "finetuning_type": "full"},
-            "finetuning_type = 'full'",
+            {"deepspeed": "z3.json", "image_max_pixels": 9, "finetuning_type": "oft"},
+            "finetuning_type = 'oft'",
         ),
         ({"deepspeed": "z3.json", "image_max_pixels": 9}, "image_max_pixels = 9"),
         (
@@ -430,7 +428,11 @@ def test_an_index_of_another_shape_is_one_line(monkeypatch, tmp_path, index, sai
 @given(
     st.dictionaries(
         st.sampled_from(
-            sorted({field.name for field in fields(TrainConfig)} - VALUES.keys() - {"push_to_hub"})
+            sorted(
+                {field.name for field in fields(TrainConfig)}
+                - VALUES.keys()
+                - {"push_to_hub", "finetuning_type"}
+            )
         ),
         st.integers() | st.text(max_size=9),
     )
@@ -451,8 +453,9 @@ def test_keys_without_effect_are_listed_and_dropped(names, count):
 def test_no_key_has_two_meanings():
     own = {field.name for field in fields(TrainConfig)} | ALIASES.keys() | set(SWITCHES)
     named = [*TRANSLATED, *NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())]
+    named.remove("finetuning_type")  # the same key in both, of which NEEDED lists the values
     assert len(named) == len(set(named)) == len(KEYS) and not KEYS & own
-    assert set(MARKERS) <= KEYS and INSTEAD.keys() <= NEEDED.keys() and {*DEFAULTS, *VALUES} <= own
+    assert INSTEAD.keys() <= NEEDED.keys() and {*DEFAULTS, *VALUES} <= own
     ours = asdict(TrainConfig())
     assert all(ours[name] != value for name, value in DEFAULTS.items())
 
