@@ -50,12 +50,12 @@ def turn(
 
 @triton.jit(do_not_specialize=["T"])
 def rope_kernel(
-    q_ptr,  # (B, T, H, K)
-    k_ptr,  # (B, T, G, K)
-    cos_ptr,  # (B or 1, T, K) contiguous
+    q_ptr,  # (Bt, T, H, K)
+    k_ptr,  # (Bt, T, G, K)
+    cos_ptr,  # (Bt or 1, T, K) contiguous
     sin_ptr,
-    q_out_ptr,  # (B, T, H, K) contiguous
-    k_out_ptr,  # (B, T, G, K) contiguous
+    q_out_ptr,  # (Bt, T, H, K) contiguous
+    k_out_ptr,  # (Bt, T, G, K) contiguous
     q_batch,  # strides of q and of k
     q_token,
     q_head,
@@ -72,7 +72,7 @@ def rope_kernel(
     HALF: tl.constexpr,  # a power of two >= K / 2
 ):
     """Turn HEADS heads of one token. Along the second axis of the grid, q's come first, then k's."""
-    token = tl.program_id(0).to(tl.int64)  # of B * T
+    token = tl.program_id(0).to(tl.int64)  # of Bt * T
     b, t = token // T, token % T
     pair = tl.arange(0, HALF)[None, :]
     angle = b * angle_batch + t * (2 * half) + pair
@@ -90,14 +90,14 @@ def rope_kernel(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
-    """Return q and k turned, contiguous. q: (B, T, H, K), k: (B, T, G, K); cos, sin: (B or 1, T, K)."""
+    """Return q and k turned, contiguous. q: (Bt, T, H, K), k: (Bt, T, G, K); cos, sin: (Bt or 1, T, K)."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     cos, sin = cos.contiguous(), sin.contiguous()
-    (B, T, H, K), G = q.shape, k.shape[2]
-    turned = torch.empty(B, T, H, K, dtype=q.dtype, device=q.device), k.new_empty(B, T, G, K)
+    (Bt, T, H, K), G = q.shape, k.shape[2]
+    turned = torch.empty(Bt, T, H, K, dtype=q.dtype, device=q.device), k.new_empty(Bt, T, G, K)
     half_block = triton.next_power_of_2(K // 2)
     heads = min(triton.next_power_of_2(max(H, G)), max(1, TILE // half_block))
-    grid = (B * T, triton.cdiv(H, heads) + triton.cdiv(G, heads))
+    grid = (Bt * T, triton.cdiv(H, heads) + triton.cdiv(G, heads))
     with torch.cuda.device_of(q):
         rope_kernel[grid](
             q, k, cos, sin, *turned, *q.stride()[:3], *k.stride()[:3], 0 if len(cos) == 1 else T * K,

@@ -4,10 +4,10 @@ The sum, not the mean: examples differ in length, and micro-batches in how many 
 The trainer divides once, by the number of supervised tokens of the whole optimizer step; then 1 x 8, 4 x 2
 and 8 x 1 are the same step. A mean per micro-batch would weigh a token of a short micro-batch more.
 
-The output head is the widest product of a small model, and its output (B, T, V) the largest tensor of a large
-one: 4 x 1024 positions and 128k tokens are 2 GB in float32, and as much again for the gradient. Two things
-make it small. Only supervised positions go through the head, on prompt/completion data often a third of all.
-And they go through it in chunks:
+The output head is the widest product of a small model, and its output (Bt, T, V) the largest tensor of a
+large one: 4 x 1024 positions and 128k tokens are 2 GB in float32, and as much again for the gradient. Two
+things make it small. Only supervised positions go through the head, in questions and answers often a third of
+all. And they go through it in chunks:
 
     z = h W^T     loss = log sum_v exp(z_v) - z_target     dloss/dz = softmax(z) - onehot(target)    dh = dz W
 
@@ -36,7 +36,7 @@ def causal_lm_loss(
 ) -> Tensor:
     """Return the sum over supervised tokens of -log p(token | tokens before it), () float32.
 
-    input_ids, labels, document_ids: (B, T). `labels` are the ids themselves or IGNORE_INDEX. A token is
+    input_ids, labels, document_ids: (Bt, T). `labels` are the ids themselves or IGNORE_INDEX. A token is
     predicted from those before it, of its own document where rows are packed. The first token of a document
     must be IGNORE_INDEX: nothing predicts it. Labels best stay on the CPU: the host must count them.
     """

@@ -1,14 +1,14 @@
 """One decoder for Llama, Mistral, Qwen2, Qwen3 and SmolLM3.
 
-    x = embed(ids)                                            (B, T, D)
+    x = embed(ids)                                            (Bt, T, D)
     for each layer:  x = x + attention(norm(x));  x = x + mlp(norm(x))
-    logits = lm_head(norm(x))                                 (B, T, V)
+    logits = lm_head(norm(x))                                 (Bt, T, V)
 
 The families differ only in flags of `ModelConfig`: biases, a norm on queries and keys, windows and RoPE by
 layer, a tied head. Parameter names are Hugging Face's: loading a checkpoint is the identity, and PEFT's keys
 are a prefix away.
 
-Packed rows. `document_ids` (B, T) says which document each token belongs to, in runs. A token sees only
+Packed rows. `document_ids` (Bt, T) says which document each token belongs to, in runs. A token sees only
 tokens of its own document, and positions restart with each one. So several short examples in one row give
 exactly the numbers they give alone. Padding is part of no document: attention gives it zeros. document_ids
 best stay on the CPU (see backend/documents.py).
@@ -37,7 +37,7 @@ Sight = Documents | Tensor | None  # what tokens see: their documents, or with a
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: 2 * layers * B * G * max_length * K numbers, one block."""
+    """Keys and values of the tokens seen so far: 2 * layers * Bt * G * max_length * K numbers, one block."""
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype: torch.dtype, device):
         G, K = config.num_key_value_heads, config.head_dim
@@ -49,14 +49,14 @@ class KVCache:
         self.length = 0  # tokens held; `CausalLM.forward` advances it once all layers have written
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v: (B, G, T, K) to a layer. Returns its keys and values (B, G, S, K), S = length + T."""
+        """Append k, v: (Bt, G, T, K) to a layer. Return its keys and values (Bt, G, S, K), S = length + T."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def add_documents(self, document_ids: Tensor | None, T: int) -> Tensor | None:
-        """Append the document ids of T new tokens, (B, T). Returns those of all tokens, (B, S), or None.
+        """Append the document ids of T new tokens, (Bt, T). Returns those of all tokens, (Bt, S), or None.
 
         Raises ValueError if only some of the tokens have any.
         """
@@ -105,7 +105,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (N, D)
-        cos: Tensor,  # (B or 1, T, K)
+        cos: Tensor,  # (Bt or 1, T, K)
         sin: Tensor,
         seen: Sight,
         cache: KVCache | None = None,
@@ -114,11 +114,11 @@ class Attention(nn.Module):
         T, K = cos.shape[1:]
         products = apply_each(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(-1, T, y.shape[-1] // K, K) for y in products)
-        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, H, K), (B, T, G, K)
+        q, k = self.q_norm(q), self.k_norm(k)  # (Bt, T, H, K), (Bt, T, G, K)
         if self.has_rope:
             q, k = ops.rope(q, k, cos, sin)
         if cache is None:
-            y = ops.document_attention(q, k, v, seen, kept)  # (B, T, H, K)
+            y = ops.document_attention(q, k, v, seen, kept)  # (Bt, T, H, K)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             y = ops.attention(q, *cache.update(self.layer, k, v), seen).transpose(1, 2)
@@ -147,7 +147,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each on a normed copy of the residual stream.
 
-    The N = B T tokens of a batch are rows, (N, D): only attention tells their documents apart.
+    The N = Bt T tokens of a batch are rows, (N, D): only attention tells their documents apart.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -188,17 +188,17 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,  # (B, T)
-        position_ids: Tensor | None = None,  # (B, T)
-        document_ids: Tensor | None = None,  # (B, T)
+        input_ids: Tensor,  # (Bt, T)
+        position_ids: Tensor | None = None,  # (Bt, T)
+        document_ids: Tensor | None = None,  # (Bt, T)
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return hidden states after the final norm, (B, T, D)."""
-        x = self.embed_tokens(input_ids)  # (B, T, D)
+        """Return hidden states after the final norm, (Bt, T, D)."""
+        x = self.embed_tokens(input_ids)  # (Bt, T, D)
         positions, lengths, sights = self._sights(x, document_ids, cache)
         if position_ids is not None:
             positions, lengths = position_ids, position_ids.max() + 1
-        cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, positions, lengths))  # (B or 1, T, K)
+        cos, sin = (t.to(x.dtype) for t in rope_angles(self.config, positions, lengths))  # (Bt or 1, T, K)
         x = x.flatten(0, 1)  # (N, D)
         has_backward = cache is None and torch.is_grad_enabled()
         policies = self.recompute if has_backward else ("off",) * len(self.layers)
@@ -217,14 +217,14 @@ class Decoder(nn.Module):
     def _sights(
         self, x: Tensor, document_ids: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, int | Tensor, dict[int | None, Sight]]:
-        """Return the position of each token, (B or 1, T), the length of its document so far, and what tokens
+        """Return the position of each token, (Bt or 1, T), the length of its document so far, and what tokens
         see within each layer's window.
         """
-        (B, T, _), device, windows = x.shape, x.device, set(self.config.layer_windows)
+        (Bt, T, _), device, windows = x.shape, x.device, set(self.config.layer_windows)
         rope = self.config.rope
         if cache is None:
             given = document_ids is not None
-            documents = documents_of_ids(document_ids, device) if given else documents_of_rows(B, T, device)
+            documents = documents_of_ids(document_ids, device) if given else documents_of_rows(Bt, T, device)
             lengths = document_lengths(rope, document_ids, T, T, device)
             return documents.positions, lengths, {w: documents.within(w) for w in windows}
         S, document_ids = cache.length + T, cache.add_documents(document_ids, T)
@@ -252,12 +252,12 @@ class CausalLM(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,  # (B, T)
-        position_ids: Tensor | None = None,  # (B, T): within the document; default: from document_ids
-        document_ids: Tensor | None = None,  # (B, T): see the module's docstring
+        input_ids: Tensor,  # (Bt, T)
+        position_ids: Tensor | None = None,  # (Bt, T): within the document; default: from document_ids
+        document_ids: Tensor | None = None,  # (Bt, T): see the module's docstring
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return the logits of the next token at every position, (B, T, V)."""
+        """Return the logits of the next token at every position, (Bt, T, V)."""
         return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class CausalLM(nn.Module):
 def attention_mask(
     T: int, S: int, window: int | None, document_ids: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """Return which query sees which key, bool (B or 1, 1, T, S); the queries are the last T of the S keys.
+    """Return which query sees which key, bool (Bt or 1, 1, T, S); the queries are the last T of the S keys.
 
     A query sees the keys up to its own position, of its own document, and at most `window` of them. Padding
     sees itself and no document sees it: no row of the softmax is empty. None: plain causality.
@@ -289,5 +289,5 @@ def attention_mask(
         mask &= key > query - window
     mask = mask.view(1, 1, T, S)
     if document_ids is not None:
-        mask = mask & (document_ids[:, None, -T:, None] == document_ids[:, None, None, :])  # (B, 1, T, S)
+        mask = mask & (document_ids[:, None, -T:, None] == document_ids[:, None, None, :])  # (Bt, 1, T, S)
     return mask

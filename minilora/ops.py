@@ -6,8 +6,8 @@ the numbers are. C and Triton have the same functions, one pass over memory each
 where they agree with the definition (backend/choice.py). Statistics are taken in float32 whatever the dtype
 of the activations, as in Hugging Face's models.
 
-Legend, here and everywhere: B batch, T tokens, S keys (cached ones included), D model width, H query heads, G
-key/value heads, K head size, F feed-forward width, V vocabulary, r rank.
+Legend, here and everywhere: Bt batch, T tokens, S keys (cached ones included), D model width, H query heads,
+G key/value heads, K head size, F feed-forward width, V vocabulary, r rank.
 """
 
 import torch
@@ -102,7 +102,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """Rotate the pairs (x_i, x_{i + K/2}) of every head by the angle of its position (arXiv:2104.09864,
     3.2.2).
 
-    q: (B, T, H, K), k: (B, T, G, K); cos, sin: (B or 1, T, K), both halves of K alike -> q and k, rotated.
+    q: (Bt, T, H, K), k: (Bt, T, G, K); cos, sin: (Bt or 1, T, K), both halves of K alike -> q and k, rotated.
     """
     return _Rope.apply(q, k, cos, sin)
 
@@ -111,7 +111,7 @@ def rope_definition(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`rope`; with `back` by the opposite angles, which is its backward."""
-    cos, sin = cos.unsqueeze(2), (-sin if back else sin).unsqueeze(2)  # (B or 1, T, 1, K)
+    cos, sin = cos.unsqueeze(2), (-sin if back else sin).unsqueeze(2)  # (Bt or 1, T, 1, K)
 
     def rotated(x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=-1)
@@ -177,7 +177,7 @@ def document_attention(
     """softmax(q k^T / sqrt(K)) v, where a token sees the tokens of its document up to its own position, and
     at most the window of them (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
 
-    q: (B, T, H, K); k, v: (B, T, G, K): head h reads key/value head h // (H / G) -> (B, T, H, K), zeros at
+    q: (Bt, T, H, K); k, v: (Bt, T, G, K): head h reads key/value head h // (H / G) -> (Bt, T, H, K), zeros at
     padding. `kept` lets a second run return what the first one computed.
     """
     return _DocumentAttention.apply(q, k, v, documents, kept)
@@ -262,24 +262,24 @@ class _DocumentAttention(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v with grouped keys and values, through PyTorch's fused kernels.
 
-    q: (B, H, T, K); k, v: (B, G, S, K); mask: (B or 1, 1, T, S), True where a query sees a key, or numbers to
-    add to the scores (see backend/attention_mask.py) -> (B, H, T, K). With `mask=None` every query sees the
-    keys up to its own position. That needs T = S, or T = 1 as the last of S.
+    q: (Bt, H, T, K); k, v: (Bt, G, S, K); mask: (Bt or 1, 1, T, S), True where a query sees a key, or numbers
+    to add to the scores (see backend/attention_mask.py) -> (Bt, H, T, K). With `mask=None` every query sees
+    the keys up to its own position. That needs T = S, or T = 1 as the last of S.
     """
     # The memory-efficient kernel, the only fused one on a T4, knows no groups: heads are repeated in memory.
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, S, K)
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # (B, H, S, K)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (Bt, H, S, K)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # (Bt, H, S, K)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`attention`, written out (Vaswani et al. 2017, arXiv:1706.03762, equation 1), for tests and readers."""
-    B, H, T, K = q.shape
+    Bt, H, T, K = q.shape
     G, S = k.shape[1], k.shape[2]
-    q = q.view(B, G, H // G, T, K)  # head h reads key/value head h // (H/G)
+    q = q.view(Bt, G, H // G, T, K)  # head h reads key/value head h // (H/G)
     scores = torch.einsum("bghtk,bgsk->bghts", q.float(), k.float()) / K**0.5
     if mask is None:
         mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
-    scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))  # (B, G, H/G, T, S)
+    scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))  # (Bt, G, H/G, T, S)
     y = torch.einsum("bghts,bgsk->bghtk", scores.softmax(-1), v.float())
-    return y.reshape(B, H, T, K).to(v.dtype)
+    return y.reshape(Bt, H, T, K).to(v.dtype)

@@ -4,8 +4,8 @@ Backward through a layer needs the activations of its forward: some 20 tensors a
 Keeping them for all L layers is most of the memory of training. A checkpointed layer keeps its input alone.
 Its backward first runs the layer again, this time with a graph:
 
-    forward     y = layer(x) without a graph; keep x                             memory a layer: one (B, T, D)
-    backward    y = layer(x) with a graph; dx, d(parameters) = its backward; forget it     one live layer
+    forward     y = layer(x) without a graph; keep x                            memory a layer: one (Bt, T, D)
+    backward    y = layer(x) with a graph; dx, d(parameters) = its backward; forget it    one live layer
 
 The price is most of one more forward: 40 instead of 30 GFLOP a token for Mistral-7B. The policies pay
 different parts of it:

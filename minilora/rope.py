@@ -44,12 +44,12 @@ def context_length(config: ModelConfig) -> int:
 
 
 def rope_angles(config: ModelConfig, position_ids: Tensor, lengths: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position * frequency, times the attention factor: two float32 (B or 1, T, K).
+    """Return cos and sin of position * frequency, times the attention factor: two float32 (Bt or 1, T, K).
 
-    Both halves of K are alike. position_ids: (B or 1, T). lengths: see `document_lengths`.
+    Both halves of K are alike. position_ids: (Bt or 1, T). lengths: see `document_lengths`.
     """
     frequencies = frequencies_at(config.rope, config.head_dim, lengths, position_ids.device)
-    angles = position_ids[:, :, None].float() * frequencies  # (B or 1, T, K/2)
+    angles = position_ids[:, :, None].float() * frequencies  # (Bt or 1, T, K/2)
     angles = torch.cat((angles, angles), dim=-1)
     cos, sin, factor = angles.cos(), angles.sin(), config.rope.attention_factor
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
@@ -60,8 +60,8 @@ def document_lengths(
 ) -> int | Tensor:
     """Return how long the document of each of the last T of S tokens is so far.
 
-    document_ids: (B, S). One number for all, or (B, T) on the device. Where frequencies do not depend on it,
-    the number is S. The host waits for nothing.
+    document_ids: (Bt, S). One number for all, or (Bt, T) on the device. Where frequencies do not depend on
+    it, the number is S. The host waits for nothing.
     """
     if document_ids is None or rope.rope_type not in BY_LENGTH:
         return S
@@ -71,13 +71,13 @@ def document_lengths(
 def frequencies_at(
     rope: RopeConfig, head_dim: int, lengths: int | Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Return radians per token of each pair in a document so long: float32 (K/2,), or (B, T, K/2)."""
+    """Return radians per token of each pair in a document so long: float32 (K/2,), or (Bt, T, K/2)."""
     frequencies = rope_frequencies(rope, head_dim, device)
     if rope.rope_type not in BY_LENGTH:
         return frequencies
     if isinstance(lengths, int):
         lengths = torch.full((), lengths, device=device)
-    lengths = lengths[..., None]  # (1,) or (B, T, 1)
+    lengths = lengths[..., None]  # (1,) or (Bt, T, 1)
     if rope.rope_type == "longrope":
         longer = _long_frequencies(rope, head_dim, lengths.device)
     else:
@@ -136,7 +136,7 @@ def _yarn(rope: RopeConfig, powers: Tensor) -> Tensor:
 
 
 def _dynamic(rope: RopeConfig, head_dim: int, lengths: Tensor) -> Tensor:
-    """Return the frequencies of a larger theta: lengths, (1,) or (B, T, 1) -> (K/2,) or (B, T, K/2).
+    """Return the frequencies of a larger theta: lengths, (1,) or (Bt, T, 1) -> (K/2,) or (Bt, T, K/2).
 
     theta * (s L / L_0 - s + 1)^(K / (K - 2)). With s = 1 the slowest pair turns, at L, as far as it did at
     L_0.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def additive(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return a boolean mask (B, 1, T, S) as numbers to add, in x's dtype. None stays None."""
+    """Return a boolean mask (Bt, 1, T, S) as numbers to add, in x's dtype. None stays None."""
     if mask is None:
         return None
     *rows, S = mask.shape

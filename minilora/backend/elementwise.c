@@ -217,15 +217,15 @@ void add_norm_backward(int dtype, int64_t rows, int64_t width, const void *h, co
 /* ---- RoPE ----------------------------------------------------------------------------------------------------------- */
 
 typedef struct heads {
-    const void *x;                      /* (B, T, heads, K), with these strides and 1 */
+    const void *x;                      /* (Bt, T, heads, K), with these strides and 1 */
     int64_t heads, batch_stride, token_stride, head_stride;
-    void *out;                          /* (B, T, heads, K) */
+    void *out;                          /* (Bt, T, heads, K) */
 } heads;
 
 typedef struct rotation {
     heads q, k;
     int64_t tokens, width;              /* T, K */
-    const void *cos, *sin;              /* (B or 1, T, K) */
+    const void *cos, *sin;              /* (Bt or 1, T, K) */
     int64_t angle_stride;               /* from one example's angles to the next one's: T K, or 0 */
     float sign;                         /* -1: the opposite angles */
 } rotation;

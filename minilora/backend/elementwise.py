@@ -43,19 +43,19 @@ def add_norm_backward(h: Tensor, weight: Tensor, inverse: Tensor, dn: Tensor, dh
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
-    """q: (B, T, H, K), k: (B, T, G, K), any strides; cos, sin: (B or 1, T, K) -> q and k, rotated."""
+    """q: (Bt, T, H, K), k: (Bt, T, G, K), any strides; cos, sin: (Bt or 1, T, K) -> q and k, rotated."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     cos, sin = _contiguous(cos, sin)
-    B, T, _, K = q.shape
+    Bt, T, _, K = q.shape
     rotated = tuple(x.new_empty(x.shape) for x in (q, k))
     operands = q.data_ptr(), _heads(q), k.data_ptr(), _heads(k), *_at(cos, sin)
     angle_stride, sign = 0 if len(cos) == 1 else T * K, -1.0 if back else 1.0
-    _run("rope", q, B, T, K, *operands, angle_stride, sign, *_at(*rotated))
+    _run("rope", q, Bt, T, K, *operands, angle_stride, sign, *_at(*rotated))
     return rotated
 
 
 def _heads(x: Tensor) -> ctypes.Array:
-    """Return what C asks of (B, T, heads, K): the number of heads, and the strides of B, T and heads."""
+    """Return what C asks of (Bt, T, heads, K): the number of heads, and the strides of Bt, T and heads."""
     return (ctypes.c_int64 * 4)(x.shape[2], *x.stride()[:3])
 
 

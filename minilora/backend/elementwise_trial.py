@@ -53,10 +53,10 @@ def add_norm_backward_trial(backward: Callable, dtype: torch.dtype) -> list[Tens
 
 def rope_trial(rope: Callable, dtype: torch.dtype) -> list[Tensor]:
     """Rotate heads in two layouts, forward with angles for each example, and back with one for both."""
-    B, T, H, G, K = 2, 5, 3, 1, 70
-    q = trial_values(B * H * T * K).view(B, H, T, K).transpose(1, 2).to(dtype)
-    k = trial_values(B * T * G * K).view(B, T, G, K).to(dtype)
-    cos = trial_values(B * T * K // 2).view(B, T, K // 2).to(dtype)
+    Bt, T, H, G, K = 2, 5, 3, 1, 70
+    q = trial_values(Bt * H * T * K).view(Bt, H, T, K).transpose(1, 2).to(dtype)
+    k = trial_values(Bt * T * G * K).view(Bt, T, G, K).to(dtype)
+    cos = trial_values(Bt * T * K // 2).view(Bt, T, K // 2).to(dtype)
     sin = cos.roll(1, dims=-1)
     cos, sin = (t.repeat(1, 1, 2) for t in (cos, sin))  # Both halves are alike: a form may read one.
     return [*rope(q, k, cos, sin), *rope(q, k, cos[:1], sin[:1], back=True)]

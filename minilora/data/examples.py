@@ -207,7 +207,7 @@ def tokens_read(lengths: Sequence[int], rounded: bool, padding_free: bool) -> in
 
 
 def collate(examples: Sequence[Example], pad_id: int, rounded: bool = False) -> tuple[Tensor, Tensor]:
-    """Return input_ids and labels, both int64 (B, T), padded on the right to `row_length`.
+    """Return input_ids and labels, both int64 (Bt, T), padded on the right to `row_length`.
 
     A label is the token's id, or IGNORE_INDEX if the token is not learned. Padding needs no mask: no token
     attends to tokens after it, and padding is never learned, whatever its id.
@@ -223,7 +223,7 @@ def collate(examples: Sequence[Example], pad_id: int, rounded: bool = False) -> 
 
 
 def document_ids(examples: Sequence[Example], rounded: bool = False) -> Tensor | None:
-    """Return the index of each token's document, int64 (B, T); None if every row is one document."""
+    """Return the index of each token's document, int64 (Bt, T); None if every row is one document."""
     if all(len(e.document_lengths) == 1 for e in examples):
         return None
     T = row_length(examples, rounded)
@@ -242,7 +242,7 @@ def batch_for(
     padding_free: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return input_ids, labels and document_ids for `causal_lm_loss` on a device: all examples in one row,
-    (1, N) each, or with `padding_free=False` a row for each example, (B, T).
+    (1, N) each, or with `padding_free=False` a row for each example, (Bt, T).
 
     Labels and document_ids stay on the CPU, and nothing of this waits for a GPU. `rounded` fills the row up
     to a length that comes often (see `padded_length`): only compiled kernels want that.
@@ -253,7 +253,7 @@ def batch_for(
 
 
 def count_supervised(labels: Tensor) -> int:
-    """Return how many tokens `causal_lm_loss` sums over. labels: (B, T)."""
+    """Return how many tokens `causal_lm_loss` sums over. labels: (Bt, T)."""
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 

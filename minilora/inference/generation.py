@@ -38,11 +38,11 @@ READ_TOGETHER = 8  # tokens that a GPU computes while the host waits for none of
 
 def generate(
     model: CausalLM,
-    input_ids: Tensor,  # (B, T)
-    attention_mask: Tensor | None = None,  # (B, T): 0 on the padding, which is on the left
+    input_ids: Tensor,  # (Bt, T)
+    attention_mask: Tensor | None = None,  # (Bt, T): 0 on the padding, which is on the left
     **settings,  # max_new_tokens, eos_token_ids, temperature, ...: see `generate_stream`
 ) -> Tensor:
-    """Continue each row: (B, T) -> (B, T + new), new <= max_new_tokens; rows that end early are padded."""
+    """Continue each row: (Bt, T) -> (Bt, T + new), new <= max_new_tokens; rows that end early are padded."""
     new = torch.stack(list(generate_stream(model, input_ids, attention_mask, **settings)), dim=1)
     return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
 
@@ -50,8 +50,8 @@ def generate(
 @torch.no_grad()
 def generate_stream(
     model: CausalLM,
-    input_ids: Tensor,  # (B, T)
-    attention_mask: Tensor | None = None,  # (B, T): 0 on the padding, which is on the left; best on the CPU
+    input_ids: Tensor,  # (Bt, T)
+    attention_mask: Tensor | None = None,  # (Bt, T): 0 on the padding, which is on the left; best on the CPU
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,  # 0: greedy; below 1 sharper, above 1 flatter
@@ -64,15 +64,15 @@ def generate_stream(
     cache: KVCache | None = None,  # holds the first tokens of unpadded input_ids; has room for all new ones
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield one new token for each row, (B,), until every row has ended or `max_new_tokens` are reached.
+    """Yield one new token for each row, (Bt,), until every row has ended or `max_new_tokens` are reached.
 
     They lie on the CPU. Tokens of a GPU come in groups, see `read_in_groups`. Wherever the stream ends, the
     cache and the generator are as if no token had been computed beyond the last one that was yielded.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-    (B, T), device = input_ids.shape, input_ids.device
+    (Bt, T), device = input_ids.shape, input_ids.device
     if use_cache and cache is None:
-        cache = make_cache(model, B, T + max_new_tokens)
+        cache = make_cache(model, Bt, T + max_new_tokens)
     cache = cache if use_cache else None
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     prompt = input_ids, attention_mask
@@ -98,20 +98,20 @@ def make_cache(model: CausalLM, batch_size: int, max_length: int) -> KVCache:
 
 def compute_tokens(
     model: CausalLM,
-    input_ids: Tensor,  # (B, T)
-    attention_mask: Tensor | None,  # (B, T)
+    input_ids: Tensor,  # (Bt, T)
+    attention_mask: Tensor | None,  # (Bt, T)
     max_new_tokens: int,
     repetition_penalty: float,
     cache: KVCache | None,
-    choose: Callable[[Tensor], Tensor],  # logits (B, V) -> tokens (B,)
+    choose: Callable[[Tensor], Tensor],  # logits (Bt, V) -> tokens (Bt,)
 ) -> Iterator[Tensor]:
-    """Yield one new token for each row, (B,), on the model's device, without waiting for it.
+    """Yield one new token for each row, (Bt,), on the model's device, without waiting for it.
 
     A row that has ended goes on: what it says there is cut off on the host.
     """
     T, device = input_ids.shape[1], input_ids.device
 
-    def extended(rows: Tensor | None, value: int) -> Tensor | None:  # (B, T) -> (B, T + max_new_tokens)
+    def extended(rows: Tensor | None, value: int) -> Tensor | None:  # (Bt, T) -> (Bt, T + max_new_tokens)
         return None if rows is None else to_device(F.pad(rows, (0, max_new_tokens), value=value), device)
 
     def part(rows: Tensor | None, first: int, end: int) -> Tensor | None:
@@ -124,9 +124,9 @@ def compute_tokens(
         first = 0 if cache is None else cache.length
         unread = sequence[:, first:end], part(documents, first, end)
         if graph and end - first == 1:
-            logits = graph.read(*unread)  # (B, V)
+            logits = graph.read(*unread)  # (Bt, V)
         else:
-            hidden = model.model(unread[0], document_ids=unread[1], cache=cache)  # (B, unread, D)
+            hidden = model.model(unread[0], document_ids=unread[1], cache=cache)  # (Bt, unread, D)
             logits = model.lm_head(hidden[:, -1]).float()
         if repetition_penalty != 1.0:
             logits = penalize_repetition(logits, sequence[:, :end], repetition_penalty, part(is_text, 0, end))
@@ -146,7 +146,7 @@ def read_in_groups(
     size, later = 1, READ_TOGETHER if device.type == "cuda" else 1
     noted = ((token, generator.get_state() if generator and later > 1 else None) for token in tokens)
     while group := list(islice(noted, size)):
-        read = torch.stack([token for token, _ in group]).cpu()  # (tokens, B)
+        read = torch.stack([token for token, _ in group]).cpu()  # (tokens, Bt)
         yield from zip(read, [state for _, state in group], strict=True)
         size = later
 
@@ -154,9 +154,9 @@ def read_in_groups(
 def until_ended(
     tokens: Iterator[tuple[Tensor, Tensor | None]], eos_token_ids: Sequence[int], pad_token_id: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield tokens, (B,) each, and what came with them, until every row has ended; an ended row is padded."""
+    """Yield tokens, (Bt,) each, and what came with them, until every row has ended; ended rows are padded."""
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device="cpu")
-    ended = torch.zeros((), dtype=torch.bool, device="cpu")  # (B,) from the first token on
+    ended = torch.zeros((), dtype=torch.bool, device="cpu")  # (Bt,) from the first token on
     for token, state in tokens:
         token = token.masked_fill(ended, pad_token_id)
         ended = ended | torch.isin(token, eos)
@@ -166,7 +166,7 @@ def until_ended(
 
 
 def padding_documents(attention_mask: Tensor | None) -> Tensor | None:
-    """Document ids that separate padding from text: (B, T) -> (B, T), or None if there is no padding."""
+    """Document ids that separate padding from text: (Bt, T) -> (Bt, T), or None if there is no padding."""
     if attention_mask is None or attention_mask.all():
         return None
     if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
@@ -177,7 +177,7 @@ def padding_documents(attention_mask: Tensor | None) -> Tensor | None:
 def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw one token from each row: (B, V) -> (B,). See `generate_stream` for the arguments."""
+    """Draw one token from each row: (Bt, V) -> (Bt,). See `generate_stream` for the arguments."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
@@ -188,7 +188,7 @@ def sample(
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Set all but the k largest logits of each row to -inf: (B, V) -> (B, V). k = 0 keeps all of them.
+    """Set all but the k largest logits of each row to -inf: (Bt, V) -> (Bt, V). k = 0 keeps all of them.
 
     Logits equal to the k-th largest are kept too.
     """
@@ -198,13 +198,13 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of tokens whose probability is at least p, the nucleus: (B, V) -> (B, V).
+    """Keep the smallest set of tokens whose probability is at least p, the nucleus: (Bt, V) -> (Bt, V).
 
     Holtzman et al. 2019, arXiv:1904.09751, section 3.1.
     """
     if p >= 1.0:
         return logits
-    ordered, order = logits.sort(dim=-1, descending=True)  # (B, V)
+    ordered, order = logits.sort(dim=-1, descending=True)  # (Bt, V)
     probability = ordered.softmax(-1)
     before = probability.cumsum(-1) - probability  # the probability of all tokens that are more likely
     dropped = (before >= p).scatter(-1, order, before >= p)
@@ -214,14 +214,14 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def penalize_repetition(
     logits: Tensor, sequence: Tensor, penalty: float, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Make the tokens of each row less likely: logits (B, V), sequence (B, T) -> (B, V).
+    """Make the tokens of each row less likely: logits (Bt, V), sequence (Bt, T) -> (Bt, V).
 
     Their positive logits are divided by `penalty`, their negative ones multiplied by it. Padding does not
     count. Keskar et al. 2019, arXiv:1909.05858, section 4.1.
     """
     present = torch.zeros_like(logits, dtype=torch.long)
     weight = torch.ones_like(sequence) if attention_mask is None else attention_mask.to(sequence.dtype)
-    present = present.scatter_add(1, sequence, weight).bool()  # (B, V)
+    present = present.scatter_add(1, sequence, weight).bool()  # (Bt, V)
     return torch.where(present, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -256,7 +256,7 @@ def generate_text(
             input_ids = to_device(input_ids, device)
             settings |= dict(pad_token_id=tokenizer.pad_id, max_new_tokens=max(limits[i] for i in batch))
             stream = generate_stream(model, input_ids, attention_mask, **settings)
-            new_tokens = torch.stack(list(_counted(stream, bar, len(batch))), dim=1)  # (B, new)
+            new_tokens = torch.stack(list(_counted(stream, bar, len(batch))), dim=1)  # (Bt, new)
             for i, new in zip(batch, new_tokens.tolist(), strict=True):
                 end = next((t for t, token in enumerate(new[: limits[i]]) if token in eos), limits[i])
                 texts[i] = tokenizer.decode(new[:end])
@@ -273,7 +273,7 @@ def _counted(stream: Iterator[Tensor], bar: tqdm, answers: int) -> Iterator[Tens
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as ids (B, T), and a mask (B, T) that is 0 on the padding; on the CPU."""
+    """Rows of different lengths as ids (Bt, T), and a mask (Bt, T) that is 0 on the padding; on the CPU."""
     T = max(len(row) for row in rows)
     input_ids = torch.tensor([[pad_id] * (T - len(row)) + list(row) for row in rows])
     attention_mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])

@@ -38,13 +38,13 @@ class TokenGraph:
         self.like = dict(dtype=cache.keys.dtype, device=cache.keys.device)
         self.x = torch.empty(cache.keys.shape[1], model.config.hidden_size, **self.like)
         self.place = torch.zeros(1, dtype=torch.long, device=self.x.device)  # of the new key
-        self.logits: Tensor | None = None  # (B, V) float32
+        self.logits: Tensor | None = None  # (Bt, V) float32
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Return the logits behind one new token of each row, (B, V) float32; the next call overwrites them.
+        """Return the logits behind one new token of each row, (Bt, V) float32; the next call overwrites them.
 
-        input_ids, document_ids: (B, 1).
+        input_ids, document_ids: (Bt, 1).
         """
         cache, config = self.cache, self.model.config
         S, documents = cache.length + 1, cache.add_documents(document_ids, 1)
@@ -52,7 +52,7 @@ class TokenGraph:
         if documents is not None:
             positions = positions_in_documents(documents)[:, -1:]
         lengths = document_lengths(config.rope, documents, S, 1, self.x.device)
-        angles = [t.to(self.x.dtype) for t in rope_angles(config, positions, lengths)]  # (B or 1, 1, K)
+        angles = [t.to(self.x.dtype) for t in rope_angles(config, positions, lengths)]  # (Bt or 1, 1, K)
         if not cache.length < self.keys:
             self._begin(min(-(-S // KEYS) * KEYS, cache.keys.shape[3]), angles)
         self.x.copy_(self.model.model.embed_tokens(input_ids).squeeze(1))
@@ -73,9 +73,9 @@ class TokenGraph:
     def _begin(self, keys: int, angles: list[Tensor]) -> None:
         """Let the next tokens see so many keys at most."""
         self.keys, self.replay = keys, None
-        B, windows = len(self.x), set(self.model.config.layer_windows)
+        Bt, windows = len(self.x), set(self.model.config.layer_windows)
         self.angles = [torch.empty_like(t) for t in angles]
-        shape = B, 1, 1, row_numbers(keys)
+        shape = Bt, 1, 1, row_numbers(keys)
         self.masks = {window: torch.empty(shape, **self.like)[..., :keys] for window in windows}
         self.every = torch.ones((), dtype=torch.bool, device=self.x.device)
 
@@ -90,7 +90,7 @@ class TokenGraph:
         self.logits.copy_(logits)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v: (B, G, 1, K) of the new token. Returns the layer's keys and values, (B, G, keys, K)."""
+        """Write k, v: (Bt, G, 1, K) of the new token. Returns all keys and values, (Bt, G, keys, K)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys.index_copy_(2, self.place, k)
         values.index_copy_(2, self.place, v)

@@ -94,7 +94,7 @@ def load_peer(options: argparse.Namespace, placement: Placement) -> Side:
 
 
 def padded(examples: list[Example]) -> dict[str, Tensor]:
-    """Return input_ids, labels and attention_mask, (B, T), as transformers wants them.
+    """Return input_ids, labels and attention_mask, (Bt, T), as transformers wants them.
 
     Without padding there is no mask, which is faster.
     """

@@ -138,7 +138,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate_factor(step, steps)
         with moved_by_noise(noisy, NOISE * step / steps, generator):
-            logits = model(batch[:, :-1])  # (B, T, V)
+            logits = model(batch[:, :-1])  # (Bt, T, V)
             loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

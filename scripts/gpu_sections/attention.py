@@ -100,14 +100,14 @@ def attention(check: Check) -> None:
 
 def _documents(q: Tensor) -> dict[str, Documents]:
     """Return the documents of rows like q's, by the name of their kind."""
-    B, T = q.shape[:2]
-    ids = torch.arange(T).expand(B, -1) // (T // 4)
-    packed, causal = documents_of_ids(ids, q.device), documents_of_rows(B, T, q.device)
+    Bt, T = q.shape[:2]
+    ids = torch.arange(T).expand(Bt, -1) // (T // 4)
+    packed, causal = documents_of_ids(ids, q.device), documents_of_rows(Bt, T, q.device)
     return {"causal": causal, "packed": packed, "windowed": causal.within(T // 8)}
 
 
 def _queries_keys_values(check: Check, length: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return random q (B, T, H, K) and k, v (B, T, G, K) of Mistral-7B's shape that need gradients."""
+    """Return random q (Bt, T, H, K) and k, v (Bt, T, G, K) of Mistral-7B's shape that need gradients."""
     batch, heads, groups, size = (1, 4, 2, 16) if check.tiny else (4, 32, 8, 128)
     like = dict(device=check.card.device, dtype=dtype, requires_grad=True)
     return [torch.randn(batch, length, n, size, **like) for n in (heads, groups, groups)]

@@ -84,7 +84,7 @@ def random_model(sizes: dict, card: Card) -> CausalLM:
 
 
 def random_ids(sizes: dict, batch: int, length: int, seed: int = 0) -> Tensor:
-    """Return token ids, (B, T), on the CPU."""
+    """Return token ids, (Bt, T), on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, sizes["vocab_size"], (batch, length), generator=generator)
 
@@ -106,7 +106,7 @@ def mean_loss(model: CausalLM, ids: Tensor, labels: Tensor, documents: Tensor | 
 class Side:
     """A model ready to train: ours, or the usual stack's."""
 
-    loss_of: Callable[..., Tensor]  # ids, labels, documents, each (B, T) -> the mean loss
+    loss_of: Callable[..., Tensor]  # ids, labels, documents, each (Bt, T) -> the mean loss
     trainable: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scale: LossScale
