@@ -1,12 +1,13 @@
 """Draw the pictures of the documents.
 
     python scripts/dev/pictures.py                 rewrites docs/pictures/, in seconds and without a model
-    python scripts/dev/pictures.py --output DIR    another directory of the PNG files
+    python scripts/dev/pictures.py --output DIR    another directory of the files
 
     codes.png     the sixteen values of three 4-bit codes, among the weights           docs/quantization.md
     error.png     error against bits per weight, both measured                         docs/quantization.md
     lora.png      trainable parameters of Mistral-7B against rank, counted             docs/lora.md
     memory.png    the bytes of a training step of Mistral-7B, by recompute policy      docs/memory.md
+    *.svg         the diagrams of diagrams.py, which has a list
 
 minilora's own functions compute every number while the script draws, on a seeded weight or on PyTorch's meta
 device, which has no memory.
@@ -31,6 +32,7 @@ from types import SimpleNamespace
 
 import matplotlib
 import torch
+from diagrams import DIAGRAMS, MISTRAL_7B
 from memory import draw_bars
 from torch import Tensor
 
@@ -58,8 +60,6 @@ from minilora.system.files import write_whole
 
 WEIGHT = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
-MISTRAL_7B = dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336)
-MISTRAL_7B |= dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
 
 
 def main() -> None:
@@ -72,22 +72,25 @@ def main() -> None:
         message = f"--output {directory} cannot be created ({error.strerror}): name another directory"
         raise UserError(message) from error
     matplotlib.use("Agg")
-    for draw in (draw_codes, draw_error, draw_lora, draw_memory):
-        path = directory / (draw.__name__.removeprefix("draw_") + ".png")
-        write_whole(path, picture_of(draw))
+    for draw in (draw_codes, draw_error, draw_lora, draw_memory, *DIAGRAMS):
+        kind = "svg" if draw in DIAGRAMS else "png"
+        path = directory / f"{draw.__name__.removeprefix('draw_')}.{kind}"
+        write_whole(path, picture_of(draw, kind))
         print(path)
 
 
-def picture_of(draw: Callable) -> bytes:
-    """Return the PNG of the figure that `draw(figure)` fills."""
+def picture_of(draw: Callable, kind: str = "png") -> bytes:
+    """Return the PNG or SVG, the same bytes each time, of the figure that `draw(figure)` fills."""
     from matplotlib import pyplot
 
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+    style |= {"svg.hashsalt": "minilora", "svg.fonttype": "path"}
     with pyplot.rc_context(style):
-        figure = pyplot.figure(layout="constrained")
+        figure = pyplot.figure(layout=None if kind == "svg" else "constrained")
         draw(figure)
         picture = io.BytesIO()
-        figure.savefig(picture, dpi=130, format="png", metadata={"Software": None})
+        anonymous = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(picture, dpi=130, format=kind, metadata=anonymous, facecolor="white")
         pyplot.close(figure)
     return picture.getvalue()
 
