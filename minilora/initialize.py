@@ -6,7 +6,7 @@ B. They take that part out of the frozen weight, so that the layer still compute
     W  =  base + scaling * B A            W: (out, in)   A: (r, in)   B: (out, r)
 
     kind              scaling * B A                                    base
-    true              0: A uniform, B zero (arXiv:2106.09685, 4.1)     W
+    true              0: A uniform (the paper: normal), B zero         W
     gaussian          0: A normal with deviation 1/r, B zero           W
     orthogonal        0: B's row space is orthogonal to A's columns    W
     eva               0: A has the main directions of the inputs       W

@@ -7,6 +7,7 @@
     error.png     error against bits per weight, both measured                         docs/quantization.md
     lora.png      trainable parameters of Mistral-7B against rank, counted             docs/lora.md
     memory.png    the bytes of a training step of Mistral-7B, by recompute policy      docs/memory.md
+    starts.png    how far a 4-bit layer starts from W, by start and rank               docs/initialization.md
     *.svg         the diagrams of diagrams.py, which has a list
 
 minilora's own functions compute every number while the script draws, on a seeded weight or on PyTorch's meta
@@ -46,6 +47,7 @@ from minilora import (
     trainable_parameters,
 )
 from minilora.formats.config_json import parse_config
+from minilora.initialize import initialize
 from minilora.memory.ledger import CUDA_CONTEXT, MARGIN, memory_ledger
 from minilora.model import CausalLM
 from minilora.quantization import (
@@ -72,7 +74,7 @@ def main() -> None:
         message = f"--output {directory} cannot be created ({error.strerror}): name another directory"
         raise UserError(message) from error
     matplotlib.use("Agg")
-    for draw in (draw_codes, draw_error, draw_lora, draw_memory, *DIAGRAMS):
+    for draw in (draw_codes, draw_error, draw_lora, draw_memory, draw_starts, *DIAGRAMS):
         kind = "svg" if draw in DIAGRAMS else "png"
         path = directory / f"{draw.__name__.removeprefix('draw_')}.{kind}"
         write_whole(path, picture_of(draw, kind))
@@ -210,6 +212,36 @@ def draw_memory(figure) -> None:
     ledgers = {policy: ledger_of(recompute=policy) for policy in POLICIES}
     limits = {"fits a T4": (16e9 - CUDA_CONTEXT) / MARGIN, "a published run on a T4": 10e9}
     draw_bars(figure.subplots(), ledgers, limits)
+
+
+def draw_starts(figure) -> None:
+    figure.set_size_inches(7.6, 4.2)
+    axes, ranks = figure.subplots(), (2, 4, 8, 16, 32, 64)
+    left, right = (torch.linalg.qr(WEIGHT[:256, i : i + 256]).Q for i in (0, 256))
+    weight = (
+        left @ torch.diag(0.95 ** torch.arange(256)) @ right
+    )  # singular values that fall, as trained ones do
+    kinds = [
+        ("true", 1, GREY),
+        ("olora", 1, ORANGE),
+        ("loftq", 1, BLUE),
+        ("loftq", 5, BLUE),
+        ("pissa", 1, ORANGE),
+    ]
+    for (kind, iterations, color), style in zip(kinds, "- -- -- - -".split(), strict=True):
+        errors = []
+        for r in ranks:
+            A, B, base = initialize(kind, weight, r, 1.0, quantize_4bit, loftq_iter=iterations)
+            base = quantize_4bit(weight) if base is None else base  # the start leaves W alone
+            errors.append(100 * relative_error(base.dequantize(torch.float32) + B @ A, weight))
+        name = kind + f", {iterations} iterations" * (iterations > 1)
+        axes.plot(ranks, errors, style, color=color, linewidth=1.4, label=name)
+    axes.legend(frameon=False, loc="lower left")
+    axes.set(xscale="log", xlabel="rank r of a 256 x 256 weight")
+    axes.set(ylabel="base in NF4 + B A: distance from W (%)", ylim=(0, None))
+    axes.set_xticks(ranks, map(str, ranks))
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
 
 
 def count_trained(config: LoraConfig) -> int:

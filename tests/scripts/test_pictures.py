@@ -16,7 +16,7 @@ from minilora.memory.activations import layer_bytes, widths_of
 from minilora.recompute import POLICIES
 from minilora.system.errors import run_script
 
-NAMES = ("codes.png", "error.png", "lora.png", "memory.png")
+NAMES = ("codes.png", "error.png", "lora.png", "memory.png", "starts.png")
 DIAGRAMS = ("checkpointed_layer.svg", "lora_layer.svg", "nf4_block.svg", "qlora_path.svg")
 
 
