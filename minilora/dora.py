@@ -4,6 +4,8 @@ arXiv:2402.09353, 4).
     W' = m V / ||V||       V = W + scaling * B A      ||V||: (out,), V's row lengths   m: (out,), trained
     y  = c * (x V^T) + b   c = m / ||V||              m starts as ||W||: B = 0 leaves the base exactly
 
+The paper speaks of columns, of W as (in, out). In PyTorch's (out, in), as in PEFT, the same are rows.
+
 In full training, layers that turn their rows more stretch them less. LoRA has one update for both, so it does
 both more (section 3). DoRA gives each length its own number and leaves the directions to B A. That costs
 `out` numbers a layer.

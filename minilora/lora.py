@@ -7,10 +7,10 @@ adapted model is exactly the base model before the first step, and the first gra
 product B A, as large as W, is never formed in training: x goes through A and then B, which costs r/out + r/in
 of the layer's own work. It is formed once, to merge.
 
-rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) scales by alpha / sqrt(r): the largest scale with
-which neither the layer's output nor its gradient grows with r. `docs/lora.md` shows both in numbers. LoRA-FA
-(Zhang et al. 2023, arXiv:2308.03303) leaves A as it was drawn: then no gradient reads x, and only x A^T is
-kept. DoRA has its own file, dora.py.
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2) scales by alpha / sqrt(r): under gradient descent
+a step then moves the output equally far at any r; under Adam alpha / r does that (docs/lora.md shows both).
+LoRA-FA (Zhang et al. 2023, arXiv:2308.03303) leaves A as it was drawn: then no gradient reads x, and only
+x A^T is kept. DoRA has its own file, dora.py.
 
 A and B are float32 whatever the compute dtype. Late in a schedule AdamW's steps are smaller than bfloat16's
 spacing and would be rounded away, and float16 gradients cannot be unscaled safely. Both are cast to the
