@@ -11,12 +11,13 @@ print: blue is trained, grey is frozen, orange is a gradient.
 
 import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
+from studies.drawing import BLUE, GREY, ORANGE, PALE
 
 from minilora import quantize_4bit
 from minilora.formats.config_json import parse_config
 from minilora.testing import unpack_symbols
 
-BLUE, ORANGE, GREY, PALE, INK = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4", "#222222"
+INK = "#222222"
 TRAINED, GRADIENT = "#cfe0f2", "#f7d9c4"
 MISTRAL_7B = dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336)
 MISTRAL_7B |= dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)

@@ -23,11 +23,9 @@ if __name__ == "__main__":
     from minilora.system.early_help import answer_help
 
     answer_help(__doc__)
-    sys.path.append(str(Path(__file__).resolve().parents[1]))  # for memory.py, a script of the users
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # for memory.py and studies/
 
-import io
 import math
-from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
@@ -35,6 +33,7 @@ import matplotlib
 import torch
 from diagrams import DIAGRAMS, MISTRAL_7B
 from memory import draw_bars
+from studies.drawing import BLUE, GREY, ORANGE, PALE, picture_of
 from torch import Tensor
 
 from minilora import (
@@ -61,7 +60,6 @@ from minilora.system.errors import ArgumentParser, local_path, run_script
 from minilora.system.files import write_whole
 
 WEIGHT = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
 
 
 def main() -> None:
@@ -79,22 +77,6 @@ def main() -> None:
         path = directory / f"{draw.__name__.removeprefix('draw_')}.{kind}"
         write_whole(path, picture_of(draw, kind))
         print(path)
-
-
-def picture_of(draw: Callable, kind: str = "png") -> bytes:
-    """Return the PNG or SVG, the same bytes each time, of the figure that `draw(figure)` fills."""
-    from matplotlib import pyplot
-
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
-    style |= {"svg.hashsalt": "minilora", "svg.fonttype": "path"}
-    with pyplot.rc_context(style):
-        figure = pyplot.figure(layout=None if kind == "svg" else "constrained")
-        draw(figure)
-        picture = io.BytesIO()
-        anonymous = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(picture, dpi=130, format=kind, metadata=anonymous, facecolor="white")
-        pyplot.close(figure)
-    return picture.getvalue()
 
 
 def relative_error(approximation: Tensor, expected: Tensor) -> float:

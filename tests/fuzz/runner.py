@@ -34,7 +34,9 @@ from fuzz.case import Case
 from fuzz.judge import LINE_LENGTH, Verdict, faults_of_end, faults_of_files, faults_of_text, listing
 from minilora.system.errors import run_script
 
-SCRIPTS = "train prepare evaluate chat merge memory compare sweep share lint_adapter convert combine extract".split()
+SCRIPTS = (
+    "train prepare evaluate chat merge memory compare sweep share lint_adapter convert combine extract experiments"
+).split()
 DEVELOPERS_SCRIPTS = "verify bench pretrain pictures keys matrix check_gpu".split()
 IMPORTED_LATER = (  # by the scripts while they run
     "fsspec huggingface_hub.errors huggingface_hub.hf_api matplotlib.pyplot pyarrow.parquet torch._dynamo"

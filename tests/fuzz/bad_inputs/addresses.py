@@ -83,6 +83,7 @@ LOCAL_ONLY = {  # a command that ends where a path of this machine is to follow:
     "pictures --output": "output",
     "check_gpu --out": "out",
     "check_gpu --table": "table",
+    "experiments rank_and_rate --output": "output",
 }
 UPLOADS = {  # value of an option that receives files: a word
     "bucket/folder": "bucket/folder",

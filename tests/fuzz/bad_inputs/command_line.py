@@ -38,6 +38,7 @@ EVERY_SCRIPT = {
     "keys": "keys",
     "matrix": "matrix",
     "check_gpu": "check_gpu",
+    "experiments": "experiments rank_and_rate --quick",
 }
 # Script: its options that an empty text cannot be the value of.
 EMPTY = {
@@ -62,6 +63,7 @@ EMPTY = {
     "pretrain --steps 1": "output seed",
     "pictures": "output",
     "check_gpu": "only budget emulate out table",
+    "experiments rank_and_rate": "output",
 }
 MISSING = {  # command: the word that its last option is called
     "train --config": "config",
@@ -89,6 +91,7 @@ MISSING = {  # command: the word that its last option is called
     "lint_adapter": "adapter",
     "bench --width": "width",
     "check_gpu --only": "only",
+    "experiments rank_and_rate --output": "output",
 }
 TWICE = {
     f"{TRAIN} --seed 1 --seed 2": "seed",
@@ -103,6 +106,7 @@ TWICE = {
     f"{COMPARE} --html a.html --html b.html": "html",
     "share --adapter adapter --push_to_hub owner/a --push_to_hub owner/b": "push_to_hub",
     f"{LINT} --model shards": "model",
+    "experiments rank_and_rate --output a --output b": "output",
 }
 NUMBERS = """
     val_size cutoff_len max_samples lora_rank lora_alpha lora_dropout per_device_train_batch_size
@@ -225,6 +229,7 @@ NOWHERE = {  # commands that end where a name of something that does not exist i
     "sweep --config": "config",
     "share --push_to_hub owner/name --adapter": "adapter",
     "lint_adapter": "adapter",
+    "experiments": "study",
 }
 STRANGE = {  # name: a value, and a part of it that must be shown
     "an escape sequence": ("\x1b[31mred", "red"),
@@ -247,6 +252,13 @@ def cases() -> Iterator[Case]:
             yield make_case(KIND, f"{words[0]}: --{option} is empty", words, option)
     yield make_case(KIND, "compare: a directory's name is empty", ["compare", ""], ())
     yield make_case(KIND, "lint_adapter: the adapter's name is empty", ["lint_adapter", ""], "adapter")
+    for words in (
+        "experiments rank_and_ratee",
+        "experiments rank_and_rate --redraw",
+        "experiments all --redraw --output run",
+    ):
+        word = "nearest|figures|missing"
+        yield make_case(KIND, f"experiments: {words.partition(' ')[2]}", words, word)
     yield from _commands("has no value", MISSING)
     yield from _commands("given twice", TWICE)
     yield from _trainers_values()

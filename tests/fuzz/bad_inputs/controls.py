@@ -42,6 +42,7 @@ COMMANDS = {
     "compare": COMPARE,
     "compare on a page": f"{COMPARE} --html page.html",
     "lint_adapter": LINT,
+    "experiments": "experiments",
     "a share of nothing to nobody": "share --help",
     "verify": "verify --help",
     "bench": "bench --help",

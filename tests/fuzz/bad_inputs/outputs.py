@@ -71,6 +71,7 @@ DIRECTORIES = {  # the same of a directory to write
     "pretrain --steps 1 --output": "output",
     "pictures --output": "output",
     "check_gpu --out": "out",
+    "experiments rank_and_rate --output": "output",
 }
 UNWRITABLE = {  # name: a path, and how it is made
     "below a file": ("train.jsonl/x", nothing),

@@ -1,0 +1,11 @@
+"""The studies of scripts/experiments.py, and the two files that they share.
+
+small_world.py      the small model, its questions and texts; training; three figures of a model
+drawing.py          colours, and the PNG of a figure
+
+rank_and_rate.py    held-out loss against learning rate, for every rank and for all weights
+
+Each study has the same parts. Its docstring is the question, the expectation and the reason.
+`measure(quick)` returns figures for a JSON file, `draw(figure, figures)` draws them, `table(figures)` returns
+them in Markdown. A constant at the top holds each setting.
+"""

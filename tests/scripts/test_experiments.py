@@ -1,0 +1,94 @@
+"""scripts/experiments.py repeats the studies of docs/experiments.md, and their figures support its sentences."""
+
+import json
+import sys
+
+import experiments
+import pytest
+from experiments import STUDIES, study, with_table
+from support.project import ROOT
+
+from minilora.system.errors import UserError, run_script
+
+DOCUMENT = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+COMMITTED = {name: ROOT / "docs" / "experiments" / f"{name}.json" for name in STUDIES}
+
+
+def figures_of(name: str) -> dict:
+    return json.loads(COMMITTED[name].read_text(encoding="utf-8"))
+
+
+def run(monkeypatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["experiments.py", *map(str, words)])
+    run_script(experiments.main)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def test_without_a_name_it_lists_every_study_with_its_question(monkeypatch, capsys):
+    run(monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(STUDIES) and all(line.endswith("?") for line in lines)
+
+
+def test_every_study_has_a_file_and_every_file_is_a_study_or_shared():
+    files = {path.stem for path in (ROOT / "scripts/studies").glob("*.py")} - {"__init__"}
+    assert files - set(STUDIES) == {"small_world", "drawing"} and set(STUDIES) <= files
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_quick_run_measures_draws_and_prints_a_table_and_can_be_drawn_again(
+    name, monkeypatch, tmp_path, capsys
+):
+    run(monkeypatch, name, "--quick", "--output", tmp_path)
+    figures, picture = json.loads((tmp_path / f"{name}.json").read_text()), tmp_path / f"{name}.png"
+    assert figures["study"] == name and figures["quick"] is True
+    table = study(name).table(figures)
+    assert table in capsys.readouterr().out and table.count("\n") >= 2
+    drawn = picture.read_bytes()
+    assert drawn[:8] == b"\x89PNG\r\n\x1a\n" and len(drawn) < 150_000
+    picture.unlink()
+    run(monkeypatch, name, "--redraw", "--output", tmp_path)
+    assert picture.read_bytes() == drawn
+
+
+def test_a_new_table_stands_between_its_marks_and_nothing_else_changes():
+    text = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: two -->\nkept\n<!-- end -->\n"
+    assert with_table(text, "one", "new") == text.replace("old", "new")
+    assert with_table(text, "two", "new") == text.replace("kept", "new")
+    with pytest.raises(UserError, match="<!-- table: three -->"):
+        with_table(text, "three", "new")
+
+
+def test_a_quick_run_does_not_replace_the_figures_of_the_repository(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "rank_and_rate", "--quick", "--output", ROOT / "docs" / "experiments")
+    assert end.value.code == 2 and "--quick" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"study": "other"}', '{"study": "rank_and_rate"}', '{"study": "rank_and_rate", "curves": [0]}'],
+)
+def test_figures_that_are_of_another_study_or_not_whole_are_a_mistake_of_one_line(
+    content, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "rank_and_rate.json").write_text(content)
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "rank_and_rate", "--redraw", "--output", tmp_path)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "rank_and_rate.json" in err
+
+
+# ---- the document ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_documents_table_and_picture_are_of_the_committed_figures_of_a_whole_study(name):
+    figures = figures_of(name)
+    assert figures["study"] == name and figures["quick"] is False
+    assert with_table(DOCUMENT, name, study(name).table(figures)) == DOCUMENT
+    assert f"](experiments/{name}.png)" in DOCUMENT
+    assert COMMITTED[name].with_suffix(".png").stat().st_size < 150_000
+    assert f"python scripts/experiments.py {name}" in DOCUMENT
