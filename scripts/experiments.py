@@ -41,6 +41,9 @@ from minilora.system.files import read_json, write_whole
 
 STUDIES = (  # in the order of docs/experiments.md
     "rank_and_rate",
+    "singular_values",
+    "equal_budgets",
+    "forgetting",
 )
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "experiments.md"
 

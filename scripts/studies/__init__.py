@@ -4,6 +4,9 @@ small_world.py      the small model, its questions and texts; training; three fi
 drawing.py          colours, and the PNG of a figure
 
 rank_and_rate.py    held-out loss against learning rate, for every rank and for all weights
+singular_values.py  how many directions an update of all weights needs
+equal_budgets.py    the same number of trained parameters, spent on different layers
+forgetting.py       the text that a model forgets while it learns answers
 
 Each study has the same parts. Its docstring is the question, the expectation and the reason.
 `measure(quick)` returns figures for a JSON file, `draw(figure, figures)` draws them, `table(figures)` returns

@@ -137,21 +137,21 @@ def batches(seed: int, steps: int) -> Iterator[list[Example]]:
 
 def held_out_loss(model: CausalLM, count: int | None = None) -> float | None:
     """Return the mean loss of an answer's token, in nats; None if it is not finite."""
-    return figure(evaluate_loss(model, questions("test").examples[:count], batch_size=64))
+    return figure_of(evaluate_loss(model, questions("test").examples[:count], batch_size=64))
 
 
 def right_answers(model: CausalLM, count: int | None = None) -> float:
     """Return the share of the held-out questions that the model answers word for word."""
     rows = questions("test").rows[:count]
-    return figure(exact_match(answers(model, tokenizer(), rows, progress=""), rows))
+    return figure_of(exact_match(answers(model, tokenizer(), rows, progress=""), rows))
 
 
 def perplexity(model: CausalLM, count: int = 200) -> float | None:
     """Return the perplexity of `count` texts that the model has not read; None if it is not finite."""
-    return figure(perplexity_of(evaluate_loss(model, texts(count), batch_size=32)))
+    return figure_of(perplexity_of(evaluate_loss(model, texts(count), batch_size=32)))
 
 
-def figure(value: float) -> float | None:
+def figure_of(value: float) -> float | None:
     """Return four digits of a number for a JSON file, which knows no NaN: then None."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
