@@ -10,55 +10,55 @@ Each set of layers gets the rank that spends the budget, and its own best learni
 by alpha / r, so the rates are comparable. The output head stays frozen in every set.
 """
 
+from functools import partial
+
 from minilora.config import LoraConfig
-from studies.drawing import BLUE, GREY
+from studies.drawing import BLUE, GREY, ORANGE, shades
 from studies.small_world import held_out_loss, load, rate_search, within
 
-SETS = {  # name: layers, and the ranks that spend about 27,000 and about 108,000 parameters
-    "q v": (("q_proj", "v_proj"), (11, 42)),
-    "q k v o": (("q_proj", "k_proj", "v_proj", "o_proj"), (5, 21)),
-    "gate up down": (("gate_proj", "up_proj", "down_proj"), (3, 13)),
-    "all seven": ("all-linear", (2, 8)),
+SETS = {  # name: the layers, and the rank that spends 107,520 to 109,824 parameters on them
+    "q v": (("q_proj", "v_proj"), 42),
+    "q k v o": (("q_proj", "k_proj", "v_proj", "o_proj"), 21),
+    "gate up down": (("gate_proj", "up_proj", "down_proj"), 13),
+    "all seven": ("all-linear", 8),
 }
 STEPS, SEEDS = 60, (1, 2)
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 def measure(quick: bool) -> dict:
-    steps, seeds, rates = (4, SEEDS[:2], RATES[:2]) if quick else (STEPS, SEEDS, RATES)
-    rows = []
-    for budget in range(1 if quick else 2):
-        for name, (layers, ranks) in SETS.items():
-            config = LoraConfig(r=ranks[budget], lora_alpha=16, target_modules=layers)
-            title, start = f"{name}, r {config.r}", lambda seed, config=config: load(config, seed)
-            search = dict(steps=steps, seeds=seeds)
-            if quick:
-                search["measured"] = lambda model: held_out_loss(model, 64)
-            row = dict(layers=name, r=config.r, budget=budget)
-            rows.append(row | rate_search(title, start, rates, **search))
+    steps, seeds, rates = (4, SEEDS, RATES[1:3]) if quick else (STEPS, SEEDS, RATES)
+    loss, rows = partial(held_out_loss, count=64 if quick else None), []
+    for name, (layers, r) in SETS.items():
+        config = LoraConfig(r, lora_alpha=16, target_modules=layers)
+        title, start = f"{name}, r {r}", lambda seed, config=config: load(config, seed)
+        found = rate_search(title, start, rates, steps, seeds, loss)
+        rows.append(dict(layers=name, r=r) | found)
     return dict(steps=steps, schedule="linear", seeds=list(seeds), alpha=16, rows=rows)
 
 
 def draw(figure, figures: dict) -> None:
-    figure.set_size_inches(7.6, 3.8)
-    axes, names = figure.subplots(), list(SETS)
-    for row in figures["rows"]:
-        colour, side = ((GREY, -0.13), (BLUE, 0.13))[row["budget"]]
-        place, losses = names.index(row["layers"]) + side, row["seed_losses"]
+    figure.set_size_inches(9, 3.9)
+    by_rate, by_set = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
+    colours = dict(zip(SETS, (shades(3)[0], BLUE, ORANGE, GREY), strict=True))
+    for place, row in enumerate(figures["rows"]):
+        colour, losses = colours[row["layers"]], row["seed_losses"]
+        name = f"{row['layers']}, r = {row['r']}"
+        by_rate.plot(row["rates"], row["losses"], "o-", color=colour, linewidth=1.4, markersize=4, label=name)
         mean = sum(losses) / len(losses)
-        axes.plot([place] * len(losses), losses, "o", color=colour, markersize=5, alpha=0.6)
-        axes.plot([place - 0.09, place + 0.09], [mean, mean], color=colour, linewidth=2)
-        above = dict(textcoords="offset points", ha="center", color=colour)
-        axes.annotate(f"r {row['r']}", (place, max(losses)), (0, 6), **above)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel(f"held-out loss after {figures['steps']} steps (nats)")
-    axes.set_ylim(0, 1.25 * max(max(row["seed_losses"]) for row in figures["rows"]))
-    for y, colour, budget in ((0.93, GREY, 0), (0.86, BLUE, 1)):
-        sizes = [row["parameters"] for row in figures["rows"] if row["budget"] == budget]
-        if sizes:
-            text = f"{min(sizes):,} to {max(sizes):,} parameters"
-            axes.text(0.98, y, text, color=colour, ha="right", transform=axes.transAxes)
-    axes.grid(axis="y", alpha=0.25)
+        by_set.plot([place] * len(losses), losses, "o", color=colour, markersize=6)
+        by_set.plot([place - 0.2, place + 0.2], [mean, mean], color=colour, linewidth=2)
+    rates = figures["rows"][0]["rates"]
+    by_rate.set(xscale="log", yscale="log", xlabel="learning rate, seed 0")
+    by_rate.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    by_rate.set_yticks([0.1, 0.2, 0.5, 1, 2, 4], ["0.1", "0.2", "0.5", "1", "2", "4"])
+    by_rate.set_ylabel(f"held-out loss after {figures['steps']} steps (nats)")
+    by_rate.legend(frameon=False, fontsize=9)
+    by_set.set_xticks(range(len(figures["rows"])), [row["layers"] for row in figures["rows"]], fontsize=9)
+    by_set.set(xlabel="at the best rate, other seeds", xlim=(-0.6, 3.6))
+    for axes in (by_rate, by_set):
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
 
 
 def table(figures: dict) -> str:

@@ -19,6 +19,7 @@ ALPHA, EQUAL_AT = 16, 8  # the rank at which both scalings are ALPHA / EQUAL_AT
 STEPS, SEEDS = 60, (1, 2, 3)
 LORA_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FULL_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+RATE_NAMES = ("0.0005", "0.002", "0.008", "0.032")  # of ticks of the picture
 FULL = "all weights"
 
 
@@ -59,11 +60,12 @@ def draw(figure, figures: dict) -> None:
         axes.set(xscale="log", yscale="log", xlabel="learning rate", ylim=(0.08, 5))
         axes.set_title(f"LoRA, scaled by {kind}", color=BLUE, fontsize=11)
         axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 4], ["0.1", "0.2", "0.5", "1", "2", "4"])
+        axes.set_xticks([float(name) for name in RATE_NAMES], RATE_NAMES)
         axes.minorticks_off()
         axes.grid(alpha=0.25)
     panels[0].set_ylabel(f"held-out loss after {figures['steps']} steps (nats)")
-    panels[1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    panels[0].text(0.02, 0.02, "a dot: the best rate", transform=axes.transAxes, color=GREY)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    panels[0].text(0.02, 0.02, "a dot: the best rate", transform=panels[0].transAxes, color=GREY)
 
 
 def plot(axes, curve: dict, colour, label: str) -> None:
