@@ -6,8 +6,11 @@ Every gradient is compared with its equation in float64 (lora_oracles.py), at th
 output shows: so a wrong scaling is reported as that, and not as five other faults.
 """
 
+from contextlib import suppress
+from dataclasses import replace
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.testing.battery import Battery, expect_close, expect_same
 from minilora.testing.lora_oracles import lora_gradients, merged_reference
@@ -98,8 +101,8 @@ for _part in ("x", "A", "B"):
 
 @LORA.add("dropout in training only", lambda maker: maker.cases(lora_dropout=0.5))
 def _(maker: LayerMaker, case: LayerCase) -> None:
-    built = case.build(maker)
-    expect_close(built.layer(built.x), built.expected(built.x), built.bound(built.x), "without dropout it")
+    built, without = case.build(maker), replace(case, lora_dropout=0.0).build(maker)
+    expect_close(built.layer(built.x), without.layer(built.x), built.bound(built.x), "without dropout it")
 
 
 @LORA.add("dropout on the adapter's path", lambda maker: maker.cases(lora_dropout=0.5))
@@ -117,8 +120,9 @@ def dropout_factors(maker: LayerMaker, case: LayerCase) -> Tensor:
     with torch.no_grad():
         built.A.copy_(torch.eye(case.r))
         built.B.copy_(torch.eye(case.r))
-        torch.manual_seed(case.seed)
-        return built.layer.train()(torch.ones_like(built.x)).double() / built.scaling
+        scaling = built.measured_scaling()
+        torch.default_generator.manual_seed(case.seed)
+        return built.layer.train()(torch.ones_like(built.x)).double() / scaling
 
 
 SQUARE = dict(in_features=8, out_features=8, r=8, bias=False, leading=(512,))
@@ -149,7 +153,7 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker)
     x, scaling = built.x.requires_grad_(), built.measured_scaling()
     parts = [part for part in (built.A, built.B) if part.requires_grad]
-    torch.manual_seed(case.seed)
+    torch.default_generator.manual_seed(case.seed)
     found = torch.autograd.grad(built.layer.train()(x), [x, *parts], built.dy, allow_unused=True)
     A, B = built.A.detach(), built.B.detach()
     expected = lora_gradients(x.detach(), built.weight, A, B, scaling, built.dy, factor)
@@ -179,8 +183,9 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
 @LORA.add("merge", LayerMaker.cases, needs("merge"))
 def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker)
+    before = built.layer(built.x)
     maker.merge(built.layer)
-    expect_close(built.layer(built.x), built.expected(built.x), built.bound(built.x), "before merging it")
+    expect_close(built.layer(built.x), before, 2 * built.bound(built.x), "before merging it")
 
 
 @LORA.add("merge twice", LayerMaker.cases, needs("merge"))
@@ -189,10 +194,8 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker)
     maker.merge(built.layer)
     once = built.layer(built.x)
-    try:
+    with suppress(Exception):
         maker.merge(built.layer)
-    except Exception:
-        pass
     expect_same(built.layer(built.x), once, "merged once it")
 
 
@@ -275,7 +278,7 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
 @LORA.add("leading dimensions", lambda maker: maker.cases(leading=(6,)))
 def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker)
-    expected, bound = built.expected(built.x), built.bound(built.x)
+    expected, bound = built.layer(built.x), built.bound(built.x)
     for leading in ((1, 6), (2, 3), (3, 1, 2)):
         y = built.layer(built.x.view(*leading, -1))
         assert y.shape[:-1] == leading, f"x has the shape {(*leading, case.in_features)}, y {tuple(y.shape)}"
@@ -299,7 +302,7 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
 def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker)
     strided = torch.stack([built.x, built.x + 1], dim=-1)[..., 0]
-    expect_close(built.layer(strided), built.expected(built.x), built.bound(built.x), "for a contiguous x it")
+    expect_close(built.layer(strided), built.layer(built.x), 2 * built.bound(built.x), "for a contiguous x it")
 
 
 @LORA.add("input unchanged", LayerMaker.cases)

@@ -136,8 +136,9 @@ class Built:
 
     def measured_scaling(self) -> float:
         """Return the factor of (x A^T) B^T in the layer's output, by least squares."""
-        update = self.update(self.x)
-        rest = self.layer(self.x).detach().double() - self.base_output(self.x).double()
+        x = self.x.detach()
+        update, y = self.update(x), self.layer(x).detach()
+        rest = y.double() - self.base_output(x).double()
         return float((rest * update).sum() / update.square().sum())
 
 

@@ -214,13 +214,16 @@ def _(q: Quantizer, case: Case) -> None:
 
 @QUANTIZER.add("no shared memory", lambda q: q.cases(flaws=()))
 def _(q: Quantizer, case: Case) -> None:
-    """Writing to the weight, or to a result, changes no later result."""
+    """Writing to the weight or to a result changes no later result, and no later result an earlier one."""
     weight = case.tensor()
     stored = q.quantize(weight)
     expected = q.dequantize(stored).detach().clone()
     weight.fill_(-1)
     expect_same(q.dequantize(stored), expected, "before the weight was written to it")
-    q.dequantize(stored).detach().fill_(-1)
+    first = q.dequantize(stored).detach()
+    q.values(torch.full_like(weight, -1))
+    expect_same(first, expected, "before another weight was dequantized it")
+    first.fill_(-1)
     expect_same(q.dequantize(stored), expected, "before a result was written to it")
 
 

@@ -82,3 +82,14 @@ def weights(
     """
     drawn = recipes(shape, dtypes, flaws, blocksize, **options)
     return drawn.map(lambda recipe: recipe.tensor(code))
+
+
+@st.composite
+def factors(
+    draw: st.DrawFn, shape: st.SearchStrategy[tuple[int, int, int]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r), float32, both of plain or normal numbers; B may be 0, as at the start."""
+    in_features, out_features, r = draw(lora_shapes() if shape is None else shape)
+    A, B = ((r, in_features), (out_features, r))
+    options = dict(dtypes=DTYPES[:1], flaws=())
+    return draw(weights(st.just(A), **options)), draw(weights(st.just(B), **options))

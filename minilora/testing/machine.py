@@ -1,0 +1,164 @@
+"""Adapters of any library, in any order of verbs: a state machine that Hypothesis drives.
+
+    class MyMachine(AdapterMachine):
+        def new(self): ...                  # a base model without adapters, the same one every time
+        def add(self, name): ...            # a new adapter becomes active
+        ...
+    TestMine = MyMachine.TestCase
+
+The machine knows what every adapter is worth: the output that the model gave with it when it was last added,
+trained or loaded. After every step the model must give that output again. So training one adapter must not
+move another, merging must not move the output, unmerging must bring the base back, a removed adapter must
+leave nothing behind, and a file must hold the whole of it. Steps shrink to the shortest story that fails.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from minilora.testing.battery import expect_close, expect_same
+
+NAMES = st.sampled_from(["first", "second", "third"])
+
+
+class AdapterMachine(RuleBasedStateMachine):
+    """Subclass it, and give the verbs of a library. `self.model` is yours to keep."""
+
+    # How far merging may move an output, of its largest value: a sum in another order, and W rounded twice each
+    # time. float32, widths of some tens: 1e-5.
+    tolerance = 1e-5
+
+    # ---- the verbs -------------------------------------------------------------------------------------------
+
+    def new(self) -> None:
+        """Make a base model without adapters; the same one every time."""
+        raise NotImplementedError
+
+    def output(self) -> Tensor:
+        """Return the model's output for a fixed input, in evaluation."""
+        raise NotImplementedError
+
+    def add(self, name: str) -> None:
+        """Add an adapter that changes nothing yet, and make it the active one."""
+        raise NotImplementedError
+
+    def activate(self, name: str | None) -> None:
+        """Make one adapter the active one, or none."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Train the active adapter by one step that moves the output."""
+        raise NotImplementedError
+
+    def merge(self) -> None:
+        """Add the active adapter to the base weights."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Take it out again."""
+        raise NotImplementedError
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off the model, which is not merged. Afterwards none is active if this one was."""
+        raise NotImplementedError
+
+    def save(self, name: str, directory: Path) -> None:
+        """Write an adapter to an empty directory."""
+        raise NotImplementedError
+
+    def load(self, name: str, directory: Path) -> None:
+        """Add an adapter under a new name, with what the directory holds, and make it the active one."""
+        raise NotImplementedError
+
+    # ---- what must be so -------------------------------------------------------------------------------------
+
+    def __init__(self):
+        super().__init__()
+        self._outputs: dict[str, Tensor] = {}  # adapter -> the model's output with it
+        self._files: dict[Path, Tensor] = {}  # directory -> the output of the adapter in it
+        self._active: str | None = None
+        self._merged, self._merges = False, 0
+        self._folder = tempfile.TemporaryDirectory()
+
+    def teardown(self) -> None:
+        self._folder.cleanup()
+
+    @initialize()
+    def _begin(self) -> None:
+        self.new()
+        self._base = self.output().detach().clone()
+
+    @rule(name=NAMES)
+    @precondition(lambda self: not self._merged)
+    def _add(self, name: str) -> None:
+        if name not in self._outputs:
+            self.add(name)
+            self._active, self._outputs[name] = name, self._base
+
+    @rule(name=NAMES | st.none())
+    @precondition(lambda self: not self._merged)
+    def _activate(self, name: str | None) -> None:
+        if name is None or name in self._outputs:
+            self.activate(name)
+            self._active = name
+
+    @rule()
+    @precondition(lambda self: self._active and not self._merged)
+    def _step(self) -> None:
+        before = self.output().detach().clone()
+        self.step()
+        after = self.output().detach().clone()
+        assert not torch.equal(before, after), f"a step of training moved nothing in {self._active!r}"
+        self._outputs[self._active] = after
+
+    @rule()
+    @precondition(lambda self: self._active and not self._merged)
+    def _merge(self) -> None:
+        self.merge()
+        self._merged, self._merges = True, self._merges + 1
+
+    @rule()
+    @precondition(lambda self: self._merged)
+    def _unmerge(self) -> None:
+        self.unmerge()
+        self._merged = False
+
+    @rule(name=NAMES)
+    @precondition(lambda self: not self._merged)
+    def _remove(self, name: str) -> None:
+        if name in self._outputs:
+            self.remove(name)
+            del self._outputs[name]
+            self._active = None if self._active == name else self._active
+
+    @rule(name=NAMES)
+    @precondition(lambda self: not self._merged)
+    def _save(self, name: str) -> None:
+        if name in self._outputs:
+            directory = Path(self._folder.name) / str(len(self._files))
+            directory.mkdir()
+            self.save(name, directory)
+            self._files[directory] = self._outputs[name]
+
+    @rule(name=NAMES, number=st.integers(0, 3))
+    @precondition(lambda self: self._files and not self._merged)
+    def _load(self, name: str, number: int) -> None:
+        if name not in self._outputs:
+            directory = list(self._files)[number % len(self._files)]
+            self.load(name, directory)
+            self._active, self._outputs[name] = name, self._files[directory]
+
+    @invariant()
+    def the_output_is_that_of_the_active_adapter(self) -> None:
+        if hasattr(self, "_base"):
+            expected = self._base if self._active is None else self._outputs[self._active]
+            what = "the base model's output" if self._active is None else f"the output of {self._active!r}"
+            if self._merges:
+                bound = self._merges * self.tolerance * float(expected.abs().max())
+                expect_close(self.output(), expected, bound, what)
+            else:
+                expect_same(self.output(), expected, what)

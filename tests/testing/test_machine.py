@@ -1,0 +1,196 @@
+"""Adapters in any order of verbs: minilora and PEFT keep every promise, and a faulty library is caught."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from torch import nn
+
+from minilora import (
+    LoraConfig,
+    add_lora,
+    load_adapter,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    set_adapter,
+    trainable_parameters,
+    unmerge_lora,
+)
+from minilora.lora import lora_layers
+from minilora.testing import AdapterMachine
+from support.tiny import ids, tiny_model
+
+try:
+    import peft
+except ImportError:
+    peft = None
+
+BATCH = ids(1, 7)
+SHORT = settings(max_examples=25, stateful_step_count=15, deadline=None, derandomize=True, database=None)
+
+
+class Minilora(AdapterMachine):
+    def new(self):
+        self.model = tiny_model()
+
+    def output(self):
+        with torch.no_grad():
+            return self.model.eval()(BATCH)
+
+    def add(self, name):
+        add_lora(self.model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), name)
+
+    def activate(self, name):
+        set_adapter(self.model, name)
+
+    def step(self):
+        optimizer = torch.optim.SGD(trainable_parameters(self.model).values(), lr=0.5)
+        self.model.train()(BATCH).square().sum().backward()
+        optimizer.step()
+        self.model.zero_grad()
+
+    def merge(self):
+        merge_lora(self.model)
+
+    def unmerge(self):
+        unmerge_lora(self.model)
+
+    def remove(self, name):
+        remove_lora(self.model, name)
+
+    def save(self, name, directory):
+        save_adapter(self.model, directory, name=name)
+
+    def load(self, name, directory):
+        load_adapter(self.model, directory, name=name)
+
+
+class Peft(AdapterMachine):
+    def new(self):
+        torch.manual_seed(0)
+        layers = dict(up=nn.Linear(8, 12), act=nn.Tanh(), down=nn.Linear(12, 8))
+        self.model, self.wrapped = nn.Sequential(*layers.values()), None
+
+    def output(self):
+        x = torch.linspace(-1, 1, 40).view(5, 8)
+        with torch.no_grad():
+            return (self.wrapped or self.model).eval()(x)
+
+    def add(self, name):
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"])
+        if self.wrapped is None:
+            self.wrapped = peft.get_peft_model(self.model, config, adapter_name=name)
+        else:
+            self.wrapped.add_adapter(name, config)
+        self.activate(name)
+
+    def activate(self, name):
+        if self.wrapped is None:
+            return
+        if name is None:
+            self.wrapped.base_model.disable_adapter_layers()
+        else:
+            self.wrapped.base_model.enable_adapter_layers()
+            self.wrapped.set_adapter(name)
+
+    def step(self):
+        trained = [p for p in self.wrapped.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.5)
+        self.wrapped.train()(torch.linspace(-1, 1, 40).view(5, 8)).square().sum().backward()
+        optimizer.step()
+        self.wrapped.zero_grad()
+
+    def merge(self):
+        self.wrapped.base_model.merge_adapter()
+
+    def unmerge(self):
+        self.wrapped.base_model.unmerge_adapter()
+
+    def remove(self, name):
+        was_active = name in self.wrapped.active_adapters
+        self.wrapped.delete_adapter(name)
+        if was_active or not self.wrapped.peft_config:
+            self.activate(None)  # PEFT would make another one active
+
+    def save(self, name, directory):
+        self.wrapped.save_pretrained(directory, selected_adapters=[name])
+
+    def load(self, name, directory):
+        (folder,) = (path.parent for path in directory.rglob("adapter_config.json"))
+        if self.wrapped is None:
+            self.add("none")
+            self.wrapped.delete_adapter("none")
+        self.wrapped.load_adapter(folder, name, is_trainable=True)
+        self.activate(name)
+
+
+def test_minilora_keeps_every_promise_in_any_order_of_verbs():
+    run_state_machine_as_test(Minilora, settings=SHORT)
+
+
+@pytest.mark.skipif(peft is None, reason="PEFT, another library, is not installed")
+@pytest.mark.filterwarnings("ignore:::peft.*")
+def test_peft_keeps_every_promise_in_any_order_of_verbs():
+    run_state_machine_as_test(Peft, settings=SHORT)
+
+
+class StepMovesAll(Minilora):
+    """A step of training moves every adapter."""
+
+    def step(self):
+        super().step()
+        with torch.no_grad():
+            for layer in lora_layers(self.model).values():
+                for B in layer.lora_B.values():
+                    B.add_(0.01)
+
+
+class UnmergeForgets(Minilora):
+    def unmerge(self):
+        for layer in lora_layers(self.model).values():
+            layer.merged = None
+
+
+class MergeForgetsALayer(Minilora):
+    def merge(self):
+        super().merge()
+        layer = next(iter(lora_layers(self.model).values()))
+        layer.unmerge()
+        layer.merged = layer.active
+
+
+class LoadGivesAnEmptyAdapter(Minilora):
+    def load(self, name, directory):
+        self.add(name)
+
+
+class LoadKeepsTheFilesName(Minilora):
+    """Saving writes whatever adapter is active."""
+
+    def save(self, name, directory):
+        active = next(iter(lora_layers(self.model).values())).active
+        super().save(active or name, directory)
+
+
+class RemoveLeavesTheUpdate(Minilora):
+    def remove(self, name):
+        set_adapter(self.model, name)
+        merge_lora(self.model)
+        super().remove(name)
+
+
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        StepMovesAll,
+        UnmergeForgets,
+        MergeForgetsALayer,
+        LoadGivesAnEmptyAdapter,
+        LoadKeepsTheFilesName,
+        RemoveLeavesTheUpdate,
+    ],
+)
+def test_a_faulty_library_is_caught(faulty):
+    with pytest.raises(AssertionError, match=r"value \d+ is"):
+        run_state_machine_as_test(faulty, settings=SHORT)
