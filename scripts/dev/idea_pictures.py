@@ -1,0 +1,103 @@
+"""Pictures of ideas beside LoRA itself: checkpointing, 8-bit moments, loss scaling, kernels.
+
+`pictures.py` draws them with its own. Each function fills a figure, from numbers that it computes meanwhile.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minilora import LoraConfig, add_lora
+from minilora.backend.documents import documents_of_rows
+from minilora.formats.config_json import parse_config
+from minilora.memory.activations import layer_bytes, widths_of
+from minilora.model import CausalLM
+from minilora.recompute import checkpoint
+from minilora.rope import rope_angles
+from minilora.testing import peak_memory
+
+BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
+SMALL = dict(model_type="llama", vocab_size=100, hidden_size=64, intermediate_size=224)
+SMALL |= dict(num_hidden_layers=32, num_attention_heads=4, num_key_value_heads=1)  # Mistral's proportions
+
+
+# ---- segments.png ------------------------------------------------------------------------------------------
+
+
+def draw_segments(figure) -> None:
+    """Peak memory of layers that are checkpointed in segments of k: measured points on L / k + a k + c."""
+    figure.set_size_inches(9.2, 4.2)
+    left, right = figure.subplots(1, 2)
+    draw_peaks(left, *tanh_layers(), 64, "64 layers that keep one tensor each")
+    draw_peaks(right, *decoder_layers(), 32, "32 decoder layers with LoRA on q, k, v, o")
+    left.set_ylabel("peak of a step, in sizes of a layer's input")
+
+
+def draw_peaks(axes, measured: dict[int, float], a: float, rest: float, L: int, title: str) -> None:
+    """measured: k -> peak; a: tensors that one of L layers keeps; rest: those that no k changes."""
+    top = 1.05 * max(measured.values())
+    lengths = [2 ** (i / 20) for i in range(20 * int(math.log2(L)) + 1)]
+    axes.plot(lengths, [L / k + a * k + rest for k in lengths], color=BLUE, linewidth=1.4, label="derived")
+    axes.plot(measured.keys(), measured.values(), "o", color=ORANGE, markersize=7, label="measured")
+    best = math.sqrt(L / a)
+    axes.axvline(best, color=GREY, linewidth=1, linestyle="--")
+    text = rf"$\sqrt{{L}}$ = {best:.0f}" if a == 1 else rf"$\sqrt{{L / a}}$ = {best:.1f}, with a = {a:.1f}"
+    axes.text(best * 1.07, top * 0.1, text, color=GREY)
+    axes.set(xscale="log", xlabel="layers in a segment, k", ylim=(0, top))
+    axes.set_xticks(*[[2**i for i in range(int(math.log2(L)) + 1)]] * 2)  # places and labels
+    axes.minorticks_off()
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+
+
+def tanh_layers() -> tuple[dict[int, float], float, float]:
+    """Peaks of 64 layers x -> tanh(W x). Beside what is kept: a gradient that arrives, one that leaves."""
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(64)]
+    return peaks_of(layers, (1, 2, 4, 8, 16, 32, 64), torch.randn(4096, 64)), 1.0, 2.0
+
+
+def decoder_layers() -> tuple[dict[int, float], float, float]:
+    """Peaks of a small decoder's layers, beside what minilora's ledger says that they keep and make."""
+    config, tokens = parse_config(SMALL), 256
+    model, lora = CausalLM(config), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    model.init_weights()
+    add_lora(model, lora)
+    documents = documents_of_rows(1, tokens, torch.device("cpu"))
+    angles = rope_angles(config, documents.positions, tokens)
+    x = torch.randn(tokens, config.hidden_size)
+    measured = peaks_of(model.model.layers, (1, 2, 4, 8), x, *angles, documents)
+    widths = widths_of(config, torch.float32, "cpu")
+    layer = layer_bytes(config, lora, frozenset(lora.target_modules), tokens, widths)
+    return measured, 1 + layer.kept / layer.input, layer.backward / layer.input
+
+
+def peaks_of(layers: Sequence[nn.Module], lengths: tuple[int, ...], x: Tensor, *others) -> dict[int, float]:
+    """k -> peak memory of a forward and a backward in segments of k layers, over the size of x."""
+    x.requires_grad_()
+
+    def step(k: int) -> Callable[[], None]:
+        def run() -> None:
+            y = x
+            for i in range(0, len(layers), k):
+                y = checkpoint(Segment(layers[i : i + k]), y, *others)
+            y.sum().backward()
+            x.grad = None
+            for layer in layers:
+                layer.zero_grad()
+
+        return run
+
+    step(1)()  # scratch buffers are there before anything is measured
+    return {k: peak_memory(step(k)) / (x.numel() * x.element_size()) for k in lengths}
+
+
+class Segment(nn.ModuleList):
+    """Layers, one after the other."""
+
+    def forward(self, x: Tensor, *others) -> Tensor:
+        for layer in self:
+            x = layer(x, *others)
+        return x
