@@ -14,6 +14,7 @@ from minilora.backend.documents import documents_of_rows
 from minilora.formats.config_json import parse_config
 from minilora.memory.activations import layer_bytes, widths_of
 from minilora.model import CausalLM
+from minilora.quantization import dynamic_code, nearest_of_steps
 from minilora.recompute import checkpoint
 from minilora.rope import rope_angles
 from minilora.testing import peak_memory
@@ -101,3 +102,41 @@ class Segment(nn.ModuleList):
         for layer in self:
             x = layer(x, *others)
         return x
+
+
+# ---- dynamic_code.png --------------------------------------------------------------------------------------
+
+
+def draw_dynamic_code(figure) -> None:
+    """The values of two 8-bit codes for numbers from 0 to 1, and the largest relative error against size."""
+    figure.set_size_inches(9.2, 4.2)
+    left, right = figure.subplots(1, 2)
+    codes = {"equal steps": torch.linspace(0, 1, 256), "dynamic": dynamic_code(signed=False)}
+    for (name, code), colour in zip(codes.items(), (ORANGE, BLUE), strict=True):
+        left.plot(range(1, 256), code[1:], ".", color=colour, markersize=2.5)
+        sizes, errors = largest_errors(code)
+        right.plot(sizes, errors, color=colour, linewidth=1.4, label=name)
+    sizes, errors = largest_errors(codes["dynamic"], by_steps=True)
+    right.plot(sizes, errors, color=BLUE, linewidth=1.4, linestyle=":", label="dynamic, as it is computed")
+    left.text(8, 0.4, "equal steps", color=ORANGE)
+    left.text(75, 8e-3, "dynamic", color=BLUE)
+    left.set(xlabel="index, a byte", ylabel="value / largest of the block", yscale="log", ylim=(1e-7, 2))
+    right.set(xlabel="v / largest of the block", ylabel="largest relative error", xscale="log", yscale="log")
+    right.set(xlim=(1e-7, 1), ylim=(1e-3, 300))
+    right.axhline(1, color=GREY, linewidth=1, linestyle="--")
+    right.text(0.8, 1.2, "as large as v itself", color=GREY, ha="right")
+    right.legend(frameon=False, loc="upper right")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+
+
+def largest_errors(code: Tensor, by_steps: bool = False) -> tuple[list[float], list[float]]:
+    """Sizes from 1e-7 to 1, and by how much the nearest value of a code is off, relative to each size at most.
+
+    by_steps: the value that the optimizer finds, by one of 65,536 equal steps.
+    """
+    sizes = torch.logspace(-7, 0, 7 * 400, dtype=torch.float64)
+    steps = ((sizes + 1) / 2 * 65535 + 0.5).int()
+    found = nearest_of_steps(code)[steps].int() if by_steps else (sizes[:, None] - code).abs().argmin(1)
+    errors = (code[found] - sizes).abs() / sizes
+    return sizes.view(-1, 50).amax(1).tolist(), errors.view(-1, 50).amax(1).tolist()
