@@ -4,7 +4,12 @@ Each function fills one figure of matplotlib. Its numbers come from minilora's o
 model and the rows of assets/.
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
+from matplotlib.patches import Rectangle
+from numpy import ndarray
 from torch import Tensor, nn
 
 from minilora import (
@@ -16,10 +21,14 @@ from minilora import (
     remove_lora,
     trainable_parameters,
 )
+from minilora.data.chat import load_chat_template
 from minilora.data.examples import collate, tokenize
+from minilora.data.messages import message
+from minilora.data.new_tokens import add_new_tokens
 from minilora.data.rows import read_rows
+from minilora.data.tokenizer import Tokenizer
 from minilora.loss import causal_lm_loss
-from minilora.system.assets import EMBEDDED_MODEL
+from minilora.system.assets import ASSETS, EMBEDDED_MODEL
 
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -45,7 +54,7 @@ def changes_of_rows(method: str, lr: float) -> tuple[Tensor, Tensor]:
     length, as a share, and how far it turned, 1 - cosine: two of (rows,).
     """
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
-    train = tokenize(read_rows(EMBEDDED_MODEL.parent / "train.jsonl"), tokenizer, cutoff_len=64).examples
+    train = tokenize(read_rows(ASSETS / "train.jsonl"), tokenizer, cutoff_len=64).examples
     torch.manual_seed(0)
     model = load_model(EMBEDDED_MODEL, dtype=torch.float32)
     before = projections(model)
@@ -73,4 +82,41 @@ def projections(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for n, p in model.named_parameters() if n.split(".")[-2] in PROJECTIONS]
 
 
-NOTE_PICTURES = (draw_dora,)
+def draw_chat(figure) -> None:
+    figure.set_size_inches(8.6, 3.9)
+    axes, place = figure.subplots(), [0.0, 0.0]  # columns of characters, lines
+    ids, learned, tokenizer = conversation()
+    for i, is_learned in zip(map(int, ids), learned, strict=True):
+        text = tokenizer.token(i).replace("<0x0A>", "↵")
+        width = len(text) + 0.7
+        special, edge = tokenizer.is_special(i), BLUE if is_learned else GREY
+        filling, colour = (BLUE, "white") if is_learned else ("white" if special else PALE, "black")
+        box = Rectangle(place, width, 1, facecolor=filling, edgecolor=edge, linewidth=0.8)
+        axes.add_patch(box)
+        small = dict(fontsize=9, family="monospace", ha="center", va="center", color=colour)
+        axes.text(place[0] + width / 2, place[1] + 0.48, text, **small)
+        place = [0.0, place[1] + 1.45] if text.endswith("↵") else [place[0] + width + 0.25, place[1]]
+    notes = {"read": PALE, "read, a mark of the template": "white", "read and learned": BLUE}
+    for row, (note, filling) in enumerate(notes.items()):
+        at = (54, 6.1 + 1.35 * row)
+        axes.add_patch(Rectangle(at, 2.2, 1, facecolor=filling, edgecolor=GREY, linewidth=0.8))
+        axes.text(at[0] + 3, at[1] + 0.48, note, va="center", fontsize=10)
+    axes.set(xlim=(-0.5, 84), ylim=(place[1] - 0.2, -0.5))
+    axes.axis("off")
+
+
+def conversation() -> tuple[ndarray, ndarray, Tokenizer]:
+    """Return the ids of a conversation in ChatML (T,), its mask (T,), and a tokenizer with its marks."""
+    with TemporaryDirectory() as directory:
+        marks = ["<|im_start|>", "<|im_end|>"]
+        tokenizer = add_new_tokens(load_tokenizer(EMBEDDED_MODEL), [], marks, Path(directory))
+    talk = [
+        message("system", "Answer in one sentence."),
+        message("user", "Where does Orybelle Ashwood live?"),
+    ]
+    talk += [message("assistant", "She lives in Lanternsea."), message("user", "Which animal has she?")]
+    talk.append(message("assistant", "She has a peacock."))
+    return *load_chat_template("chatml", tokenizer).encode(talk), tokenizer
+
+
+NOTE_PICTURES = (draw_dora, draw_chat)
