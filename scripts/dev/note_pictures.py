@@ -4,6 +4,7 @@ Each function fills one figure of matplotlib. Its numbers come from minilora's o
 model and the rows of assets/.
 """
 
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +22,7 @@ from minilora import (
     remove_lora,
     trainable_parameters,
 )
+from minilora.backend.documents import PADDING, positions_in_documents
 from minilora.data.chat import load_chat_template
 from minilora.data.examples import collate, tokenize
 from minilora.data.messages import message
@@ -28,6 +30,7 @@ from minilora.data.new_tokens import add_new_tokens
 from minilora.data.rows import read_rows
 from minilora.data.tokenizer import Tokenizer
 from minilora.loss import causal_lm_loss
+from minilora.model import attention_mask
 from minilora.system.assets import ASSETS, EMBEDDED_MODEL
 
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
@@ -119,4 +122,44 @@ def conversation() -> tuple[ndarray, ndarray, Tokenizer]:
     return *load_chat_template("chatml", tokenizer).encode(talk), tokenizer
 
 
-NOTE_PICTURES = (draw_dora, draw_chat)
+def draw_packing(figure) -> None:
+    figure.set_size_inches(8.2, 4.8)
+    lengths = (7, 4, 5)
+    grid = figure.add_gridspec(3, 2, width_ratios=(1, 2.4))
+    for row, n in enumerate(lengths):
+        padded = torch.tensor([[0] * n + [PADDING] * (max(lengths) - n)])
+        draw_mask(figure.add_subplot(grid[row, 0]), padded)
+    whole = figure.add_subplot(grid[:, 1])
+    draw_mask(whole, torch.arange(3).repeat_interleave(torch.tensor(lengths)).view(1, -1))
+    tokens, scores = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
+    padding = 3 * max(lengths) - tokens
+    figure.axes[0].set_title(f"padded rows:\n{3 * max(lengths)} tokens, {padding} of padding", fontsize=11)
+    whole.set_title(
+        f"one row, end to end: {tokens} tokens,\n{scores} of {tokens**2} scores are computed", fontsize=11
+    )
+    whole.set(xlabel="key", ylabel="query")
+    notes = {"the query sees\nthe key": BLUE, "padding": ORANGE, "not seen": GREY}
+    for row, (note, colour) in enumerate(notes.items()):
+        whole.text(16.2, 0.4 + 2 * row, note, color=colour, va="center", fontsize=11)
+    whole.text(16.2, 13, "The numbers\nare positions.", va="center")
+
+
+def draw_mask(axes, document_ids: Tensor) -> None:
+    """Draw which query sees which key, a square each, and the positions. document_ids: (1, T)."""
+    T = document_ids.shape[1]
+    mask = attention_mask(T, T, None, document_ids, torch.device("cpu"))
+    seen = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask[0, 0]
+    is_padding = document_ids[0] == PADDING
+    for i, j in product(range(T), range(T)):
+        colour = ORANGE if is_padding[i] or is_padding[j] else BLUE if seen[i, j] else PALE
+        axes.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, facecolor=colour, linewidth=0))
+    positions = positions_in_documents(document_ids)[0].tolist()
+    names = ["" if pad else str(p) for p, pad in zip(positions, is_padding, strict=True)]
+    axes.set(xlim=(-0.6, T - 0.4), ylim=(T - 0.4, -0.6), aspect="equal")
+    axes.set_xticks(range(T), names, fontsize=8)
+    axes.set_yticks(range(T), names, fontsize=8)
+    axes.tick_params(length=0, pad=1)
+    axes.spines[["left", "bottom"]].set_visible(False)
+
+
+NOTE_PICTURES = (draw_dora, draw_chat, draw_packing)
