@@ -23,6 +23,7 @@ from minilora import (
     trainable_parameters,
 )
 from minilora.backend.documents import PADDING, positions_in_documents
+from minilora.config import RopeConfig
 from minilora.data.chat import load_chat_template
 from minilora.data.examples import collate, tokenize
 from minilora.data.messages import message
@@ -31,6 +32,7 @@ from minilora.data.rows import read_rows
 from minilora.data.tokenizer import Tokenizer
 from minilora.loss import causal_lm_loss
 from minilora.model import attention_mask
+from minilora.rope import rope_frequencies
 from minilora.system.assets import ASSETS, EMBEDDED_MODEL
 
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
@@ -162,4 +164,31 @@ def draw_mask(axes, document_ids: Tensor) -> None:
     axes.spines[["left", "bottom"]].set_visible(False)
 
 
-NOTE_PICTURES = (draw_dora, draw_chat, draw_packing)
+def draw_attention(figure) -> None:
+    figure.set_size_inches(8.6, 3.9)
+    arrows, curves = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    K, positions = 32, torch.arange(21)
+    shown = range(0, K // 2, 2)
+    frequencies = rope_frequencies(RopeConfig(), K)  # (K/2,)
+    for line, pair in enumerate(shown):
+        angles = positions * frequencies[pair]
+        size = dict(color=BLUE, pivot="mid", scale=25, width=0.004, headwidth=5, headlength=5)
+        arrows.quiver(positions, torch.full_like(positions, line), angles.cos(), angles.sin(), **size)
+    arrows.set_yticks(range(len(shown)), [f"pair {pair}" for pair in shown])
+    limits = dict(xlim=(-0.8, 20.8), ylim=(len(shown) - 0.5, -0.5))
+    arrows.set(xlabel="position", xticks=range(0, 21, 5), **limits)
+    arrows.set_title("how RoPE turns pairs, head size 32", fontsize=11)
+    arrows.tick_params(length=0)
+    arrows.spines[["left", "bottom"]].set_visible(False)
+    distances = torch.arange(257)
+    for theta, colour in ((1e4, BLUE), (1e6, ORANGE)):
+        angles = distances[:, None] * rope_frequencies(RopeConfig(theta=theta), 128)  # (257, 64)
+        curves.plot(distances, angles.cos().mean(1), color=colour, linewidth=1.2)
+    curves.text(250, 0.14, "theta 10,000", color=BLUE, ha="right")
+    curves.text(250, 0.72, "theta 1,000,000", color=ORANGE, ha="right")
+    curves.set(xlabel="distance in tokens", xlim=(0, 256), ylim=(0, 1.02), xticks=range(0, 257, 64))
+    curves.set_title("product of a vector with itself, K = 128", fontsize=11)
+    curves.grid(alpha=0.25)
+
+
+NOTE_PICTURES = (draw_dora, draw_chat, draw_packing, draw_attention)
