@@ -12,7 +12,8 @@ from support.project import ROOT, is_key
 from minilora.system.errors import ArgumentParser
 
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "assets" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "assets" / "README.md"]
+DOCUMENTS = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
 HERE = str(Path(__file__).relative_to(ROOT))
 
 
