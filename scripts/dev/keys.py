@@ -125,7 +125,8 @@ def refused_keys() -> str:
     needed = {name: "off" if "none" in allowed else f"`{allowed[0]}`" for name, allowed in NEEDED.items()}
     off = [name for name, must in needed.items() if must == "off" and name not in INSTEAD]
     rows = [(f"`{name}`", must, INSTEAD.get(name, "")) for name, must in needed.items() if name not in off]
-    return table("key | must be | instead", [*rows, (", ".join(f"`{name}`" for name in off), "off", "")])
+    rows.append((", ".join(f"`{name}`" for name in off), "off", "leave it out"))
+    return table("key | must be | instead", rows)
 
 
 # ---- the page of fields ----

@@ -311,6 +311,7 @@ def test_the_page_of_keys_is_up_to_date_and_has_them_all():
         assert f"`{name}`" in page
     defaults = {name: default for section in documented_keys().values() for name, default, _ in section}
     assert {name: literal_eval(default) for name, default in defaults.items()} == asdict(TrainConfig())
+    assert not re.findall(r"\|\s*\|$", page, re.MULTILINE)  # every row says what a key means, or what to do
 
 
 def test_the_manual_names_every_key():
