@@ -8,7 +8,7 @@ H100's 2.7 TB/s. A stored mask moves a byte a number twice more, and lives until
 
 A counter of Philox-4x32-10 gives 128 bits, 16 for each of 8 neighbours (`minilora.backend.dropout` says
 which). They are drawn by the thread that holds these 8 numbers: `tl.join` and `tl.reshape` only name the
-registers anew. Ten rounds compile to about 8 instructions a number, 17 with loading, choosing and storing: an
+registers anew. With loading, choosing and storing, ten rounds compile to 17 instructions a number: an
 H100 issues these in under half the time of the bytes.
 
 `kept` is also what the products of dropped_products.py draw with.

@@ -10,8 +10,8 @@ number. At r = 16 a number takes part in 32 flop: tensor cores do them in a frac
 other units do not. Before compute capability 8.0 Triton uses no tensor cores, so there these kernels must not
 be used; nor in float32, whose products would not be exact.
 
-The draws are the second limit. The loops compile to 15 instructions a number for an H100, and at 2 bytes a
-number that is 70 % of what it can issue while the bytes arrive.
+The draws are the second limit: dropout.py's kernel takes 17 instructions a number, most of them for the bits.
+In the time of 2 bytes a number an H100 can issue 21 (docs/kernels.md).
 
 Each walk is cut into tiles that fit into registers, and `kept` draws a tile's mask where the tile is. Sums
 are float32, and their order is fixed by the shapes alone. So a second run gives the same bits: dA, whose sum

@@ -6,8 +6,8 @@ and 8 x 1 are the same step. A mean per micro-batch would weigh a token of a sho
 
 The output head is the widest product of a small model, and its output (Bt, T, V) the largest tensor of a
 large one: 4 x 1024 positions and 128k tokens are 2 GB in float32, and as much again for the gradient. Two
-things make it small. Only supervised positions go through the head, in questions and answers often a third of
-all. And they go through it in chunks:
+things make it small. Only supervised positions go through the head, of questions and answers the answers
+alone. And they go through it in chunks:
 
     z = h W^T     loss = log sum_v exp(z_v) - z_target     dloss/dz = softmax(z) - onehot(target)    dh = dz W
 

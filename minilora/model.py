@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         # Zeros, to be loaded or drawn by `init_weights`. nn.Embedding's normal_() on the meta device would
-        # import half of PyTorch: 146 MB and a second.
+        # import half of PyTorch.
         weight = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))

@@ -19,7 +19,7 @@ Where none of them can be used, the definition runs. A GPU's kernels get a trial
 k and v are kept as they come, and repeated once more in backward: 2 (H - G) K fewer numbers a token between
 the two.
 
-On a CPU with bfloat16 instructions PyTorch compiles its kernel for every new length, 8 MB each, and never
+On a CPU with bfloat16 instructions PyTorch compiles its kernel for every new length, and never
 drops one. There documents are computed at rounded lengths. The rows added to a document come after it, so no
 token sees them, and their own gradient is zero.
 """

@@ -79,8 +79,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a matrix product with x is fastest and at least as exact: nearly always x's
     own.
 
-    The exception is bfloat16 on a CPU without bfloat16 instructions. PyTorch multiplies it there at a quarter
-    of float32's speed, so the operands are widened and the product is rounded once.
+    The exception is bfloat16 on a CPU without bfloat16 instructions. PyTorch multiplies it there more slowly
+    than float32, so the operands are widened and the product is rounded once.
     """
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _cpu_multiplies_bfloat16():
         return torch.float32

@@ -3,10 +3,9 @@
     attention           y = softmax(q k^T / sqrt(K)) v, and the logarithm of each softmax's denominator
     attention_backward  dq, dk, dv
 
-PyTorch's fused attention takes 3 times as long forward there, and 8 times backward, at 512 tokens. It wants
-every key/value head repeated and the tokens of each head side by side, so q, k, v and their gradients are
-copied. It compiles its products anew for each length and keeps them, 8 MB a length. And it knows no
-documents: it computes all scores of a row and adds a mask.
+PyTorch's fused attention wants every key/value head repeated and the tokens of each head side by side, so
+q, k, v and their gradients are copied. It compiles its products anew for each length and keeps them. And it
+knows no documents: it computes all scores of a row and adds a mask.
 
 Here a row of short documents costs their squares and not the row's. Documents need no padding. A key/value
 head's gradient is summed over its query heads in float32.

@@ -10,8 +10,8 @@ rounds where the definition rounds. RoPE and dropout give its bits. In the other
 exp is another polynomial: the results differ by a few units of float32 before they are rounded.
 
 The C forms run for tensors of every size, so that a token's numbers do not change with the size of its batch.
-A call costs 8 to 20 microseconds, which is less than the definition's chain of operations. SwiGLU's
-definition is the exception, two operations and 6 microseconds faster below some 20,000 numbers.
+A call costs less than the definition's chain of operations. SwiGLU's definition is the exception: it is two
+operations, and faster for few numbers.
 """
 
 import ctypes

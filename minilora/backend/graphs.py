@@ -1,7 +1,7 @@
 """A function's work on a GPU, recorded once and launched as one: a CUDA graph.
 
-Each launch costs the host some 10 to 50 us. A token of a 7B model takes hundreds of them, and the GPU waits
-for nearly all. A graph is one launch. It repeats the same kernels on the same memory, and runs none of
+Each launch costs the host some time. A token of a 7B model takes hundreds of them, and the GPU waits for
+nearly all. A graph is one launch. It repeats the same kernels on the same memory, and runs none of
 the function's Python.
 """
 

@@ -13,7 +13,7 @@ an example that is longer than `cutoff_len`, `minilora.data.truncation` says.
 Padding. A micro-batch of examples of different lengths is one row: the examples end to end, with no token of
 padding. `document_ids` keep them apart, as they do packed examples, so every example has the loss and the
 gradients that it has alone. The other way, a row for each example padded to the longest, is
-`padding_free: false`: on instructions and answers it spends a third of the arithmetic and more on padding.
+`padding_free: false`: it spends arithmetic on padding, the more the lengths differ.
 
 The order is a pure function of (seed, epoch, position). No iterator has a state to lose, and any step can be
 computed without the steps before it.

@@ -154,7 +154,7 @@ def _quantized(
 
 def _finite(weight: Tensor, name: str, directory: Path) -> Tensor:
     """The weight. Raises UserError if a number in it is infinite or NaN: then its extremes are, too."""
-    if not torch.stack(torch.aminmax(weight)).isfinite().all():  # ten times as fast as to ask all of them
+    if not torch.stack(torch.aminmax(weight)).isfinite().all():  # faster than to ask all of them
         raise UserError(
             f"{name} in {directory} is infinite or NaN in places, as {weight.dtype}; download the model again"
         )

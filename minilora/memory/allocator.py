@@ -4,7 +4,7 @@ kernels.
 Holes. glibc keeps freed blocks for the next step in one heap. Blocks of other sizes leave holes in it: the
 heap of a training step is about half as large again as its activations. `return_freed_memory` gives every
 block over 1 MiB back to the system at once. Then there are no holes, but every activation touches fresh
-pages, which the kernel must clear: a step of a 1.1B model took a quarter longer. So it is called only where
+pages, which the kernel must clear, and steps take longer. So it is called only where
 the ledger says that the heap would not fit.
 
 Batches of many different lengths leave more holes than that, and more with every new length. Once a run has

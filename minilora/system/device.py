@@ -59,9 +59,7 @@ def choose_placement(bf16: bool | None = None, fp16: bool = False) -> Placement:
         check_gpu(device)
     requested_backend(device)
     if device.type == "cpu" and dtype == torch.float16:
-        raise UserError(
-            "fp16 needs a GPU: a CPU computes float16 ten times slower than float32; leave it out"
-        )
+        raise UserError("fp16 needs a GPU: a CPU computes float16 more slowly than float32; leave it out")
     if dtype is not None:
         key = "fp16" if fp16 else "bf16"
         return Placement(device, dtype, f"requested by {key}" if fp16 or bf16 else "requested by bf16: false")

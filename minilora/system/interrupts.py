@@ -5,7 +5,7 @@ script that is run, and not imported, imports this module before anything else. 
 process at once; so early, there is nothing to clean up. `run_script` replaces the handler while `main` runs,
 and puts it back after that, for the moment in which Python shuts down.
 
-Before its first line a script cannot help: Python takes some 20 ms to get there.
+Before its first line a script cannot help: Python takes a moment to get there.
 """
 
 import os

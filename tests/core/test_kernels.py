@@ -161,6 +161,26 @@ def test_operations_compile_for_every_card_with_loads_and_stores_of_16_bytes(ope
         assert draws_a_number(launch, 8 * 256) <= 20 / 8
 
 
+@pytest.mark.parametrize("card", ["T4", "H100"])
+@pytest.mark.parametrize(("operation", "expected"), [("swiglu", 18), ("dropout", 17)])
+def test_a_kernel_has_as_many_instructions_a_number_as_the_documents_say(operation, expected, card):
+    dtype = torch.float16 if card == "T4" else torch.bfloat16
+    launch = compiled_operation(operation, EVERYWHERE[operation](partial(empty, dtype=dtype)), card)
+    numbers = 16  # of a thread: 2048 of a program, whose threads are 128
+    # Another compiler may take a few other instructions for addresses: the documents round to whole numbers.
+    assert launch.instructions() / numbers == pytest.approx(expected, abs=0.5)
+
+
+def test_dequantizing_takes_11_6_instructions_an_element_on_a_t4():
+    from minilora.kernels import nf4
+
+    q = quantize_4bit(torch.zeros(64, 256))
+    with compiled_launches(nf4, CARDS["T4"]) as launches:
+        nf4.dequantize(q, torch.empty(64, 256, dtype=torch.float16))
+    elements = nf4.TILE / 128  # of a thread
+    assert launches["dequantize_kernel"].instructions() / elements == pytest.approx(11.6, abs=0.1)
+
+
 @pytest.mark.parametrize("card", CARDS)
 def test_cross_entropy_compiles_for_every_card(card):
     rows = empty(512, 32000), empty(512, dtype=torch.int64)

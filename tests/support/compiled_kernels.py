@@ -66,9 +66,14 @@ class CompiledLaunch:
         assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"], report
         self.registers, self.shared = int(re.search(r"(\d+) registers", report)[1]), compiled.metadata.shared
         assert self.shared <= (64 if self.capability < 80 else 99) * 1024  # of a T4, of an RTX 3090
-        self.ptx = compiled.asm["ptx"]
+        self.ptx, self.compiled = compiled.asm["ptx"], compiled
         if torch.bfloat16 not in {t.dtype for t in given.values() if isinstance(t, torch.Tensor)}:
             assert "bf16" not in self.ptx  # which a T4 does not know
+
+    def instructions(self) -> int:
+        """Return how many of the card's own instructions the kernel has, up to its end; those of a loop once."""
+        words = [line.split("\t")[-1] for line in self.compiled.asm["sass"].splitlines() if ";" in line]
+        return max(i for i, word in enumerate(words, 1) if word.startswith("EXIT"))
 
 
 def variant(kernel, given: dict) -> tuple[dict[str, str], dict, tuple[str, ...]]:
