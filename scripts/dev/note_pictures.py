@@ -4,6 +4,7 @@ Each function fills one figure of matplotlib. Its numbers come from minilora's o
 model and the rows of assets/.
 """
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from minilora import (
     LoraConfig,
     add_lora,
+    generate,
     load_model,
     load_tokenizer,
     merge_lora,
@@ -31,11 +33,11 @@ from minilora.data.new_tokens import add_new_tokens
 from minilora.data.rows import read_rows
 from minilora.data.tokenizer import Tokenizer
 from minilora.loss import causal_lm_loss
-from minilora.model import attention_mask
-from minilora.rope import rope_frequencies
+from minilora.model import CausalLM, attention_mask
+from minilora.rope import frequencies_at, rope_frequencies, yarn_attention_factor
 from minilora.system.assets import ASSETS, EMBEDDED_MODEL
 
-BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
+BLUE, ORANGE, GREEN, GREY, PALE = "#3b6ea5", "#d1662f", "#4f8a4b", "#707070", "#e4e4e4"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -191,4 +193,44 @@ def draw_attention(figure) -> None:
     curves.grid(alpha=0.25)
 
 
-NOTE_PICTURES = (draw_dora, draw_chat, draw_packing, draw_attention)
+def draw_rope(figure) -> None:
+    figure.set_size_inches(8.6, 3.9)
+    divided, losses = figure.subplots(1, 2)
+    colours = {"as it is": "black", "linear": GREY, "llama3": GREEN, "dynamic": ORANGE, "yarn": BLUE}
+    model = load_model(EMBEDDED_MODEL, dtype=torch.float32)
+    start, draws = torch.full((48, 1), model.config.bos_token_id), torch.Generator().manual_seed(0)
+    options = dict(max_new_tokens=249, temperature=1.0, eos_token_ids=(), generator=draws)
+    texts = generate(model, start, **options).flatten()[: 12 * 960].view(12, 960)
+    old = rope_frequencies(model.config.rope, model.config.head_dim)  # (K/2,)
+    for kind, colour in colours.items():
+        rope = stretched_to_1024(kind) if kind != "as it is" else model.config.rope
+        by = old / frequencies_at(rope, model.config.head_dim, 1024)
+        divided.plot(by, "o-", color=colour, markersize=3, linewidth=1.2, label=kind)
+        each = loss_at_positions(model, rope, texts)  # (959,)
+        means = each[:930].view(31, 30).mean(1)
+        losses.plot(torch.arange(31) * 30 + 15, means, color=colour, linewidth=1.4)
+    divided.set(xlabel="pair, fast to slow", ylabel="its frequency is divided by", ylim=(0, 8.5))
+    divided.legend(frameon=False)
+    losses.axvline(256, color=GREY, linewidth=0.8, linestyle=":")
+    losses.text(262, 2.95, "256: context of training", color=GREY, fontsize=9)
+    losses.set(xlabel="position in a row of 960 tokens", ylabel="loss a token", ylim=(0.8, 3.1))
+    for axes in (divided, losses):
+        axes.grid(alpha=0.25)
+
+
+def stretched_to_1024(kind: str) -> RopeConfig:
+    """Return a config that makes 256 tokens four times as many."""
+    factor = yarn_attention_factor(4.0) if kind == "yarn" else 1.0
+    stretch = dict(factor=4.0, original_max_position_embeddings=256)
+    return RopeConfig(rope_type=kind, attention_factor=factor, **stretch)
+
+
+@torch.no_grad()
+def loss_at_positions(model: CausalLM, rope: RopeConfig, ids: Tensor) -> Tensor:
+    """Return the mean loss of each token but the first with these angles. ids: (rows, T) -> (T - 1,)."""
+    model.model.config = replace(model.config, rope=rope)
+    logs = model(ids)[:, :-1].log_softmax(-1)  # (rows, T - 1, V)
+    return -logs.gather(2, ids[:, 1:, None]).squeeze(-1).mean(0)
+
+
+NOTE_PICTURES = (draw_dora, draw_chat, draw_packing, draw_attention, draw_rope)
