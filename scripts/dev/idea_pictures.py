@@ -9,14 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from minilora import LoraConfig, add_lora
+from minilora import LoraConfig, add_lora, load_model, load_tokenizer, trainable_parameters
 from minilora.backend.documents import documents_of_rows
+from minilora.data.examples import collate, tokenize
+from minilora.data.rows import read_rows
 from minilora.formats.config_json import parse_config
+from minilora.loss import causal_lm_loss
 from minilora.memory.activations import layer_bytes, widths_of
 from minilora.model import CausalLM
 from minilora.quantization import dynamic_code, nearest_of_steps
 from minilora.recompute import checkpoint
 from minilora.rope import rope_angles
+from minilora.system.assets import EMBEDDED_MODEL
 from minilora.testing import peak_memory
 
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
@@ -131,7 +135,7 @@ def draw_dynamic_code(figure) -> None:
 
 
 def largest_errors(code: Tensor, by_steps: bool = False) -> tuple[list[float], list[float]]:
-    """Sizes from 1e-7 to 1, and by how much the nearest value of a code is off, relative to each size at most.
+    """Return sizes from 1e-7 to 1, and the largest relative error of the nearest value of a code around each.
 
     by_steps: the value that the optimizer finds, by one of 65,536 equal steps.
     """
@@ -140,3 +144,70 @@ def largest_errors(code: Tensor, by_steps: bool = False) -> tuple[list[float], l
     found = nearest_of_steps(code)[steps].int() if by_steps else (sizes[:, None] - code).abs().argmin(1)
     errors = (code[found] - sizes).abs() / sizes
     return sizes.view(-1, 50).amax(1).tolist(), errors.view(-1, 50).amax(1).tolist()
+
+
+# ---- loss_scaling.png --------------------------------------------------------------------------------------
+
+
+def draw_loss_scaling(figure) -> None:
+    """Gradients of the small model's layers beside float16's range, and the adapter's error against S."""
+    figure.set_size_inches(9.2, 4.2)
+    left, right = figure.subplots(1, 2)
+    exact, at_layers = adapter_gradient(torch.float32)
+    magnitudes = at_layers[at_layers != 0].abs().log2()
+    bins = torch.arange(-40, 18).tolist()
+    for S, colour in ((0, GREY), (16, BLUE)):
+        left.hist((magnitudes + S).tolist(), bins, color=colour, alpha=0.75, label=f"S = {2**S}")
+    left.axvspan(-40, -25, color=ORANGE, alpha=0.15, linewidth=0)
+    left.axvspan(math.log2(65504), 18, color=ORANGE, alpha=0.15, linewidth=0)
+    left.text(-39.5, left.get_ylim()[1], "becomes 0", color=ORANGE)
+    left.text(18, left.get_ylim()[1], "infinite", color=ORANGE, ha="right")
+    left.set(xlabel="S times the gradient's magnitude", xlim=(-40, 18))
+    left.set(ylabel="gradients of the layers' outputs")
+    left.set_xticks(range(-40, 20, 10), [f"$2^{{{i}}}$" for i in range(-40, 20, 10)])
+    left.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.95))
+
+    for dtype, colour, scales in (
+        (torch.bfloat16, GREY, (-16, 22)),
+        (torch.float16, BLUE, range(-16, 23, 2)),
+    ):
+        errors = {i: error_at_scale(exact, dtype, 2.0**i) for i in scales}
+        finite = {i: error for i, error in errors.items() if math.isfinite(error)}
+        right.plot(finite.keys(), finite.values(), color=colour, linewidth=1.4, label=str(dtype)[6:])
+    right.axvspan(max(finite) + 1, 22, color=ORANGE, alpha=0.15, linewidth=0)
+    right.axvline(16, color=GREY, linewidth=1, linestyle="--")
+    right.text(15.6, 0.3, "the first S", color=GREY, ha="right")
+    right.text(22, 2.1, "infinite", color=ORANGE, ha="right")
+    right.set(xlabel="S", ylabel="relative error of the adapter's gradient", yscale="log", xlim=(-16, 22))
+    right.set(ylim=(5e-4, 2))
+    right.set_xticks(range(-16, 24, 8), [f"$2^{{{i}}}$" for i in range(-16, 24, 8)])
+    right.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.55))
+    right.grid(alpha=0.25)
+
+
+def error_at_scale(exact: Tensor, dtype: torch.dtype, S: float) -> float:
+    """Return the relative error of the adapter's gradient, scaled up and down again."""
+    found, _ = adapter_gradient(dtype, S)
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def adapter_gradient(dtype: torch.dtype, S: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the gradients of an adapter and of the layers' outputs, for the small model's loss on 8 questions.
+
+    The first is divided by S again, in float64; the second is as backward has it.
+    """
+    torch.manual_seed(0)
+    model, tokenizer = load_model(EMBEDDED_MODEL, dtype=dtype), load_tokenizer(EMBEDDED_MODEL)
+    add_lora(model, LoraConfig(r=8))
+    trained = trainable_parameters(model)
+    for name, parameter in trained.items():
+        if "lora_B" in name:  # as if it had learned: zeros would stop the gradients of A
+            nn.init.normal_(parameter, std=1e-2)
+    outputs: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, inputs, y: (y.retain_grad(), outputs.append(y))[0])
+    rows = read_rows(EMBEDDED_MODEL.parent / "train.jsonl")[:8]
+    ids, labels = collate(tokenize(rows, tokenizer, cutoff_len=64).examples, tokenizer.pad_id)
+    (S * causal_lm_loss(model, ids, labels) / (labels >= 0).sum()).backward()
+    flat = torch.cat([p.grad.flatten().double() / S for p in trained.values()])
+    return flat, torch.cat([y.grad.flatten().float() for y in outputs])
