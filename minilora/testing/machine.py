@@ -7,7 +7,8 @@
     TestMine = MyMachine.TestCase
 
 The machine knows what every adapter is worth: the output that the model gave with it when it was last added,
-trained or loaded. After every step the model must give that output again. So training one adapter must not
+trained or loaded. After every step the model must give that output again, and after training, unmerging and removing with every
+other adapter too. So training one adapter must not
 move another, merging must not move the output, unmerging must bring the base back, a removed adapter must
 leave nothing behind, and a file must hold the whole of it. Steps shrink to the shortest story that fails.
 """
@@ -114,6 +115,7 @@ class AdapterMachine(RuleBasedStateMachine):
         after = self.output().detach().clone()
         assert not torch.equal(before, after), f"a step of training moved nothing in {self._active!r}"
         self._outputs[self._active] = after
+        self._visit_all()
 
     @rule()
     @precondition(lambda self: self._active and not self._merged)
@@ -126,6 +128,7 @@ class AdapterMachine(RuleBasedStateMachine):
     def _unmerge(self) -> None:
         self.unmerge()
         self._merged = False
+        self._visit_all()
 
     @rule(name=NAMES)
     @precondition(lambda self: not self._merged)
@@ -134,6 +137,7 @@ class AdapterMachine(RuleBasedStateMachine):
             self.remove(name)
             del self._outputs[name]
             self._active = None if self._active == name else self._active
+            self._visit_all()
 
     @rule(name=NAMES)
     @precondition(lambda self: not self._merged)
@@ -152,13 +156,22 @@ class AdapterMachine(RuleBasedStateMachine):
             self.load(name, directory)
             self._active, self._outputs[name] = name, self._files[directory]
 
+    def _visit_all(self) -> None:
+        """Make each adapter the active one for a moment, and none: each gives its own output."""
+        for name in (*self._outputs, None, self._active):
+            self.activate(name)
+            self._check_output(name)
+
     @invariant()
     def the_output_is_that_of_the_active_adapter(self) -> None:
         if hasattr(self, "_base"):
-            expected = self._base if self._active is None else self._outputs[self._active]
-            what = "the base model's output" if self._active is None else f"the output of {self._active!r}"
-            if self._merges:
-                bound = self._merges * self.tolerance * float(expected.abs().max())
-                expect_close(self.output(), expected, bound, what)
-            else:
-                expect_same(self.output(), expected, what)
+            self._check_output(self._active)
+
+    def _check_output(self, name: str | None) -> None:
+        expected = self._base if name is None else self._outputs[name]
+        meaning = "the base model's output" if name is None else f"the output of {name!r}"
+        if self._merges:
+            bound = self._merges * self.tolerance * float(expected.abs().max())
+            expect_close(self.output(), expected, bound, meaning)
+        else:
+            expect_same(self.output(), expected, meaning)

@@ -35,7 +35,7 @@ from minilora import (
     unmerge_lora,
 )
 from minilora.backend import choice
-from minilora.dora import RowNorms, row_factors
+from minilora.dora import Magnitude, RowNorms, row_factors
 from minilora.formats.weights import StoredTensors
 from minilora.linear import Linear4bit
 from minilora.lora import LoraLinear, lora_layers
@@ -400,6 +400,30 @@ def test_norms_that_rounding_would_make_imaginary_are_small_and_real():
     W = torch.randn(5, 8)
     norms = RowNorms().of_sum(W, W, -torch.eye(5), 1.0, torch.float32, keep=False)  # V = 0
     assert norms.isfinite().all() and (norms > 0).all() and (norms <= 1e-2 * W.norm(dim=1)).all()
+
+
+def test_where_an_adapter_takes_all_of_a_row_away_its_factor_stays_below_the_root_of_2_to_the_23():
+    # ||V||^2 is a difference of numbers as large as ||W||^2, known to 2^-23 of it: no smaller norm means
+    # anything, and m / ||V|| would blow rounding up without a floor.
+    W = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    norms = RowNorms().of_sum(W, W, -torch.eye(200), 1.0, torch.float32, keep=False)  # V = 0
+    assert (norms >= 0.99 * 2**-11.5 * W.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_magnitudes_is_summed_in_float32_in_16_bits_too(dtype):
+    generator = torch.Generator().manual_seed(0)
+    y, dy = (torch.randn(512, 6, generator=generator).to(dtype) for _ in range(2))
+    magnitude = torch.rand(6, generator=generator).add(0.5).requires_grad_()
+    norms = torch.rand(6, generator=generator).add(0.5)
+    output = Magnitude.apply(y.clone().requires_grad_().clone(), magnitude, norms)
+    output.backward(dy)
+    products = dy.double() * output.detach().double()
+    expected = products.sum(0) / magnitude.detach().double()
+    # Products of 16-bit numbers are exact in float32, and 512 of them add up to within 512 units of 2^-24 of
+    # their magnitudes; rounded to 16 bits, each would be off by 2^-9 or 2^-12.
+    bound = 512 * 2**-24 * products.abs().sum(0) / magnitude.detach().double()
+    assert ((magnitude.grad.double() - expected).abs() <= bound).all()
 
 
 @given(lora_shapes(32, 8), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 3))

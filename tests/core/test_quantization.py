@@ -434,6 +434,14 @@ def test_a_buffer_that_does_not_fit_is_refused(out):
         q.dequantize(torch.float32, out)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_weight_that_requires_a_gradient_is_quantized_without_a_graph(path, double_quant):
+    weight = torch.randn(33, 65, generator=torch.Generator().manual_seed(8))
+    q, plain = (quantize_4bit(w, double_quant=double_quant) for w in (torch.nn.Parameter(weight), weight))
+    assert same_bits(q.packed, plain.packed) and same_bits(q.absmax, plain.absmax)
+    assert not q.absmax.requires_grad and not q.dequantize().requires_grad
+
+
 def test_strided_weights_are_quantized_in_their_logical_order():
     weight = torch.randn(64, 66, generator=torch.Generator().manual_seed(8))
     a, b = quantize_4bit(weight.t()), quantize_4bit(weight.t().contiguous())

@@ -299,6 +299,21 @@ def test_autocast_is_restored_in_backward():
     assert seen == [torch.bfloat16, torch.bfloat16] and layer.weight.grad is not None
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_autocasts_cache_is_on_in_backward_if_it_was_in_forward(cached):
+    x, seen = torch.randn(3, 8, requires_grad=True), []
+
+    def function(x):
+        seen.append(torch.is_autocast_cache_enabled())
+        return x * 2
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+        y = checkpoint(function, x)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=not cached):
+        y.sum().backward()
+    assert seen == [cached, cached]
+
+
 def test_a_gradient_that_would_be_lost_is_an_error_and_not_a_silence():
     hidden, x = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
     y = checkpoint(lambda x: x * hidden, x)

@@ -41,6 +41,7 @@ REDACTION, REMOTE, ERRORS = (f"minilora/system/{name}.py" for name in ("redactio
 FILES, LOAD = "minilora/system/files.py", "minilora/inference/load.py"
 SCHEMA, TERMINAL = "minilora/system/schema.py", "minilora/system/terminal.py"
 PICKLED = "minilora/formats/pickled.py"
+DORA = "minilora/dora.py"
 TRUST = "tests/scripts/test_trust.py"
 
 MUTANTS = [
@@ -120,6 +121,16 @@ MUTANTS = [
     Mutant("minilora/data/file_formats.py", "if blank > MOST_BLANK_LINES", "if False and blank > MOST_BLANK_LINES", "tests/data/test_file_formats.py"),
     Mutant("minilora/data/file_formats.py", "if expanded > max(", "if expanded > 99 * max(", "tests/data/test_file_formats.py"),
     Mutant("scripts/sweep.py", "> MOST_RUNS:", "> 10 * MOST_RUNS:", "tests/scripts/test_sweep.py"),
+    # ---- numbers ----
+    Mutant("minilora/lora.py", "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.kaiming_uniform_(A)", "tests/core/test_lora.py -k uniformly"),
+    Mutant("minilora/lora.py", "nn.init.kaiming_uniform_(A, a=math.sqrt(5))", "nn.init.normal_(A, std=(3 * in_features) ** -0.5)", "tests/core/test_lora.py -k uniformly"),
+    Mutant("minilora/adapted.py", "        self.merged = None if self.merged == name else self.merged\n", "", "tests/core/test_lora.py -k bars_no_other"),
+    Mutant(DORA, "squares * _EPS + _TINY", "squares * 0 + _TINY", "tests/core/test_dora.py -k root_of_2"),
+    Mutant(DORA, "squares * _EPS + _TINY", "squares * _EPS", "tests/core/test_dora.py -k row_of_zeros"),
+    Mutant(DORA, "torch.linalg.vector_norm(V, dim=1).clamp_min(_TINY)", "torch.linalg.vector_norm(V, dim=1)", "tests/core/test_dora.py -k row_of_zeros"),
+    Mutant(DORA, "(dy.float() * y)", "(dy * y)", "tests/core/test_dora.py -k magnitudes_is_summed"),
+    Mutant("minilora/quantization.py", "x = weight.detach().contiguous().view(-1)", "x = weight.contiguous().view(-1)", "tests/core/test_quantization.py -k without_a_graph"),
+    Mutant("minilora/backend/rerun.py", "torch.autocast(device, dtype, enabled, self.autocast_cache)", "torch.autocast(device, dtype, enabled)", "tests/core/test_recompute.py -k autocasts_cache"),
     # ---- processes and files ----
     Mutant("minilora/system/locks.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "tests/system/test_locks.py"),
     Mutant("minilora/system/locks.py", "if _is_still(descriptor, path):", "if True:", "tests/system/test_locks.py"),

@@ -12,18 +12,14 @@ from minilora.testing import check_lora_layer
 from testing.wrong_lora_layers import WRONG, Lora
 
 
+NARROW = """DropoutWithoutGain DropoutOfWholeTokens FrozenA MergeTwiceAddsTwice MergeForgetsScaling TrainableBase AByRank
+    UnmergeForgetsScaling OnlyMatrices SwitchForgetsToComeBack""".split()
+
+
 @pytest.mark.parametrize("layer", WRONG, ids=lambda layer: layer.__name__)
-def test_every_wrong_layer_is_reported_by_the_name_of_its_fault(layer):
-    report = check_lora_layer(layer, max_examples=20)
-    assert WRONG[layer] <= set(report.failures)
-
-
-NARROW = "DropoutWithoutGain DropoutOfWholeTokens FrozenA MergeTwiceAddsTwice MergeForgetsScaling UnmergeForgetsScaling TrainableBase AByRank OnlyMatrices SwitchForgetsToComeBack".split()
-
-
-@pytest.mark.parametrize("layer", [layer for layer in WRONG if layer.__name__ in NARROW], ids=lambda layer: layer.__name__)
-def test_a_fault_of_one_property_is_reported_under_this_name_alone(layer):
-    assert set(check_lora_layer(layer, max_examples=20).failures) == WRONG[layer]
+def test_every_wrong_layer_is_reported_by_the_name_of_its_fault_and_a_narrow_fault_by_no_other(layer):
+    failures = set(check_lora_layer(layer, max_examples=15).failures)
+    assert failures == WRONG[layer] if layer.__name__ in NARROW else failures >= WRONG[layer]
 
 
 def test_a_wrong_scaling_is_no_wrong_gradient():

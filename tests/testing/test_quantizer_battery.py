@@ -24,22 +24,17 @@ def check(quantize, dequantize, **options):
     return check_quantizer(quantize, dequantize, **settings)
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_every_wrong_quantizer_is_reported_by_the_name_of_its_fault(name):
-    quantize, dequantize, expected = WRONG[name]
-    report = check(quantize, dequantize)
-    assert expected <= set(report.failures)
-    with pytest.raises(AssertionError, match=f"FAILED   {next(iter(report.failures))}"):
-        report.raise_for_failures()
-
-
+# Faults of one property: it alone is reported.
 NARROW = ["ties to the larger", "keeps the weight", "reads the storage", "always float32", "flat result", "one buffer", "NaN becomes 0"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NARROW)
-def test_a_fault_of_one_property_is_reported_under_this_name_alone(name):
+@pytest.mark.parametrize("name", WRONG)
+def test_every_wrong_quantizer_is_reported_by_the_name_of_its_fault_and_a_narrow_fault_by_no_other(name):
     quantize, dequantize, expected = WRONG[name]
-    assert set(check(quantize, dequantize).failures) == expected
+    report = check(quantize, dequantize)
+    assert set(report.failures) == expected if name in NARROW else set(report.failures) >= expected
+    with pytest.raises(AssertionError, match=f"FAILED   {next(iter(report.failures))}"):
+        report.raise_for_failures()
 
 
 def test_a_right_quantizer_written_in_ten_lines_passes():
