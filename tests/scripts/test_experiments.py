@@ -92,3 +92,64 @@ def test_the_documents_table_and_picture_are_of_the_committed_figures_of_a_whole
     assert f"](experiments/{name}.png)" in DOCUMENT
     assert COMMITTED[name].with_suffix(".png").stat().st_size < 150_000
     assert f"python scripts/experiments.py {name}" in DOCUMENT
+
+
+# ---- the document's sentences: each is read from the committed figures --------------------------------------
+
+
+def curves_of(kind: str) -> dict[int | None, dict]:
+    """Rank -> curve of rank_and_rate, of one kind."""
+    return {curve.get("r"): curve for curve in figures_of("rank_and_rate")["curves"] if curve["kind"] == kind}
+
+
+def at(curve: dict, rate: float) -> float:
+    return curve["losses"][curve["rates"].index(rate)]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def overlap(one: list[float], other: list[float]) -> bool:
+    return max(min(one), min(other)) <= min(max(one), max(other))
+
+
+def test_with_alpha_over_r_all_ranks_want_the_same_rate_within_a_factor_of_two_and_learn_alike_below_it():
+    curves = curves_of("alpha / r")
+    assert set(curves) == {1, 2, 4, 8, 16, 32, 64}
+    assert {curve["best_rate"] for curve in curves.values()} == {4e-3, 8e-3}
+    low = [at(curve, 1e-3) for curve in curves.values()]
+    assert max(low) < 1.1 * min(low)
+
+
+def test_with_alpha_over_the_root_of_r_the_best_rate_falls_and_below_it_higher_ranks_learn_faster():
+    curves = curves_of("alpha / sqrt(r)")
+    best = [curves[r]["best_rate"] for r in sorted(curves)]
+    assert (best[0], best[-1]) == (1.6e-2, 4e-3) and best == sorted(best, reverse=True)
+    low = [at(curves[r], 1e-3) for r in sorted(curves)]
+    assert low == sorted(low, reverse=True) and max(low) > 2 * min(low)
+
+
+def test_loras_best_rate_is_4_or_8_times_the_best_rate_of_full_training():
+    full = curves_of("all weights")[None]["best_rate"]
+    ratios = [curve["best_rate"] / full for curve in curves_of("alpha / r").values()]
+    assert {round(ratio, 6) for ratio in ratios} == {4, 8}
+
+
+def test_a_rate_that_is_too_high_costs_more_than_one_that_is_too_low():
+    for curve in curves_of("alpha / r").values():
+        assert at(curve, 1.6e-2) > 2.5 * at(curve, 8e-3) > at(curve, 4e-3)
+        assert at(curve, 3.2e-2) > 10 * at(curve, 8e-3)
+
+
+def test_rank_64_beats_rank_1_in_every_seed_by_less_than_a_factor_of_two():
+    one, many = (curves_of("alpha / r")[r]["seed_losses"] for r in (1, 64))
+    assert max(many) < min(one) and mean(one) < 2 * mean(many)
+
+
+def test_noise_hides_the_order_of_the_ranks_between_and_whether_lora_beats_full_training():
+    curves, full = curves_of("alpha / r"), curves_of("all weights")[None]["seed_losses"]
+    assert max(curves[8]["seed_losses"]) > 2 * min(curves[8]["seed_losses"])
+    assert mean(curves[16]["seed_losses"]) > mean(curves[4]["seed_losses"])
+    overlapping = {r: overlap(curves[r]["seed_losses"], full) for r in (8, 32, 64)}
+    assert all(overlapping.values())
