@@ -1,0 +1,106 @@
+"""Are eight bits enough for AdamW's moments, and does it matter which 256 values they stand for?
+
+Expected. In the dynamic code (arXiv:2110.02861, section 2), whose steps grow with the value, nothing should
+be lost: not with LoRA, and not where all weights are trained. In a code of equal steps the second moment
+should go wrong. v spans many decades within a block of 256, and everything below 1/510 of the block's largest
+becomes 0. Then m / (sqrt(v) + eps) divides by eps = 1e-8 alone: the step is as large as m / eps.
+
+Every tensor has its moments in 8 bits here, also those below 4096 numbers that `AdamW8bit` would keep in
+float32: on this model that is most of an adapter. m is in the signed dynamic code in all of these runs; only
+v's code differs.
+"""
+
+import torch
+from torch import Tensor
+
+from minilora.config import LoraConfig
+from minilora.data.examples import collate
+from minilora.lora import trainable_parameters
+from minilora.loss import causal_lm_loss
+from minilora.model import CausalLM
+from minilora.optim import MOMENT_BLOCK_SIZE, adamw, adamw_8bit_definition
+from minilora.quantization import dynamic_code
+from studies.drawing import BLUE, GREY, ORANGE
+from studies.small_world import batches, figure, held_out_loss, load, load_to_train_all, tokenizer, within
+
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+STEPS, SEEDS = 60, (0, 1, 2)
+RATES = {"LoRA": 4e-3, "all weights": 1e-3}
+BETAS, EPS = (0.9, 0.999), 1e-8
+UNIFORM = torch.linspace(0, 1, 256)  # v is never negative
+CODES = {"32 bits": None, "8 bits, dynamic": dynamic_code(False), "8 bits, equal steps for v": UNIFORM}
+EDGES = [k / 2 for k in range(-20, 1)]  # of the histogram: log10 of v over the largest of its block
+
+
+def measure(quick: bool) -> dict:
+    steps, seeds = (4, SEEDS[:1]) if quick else (STEPS, SEEDS)
+    runs, spread = [], []
+    for trained, rate in RATES.items():
+        for moments, code in CODES.items():
+            results = [train(start(trained, seed), rate, steps, seed, code) for seed in seeds]
+            losses, held_out = ([r[key] for r in results] for key in ("losses", "held_out_loss"))
+            runs.append(dict(trained=trained, moments=moments, losses=losses, held_out_loss=held_out))
+            print(f"  {trained}, {moments}: {held_out}", flush=True)
+            if code is None:
+                spread.append(dict(trained=trained) | spread_of(results[0]["second_moments"]))
+    settings = dict(r=LORA.r, rates=RATES, betas=BETAS, eps=EPS, steps=steps, schedule="constant")
+    return settings | dict(seeds=list(seeds), edges=EDGES, runs=runs, spread=spread)
+
+
+def start(trained: str, seed: int) -> CausalLM:
+    return load(LORA, seed) if trained == "LoRA" else load_to_train_all()
+
+
+def train(model: CausalLM, rate: float, steps: int, seed: int, code: Tensor | None) -> dict:
+    """Train with moments in float32 (code None), or in 8 bits with this code for v.
+
+    Returns the loss of every step, the held-out loss, and the second moments where they are in float32.
+    """
+    parameters = [p for p in trainable_parameters(model).values()]
+    moments = [zeros(p) if code is None else quantized_zeros(p) for p in parameters]
+    losses = []
+    model.train()
+    for step, examples in enumerate(batches(seed, steps), start=1):
+        ids, labels = collate(examples, tokenizer().pad_id)
+        loss = causal_lm_loss(model, ids, labels) / (labels >= 0).sum()
+        losses.append(figure(loss.item()))
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            tensors = [(p, g, *m) for p, g, m in zip(parameters, gradients, moments, strict=True)]
+            settings = rate, BETAS, EPS, 0.0, step
+            if code is None:
+                adamw(*map(list, zip(*tensors, strict=True)), *settings)
+            else:
+                adamw_8bit_definition(tensors, (dynamic_code(True), code), *settings)
+    second = [m[1] for m in moments] if code is None else None
+    return dict(losses=losses, held_out_loss=held_out_loss(model.eval()), second_moments=second)
+
+
+def zeros(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Return m and v in float32."""
+    return torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+
+def quantized_zeros(parameter: Tensor) -> tuple[Tensor, ...]:
+    """Return the indices and the scales of m, and those of v."""
+    n = parameter.numel()
+    blocks = -(-n // MOMENT_BLOCK_SIZE)
+    return tuple(make for _ in "mv" for make in (torch.zeros(n, dtype=torch.uint8), torch.zeros(blocks)))
+
+
+def spread_of(second_moments: list[Tensor]) -> dict:
+    """Return how v lies below the largest of its block, and which share of it each code makes 0."""
+    shares = []
+    for v in second_moments:
+        for block in v.flatten().split(MOMENT_BLOCK_SIZE):
+            if block.max() > 0:
+                shares.append(block / block.max())
+    share = torch.cat(shares)
+    logs = share[share > 0].log10()
+    counts = torch.histogram(logs, torch.tensor(EDGES)).hist / len(share)
+    zero = {
+        name: figure(((share > 0) & (share < code[1] / 2)).float().mean().item())
+        for name, code in CODES.items()
+        if code is not None
+    }
+    return dict(shares=[figure(c) for c in counts.tolist()], zero=zero)

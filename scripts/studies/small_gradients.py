@@ -1,0 +1,119 @@
+"""How small are the gradients that float16 must hold, and what does the loss scale do about it?
+
+Expected. float16 has no number between 0 and 6e-8, and few digits below 6.1e-5. The loss is a mean over the
+tokens of a step, so gradients of activations are small, and smaller in a larger batch; those of A and B are
+sums over tokens, and larger. Rounded to float16, part of the activations' gradients should vanish. Times
+S = 65536 hardly any should, and none should overflow (Micikevicius et al. 2017, arXiv:1710.03740, section
+3.2). S then doubles every so often until something overflows, loses one step, and is halved: a saw.
+
+The gradients are measured in float32 and then rounded to float16, so each is compared with its true value.
+Then the model trains in float16 itself, on the CPU: with minilora/loss_scale.py, with S = 1, and with S =
+2^-10, which stands for a step of 1,024 times the tokens. S may double after 4 steps without an overflow, not
+2,000, so that the saw shows.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from minilora.config import LoraConfig
+from minilora.formats.weights import load_model
+from minilora.lora import add_lora, lora_layers, trainable_parameters
+from minilora.loss import causal_lm_loss
+from minilora.loss_scale import LossScale
+from minilora.model import CausalLM
+from minilora.optim import make_optimizer
+from minilora.data.examples import collate
+from minilora.system.assets import EMBEDDED_MODEL
+from studies.drawing import BLUE, GREY, ORANGE
+from studies.small_world import batches, figure, held_out_loss, load, tokenizer, train
+
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+LEARNING_RATE, SEED = 4e-3, 0
+TRAINED, STEPS, GROWTH = 40, 60, 4  # steps before the gradients are taken; of a run; until S doubles
+FLOOR, NORMAL, MOST = 2.0**-24, 2.0**-14, 65504.0  # of float16: smallest, smallest normal, largest number
+SCALES = [2.0**k for k in range(-16, 25, 2)]
+EDGES = [k / 2 for k in range(-28, 5)]  # of the histogram, log10
+KINDS = "activations", "A", "B"
+S_OF = {"float32": None, "float16, S adjusted": 65536.0, "float16, S = 1": 1.0, "float16, S = 2^-10": 2.0**-10}
+
+
+def measure(quick: bool) -> dict:
+    trained_steps, steps = (2, 6) if quick else (TRAINED, STEPS)
+    gradients = gradients_of(trained_steps)
+    found = []
+    for kind, values in gradients.items():
+        logs = values.abs().log10()
+        counts = torch.histogram(logs, torch.tensor(EDGES)).hist / len(values)
+        rounded = [dict(scale=s) | losses_at(values, s) for s in SCALES]
+        found.append(dict(kind=kind, count=len(values), shares=list(map(figure, counts.tolist())), scales=rounded))
+        print(f"  {kind}: {len(values):,} gradients, at S = 1 {losses_at(values, 1.0)}", flush=True)
+    runs = [dict(name=name) | train_scaled(scale, steps) for name, scale in S_OF.items()]
+    settings = dict(r=LORA.r, learning_rate=LEARNING_RATE, seed=SEED, trained=trained_steps, steps=steps)
+    return settings | dict(growth=GROWTH, edges=EDGES, gradients=found, runs=runs)
+
+
+def gradients_of(steps: int) -> dict[str, Tensor]:
+    """Return the gradients of one step, float32 without zeros, after some steps of training.
+
+    Activations are the outputs of linear layers and of decoder layers.
+    """
+    model, seen = load(LORA, SEED), []
+    train(model, LEARNING_RATE, steps, SEED, schedule="constant")
+    for layer in (*lora_layers(model).values(), *model.model.layers):
+        layer.register_forward_hook(lambda _, __, y: y.register_hook(lambda g: seen.append(g.flatten())) and None)
+    loss_of(model, list(batches(SEED, steps + 1))[-1]).backward()
+    of_factors = {
+        kind: torch.cat([p.grad.flatten() for n, p in trainable_parameters(model).items() if f"lora_{kind}" in n])
+        for kind in "AB"
+    }
+    gradients = {"activations": torch.cat(seen)} | of_factors
+    return {kind: values[values != 0] for kind, values in gradients.items()}
+
+
+def loss_of(model: CausalLM, examples: list) -> Tensor:
+    """Return the mean loss of a step's answers."""
+    ids, labels = collate(examples, tokenizer().pad_id)
+    return causal_lm_loss(model, ids, labels) / (labels >= 0).sum()
+
+
+def losses_at(gradients: Tensor, scale: float) -> dict[str, float]:
+    """Return the shares of gradients that float16 makes 0, keeps with fewer digits, and makes infinite."""
+    rounded = (gradients * scale).half().abs().float()
+    parts = dict(zero=rounded == 0, few_digits=(rounded > 0) & (rounded < NORMAL), infinite=rounded > MOST)
+    return {name: figure(part.float().mean().item()) for name, part in parts.items()}
+
+
+def train_scaled(scale: float | None, steps: int) -> dict:
+    """Train in float32 (scale None), or in float16 with a loss scale that starts so and moves if above 1.
+
+    Returns the loss of every step, S after it, the number of skipped steps, and the held-out loss.
+    """
+    model = load_model(EMBEDDED_MODEL, dtype=torch.float32 if scale is None else torch.float16)
+    torch.manual_seed(SEED)
+    add_lora(model, LORA)
+    parameters = trainable_parameters(model)
+    optimizer = make_optimizer("adamw_torch", parameters, LEARNING_RATE, weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = LEARNING_RATE
+    loss_scale = LossScale(torch.device("cpu"), enabled=scale is not None)
+    if scale is not None:
+        set_scale(loss_scale, scale, GROWTH if scale > 1 else 10 * steps)
+    losses, scales = [], []
+    model.train()
+    for examples in batches(SEED, steps):
+        loss = loss_of(model, examples)
+        loss_scale.backward(loss)
+        loss_scale.unscale(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), math.inf)
+        loss, _ = loss_scale.step(optimizer, loss.detach(), norm)
+        optimizer.zero_grad()
+        losses.append(figure(loss))
+        scales.append(loss_scale.scale)
+    return dict(losses=losses, scales=scales, skipped=loss_scale.skipped, held_out_loss=held_out_loss(model))
+
+
+def set_scale(loss_scale: LossScale, scale: float, growth_interval: int) -> None:
+    state = loss_scale.state_dict()
+    state["scaler"] |= dict(scale=scale, growth_interval=growth_interval)
+    loss_scale.load_state_dict(state)
