@@ -44,6 +44,12 @@ STUDIES = (  # in the order of docs/experiments.md
     "singular_values",
     "equal_budgets",
     "forgetting",
+    "merging",
+    "stored_bits",
+    "live_bytes",
+    "small_gradients",
+    "eight_bit_adam",
+    "which_zero",
 )
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "experiments.md"
 

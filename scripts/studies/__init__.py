@@ -7,6 +7,12 @@ rank_and_rate.py    held-out loss against learning rate, for every rank and for 
 singular_values.py  how many directions an update of all weights needs
 equal_budgets.py    the same number of trained parameters, spent on different layers
 forgetting.py       the text that a model forgets while it learns answers
+merging.py          an adapter merged into W, into the dequantized weights, and quantized again
+stored_bits.py      bits a weight, the error of W, and the loss with an adapter trained on it
+live_bytes.py       the bytes that a training step holds, event by event, for each recompute policy
+small_gradients.py  gradients that float16 cannot hold, and the loss scale
+eight_bit_adam.py   the 8-bit code of AdamW's moments, beside one of equal steps
+which_zero.py       A = 0 or B = 0 at the start, against learning rate
 
 Each study has the same parts. Its docstring is the question, the expectation and the reason.
 `measure(quick)` returns figures for a JSON file, `draw(figure, figures)` draws them, `table(figures)` returns

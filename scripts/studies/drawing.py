@@ -28,3 +28,12 @@ def shades(count: int) -> list[tuple[float, float, float]]:
 
     blues = LinearSegmentedColormap.from_list("blues", ["#a9c6e3", BLUE, "#17324f"])
     return [blues(i / max(1, count - 1))[:3] for i in range(count)]
+
+
+def plain_log_ticks(axis) -> None:
+    """Write 1, 2, 5, 10 and so on at a logarithmic axis, rather than powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())

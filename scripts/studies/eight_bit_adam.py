@@ -21,7 +21,7 @@ from minilora.model import CausalLM
 from minilora.optim import MOMENT_BLOCK_SIZE, adamw, adamw_8bit_definition
 from minilora.quantization import dynamic_code
 from studies.drawing import BLUE, GREY, ORANGE
-from studies.small_world import batches, figure, held_out_loss, load, load_to_train_all, tokenizer, within
+from studies.small_world import batches, figure_of, held_out_loss, load, load_to_train_all, tokenizer
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 STEPS, SEEDS = 60, (0, 1, 2)
@@ -56,14 +56,14 @@ def train(model: CausalLM, rate: float, steps: int, seed: int, code: Tensor | No
 
     Returns the loss of every step, the held-out loss, and the second moments where they are in float32.
     """
-    parameters = [p for p in trainable_parameters(model).values()]
+    parameters = list(trainable_parameters(model).values())
     moments = [zeros(p) if code is None else quantized_zeros(p) for p in parameters]
     losses = []
     model.train()
     for step, examples in enumerate(batches(seed, steps), start=1):
         ids, labels = collate(examples, tokenizer().pad_id)
         loss = causal_lm_loss(model, ids, labels) / (labels >= 0).sum()
-        losses.append(figure(loss.item()))
+        losses.append(figure_of(loss.item()))
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             tensors = [(p, g, *m) for p, g, m in zip(parameters, gradients, moments, strict=True)]
@@ -99,8 +99,82 @@ def spread_of(second_moments: list[Tensor]) -> dict:
     logs = share[share > 0].log10()
     counts = torch.histogram(logs, torch.tensor(EDGES)).hist / len(share)
     zero = {
-        name: figure(((share > 0) & (share < code[1] / 2)).float().mean().item())
+        name: figure_of(((share > 0) & (share < code[1] / 2)).float().mean().item())
         for name, code in CODES.items()
         if code is not None
     }
-    return dict(shares=[figure(c) for c in counts.tolist()], zero=zero)
+    return dict(shares=[figure_of(c) for c in counts.tolist()], zero=zero)
+
+
+# ---- picture and table -------------------------------------------------------------------------------------
+
+
+def draw(figure, figures: dict) -> None:
+    figure.set_size_inches(9.6, 7.2)
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1, 1.25, 1.9))
+    draw_codes(top.subplots())
+    for axes, spread in zip(middle.subplots(1, 2, sharey=True), figures["spread"], strict=True):
+        lows = figures["edges"][:-1]
+        axes.bar(lows, [100 * s for s in spread["shares"]], width=0.46, align="edge", color=BLUE)
+        for name, colour, code in (("dynamic", BLUE, dynamic_code(False)), ("equal steps", ORANGE, UNIFORM)):
+            end = (code[1] / 2).log10().item()
+            axes.axvline(end, color=colour, linewidth=1.2, linestyle="--")
+            text = f"{name}:\nbelow is 0"
+            axes.text(end - 0.1, 22, text, color=colour, ha="right", va="top", fontsize=9)
+        axes.set_title(f"second moments, {spread['trained']}", fontsize=10)
+        axes.set_xticks([-10, -8, -6, -4, -2, 0], [f"1e{k}" for k in (-10, -8, -6, -4, -2)] + ["1"])
+        axes.set(xlabel="v / the largest v of its block", ylim=(0, 23))
+    middle.axes[0].set_ylabel("% of all v")
+    for axes, trained in zip(bottom.subplots(1, 2, sharey=True), RATES, strict=True):
+        for run in (run for run in figures["runs"] if run["trained"] == trained):
+            draw_losses(axes, run)
+        axes.set(yscale="log", xlabel="step", ylim=(0.05, 300))
+        axes.set_title(f"{trained}, learning rate {figures['rates'][trained]:g}", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+        axes.minorticks_off()
+    bottom.axes[0].set_ylabel("training loss (nats)")
+    bottom.axes[0].legend(frameon=False, fontsize=9, loc="upper right")
+
+
+def draw_codes(axes) -> None:
+    """Draw the 256 values of three codes, on an axis of decades on both sides of 0."""
+    codes = {
+        "dynamic, signed (m)": dynamic_code(True),
+        "dynamic (v)": dynamic_code(False),
+        "equal steps": UNIFORM,
+    }
+    colours = GREY, BLUE, ORANGE
+    for y, (code, colour) in enumerate(zip(codes.values(), colours, strict=True)):
+        axes.plot(code, [y] * len(code), "|", color=colour, markersize=16, markeredgewidth=0.6)
+    axes.set_xscale("symlog", linthresh=1e-7, linscale=0.4)
+    ticks = [-1, -1e-2, -1e-4, -1e-6, 0, 1e-6, 1e-4, 1e-2, 1]
+    axes.set_xticks(ticks, ["-1", "-1e-2", "-1e-4", "-1e-6", "0", "1e-6", "1e-4", "1e-2", "1"])
+    axes.xaxis.minorticks_off()
+    axes.set_yticks(range(3), codes)
+    axes.set(ylim=(2.6, -0.6), xlim=(-1.3, 1.3))
+    axes.set_title("the 256 values of each code, times the largest of a block", fontsize=10)
+
+
+def draw_losses(axes, run: dict) -> None:
+    """Draw the curves of all seeds in one colour; a run that is no longer finite ends."""
+    looks = dict(zip(CODES, ((BLUE, "-"), (GREY, "--"), (ORANGE, "-")), strict=True))
+    colour, line = looks[run["moments"]]
+    for i, losses in enumerate(run["losses"]):
+        finite = [loss if loss is not None else float("nan") for loss in losses]
+        label = run["moments"] if i == 0 else None
+        axes.plot(range(1, len(losses) + 1), finite, line, color=colour, linewidth=1.1, label=label)
+
+
+def table(figures: dict) -> str:
+    zero = {row["trained"]: row["zero"] for row in figures["spread"]}
+    lines = [
+        "| trained | moments | held-out loss, each seed | share of v that becomes 0 |",
+        "|---|---|---|---:|",
+    ]
+    for run in figures["runs"]:
+        losses = ", ".join("not finite" if loss is None else f"{loss:.3g}" for loss in run["held_out_loss"])
+        share = zero[run["trained"]].get(run["moments"])
+        lost = "" if share is None else f"{share:.2%}"
+        lines.append(f"| {run['trained']} | {run['moments']} | {losses} | {lost} |")
+    return "\n".join(lines)

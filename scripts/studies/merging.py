@@ -20,12 +20,13 @@ from minilora.linear import Linear4bit
 from minilora.lora import add_lora, lora_layers
 from minilora.model import CausalLM
 from minilora.quantization import quantize_4bit
-from studies.drawing import BLUE, GREY, ORANGE
-from studies.small_world import figure, held_out_loss, linear_layers, right_answers, train, within
+from studies.drawing import BLUE, GREY, ORANGE, plain_log_ticks
+from studies.small_world import figure_of, held_out_loss, linear_layers, right_answers, train, within
 from studies.stored_bits import LEARNING_RATE, LORA, PLAIN, SPIKED, load_plain, load_spiked
 
-STEPS, SEEDS = 120, (1, 2)
+STEPS, SEEDS, ASKED = 120, (1, 2), 200  # the last: questions that are answered
 SAW = ("float32", "bfloat16", "NF4")  # the weights that training saw; in bfloat16 it also computed in it
+FACTORS = (1 / 64, 1 / 16, 1 / 4, 1)  # that make an update smaller
 MERGES = {  # how the base is kept before the sum, and how the sum is kept
     "not merged": None,
     "W": (None, None),
@@ -39,21 +40,23 @@ MERGES = {  # how the base is kept before the sum, and how the sum is kept
 
 
 def measure(quick: bool) -> dict:
-    steps, seeds, count = (4, SEEDS[:1], 16) if quick else (STEPS, SEEDS, None)
-    rows, sizes = [], []
+    steps, seeds, count, asked = (4, SEEDS[:1], 16, 8) if quick else (STEPS, SEEDS, None, ASKED)
+    rows, sizes, survival = [], [], []
     for base, start in {PLAIN: load_plain, SPIKED: load_spiked}.items():
         for saw in SAW:
             models = [trained(start(), saw, steps, seed) for seed in seeds]
             updates = [updates_of(model) for model in models]
             sizes.append(dict(base=base, saw=saw) | relative_sizes(start(), updates[0]))
+            if saw == "NF4":
+                survival += [dict(base=base) | survives(start(), updates[0], f) for f in FACTORS]
             for name, kept in MERGES.items():
                 judged = models if kept is None else [merged(start(), update, *kept) for update in updates]
                 losses = [held_out_loss(model, count) for model in judged]
-                right = [right_answers(model, count) for model in judged]
+                right = [right_answers(model, asked) for model in judged]
                 rows.append(dict(base=base, saw=saw, merged=name, losses=losses, right=right))
                 print(f"  {base}: trained on {saw}, {name}: {losses} {right}", flush=True)
     settings = dict(r=LORA.r, lora_alpha=LORA.lora_alpha, steps=steps, learning_rate=LEARNING_RATE)
-    return settings | dict(schedule="linear", seeds=list(seeds), rows=rows, sizes=sizes)
+    return settings | dict(schedule="linear", seeds=list(seeds), rows=rows, sizes=sizes, survival=survival)
 
 
 def trained(model: CausalLM, saw: str, steps: int, seed: int) -> CausalLM:
@@ -107,7 +110,27 @@ def relative_sizes(model: CausalLM, updates: dict[str, Tensor]) -> dict[str, flo
         parts |= {kind: rounded(W + update, kind) - (W + update) for kind in ("bfloat16", "int8")}
         for part, values in parts.items():
             squares[part] = squares.get(part, 0.0) + values.double().square().sum().item()
-    return {part: figure((square / squares["W"]) ** 0.5) for part, square in squares.items() if part != "W"}
+    return {
+        part: figure_of((square / squares["W"]) ** 0.5) for part, square in squares.items() if part != "W"
+    }
+
+
+@torch.no_grad()
+def survives(model: CausalLM, updates: dict[str, Tensor], factor: float) -> dict[str, float]:
+    """Return which part of the update, made smaller, NF4 keeps of a sum: the projection on the update.
+
+    1: all of it, and 0: none, of an update added to W, and added to dequantize(NF4(W)).
+    """
+    kept, whole, weights = {"W": 0.0, "dequantized": 0.0}, 0.0, 0.0
+    for name, update in updates.items():
+        W, small = linear_layers(model)[name].weight, update * factor
+        stored = rounded(W, "NF4")
+        for key, base in (("W", W), ("dequantized", stored)):
+            kept[key] += ((rounded(base + small, "NF4") - stored) * small).double().sum().item()
+        whole += small.double().square().sum().item()
+        weights += W.double().square().sum().item()
+    shares = {key: figure_of(part / whole) for key, part in kept.items()}
+    return dict(factor=factor, size=figure_of((whole / weights) ** 0.5)) | shares
 
 
 # ---- picture and table -------------------------------------------------------------------------------------
@@ -126,7 +149,8 @@ def draw(figure, figures: dict) -> None:
                 axes.axhline(y - 0.5, color=GREY, linewidth=0.4, alpha=0.5)
         axes.set(xscale="log", xlabel="held-out loss (nats)", ylim=(len(MERGES) - 0.5, -0.5))
         axes.set_title(f"the base {base}", color=BLUE, fontsize=11)
-        axes.grid(axis="x", which="both", alpha=0.25)
+        plain_log_ticks(axes.xaxis)
+        axes.grid(axis="x", alpha=0.25)
     panels[0].set_yticks(range(len(MERGES)), [n if n == "not merged" else f"into {n}" for n in MERGES])
     panels[1].legend(title="training saw", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
@@ -144,11 +168,19 @@ def table(figures: dict) -> str:
             rows = [row_of(figures, base, saw, name) for saw in SAW]
             cells = [f"{within(row['losses'])}, {mean(row['right']):.1%}" for row in rows]
             lines.append(f"| {base} | {name} | {' | '.join(cells)} |")
-    lines += ["", "Norms over the norm of W, of the adapted layers, seed " f"{figures['seeds'][0]}:", ""]
-    lines += ["| base | trained on | update | NF4's error | bfloat16's | int8's |", "|---|---|---:|---:|---:|---:|"]
+    lines += ["", f"Norms over the norm of W, of the adapted layers, seed {figures['seeds'][0]}:", ""]
+    lines += [
+        "| base | trained on | update | NF4's error | bfloat16's | int8's |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for row in figures["sizes"]:
         cells = [f"{row[key]:.2%}" for key in ("update", "NF4", "bfloat16", "int8")]
         lines.append(f"| {row['base']} | {row['saw']} | {' | '.join(cells)} |")
+    lines += ["", "The part of the update that NF4 keeps of a sum, for smaller updates:", ""]
+    lines += ["| base | update, over W | of W + update | of dequantized + update |", "|---|---:|---:|---:|"]
+    for row in figures["survival"]:
+        cells = [f"{row[key]:.0%}" for key in ("W", "dequantized")]
+        lines.append(f"| {row['base']} | {row['size']:.2%} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

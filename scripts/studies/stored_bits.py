@@ -22,8 +22,8 @@ from minilora.int8 import quantize_int8
 from minilora.lora import add_lora
 from minilora.model import CausalLM
 from minilora.quantization import quantize_4bit
-from studies.drawing import BLUE, GREY, ORANGE
-from studies.small_world import figure, held_out_loss, linear_layers, load, right_answers, train, within
+from studies.drawing import BLUE, GREY, ORANGE, plain_log_ticks
+from studies.small_world import figure_of, held_out_loss, linear_layers, load, right_answers, train, within
 
 LORA = LoraConfig(r=8, lora_alpha=16)
 STEPS, LEARNING_RATE, SEEDS = 120, 4e-3, (1, 2, 3)
@@ -103,7 +103,11 @@ def sizes(model: CausalLM, stored: Callable | None) -> dict[str, float | None]:
         parts = [t.double().square().sum().item() for t in (q.dequantize(torch.float32) - W, W)]
         wrong, whole, worst = wrong + parts[0], whole + parts[1], max(worst, parts[0] / parts[1])
         nbytes, count = nbytes + q.nbytes, count + W.numel()
-    return dict(bits=figure(8 * nbytes / count), error=figure((wrong / whole) ** 0.5), worst=figure(worst**0.5))
+    return dict(
+        bits=figure_of(8 * nbytes / count),
+        error=figure_of((wrong / whole) ** 0.5),
+        worst=figure_of(worst**0.5),
+    )
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------
@@ -144,22 +148,43 @@ def draw(figure, figures: dict) -> None:
                 axes.plot(losses, [y + shift] * len(losses), "o", color=colour, markersize=5, alpha=0.8)
             axes.text(1.02, y, f"{row['error']:.1%}", color=GREY, va="center",
                       transform=axes.get_yaxis_transform())  # fmt: skip
-        axes.set(xscale="log", xlabel="held-out loss (nats)", ylim=(len(rows) - 0.5, -0.5))
+        axes.set(
+            xscale="log",
+            xlabel="held-out loss (nats)",
+            ylim=(len(rows) - 0.5, -0.5),
+            xlim=limits(figures, base),
+        )
         axes.set_title(f"the base {base}", fontsize=11)
         axes.text(1.02, -0.62, "error of W", color=GREY, fontsize=9, transform=axes.get_yaxis_transform())
-        axes.grid(which="both", axis="x", alpha=0.25)
+        plain_log_ticks(axes.xaxis)
+        axes.grid(axis="x", alpha=0.25)
     panels[0].set_yticks(range(len(rows)), [f"{row['format']}\n{row['bits']:.2f} bits" for row in rows])
-    figure.text(0.5, 0.0, "")
     axes.plot([], [], "o", color=ORANGE, label="adapter trained beside 16 bits, put on the stored base")
     axes.plot([], [], "o", color=BLUE, label="adapter trained on the stored base")
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
 
 
+def limits(figures: dict, base: str) -> tuple[float, float]:
+    """Return the ends of the axis of losses: at least a factor of 3 apart, so that noise looks small."""
+    rows = [row for row in figures["rows"] if row["base"] == base]
+    losses = [loss for row in rows for loss in row["put_on"] + row.get("trained_on", [])]
+    middle, factor = (min(losses) * max(losses)) ** 0.5, (max(losses) / min(losses)) ** 0.5
+    return middle / max(3**0.5, 1.1 * factor), middle * max(3**0.5, 1.1 * factor)
+
+
 def table(figures: dict) -> str:
-    lines = ["| base | stored as | bits a weight | error of W | loss, adapter put on | loss, trained on it | right |"]
+    lines = [
+        "| base | stored as | bits a weight | error of W | loss, adapter put on | loss, trained on it | right |"
+    ]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
     for row in figures["rows"]:
-        cells = [row["base"], row["format"], f"{row['bits']:.2f}", f"{row['error']:.1%}", within(row["put_on"])]
+        cells = [
+            row["base"],
+            row["format"],
+            f"{row['bits']:.2f}",
+            f"{row['error']:.1%}",
+            within(row["put_on"]),
+        ]
         cells.append(within(row["trained_on"]) if "trained_on" in row else "")
         cells.append(f"{sum(row['right']) / len(row['right']):.1%}" if "right" in row else "")
         lines.append(f"| {' | '.join(cells)} |")

@@ -19,18 +19,18 @@ from torch import nn
 from minilora.config import LoraConfig
 from minilora.lora import lora_layers
 from minilora.model import CausalLM
-from studies.drawing import BLUE, GREY, ORANGE
-from studies.small_world import held_out_loss, load, train
+from studies.drawing import BLUE, GREY, ORANGE, plain_log_ticks
+from studies.small_world import held_out_loss, load, train, within
 
 LORA = LoraConfig(r=8, lora_alpha=16)
-STEPS, SEEDS = 40, (0, 1, 2)
+STEPS, SEEDS, ASKED = 40, (0, 1, 2), 250  # the last: held-out questions of a loss
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 STARTS = {"B = 0": (1.0, 0.0), "A = 0": (0.0, 1.0), "both small": (0.1, 0.1), "both zero": (0.0, 0.0)}
 
 
 def measure(quick: bool) -> dict:
     """Train from each start at each rate; also measure the model before the first step."""
-    steps, seeds, count = (4, SEEDS[:2], 16) if quick else (STEPS, SEEDS, None)
+    steps, seeds, count = (4, SEEDS[:2], 16) if quick else (STEPS, SEEDS, ASKED)
     rates = RATES[1:3] if quick else RATES
     curves = []
     for name, factors in STARTS.items():
@@ -44,7 +44,7 @@ def measure(quick: bool) -> dict:
     return settings | dict(curves=curves)
 
 
-def loss_after(factors, rate: float, steps: int, seed: int, count: int | None) -> float | None:
+def loss_after(factors, rate: float, steps: int, seed: int, count: int) -> float | None:
     model = start(*factors, seed)
     train(model, rate, steps, seed)
     return held_out_loss(model, count)
@@ -60,3 +60,59 @@ def start(of_A: float, of_B: float, seed: int) -> CausalLM:
         A.mul_(of_A)
         B.mul_(of_B)
     return model
+
+
+# ---- picture and table -------------------------------------------------------------------------------------
+
+
+def draw(figure, figures: dict) -> None:
+    figure.set_size_inches(7.6, 4.4)
+    axes = figure.subplots()
+    for curve, colour in zip(figures["curves"], (BLUE, ORANGE, GREY, GREY), strict=True):
+        if curve["start"] == "both zero":
+            axes.axhline(mean(curve["losses"][0]), color=GREY, linewidth=1, linestyle="--")
+            axes.text(axes_end(figures), 1.03 * mean(curve["losses"][0]), "both zero", color=GREY, ha="right")
+            continue
+        means = [mean(losses) for losses in curve["losses"]]
+        axes.plot(curve["rates"], means, color=colour, linewidth=1.4, label=LABELS[curve["start"]])
+        for rate, losses in zip(curve["rates"], curve["losses"], strict=True):
+            axes.plot([rate] * len(losses), list(map(worst, losses)), "o", color=colour, markersize=3.5)
+    axes.set(xscale="log", yscale="log", xlabel="learning rate")
+    axes.set(ylabel=f"held-out loss after {figures['steps']} steps (nats)")
+    rates = figures["curves"][0]["rates"]
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.xaxis.minorticks_off()
+    plain_log_ticks(axes.yaxis)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+
+
+LABELS = {"B = 0": "A random, B = 0", "A = 0": "A = 0, B random", "both small": "both random, a tenth"}
+
+
+def axes_end(figures: dict) -> float:
+    return max(figures["curves"][0]["rates"])
+
+
+def worst(loss: float | None) -> float:
+    """Return a loss to draw: 10 for one that is not finite."""
+    return 10.0 if loss is None else loss
+
+
+def mean(losses: list[float | None]) -> float:
+    return sum(map(worst, losses)) / len(losses)
+
+
+def table(figures: dict) -> str:
+    rates = figures["curves"][0]["rates"]
+    lines = [f"| start | loss at step 0 | {' | '.join(f'{rate:g}' for rate in rates)} |"]
+    lines.append("|---|---:|" + "---:|" * len(rates))
+    for curve in figures["curves"]:
+        found = dict(zip(curve["rates"], curve["losses"], strict=True))
+        cells = [spread(found[rate]) if rate in found else "" for rate in rates]
+        lines.append(f"| {curve['start']} | {curve['before']:.3f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(losses: list[float | None]) -> str:
+    return "not finite" if None in losses else within(losses)
