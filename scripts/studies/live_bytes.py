@@ -1,15 +1,14 @@
 """When does a training step hold how many bytes, and what does each recompute policy pay for less?
 
 Expected. Without recompute the bytes climb through the forward pass, layer by layer, and fall through the
-backward pass. With `full` the climb is as long and much flatter, and each layer's backward pass makes a tooth:
-the one live layer. `selective` lies between. On a CPU, `offload` is `full`: the inputs are in CPU memory
-already.
+backward pass. With `full` the climb is much flatter, and each layer's backward pass makes a tooth: the one
+live layer. `selective` lies between. On a CPU, `offload` is `full`: inputs are in CPU memory already.
 
 Chen et al. 2016 (arXiv:1604.06174) cut L layers into segments of sqrt(L), keep the inputs of segments alone,
-and run a segment again with all its activations: O(sqrt(L)) memory where every layer costs the same. Here a
-layer's activations take a = 12.5 times its input (docs/memory.md), so segments of k layers hold L / k + a k inputs.
-That is least at k = sqrt(L / a), about 1 for 16 layers: `full` should win. It should lose to segments whose
-layers are checkpointed in turn: L / k + k + a, for one more forward pass.
+and run a segment again with all its activations: O(sqrt(L)) memory. Here a layer's activations take a = 12.5
+times its input (docs/memory.md), so segments of k layers hold L / k + a k inputs. That is least at
+k = sqrt(L / a), about 1 for 16 layers: `full` should win. It should lose to segments whose layers are
+checkpointed in turn: L / k + k + a, for one more forward pass.
 
 The model is random, with 16 layers of Mistral's proportions and an adapter on q, k, v and o. The bytes come
 from the events of PyTorch's allocator. The arithmetic is counted, too: the multiplications of matrix products
@@ -83,6 +82,7 @@ def make_model(layers: int, plan: str, side: int) -> CausalLM:
     )  # fmt: skip
     model = CausalLM(config)
     model.init_weights()
+    torch.manual_seed(0)
     add_lora(model, LoraConfig(r=8))
     if plan in POLICIES:
         set_recompute(model, plan)

@@ -1,7 +1,7 @@
 """How many bits does a frozen weight need, if an adapter is trained on it?
 
-Expected. The rounding error of W grows as bits are saved: int8, then NF4 in small blocks, NF4 in large blocks,
-FP4. But an adapter that is trained on the rounded weights can make up for part of the error (QLoRA,
+Expected. The rounding error of W grows as bits are saved: int8, then NF4 in small blocks, NF4 in large
+blocks, FP4. But an adapter that is trained on the rounded weights can make up for part of the error (QLoRA,
 arXiv:2305.14314, section 4, finds no loss at all). So the held-out loss should depend on the bits less than
 the error does, and less than where the adapter was trained in 16 bits and W is rounded afterwards.
 
@@ -174,7 +174,7 @@ def limits(figures: dict, base: str) -> tuple[float, float]:
 
 def table(figures: dict) -> str:
     lines = [
-        "| base | stored as | bits a weight | error of W | loss, adapter put on | loss, trained on it | right |"
+        "| base | stored as | bits a weight | error of W | loss, put on | loss, trained on | right answers |"
     ]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
     for row in figures["rows"]:

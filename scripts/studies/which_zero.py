@@ -6,8 +6,8 @@ that A random, B = 0 ("Init[A]") allows larger learning rates than A = 0, B rand
 on average. The study also starts with both zero, where no gradient is left and nothing can be learned, and
 with both random and small, where the model's function is changed before the first step.
 
-A random A is U(-1/sqrt(in), 1/sqrt(in)), PEFT's and minilora's. A random B is drawn by the same rule, from its
-own input, the rank: U(-1/sqrt(r), 1/sqrt(r)), so that both starts keep the size of what passes through. Both
+A random A is U(-1/sqrt(in), 1/sqrt(in)), PEFT's and minilora's. A random B is drawn by the same rule, from
+its own input, the rank: U(-1/sqrt(r), 1/sqrt(r)), so that both starts keep the size of an activation. Both
 small: a tenth of each.
 """
 

@@ -1,0 +1,105 @@
+"""The studies of stored weights, gradients, moments and starts measure what they say, and support their sentences."""
+
+import json
+
+import pytest
+import torch
+from studies import eight_bit_adam, merging, small_gradients, stored_bits, which_zero
+from studies.live_bytes import SEGMENTS, CountProducts, Segment, make_model
+from studies.small_world import load, questions
+from support.project import ROOT
+
+from minilora.data.examples import collate
+from minilora.lora import lora_layers, trainable_parameters
+from minilora.loss import causal_lm_loss
+from minilora.quantization import dequantize_dynamic, quantize_dynamic
+
+
+def figures_of(name: str) -> dict:
+    return json.loads((ROOT / "docs" / "experiments" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def mean(values) -> float:
+    return sum(values) / len(values)
+
+
+def logits(model, count: int = 4) -> torch.Tensor:
+    ids, _ = collate(questions("test").examples[:count], pad_id=0)
+    with torch.no_grad():
+        return model.eval()(ids)
+
+
+# ---- what the studies measure ------------------------------------------------------------------------------
+
+
+def test_the_base_with_outliers_is_the_same_function_to_the_bit_with_other_weights():
+    plain, spiked = load(), stored_bits.load_spiked()
+    assert torch.equal(logits(plain), logits(spiked))
+    W, V = (model.model.layers[0].self_attn.q_proj.weight for model in (plain, spiked))
+    assert (V / W)[0].nan_to_num().unique().tolist() == [1.0, stored_bits.OUTLIER]
+
+
+@pytest.mark.parametrize(("saw", "into"), [("float32", None), ("NF4", "NF4")])
+def test_a_merge_into_what_training_saw_is_the_model_that_was_trained(saw, into):
+    model = merging.trained(load(), saw, 2, seed=0)
+    whole = merging.merged(load(), merging.updates_of(model), into, None)
+    # Two orders of the same float32 sums; the logits are some 20.
+    assert torch.allclose(logits(model), logits(whole), atol=2e-4)
+
+
+def test_an_update_smaller_than_half_a_step_is_rounded_away_and_a_larger_one_becomes_whole_steps():
+    model, block = load(), torch.ones(64) / 8
+    block[0] = 1.0  # each block of 64 keeps its scale: all else is one value, 0.125, that is no code of NF4
+    layers = merging.linear_layers(model)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.weight.copy_(block.repeat(layer.weight.numel() // 64).view_as(layer.weight))
+    tiny = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    for update in tiny.values():
+        update.view(-1, 64)[:, 1] = 1e-4
+    assert merging.survives(model, tiny, 1.0)["dequantized"] == 0
+    large = {name: update * 3e3 for name, update in tiny.items()}
+    # 0.125 + 0.3 becomes the code 0.4407099, and 0.125 was 0.1609302. Four digits are kept.
+    assert merging.survives(model, large, 1.0)["W"] == pytest.approx((0.4407099 - 0.1609302) / 0.3, rel=1e-4)
+
+
+def test_segments_have_the_gradients_of_the_whole_to_the_bit():
+    gradients = []
+    for plan in ("off", *(name.format(2) for name in SEGMENTS)):
+        model = make_model(4, plan, side=2)
+        assert isinstance(model.model.layers[0], Segment) == (plan != "off")
+        ids = torch.arange(40).view(2, 20)
+        causal_lm_loss(model, ids, ids).backward()
+        gradients.append([p.grad for p in trainable_parameters(model).values()])
+    for other in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], other))
+
+
+def test_products_are_counted_as_rows_times_columns_times_length():
+    a, b, c = torch.randn(3, 5), torch.randn(5, 7), torch.randn(3, 7)
+    with CountProducts() as products:
+        a @ b
+        torch.addmm(c, a, b)
+    assert products.count == 2 * 3 * 5 * 7
+
+
+def test_float16_loses_what_lies_below_half_its_smallest_number_and_above_its_largest():
+    values = torch.tensor([2.0**-26, 2.0**-24, 2.0**-10, 1e6])
+    assert small_gradients.losses_at(values, 1.0) == dict(zero=0.25, few_digits=0.25, infinite=0.25)
+    assert small_gradients.losses_at(values, 2.0**16)["zero"] == 0
+
+
+def test_equal_steps_make_a_second_moment_zero_below_half_a_step_and_the_dynamic_code_does_not():
+    v = torch.full((256,), 0.9 / 510)
+    v[0] = 1.0
+    for code, zeros in ((eight_bit_adam.UNIFORM, 255), (eight_bit_adam.dynamic_code(False), 0)):
+        kept = dequantize_dynamic(*quantize_dynamic(v, code, 256), code, 256)
+        assert int((kept == 0).sum()) == zeros
+
+
+@pytest.mark.parametrize("name", which_zero.STARTS)
+def test_a_start_with_a_zero_factor_changes_nothing_and_both_random_do(name):
+    model = which_zero.start(*which_zero.STARTS[name], seed=0)
+    zeros = [[not factor.any() for factor in layer.factors("default")] for layer in lora_layers(model).values()]
+    assert {tuple(pair) for pair in zeros} == {("A = 0" in name or "zero" in name, "B = 0" in name or "zero" in name)}
+    assert torch.equal(logits(model), logits(load())) == (name != "both small")
