@@ -48,7 +48,7 @@ def draw_dora(figure) -> None:
         "full training": 2.4e-3,
         "LoRA": 4e-3,
         "DoRA": 4e-3,
-    }  # learning rates with which rows turn equally far
+    }  # rows turn equally far
     for axes, (method, lr), colour in zip(panels, methods.items(), (GREY, ORANGE, BLUE), strict=True):
         stretched, turned = changes_of_rows(method, lr)
         both = torch.corrcoef(torch.stack((stretched, turned)))[0, 1]
