@@ -22,7 +22,7 @@ block sizes are multiples of a group.
 
 `tl.gather` keeps the sixteen values in 64 bytes of shared memory: one load an element and never a bank
 conflict, because sixteen words lie in sixteen banks. Compiled for a T4 that makes 11.6 instructions an
-element in all. A look-up in global memory has longer addresses, and a tree of selections more instructions.
+element in all, as docs/kernels.md counts them.
 
 A scale is rounded twice, after the product and after the sum. `enable_fp_fusion=False` keeps the compiler
 from making one FMA of it, so that a dequantized weight is the same to the bit here, in the definition

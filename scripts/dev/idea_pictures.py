@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from minilora import LoraConfig, add_lora, load_model, load_tokenizer, trainable_parameters
@@ -23,6 +24,7 @@ from minilora.rope import rope_angles
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.testing import peak_memory
 
+TILE = 4096  # numbers of a weight that a program of kernels/nf4.py dequantizes; importing it needs Triton
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
 SMALL = dict(model_type="llama", vocab_size=100, hidden_size=64, intermediate_size=224)
 SMALL |= dict(num_hidden_layers=32, num_attention_heads=4, num_key_value_heads=1)  # Mistral's proportions
@@ -192,7 +194,7 @@ def error_at_scale(exact: Tensor, dtype: torch.dtype, S: float) -> float:
 
 
 def adapter_gradient(dtype: torch.dtype, S: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the gradients of an adapter and of the layers' outputs, for the small model's loss on 8 questions.
+    """Return the gradients of an adapter and of the layers' outputs: the small model's, of 8 questions.
 
     The first is divided by S again, in float64; the second is as backward has it.
     """
@@ -211,3 +213,69 @@ def adapter_gradient(dtype: torch.dtype, S: float = 1.0) -> tuple[Tensor, Tensor
     (S * causal_lm_loss(model, ids, labels) / (labels >= 0).sum()).backward()
     flat = torch.cat([p.grad.flatten().double() / S for p in trained.values()])
     return flat, torch.cat([y.grad.flatten().float() for y in outputs])
+
+
+# ---- kernel_grid.png ---------------------------------------------------------------------------------------
+
+
+def draw_kernel_grid(figure) -> None:
+    """How programs of the NF4 kernel share a weight: programs, blocks, groups, and the bytes of a group."""
+    figure.set_size_inches(9.2, 5.0)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 100), ylim=(0, 52))
+    axes.axis("off")
+    D, blocksize, size = 4096, 64, 2  # of a weight (D, D), and of a 16-bit number
+    group, programs = 16 // size, D * D // TILE
+    names = ["program 0", "program 1", "program 2", "...", f"program {programs - 1}"]
+    caption(
+        axes, 50, f"a weight of {D} x {D}, row by row in memory: {programs:,} programs, {TILE:,} numbers each"
+    )
+    cells(axes, 43, names, [BLUE, PALE, PALE, "white", PALE])
+    zoom(axes, 43, 0, len(names), 37)
+    blocks = TILE // blocksize
+    caption(
+        axes,
+        37,
+        f"a program: {blocks} blocks of {blocksize} numbers, {TILE // 2:,} bytes and {blocks} scales",
+    )
+    cells(axes, 30, [""] * blocks, [BLUE] + [PALE] * (blocks - 1))
+    zoom(axes, 30, 0, blocks, 24)
+    groups = blocksize // group
+    caption(
+        axes,
+        24,
+        f"a block: {groups} groups of {group} numbers, {blocksize // 2} bytes and one scale of a byte",
+    )
+    cells(axes, 17, [f"group {i}" for i in range(groups)], [BLUE] + [PALE] * (groups - 1))
+    zoom(axes, 17, 0, groups, 11)
+    caption(
+        axes,
+        11,
+        "a group, in one thread: one load of 4 bytes, 8 look-ups times the scale, one store of 16 bytes",
+    )
+    cells(axes, 3, [f"byte {i}" for i in range(group // 2)], [ORANGE] * 4, right=32)
+    axes.annotate("", (49, 5.5), (33.5, 5.5), arrowprops=dict(arrowstyle="->", color=GREY))
+    axes.text(41, 6.2, "code[symbol]\n", ha="center", va="center", fontsize=8, color=GREY)
+    axes.text(41, 3.9, "x scale", ha="center", va="center", fontsize=8, color=GREY)
+    cells(axes, 3, [f"value {i}" for i in range(group)], [BLUE] * group, left=50)
+
+
+def caption(axes, y: float, text: str) -> None:
+    axes.text(0.8, y, text, va="center", fontsize=10)
+
+
+def cells(axes, y: float, texts: list[str], colours: list[str], left: float = 0, right: float = 100) -> None:
+    """Draw a row of equal boxes with a text in each, 5 high, from y upwards."""
+    width = (right - left) / len(texts)
+    for i, (text, colour) in enumerate(zip(texts, colours, strict=True)):
+        box = dict(facecolor=colour, edgecolor="white", linewidth=1.5 if len(texts) < 32 else 0.7)
+        axes.add_patch(Rectangle((left + i * width, y), width, 5, **box))
+        dark = colour in (BLUE, ORANGE)
+        middle = left + (i + 0.5) * width, y + 2.5
+        axes.text(*middle, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+
+
+def zoom(axes, y: float, i: int, count: int, to: float) -> None:
+    """Draw two lines from the lower edge of box i of `count` to the whole width of the row below."""
+    for start, end in ((i, 0), (i + 1, 100)):
+        axes.plot([start * 100 / count, end], [y - 0.3, to - 1.8], color=GREY, linewidth=0.7, linestyle=":")
