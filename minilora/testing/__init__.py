@@ -1,8 +1,7 @@
 """For tests of your own quantizer, LoRA layer or adapter library: find its bug, and its smallest example.
 
     import torch
-    from torch import nn
-    from minilora.testing import check_lora_layer, check_quantizer
+    from minilora.testing import check_quantizer
 
     code = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
     def quantize(weight):  # one scale for the whole tensor
@@ -10,7 +9,7 @@
         return (weight[..., None] / absmax - code).abs().argmin(-1), absmax, weight.dtype
     def dequantize(stored):
         return (code[stored[0]] * stored[1]).to(stored[2])
-    print(check_quantizer(quantize, dequantize, code=code, blocksize=64))  # says which properties fail, and where
+    print(check_quantizer(quantize, dequantize, code=code, blocksize=64))
 
 A report names each property, and gives a line of Python that makes the smallest tensor or layer with which it
 failed; `report.raise_for_failures()` makes a test of it.
@@ -47,6 +46,7 @@ from minilora.testing.lora_oracles import (
     lora_reference,
     merged_reference,
 )
+from minilora.testing.lora_subject import Built, LayerCase
 from minilora.testing.machine import AdapterMachine
 from minilora.testing.model_strategies import conversations, document_lengths, masks, model_configs
 from minilora.testing.optimizer_oracles import adamw_reference
@@ -73,6 +73,8 @@ __all__ = [
     "LAYOUTS",
     "NONFINITE",
     "AdapterMachine",
+    "Built",
+    "LayerCase",
     "Recipe",
     "Report",
     "absmax_of",

@@ -42,7 +42,9 @@ class Battery:
 
         return enter
 
-    def run(self, subject: Subject, title: str, skip: Sequence[str], max_examples: int) -> Report:
+    def run(
+        self, subject: Subject, title: str, skip: Sequence[str], max_examples: int, shrink: bool
+    ) -> Report:
         """Try every property that concerns the subject. Raises ValueError for an unknown name in `skip`."""
         for name in skip:
             check_choice("skip", name, tuple(self.properties))
@@ -52,11 +54,12 @@ class Battery:
                 report.skipped[name] = why
                 continue
             check = partial(each.check, subject)
-            case = smallest_failure(each.cases(subject), check, max_examples)
+            case = smallest_failure(each.cases(subject), check, max_examples, shrink)
             if case is None:
                 report.passed.append(name)
             else:
-                case = case.simplest(lambda case: reason_of_failure(check, case) is not None)  # noqa: B023
+                if shrink:
+                    case = case.simplest(lambda case, check=check: reason_of_failure(check, case) is not None)
                 report.failures[name] = repr(case)
                 report.reasons[name] = reason_of_failure(check, case) or "it fails only now and then"
         return report
@@ -68,9 +71,7 @@ def check_choice(name: str, value: object, known: Sequence) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, known))}")
 
 
-def smallest_failure(
-    cases: st.SearchStrategy, check: Callable[[Any], None], max_examples: int
-) -> Any | None:
+def smallest_failure(cases: st.SearchStrategy, check: Callable[[Any], None], max_examples: int) -> Any | None:
     """Return the smallest case with which `check` raises; None: there is none."""
     failed: list[Any] = []
 
@@ -85,7 +86,8 @@ def smallest_failure(
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
     )
     try:
         options(given(cases)(attempt))()
@@ -98,7 +100,7 @@ def smallest_failure(
 def reason_of_failure(check: Callable[[Any], None], case: Any) -> str | None:
     """Return in one line why the check fails, under a fixed random state; None: it holds."""
     state = torch.get_rng_state()
-    torch.default_generator.manual_seed(0)  # torch.manual_seed costs milliseconds, for devices that are not used
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds
     try:
         check(case)
     except Exception as error:

@@ -1,6 +1,6 @@
 """Every property of a LoRA layer, tried on layers of many shapes.
 
-    report = check_lora_layer(lambda base, r, lora_alpha, lora_dropout: MyLora(base, r, lora_alpha, lora_dropout))
+    report = check_lora_layer(MyLora)  # MyLora(base, r, lora_alpha, lora_dropout)
     print(report)
 
 `lora_properties.py` says what each property is. The battery calls the layer and reads its two factors; it
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.testing.lora_properties import LORA
-from minilora.testing.lora_subject import LayerMaker, find_factors
+from minilora.testing.lora_subject import LayerMaker, alpha_over_r, find_factors
 from minilora.testing.report import Report
 from minilora.testing.strategies import DTYPES
 
@@ -22,15 +22,16 @@ from minilora.testing.strategies import DTYPES
 def check_lora_layer(
     make_layer: Callable[[nn.Linear, int, float, float], nn.Module],  # of base, r, lora_alpha, lora_dropout
     *,
-    factors: Callable[[nn.Module], tuple[Tensor, Tensor]] = find_factors,  # A (r, in), B (out, r), the layer's own
+    factors: Callable[[nn.Module], tuple[Tensor, Tensor]] = find_factors,  # A (r, in), B (out, r)
     merge: Callable[[nn.Module], Any] | None = None,  # None: the layer's own `merge`, if it has one
     unmerge: Callable[[nn.Module], Any] | None = None,  # None: the layer's own `unmerge`, if it has one
     switch: Callable[[nn.Module, bool], Any] | None = None,  # None: its `enable_adapters`, if it has it
-    scaling: Callable[[int, float], float] = lambda r, alpha: alpha / r,  # rsLoRA: alpha / sqrt(r)
+    scaling: Callable[[int, float], float] = alpha_over_r,  # rsLoRA: alpha / sqrt(r)
     A_std: Callable[[int, int], float] | None = lambda in_features, r: (3 * in_features) ** -0.5,  # None: any
     dtypes: tuple[torch.dtype, ...] = DTYPES,  # of the base layer and x
     skip: tuple[str, ...] = (),  # properties that need not hold
     max_examples: int = 30,  # tried for each property
+    shrink: bool = True,  # False: report the first counterexample, in less time
     subject: str = "LoRA layer",  # its name in the report
 ) -> Report:
     """Return a report: each property, whether it held, and the smallest counterexample if it did not.
@@ -49,7 +50,7 @@ def check_lora_layer(
         A_std=A_std,
         dtypes=dtypes,
     )
-    return LORA.run(maker, subject, skip, max_examples)
+    return LORA.run(maker, subject, skip, max_examples, shrink)
 
 
 def _own(layer: nn.Module, verb: str) -> Callable | None:

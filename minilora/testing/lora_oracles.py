@@ -1,4 +1,4 @@
-"""What LoRA and DoRA should give: float64, the equations as they stand, nothing shared with the code under test.
+"""What LoRA and DoRA should give: the equations in float64, with nothing shared with the code under test.
 
     y = x W^T + b + s dropout(x) A^T B^T         x: (..., in)   W: (out, in)   A: (r, in)   B: (out, r)
 
@@ -61,12 +61,17 @@ def dropped_reference(
 
 
 def dora_reference(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float, bias: Tensor | None = None
+    x: Tensor,  # (..., in)
+    weight: Tensor,  # (out, in)
+    A: Tensor,  # (r, in)
+    B: Tensor,  # (out, r)
+    magnitude: Tensor,  # (out,)
+    scaling: float,
+    bias: Tensor | None = None,  # (out,)
 ) -> Tensor:
-    """Return x (m V / ||V||)^T + b with V = W + scaling * B A and ||V|| the length of each row: (..., out) float64.
+    """Return x (m V / ||V||)^T + b with V = W + scaling * B A: (..., out) float64.
 
-    magnitude: (out,). Differentiable in float64; ||V|| is a constant to the gradient (section 4.3). A row of
-    zeros stays zeros.
+    ||V|| is the length of each row, and a constant to the gradient (section 4.3). A row of zeros stays zeros.
     """
     V = merged_reference(weight, A, B, scaling)
     norms = V.detach().square().sum(dim=1).sqrt()  # (out,)

@@ -56,14 +56,18 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
 @LORA.add("output", LayerMaker.cases)
 def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker)
-    expect_close(built.layer(built.x), built.expected(built.x), built.bound(built.x), "x W^T + b + s (x A^T) B^T")
+    expect_close(
+        built.layer(built.x), built.expected(built.x), built.bound(built.x), "x W^T + b + s (x A^T) B^T"
+    )
 
 
 @LORA.add("scaling", lambda maker: maker.cases(bias=False))
 def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker, zero_base=True)
     found, expected = built.measured_scaling(), built.scaling
-    assert abs(found - expected) <= SMALL * abs(expected), f"the update is scaled by {found:.6g}, not {expected:.6g}"
+    assert abs(found - expected) <= SMALL * abs(expected), (
+        f"the update is scaled by {found:.6g}, not {expected:.6g}"
+    )
 
 
 @LORA.add("update", lambda maker: maker.cases(bias=False))
@@ -147,7 +151,9 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
     assert spread < 2 * p * (1 - p) / 8, "inputs of a token are dropped together"  # 512 tokens know it to 6 %
 
 
-@LORA.add("gradients under dropout", lambda maker: maker.cases(lora_dropout=0.25, **SQUARE | dict(leading=(5,))))
+@LORA.add(
+    "gradients under dropout", lambda maker: maker.cases(lora_dropout=0.25, **SQUARE | dict(leading=(5,)))
+)
 def _(maker: LayerMaker, case: LayerCase) -> None:
     factor = dropout_factors(maker, case)
     built = case.build(maker)
@@ -165,16 +171,18 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
 
 @LORA.add(
     "distribution of A",
-    lambda maker: maker.cases(bias=False, leading=(1,), out_features=1, in_features=256, r=64)
-    | maker.cases(bias=False, leading=(1,), out_features=1, in_features=32, r=128),
+    lambda maker: (
+        maker.cases(bias=False, leading=(1,), out_features=1, in_features=256, r=64)
+        | maker.cases(bias=False, leading=(1,), out_features=1, in_features=32, r=128)
+    ),
     needs("A_std"),
 )
 def _(maker: LayerMaker, case: LayerCase) -> None:
     """Its mean is 0 and its standard deviation as promised, whatever r is; every layer draws its own."""
     A, again = (case.build(maker, fresh=True).A.detach().double() for _ in range(2))
     expected, found = maker.A_std(case.in_features, case.r), float(A.std())
-    # Of 4,096 normal numbers or more: a standard deviation is known to 1.1 %, a mean to 1.6 % of it. Six times
-    # as much never happens.
+    # Of 4,096 normal numbers or more: a standard deviation is known to 1.1 %, a mean to 1.6 % of it (one
+    # sigma). Six times as much never happens.
     assert abs(found / expected - 1) < 0.07, f"A has a standard deviation of {found:.4g}, not {expected:.4g}"
     assert abs(float(A.mean())) < 0.1 * expected, f"A has a mean of {float(A.mean()):.4g}, not 0"
     assert not torch.equal(A, again), "two layers have the same A"
@@ -237,7 +245,9 @@ def _check_unmerge(maker: LayerMaker, case: LayerCase) -> None:
 def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker)
     trained = [p for p in built.layer.parameters() if p.requires_grad]
-    assert not any(p.requires_grad for p in built.base.parameters()), "the base layer's parameters are trainable"
+    assert not any(p.requires_grad for p in built.base.parameters()), (
+        "the base layer's parameters are trainable"
+    )
     if trained:
         (built.layer(built.x) * built.dy).sum().backward()
         torch.optim.SGD(trained, lr=1.0).step()
@@ -302,7 +312,9 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
 def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker)
     strided = torch.stack([built.x, built.x + 1], dim=-1)[..., 0]
-    expect_close(built.layer(strided), built.layer(built.x), 2 * built.bound(built.x), "for a contiguous x it")
+    expect_close(
+        built.layer(strided), built.layer(built.x), 2 * built.bound(built.x), "for a contiguous x it"
+    )
 
 
 @LORA.add("input unchanged", LayerMaker.cases)

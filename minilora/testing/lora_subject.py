@@ -1,7 +1,7 @@
 """A LoRA layer under test, and the cases that it is tried on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from minilora.testing.lora_oracles import lora_reference
 
 Factors = tuple[Tensor, Tensor]  # A (r, in) and B (out, r)
+
+
+def alpha_over_r(r: int, alpha: float) -> float:
+    return alpha / r
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,9 @@ class LayerMaker:
         return st.builds(LayerCase, **rest, **{name: st.just(value) for name, value in fixed.items()})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerCase:
-    """The sizes of one layer and the seed of its numbers. `case.build(maker)` makes it."""
+    """The sizes of one layer and the seed of its numbers. `case.layer(make_layer)` makes it again."""
 
     in_features: int
     out_features: int
@@ -55,6 +59,10 @@ class LayerCase:
     lora_dropout: float = 0.0
     dtype: torch.dtype = torch.float32
 
+    def __repr__(self) -> str:
+        shown = (each for each in fields(self) if getattr(self, each.name) != each.default)
+        return f"LayerCase({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in shown)})"
+
     def simplest(self, fails: Callable[["LayerCase"], bool]) -> "LayerCase":
         """Return this case without what it does not need in order to fail."""
         case = self
@@ -62,6 +70,10 @@ class LayerCase:
             if (shorter := replace(case, **plainer)) != case and fails(shorter):
                 case = shorter
         return case
+
+    def layer(self, make_layer: Callable[[nn.Linear, int, float, float], nn.Module]) -> "Built":
+        """Return the layer of this case, with its numbers and a batch."""
+        return self.build(LayerMaker(make_layer, find_factors, None, None, None, alpha_over_r, None, ()))
 
     def build(self, maker: LayerMaker, fresh: bool = False, zero_base: bool = False) -> "Built":
         """Return the layer with random W, b, A and B, in evaluation. fresh: A and B stay as they started.
@@ -122,10 +134,10 @@ class Built:
     def bound(self, x: Tensor) -> Tensor:
         """Return how far an output may be off by rounding alone: (..., out) float64.
 
-        A sum of n products in float32 is off by at most n units of 2^-24 of the sum of their magnitudes, in any
-        order; three sums and some single roundings make n = in + r + 8, and W may be merged, which doubles it.
-        In 16 bits x, A, B, x A^T, both parts and their sum are rounded besides, twice at most: 16 halves of
-        the dtype's eps.
+        A sum of n products in float32 is off by at most n units of 2^-24 of the sum of their magnitudes, in
+        any order; three sums and some single roundings make n = in + r + 8, and W may be merged, which
+        doubles it. In 16 bits x, A, B, x A^T, both parts and their sum are rounded besides, twice at most: 16
+        halves of the dtype's eps.
         """
         A, B, W = (t.detach().double().abs() for t in (self.A, self.B, self.weight))
         bias = 0 if self.bias is None else self.bias.double().abs()

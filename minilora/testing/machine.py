@@ -7,13 +7,14 @@
     TestMine = MyMachine.TestCase
 
 The machine knows what every adapter is worth: the output that the model gave with it when it was last added,
-trained or loaded. After every step the model must give that output again, and after training, unmerging and removing with every
-other adapter too. So training one adapter must not
-move another, merging must not move the output, unmerging must bring the base back, a removed adapter must
-leave nothing behind, and a file must hold the whole of it. Steps shrink to the shortest story that fails.
+trained or loaded. After every step the model must give that output again; after training, unmerging and
+removing, with every other adapter too. So training one adapter must not move another, merging must not move
+the output, unmerging must bring the base back, a removed adapter must leave nothing behind, and a file must
+hold the whole of it. Steps shrink to the shortest story that fails.
 """
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,17 +24,23 @@ from torch import Tensor
 
 from minilora.testing.battery import expect_close, expect_same
 
-NAMES = st.sampled_from(["first", "second", "third"])
+NAMES = ("first", "second", "third")
+PLACES = st.integers(0, 2)
+
+
+def _one_of(entries: Iterable, number: int):
+    entries = list(entries)
+    return entries[number % len(entries)]
 
 
 class AdapterMachine(RuleBasedStateMachine):
     """Subclass it, and give the verbs of a library. `self.model` is yours to keep."""
 
-    # How far merging may move an output, of its largest value: a sum in another order, and W rounded twice each
-    # time. float32, widths of some tens: 1e-5.
+    # How far a merge may move an output, of its largest value: a sum in another order, and W rounded twice.
+    # For float32, widths of some tens and updates no larger than W: 1e-5.
     tolerance = 1e-5
 
-    # ---- the verbs -------------------------------------------------------------------------------------------
+    # ---- the verbs -----------------------------------------------------------------------------------------
 
     def new(self) -> None:
         """Make a base model without adapters; the same one every time."""
@@ -75,7 +82,7 @@ class AdapterMachine(RuleBasedStateMachine):
         """Add an adapter under a new name, with what the directory holds, and make it the active one."""
         raise NotImplementedError
 
-    # ---- what must be so -------------------------------------------------------------------------------------
+    # ---- what must be so -----------------------------------------------------------------------------------
 
     def __init__(self):
         super().__init__()
@@ -87,25 +94,31 @@ class AdapterMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self._folder.cleanup()
+        if hasattr(self, "_random_state"):
+            torch.set_rng_state(self._random_state)
 
     @initialize()
     def _begin(self) -> None:
+        self._random_state = torch.get_rng_state()
+        torch.default_generator.manual_seed(0)  # the same steps draw the same A every time
         self.new()
         self._base = self.output().detach().clone()
 
-    @rule(name=NAMES)
-    @precondition(lambda self: not self._merged)
-    def _add(self, name: str) -> None:
-        if name not in self._outputs:
-            self.add(name)
-            self._active, self._outputs[name] = name, self._base
+    def _free(self) -> str:
+        return next(name for name in NAMES if name not in self._outputs)
 
-    @rule(name=NAMES | st.none())
-    @precondition(lambda self: not self._merged)
-    def _activate(self, name: str | None) -> None:
-        if name is None or name in self._outputs:
-            self.activate(name)
-            self._active = name
+    @rule()
+    @precondition(lambda self: not self._merged and len(self._outputs) < len(NAMES))
+    def _add(self) -> None:
+        name = self._free()
+        self.add(name)
+        self._active, self._outputs[name] = name, self._base
+
+    @rule(number=PLACES | st.none())
+    @precondition(lambda self: not self._merged and self._outputs)
+    def _activate(self, number: int | None) -> None:
+        self._active = None if number is None else _one_of(self._outputs, number)
+        self.activate(self._active)
 
     @rule()
     @precondition(lambda self: self._active and not self._merged)
@@ -130,31 +143,30 @@ class AdapterMachine(RuleBasedStateMachine):
         self._merged = False
         self._visit_all()
 
-    @rule(name=NAMES)
-    @precondition(lambda self: not self._merged)
-    def _remove(self, name: str) -> None:
-        if name in self._outputs:
-            self.remove(name)
-            del self._outputs[name]
-            self._active = None if self._active == name else self._active
-            self._visit_all()
+    @rule(number=PLACES)
+    @precondition(lambda self: not self._merged and self._outputs)
+    def _remove(self, number: int) -> None:
+        name = _one_of(self._outputs, number)
+        self.remove(name)
+        del self._outputs[name]
+        self._active = None if self._active == name else self._active
+        self._visit_all()
 
-    @rule(name=NAMES)
-    @precondition(lambda self: not self._merged)
-    def _save(self, name: str) -> None:
-        if name in self._outputs:
-            directory = Path(self._folder.name) / str(len(self._files))
-            directory.mkdir()
-            self.save(name, directory)
-            self._files[directory] = self._outputs[name]
+    @rule(number=PLACES)
+    @precondition(lambda self: not self._merged and self._outputs)
+    def _save(self, number: int) -> None:
+        name = _one_of(self._outputs, number)
+        directory = Path(self._folder.name) / str(len(self._files))
+        directory.mkdir()
+        self.save(name, directory)
+        self._files[directory] = self._outputs[name]
 
-    @rule(name=NAMES, number=st.integers(0, 3))
-    @precondition(lambda self: self._files and not self._merged)
-    def _load(self, name: str, number: int) -> None:
-        if name not in self._outputs:
-            directory = list(self._files)[number % len(self._files)]
-            self.load(name, directory)
-            self._active, self._outputs[name] = name, self._files[directory]
+    @rule(number=PLACES)
+    @precondition(lambda self: not self._merged and self._files and len(self._outputs) < len(NAMES))
+    def _load(self, number: int) -> None:
+        name, directory = self._free(), _one_of(self._files, number)
+        self.load(name, directory)
+        self._active, self._outputs[name] = name, self._files[directory]
 
     def _visit_all(self) -> None:
         """Make each adapter the active one for a moment, and none: each gives its own output."""

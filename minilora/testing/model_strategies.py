@@ -1,4 +1,4 @@
-"""Hypothesis strategies for whole models and their data: shapes of decoders, conversations, masks, documents."""
+"""Hypothesis strategies for models and their data: shapes of decoders, conversations, masks, documents."""
 
 import torch
 from hypothesis import strategies as st
@@ -46,7 +46,9 @@ def conversations(
     """Messages as chat templates take them: a system message or none, then user and assistant in turn, an
     answer last. Contents are any text that is not blank.
     """
-    words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20) if text is None else text
+    words = (
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20) if text is None else text
+    )
     words = words.filter(lambda content: content.strip())
     messages = [dict(role="system", content=draw(words))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, max_turns))):
@@ -55,7 +57,7 @@ def conversations(
 
 
 def document_lengths(max_tokens: int = 64, max_documents: int = 6) -> st.SearchStrategy[list[int]]:
-    """Tokens of the documents that are packed into one row, each at least 1, at most `max_tokens` together."""
+    """Tokens of documents that are packed into one row: each at least 1, at most `max_tokens` together."""
     lengths = st.lists(st.integers(1, max_tokens), min_size=1, max_size=max_documents)
     return lengths.filter(lambda found: sum(found) <= max_tokens)
 
@@ -68,7 +70,9 @@ def masks(draw: st.DrawFn, max_rows: int = 4, max_tokens: int = 24) -> Tensor:
     B, T = draw(st.integers(1, max_rows)), draw(st.integers(1, max_tokens))
     rows = []
     for _ in range(B):
-        row = draw(st.lists(st.integers(0, 1), min_size=T, max_size=T) | st.integers(1, T).map(lambda n: [1] * n))
+        row = draw(
+            st.lists(st.integers(0, 1), min_size=T, max_size=T) | st.integers(1, T).map(lambda n: [1] * n)
+        )
         row = (row + [0] * T)[:T]
         rows.append(row if any(row) else [1] * T)
     return torch.tensor(rows)

@@ -16,8 +16,8 @@ def adamw_reference(
 ) -> Tensor:
     """Return the parameter after a step for each gradient, float64, in the parameter's shape.
 
-        m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
-        p <- p - lr weight_decay p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
+    p <- p - lr weight_decay p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     """
     p = parameter.detach().double().clone()
     m, v = torch.zeros_like(p), torch.zeros_like(p)

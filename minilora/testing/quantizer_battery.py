@@ -38,6 +38,7 @@ def check_quantizer(
     shape: st.SearchStrategy[tuple[int, ...]] | None = None,  # the shapes that it takes, if not all
     skip: tuple[str, ...] = (),  # properties that need not hold
     max_examples: int = 40,  # tried for each property
+    shrink: bool = True,  # False: report the first counterexample, in less time
     subject: str = "quantizer",  # its name in the report
 ) -> Report:
     """Return a report: each property, whether it held, and the smallest counterexample if it did not.
@@ -52,4 +53,4 @@ def check_quantizer(
         quantize, dequantize, code.detach().double(), blocksize, dtypes, out_dtype, smallest, scale_error,
         ties, nonfinite, empty, shape,
     )  # fmt: skip
-    return QUANTIZER.run(quantizer, subject, skip, max_examples)
+    return QUANTIZER.run(quantizer, subject, skip, max_examples, shrink)

@@ -92,7 +92,9 @@ def _(q: Quantizer, case: Case) -> None:
         expect_same(found[same_range], expected[same_range], f"{factor} times the result without the factor")
 
 
-@QUANTIZER.add("sign symmetry", Quantizer.cases, lambda q: None if q.is_symmetric else "the code is not")
+@QUANTIZER.add(
+    "sign symmetry", Quantizer.cases, lambda q: None if q.is_symmetric else "the code is not symmetric"
+)
 def _(q: Quantizer, case: Case) -> None:
     """Minus the weight gives minus the values, but for ties."""
     weight = case.tensor()

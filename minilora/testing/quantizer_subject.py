@@ -74,7 +74,9 @@ class Quantizer:
             return rows if blocks > 1 else long | rows | deep
         return (long | rows | deep).filter(lambda shape: torch.Size(shape).numel() > (blocks - 1) * b)
 
-    def cases(self, *, flaws=FLAWS, dtypes=None, shape=None, blocks=1, **options) -> st.SearchStrategy["Case"]:
+    def cases(
+        self, *, flaws=FLAWS, dtypes=None, shape=None, blocks=1, **options
+    ) -> st.SearchStrategy["Case"]:
         """Weights to try a property on, as `strategies.recipes` draws them."""
         shape, dtypes = self.shapes(blocks) if shape is None else shape, dtypes or self.dtypes
         drawn = recipes(shape, dtypes, flaws, self.blocksize or 8, **options)
@@ -93,7 +95,9 @@ class Case:
 
     def simplest(self, fails: Callable[["Case"], bool]) -> "Case":
         """Return a case that fails as well and is easier to read."""
-        return Case(simplest(self.recipe, self.code, lambda recipe: fails(Case(recipe, self.code))), self.code)
+        return Case(
+            simplest(self.recipe, self.code, lambda recipe: fails(Case(recipe, self.code))), self.code
+        )
 
     def __repr__(self) -> str:
         return f"{self.recipe!r}.tensor({'code' if 'ties' in self.recipe.flaws else ''})"

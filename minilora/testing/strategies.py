@@ -16,9 +16,7 @@ from minilora.testing.recipes import FLAWS, Recipe
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def shapes(
-    max_size: int = 5000, max_dims: int = 3, min_size: int = 1
-) -> st.SearchStrategy[tuple[int, ...]]:
+def shapes(max_size: int = 5000, max_dims: int = 3, min_size: int = 1) -> st.SearchStrategy[tuple[int, ...]]:
     """Shapes of 1 to `max_dims` dimensions and at most `max_size` elements; odd sizes, and those just beside
     a power of two. min_size 0: empty shapes, too.
     """

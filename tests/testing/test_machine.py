@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+from support.tiny import ids, tiny_model
 from torch import nn
 
 from minilora import (
@@ -19,7 +20,6 @@ from minilora import (
 )
 from minilora.lora import lora_layers
 from minilora.testing import AdapterMachine
-from support.tiny import ids, tiny_model
 
 try:
     import peft
@@ -28,14 +28,23 @@ except ImportError:
 
 BATCH = ids(1, 7)
 SHORT = settings(
-    max_examples=25,
-    stateful_step_count=15,
+    max_examples=20,
+    stateful_step_count=12,
     deadline=None,
     derandomize=True,
     database=None,
     report_multiple_bugs=False,
-    phases=(Phase.generate, Phase.shrink),
+    phases=(Phase.generate,),
 )
+
+
+def train(parameters, output):
+    """A step of signs: every number moves by 0.01, so that updates stay smaller than W."""
+    parameters = list(parameters)
+    gradients = torch.autograd.grad(output.square().sum(), parameters)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.sub_(0.01 * gradient.sign())
 
 
 class Minilora(AdapterMachine):
@@ -53,10 +62,7 @@ class Minilora(AdapterMachine):
         set_adapter(self.model, name)
 
     def step(self):
-        optimizer = torch.optim.SGD(trainable_parameters(self.model).values(), lr=0.5)
-        self.model.train()(BATCH).square().sum().backward()
-        optimizer.step()
-        self.model.zero_grad()
+        train(trainable_parameters(self.model).values(), self.model.train()(BATCH))
 
     def merge(self):
         merge_lora(self.model)
@@ -104,10 +110,7 @@ class Peft(AdapterMachine):
 
     def step(self):
         trained = [p for p in self.wrapped.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=0.5)
-        self.wrapped.train()(torch.linspace(-1, 1, 40).view(5, 8)).square().sum().backward()
-        optimizer.step()
-        self.wrapped.zero_grad()
+        train(trained, self.wrapped.train()(torch.linspace(-1, 1, 40).view(5, 8)))
 
     def merge(self):
         self.wrapped.base_model.merge_adapter()
@@ -204,4 +207,4 @@ class RemoveLeavesTheUpdate(Minilora):
 )
 def test_a_faulty_library_is_caught(faulty):
     with pytest.raises(AssertionError, match=r"value \d+ is"):
-        run_state_machine_as_test(faulty, settings=SHORT)
+        run_state_machine_as_test(faulty, settings=settings(SHORT, max_examples=100))

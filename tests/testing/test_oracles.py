@@ -115,7 +115,7 @@ def test_gradients_written_out_are_those_of_autograd_with_and_without_dropout(sh
     plain = lora_gradients(x, W, A, B, scaling, dy)
     expected = torch.autograd.grad(lora_reference(x, W, A, B, scaling), leaves, dy)
     assert all(close(mine, other) for mine, other in zip(plain, expected, strict=True))
-    dropped = lora_gradients(x, W, A, B, scaling, dy, keep / 0.75)
+    dropped = lora_gradients(x, W, A, B, scaling, dy, keep.double() / 0.75)
     expected = torch.autograd.grad(dropped_reference(x, W, A, B, scaling, keep, 0.25), leaves, dy)
     assert all(close(mine, other) for mine, other in zip(dropped, expected, strict=True))
 
@@ -153,7 +153,9 @@ def test_adamw_is_pytorchs(weight_decay):
     start = torch.randn(4, 5, generator=generator, dtype=torch.float64)
     gradients = [torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(12)]
     parameter = nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW([parameter], lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay
+    )
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step()

@@ -41,7 +41,7 @@ def test_weights_are_finite_unless_asked_and_contiguous(weight):
 
 
 def first(strategy, wanted):
-    options = settings(max_examples=500, derandomize=True, database=None, deadline=None)
+    options = settings(max_examples=300, derandomize=True, database=None, deadline=None)
     return find(strategy, wanted, settings=options)
 
 
@@ -116,7 +116,7 @@ def test_conversations_take_turns_and_end_with_an_answer(messages):
 @few
 @given(document_lengths(32), masks())
 def test_documents_fit_their_row_and_every_row_of_a_mask_has_a_token(lengths, mask):
-    assert 1 <= min(lengths) and sum(lengths) <= 32
+    assert min(lengths) >= 1 and sum(lengths) <= 32
     assert mask.dtype == torch.int64 and set(mask.unique().tolist()) <= {0, 1} and (mask.sum(1) > 0).all()
 
 

@@ -74,7 +74,9 @@ class NoScaling(Lora):
 class DropoutOnTheWholeInput(Lora):
     def forward(self, x):
         x = self.dropped(x)
-        return self.base(x) + F.linear(F.linear(x.float(), self.lora_A), self.lora_B).to(x.dtype) * self.scaling
+        return (
+            self.base(x) + F.linear(F.linear(x.float(), self.lora_A), self.lora_B).to(x.dtype) * self.scaling
+        )
 
 
 class DropoutInEvaluation(Lora):
