@@ -23,7 +23,7 @@ SETS = {  # name: the layers, and the rank that spends 107,520 to 109,824 parame
     "all seven": ("all-linear", 8),
 }
 STEPS, SEEDS = 60, (1, 2)
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 def measure(quick: bool) -> dict:

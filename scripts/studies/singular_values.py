@@ -85,7 +85,7 @@ def ask(model: CausalLM, row: dict, count: int | None, name: str) -> None:
 
 
 def draw(figure, figures: dict) -> None:
-    figure.set_size_inches(10.4, 3.9)
+    figure.set_size_inches(9.4, 3.6)
     spectrum, loss, right = figure.subplots(1, 3)
     for name, values in figures["singular_values"].items():
         colour, order = (ORANGE, 3) if ".mlp." in name else (BLUE, 2)
@@ -108,8 +108,11 @@ def draw(figure, figures: dict) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xticks([1, 4, 16, 64, 192], ["1", "4", "16", "64", "192"])
     loss.set(yscale="log")
-    loss.set_yticks([0.1, 0.2, 0.5, 1, 2, 4], ["0.1", "0.2", "0.5", "1", "2", "4"])
-    right.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+    losses = [loss for kind in ("cut", "lora") for row in figures[kind] for loss in row["losses"]]
+    ticks = [0.15, 0.2, 0.3, 0.5, 0.7, 1, 2, 4]
+    loss.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    loss.set_ylim(0.9 * min(losses), 1.1 * max(losses))
+    right.set_yticks([0, 0.2, 0.4, 0.6, 0.8], ["0%", "20%", "40%", "60%", "80%"])
     loss.legend(frameon=False, fontsize=9, loc="upper right")
     spectrum.set_xticks([1, 4, 16, 64, 192], ["1", "4", "16", "64", "192"])
     for axes in (spectrum, loss, right):

@@ -153,3 +153,35 @@ def test_noise_hides_the_order_of_the_ranks_between_and_whether_lora_beats_full_
     assert mean(curves[16]["seed_losses"]) > mean(curves[4]["seed_losses"])
     overlapping = {r: overlap(curves[r]["seed_losses"], full) for r in (8, 32, 64)}
     assert all(overlapping.values())
+
+
+def rows_of(kind: str) -> dict[int, dict]:
+    """Rank -> row of singular_values, of dW that is `cut` or of `lora`."""
+    return {row["r"]: row for row in figures_of("singular_values")[kind]}
+
+
+def test_few_singular_values_hold_half_of_an_update_and_64_are_needed_for_95_percent():
+    for values in figures_of("singular_values")["singular_values"].values():
+        squares = [value**2 for value in values]
+        assert sum(squares[:5]) >= sum(squares) / 2
+    kept = {r: mean(row["kept"]) for r, row in rows_of("cut").items()}
+    assert kept[32] < 0.95 <= kept[64]
+
+
+def test_16_directions_have_nearly_the_loss_of_all_and_fewer_than_8_lose_most_answers():
+    cut = rows_of("cut")
+    assert all(few - every < 0.03 for few, every in zip(cut[16]["losses"], cut[192]["losses"], strict=True))
+    right = {r: mean(row["right"]) for r, row in cut.items()}
+    assert right[8] == pytest.approx(1 / 2, abs=0.02) and right[4] == pytest.approx(1 / 3, abs=0.03)
+    assert right[1] < 0.05 and right[192] > 0.6
+
+
+def test_lora_trained_at_rank_1_answers_what_an_update_cut_to_rank_1_does_not():
+    assert min(rows_of("lora")[1]["right"]) > 10 * max(rows_of("cut")[1]["right"])
+    assert mean(rows_of("lora")[1]["right"]) == pytest.approx(1 / 2, abs=0.03)
+
+
+def test_two_seeds_of_rank_2_disagree_by_more_than_ranks_do_and_no_rank_above_8_is_better():
+    lora = rows_of("lora")
+    assert {round(share, 2) for share in lora[2]["right"]} == {0.43, 0.17}
+    assert all(mean(lora[r]["losses"]) > mean(lora[8]["losses"]) for r in (16, 32, 64))
