@@ -120,10 +120,10 @@ def draw(figure, figures: dict) -> None:
             end = (code[1] / 2).log10().item()
             axes.axvline(end, color=colour, linewidth=1.2, linestyle="--")
             text = f"{name}:\nbelow is 0"
-            axes.text(end - 0.1, 22, text, color=colour, ha="right", va="top", fontsize=9)
+            axes.text(end - 0.1, 35, text, color=colour, ha="right", va="top", fontsize=9)
         axes.set_title(f"second moments, {spread['trained']}", fontsize=10)
         axes.set_xticks([-10, -8, -6, -4, -2, 0], [f"1e{k}" for k in (-10, -8, -6, -4, -2)] + ["1"])
-        axes.set(xlabel="v / the largest v of its block", ylim=(0, 23))
+        axes.set(xlabel="v / the largest v of its block", ylim=(0, 36))
     middle.axes[0].set_ylabel("% of all v")
     for axes, trained in zip(bottom.subplots(1, 2, sharey=True), RATES, strict=True):
         for run in (run for run in figures["runs"] if run["trained"] == trained):
@@ -169,7 +169,7 @@ def draw_losses(axes, run: dict) -> None:
 def table(figures: dict) -> str:
     zero = {row["trained"]: row["zero"] for row in figures["spread"]}
     lines = [
-        "| trained | moments | held-out loss, each seed | share of v that becomes 0 |",
+        "| trained | moments | held-out loss, each seed | v that becomes 0 |",
         "|---|---|---|---:|",
     ]
     for run in figures["runs"]:

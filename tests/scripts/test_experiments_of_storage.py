@@ -150,3 +150,27 @@ def test_an_adapter_that_is_trained_on_stored_weights_mends_what_one_put_on_them
         double, single = of_base[nf4], of_base[nf4 + ", single"]
         assert single["bits"] - double["bits"] == pytest.approx(0.37, abs=0.005)
         assert abs(mean(single["put_on"]) - mean(double["put_on"])) < 0.002
+
+
+def test_eight_bit_moments_follow_float32_in_the_dynamic_code_and_ruin_every_run_in_equal_steps():
+    figures = figures_of("eight_bit_adam")
+    runs = {(run["trained"], run["moments"]): run for run in figures["runs"]}
+    exact, dynamic, equal = eight_bit_adam.CODES
+    ends = {}
+    for trained in eight_bit_adam.RATES:
+        for losses, others in zip(
+            runs[trained, exact]["losses"], runs[trained, dynamic]["losses"], strict=True
+        ):
+            pairs = zip(losses[:20], others[:20], strict=True)
+            assert all(abs(a - b) < 0.005 * a for a, b in pairs)
+        for losses in runs[trained, equal]["losses"]:
+            assert None in losses[:30]
+        held_out = (runs[trained, moments]["held_out_loss"] for moments in (exact, dynamic))
+        ends[trained] = [b - a for a, b in zip(*held_out, strict=True)]
+    assert min(ends["LoRA"]) < 0 < max(ends["LoRA"])
+    assert all(0 < more < 0.0085 for more in ends["all weights"])
+    of_seeds = runs["all weights", exact]["held_out_loss"]
+    assert max(of_seeds) - min(of_seeds) == pytest.approx(0.036, abs=0.0005)
+    zero = {spread["trained"]: spread["zero"] for spread in figures["spread"]}
+    assert all(0.1 < shares[equal] < 0.11 for shares in zero.values())
+    assert zero["LoRA"][dynamic] == 0 and 0.02 < zero["all weights"][dynamic] < 0.025
