@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from matplotlib.patches import Rectangle
+from studies.drawing import BLUE, GREY, ORANGE, PALE
 from torch import Tensor, nn
 
 from minilora import LoraConfig, add_lora, load_model, load_tokenizer, trainable_parameters
@@ -25,7 +26,6 @@ from minilora.system.assets import EMBEDDED_MODEL
 from minilora.testing import peak_memory
 
 TILE = 4096  # numbers of a weight that a program of kernels/nf4.py dequantizes; importing it needs Triton
-BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
 SMALL = dict(model_type="llama", vocab_size=100, hidden_size=64, intermediate_size=224)
 SMALL |= dict(num_hidden_layers=32, num_attention_heads=4, num_key_value_heads=1)  # Mistral's proportions
 
@@ -279,3 +279,6 @@ def zoom(axes, y: float, i: int, count: int, to: float) -> None:
     """Draw two lines from the lower edge of box i of `count` to the whole width of the row below."""
     for start, end in ((i, 0), (i + 1, 100)):
         axes.plot([start * 100 / count, end], [y - 0.3, to - 1.8], color=GREY, linewidth=0.7, linestyle=":")
+
+
+IDEA_PICTURES = (draw_segments, draw_dynamic_code, draw_loss_scaling, draw_kernel_grid)

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from matplotlib.patches import Rectangle
 from numpy import ndarray
+from studies.drawing import BLUE, GREY, ORANGE, PALE
 from torch import Tensor, nn
 
 from minilora import (
@@ -37,7 +38,7 @@ from minilora.model import CausalLM, attention_mask
 from minilora.rope import frequencies_at, rope_frequencies, yarn_attention_factor
 from minilora.system.assets import ASSETS, EMBEDDED_MODEL
 
-BLUE, ORANGE, GREEN, GREY, PALE = "#3b6ea5", "#d1662f", "#4f8a4b", "#707070", "#e4e4e4"
+GREEN = "#4f8a4b"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 

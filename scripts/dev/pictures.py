@@ -1,6 +1,6 @@
 """Draw the pictures of the documents.
 
-    python scripts/dev/pictures.py                 rewrites docs/pictures/, in seconds and without a model
+    python scripts/dev/pictures.py                 rewrites docs/pictures/, in a minute
     python scripts/dev/pictures.py --output DIR    another directory of the files
 
     codes.png     the sixteen values of three 4-bit codes, among the weights           docs/quantization.md
@@ -8,10 +8,13 @@
     lora.png      trainable parameters of Mistral-7B against rank, counted             docs/lora.md
     memory.png    the bytes of a training step of Mistral-7B, by recompute policy      docs/memory.md
     starts.png    how far a 4-bit layer starts from W, by start and rank               docs/initialization.md
-    *.svg         the diagrams of diagrams.py, which has a list
 
-minilora's own functions compute every number while the script draws, on a seeded weight or on PyTorch's meta
-device, which has no memory.
+    segments dynamic_code loss_scaling kernel_grid    idea_pictures.py: checkpointing, Adam, float16
+    dora chat packing attention rope                  note_pictures.py: the notes of these subjects
+    *.svg                                             diagrams.py: layers and bytes
+
+minilora's own functions compute every number while the script draws: on a seeded weight, on PyTorch's meta
+device, which has no memory, or on the small model of assets/.
 """
 
 if __name__ == "__main__":
@@ -32,7 +35,9 @@ from types import SimpleNamespace
 import matplotlib
 import torch
 from diagrams import DIAGRAMS, MISTRAL_7B
+from idea_pictures import IDEA_PICTURES
 from memory import draw_bars
+from note_pictures import NOTE_PICTURES
 from studies.drawing import BLUE, GREY, ORANGE, PALE, picture_of
 from torch import Tensor
 
@@ -72,7 +77,8 @@ def main() -> None:
         message = f"--output {directory} cannot be created ({error.strerror}): name another directory"
         raise UserError(message) from error
     matplotlib.use("Agg")
-    for draw in (draw_codes, draw_error, draw_lora, draw_memory, draw_starts, *DIAGRAMS):
+    own = draw_codes, draw_error, draw_lora, draw_memory, draw_starts
+    for draw in (*own, *IDEA_PICTURES, *NOTE_PICTURES, *DIAGRAMS):
         kind = "svg" if draw in DIAGRAMS else "png"
         path = directory / f"{draw.__name__.removeprefix('draw_')}.{kind}"
         write_whole(path, picture_of(draw, kind))

@@ -7,12 +7,22 @@ from support.project import ROOT
 
 COURSE = (ROOT / "docs" / "course.md").read_text(encoding="utf-8")
 NOTES = re.findall(r"^\| \d+ \| \[(\w+\.md)\]", COURSE, re.MULTILINE) + ["memory.md", "property_tests.md"]
-HEADINGS = ["The question", "The idea", "The mathematics", "Run it", "What it costs", "Where the code is", "Exercises"]
+HEADINGS = [
+    "The question",
+    "The idea",
+    "The mathematics",
+    "Run it",
+    "What it costs",
+    "Where the code is",
+    "Exercises",
+]
 
 
 def sections(name: str) -> dict[str, str]:
     """Heading -> text, of the second level, in their order. Code may hold lines that begin with #."""
-    text = re.sub(r"^```.*?^```", "", (ROOT / "docs" / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(
+        r"^```.*?^```", "", (ROOT / "docs" / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
     parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
@@ -41,7 +51,7 @@ def test_a_note_has_a_picture_a_snippet_and_three_exercises_each_with_an_answer(
 @pytest.mark.parametrize("name", NOTES)
 def test_the_idea_is_five_sentences_before_its_picture_or_second_paragraph(name):
     idea = sections(name)["The idea"].strip().split("\n\n")[0].replace("\n", " ")
-    sentences = re.split(r"(?<=[.?!]) (?=[A-Z])", re.sub(r"\([^)]*\)", "", idea))
+    sentences = re.split(r"(?<=[.?!]) (?=[A-Za-z`])", re.sub(r"\([^)]*\)", "", idea))
     assert len(sentences) == 5, sentences
 
 

@@ -1,10 +1,12 @@
 """scripts/dev/pictures.py draws the pictures of the documents."""
 
+import re
 import struct
 import sys
 from xml.etree import ElementTree
 
 import diagrams
+import idea_pictures
 import pictures
 import pytest
 import torch
@@ -16,32 +18,34 @@ from minilora.memory.activations import layer_bytes, widths_of
 from minilora.recompute import POLICIES
 from minilora.system.errors import run_script
 
-NAMES = ("codes.png", "error.png", "lora.png", "memory.png", "starts.png")
-DIAGRAMS = ("checkpointed_layer.svg", "lora_layer.svg", "nf4_block.svg", "qlora_path.svg")
+SHOWN = {
+    name
+    for path in ROOT.glob("docs/*.md")
+    for name in re.findall(r"\]\(pictures/([\w.]+)\)", path.read_text(encoding="utf-8"))
+}
 
 
-def size_of(png: bytes) -> tuple[int, int]:
+def size_of(path) -> tuple[int, int]:
     """Return width and height from the header chunk, which follows the eight bytes of the signature."""
+    png = path.read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and png[12:16] == b"IHDR"
     return struct.unpack(">II", png[16:24])
 
 
-def test_the_script_draws_all_pictures_that_the_documents_show(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["pictures.py", "--output", str(tmp_path / "new")])
+def test_the_script_draws_the_pictures_that_the_documents_show_and_no_others(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "--output", str(tmp_path)])
     run_script(pictures.main)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(NAMES + DIAGRAMS)
-    texts = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md"))
-    for name in NAMES:
-        drawn = (tmp_path / "new" / name).read_bytes()
-        assert (
-            size_of(drawn) == size_of((ROOT / "docs/pictures" / name).read_bytes()) and len(drawn) < 150_000
-        )
-        assert f"](pictures/{name})" in texts
-    for name in DIAGRAMS:
-        drawn, shown = (folder / name for folder in (tmp_path / "new", ROOT / "docs/pictures"))
-        assert view_box(drawn) == view_box(shown) and drawn.stat().st_size < 150_000
-        assert f"](pictures/{name})" in texts
-    assert capsys.readouterr().out.count("\n") == len(NAMES + DIAGRAMS)
+    assert (
+        {path.name for path in tmp_path.iterdir()}
+        == SHOWN
+        == {p.name for p in (ROOT / "docs/pictures").iterdir()}
+    )
+    for name in SHOWN:
+        drawn, shown = tmp_path / name, ROOT / "docs/pictures" / name
+        assert drawn.stat().st_size < 150_000 and shown.stat().st_size < 150_000
+        size = view_box if name.endswith(".svg") else size_of
+        assert size(drawn) == size(shown)
+    assert capsys.readouterr().out.count("\n") == len(SHOWN) > 15
 
 
 def view_box(svg) -> str:
@@ -82,6 +86,13 @@ def test_the_diagram_of_a_layer_shows_the_bytes_that_the_ledger_counts():
         in_D = size / (tokens * mistral.hidden_size * 2)
         # The diagram omits single numbers: 1 / rms, 32 log-sum-exps in float32, x A^T of rank 8, copies of A, B.
         assert drawn <= in_D <= drawn + 0.06, policy
+
+
+def test_the_picture_of_the_grid_shows_the_tile_of_the_kernel():
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    from minilora.kernels import nf4
+
+    assert idea_pictures.TILE == nf4.TILE
 
 
 def test_an_output_that_is_a_file_is_a_mistake_of_one_line(monkeypatch, tmp_path, capsys):
