@@ -5,9 +5,9 @@ behind full training, and keeps more of what the model could do before. The perp
 pretraining should rise with the steps, more so with all weights than with LoRA, and more with a high rank
 than with a low one. Training that goes on after the answers are right should make it worse.
 
-The learning rate is constant, so that every step is as long as the others. Each kind of training has its own
-best rate of rank_and_rate. Full training is also shown at a quarter of its rate, for the question whether the
-method forgets or its step size.
+The learning rate is constant, so that every step is as long as the others. It is near the best one of
+rank_and_rate, for each kind of training. Full training is also shown at a quarter of its rate, for the
+question whether the method forgets or its step size.
 """
 
 from collections.abc import Sequence
