@@ -185,3 +185,23 @@ def test_two_seeds_of_rank_2_disagree_by_more_than_ranks_do_and_no_rank_above_8_
     lora = rows_of("lora")
     assert {round(share, 2) for share in lora[2]["right"]} == {0.43, 0.17}
     assert all(mean(lora[r]["losses"]) > mean(lora[8]["losses"]) for r in (16, 32, 64))
+
+
+def test_all_seven_layers_beat_every_other_set_in_every_seed_and_by_half():
+    rows = {row["layers"]: row for row in figures_of("equal_budgets")["rows"]}
+    sizes = [row["parameters"] for row in rows.values()]
+    assert len(rows) == 4 and max(sizes) < 1.03 * min(sizes)
+    every = rows.pop("all seven")
+    assert all(max(every["seed_losses"]) < min(row["seed_losses"]) for row in rows.values())
+    assert 2 * mean(every["seed_losses"]) < min(mean(row["seed_losses"]) for row in rows.values())
+
+
+def test_feed_forward_layers_come_second_attention_third_and_q_v_last_with_the_highest_rate_and_rank():
+    rows = {row["layers"]: row for row in figures_of("equal_budgets")["rows"]}
+    forward, attention, q_v = (rows[name] for name in ("gate up down", "q k v o", "q v"))
+    assert mean(forward["seed_losses"]) < mean(attention["seed_losses"]) < mean(q_v["seed_losses"])
+    assert q_v["r"] == max(row["r"] for row in rows.values())
+    assert [row["best_rate"] for row in rows.values()] == [1.6e-2, 8e-3, 8e-3, 8e-3]
+    assert overlap(forward["seed_losses"], attention["seed_losses"])
+    low, high = sorted(attention["seed_losses"])
+    assert all(low < loss < high for loss in q_v["seed_losses"])
