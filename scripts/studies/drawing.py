@@ -31,9 +31,9 @@ def shades(count: int) -> list[tuple[float, float, float]]:
 
 
 def plain_log_ticks(axis) -> None:
-    """Write 1, 2, 5, 10 and so on at a logarithmic axis, rather than powers."""
+    """Write 1, 1.5, 2, 3, 5, 7, 10 and so on at a logarithmic axis, rather than powers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())

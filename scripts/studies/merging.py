@@ -138,7 +138,10 @@ def survives(model: CausalLM, updates: dict[str, Tensor], factor: float) -> dict
 
 def draw(figure, figures: dict) -> None:
     figure.set_size_inches(9.6, 4.4)
-    panels, colours = figure.subplots(1, 2, sharey=True), dict(zip(SAW, (BLUE, GREY, ORANGE), strict=True))
+    panels, colours = (
+        figure.subplots(1, 2, sharex=True, sharey=True),
+        dict(zip(SAW, (BLUE, GREY, ORANGE), strict=True)),
+    )
     for axes, base in zip(panels, (PLAIN, SPIKED), strict=True):
         for y, name in enumerate(MERGES):
             for shift, saw in zip((-0.22, 0, 0.22), SAW, strict=True):

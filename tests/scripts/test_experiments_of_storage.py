@@ -133,6 +133,8 @@ def test_an_adapter_that_is_trained_on_stored_weights_mends_what_one_put_on_them
         assert all(loss >= best for loss, best in zip(row["put_on"], exact, strict=True)), name
     nf4, cost = "NF4, blocks of 64", mean(plain["NF4, blocks of 64"]["put_on"]) / mean(exact)
     assert cost == pytest.approx(1.07, abs=0.005) and max(exact) - min(exact) > (cost - 1) * mean(exact)
+    coarse = plain["FP4, blocks of 512"]
+    assert coarse["error"] > 0.14 and mean(coarse["put_on"]) / mean(exact) == pytest.approx(1.15, abs=0.005)
     of_512, of_32 = (mean(plain[f"NF4, blocks of {size}"]["trained_on"]) for size in (512, 32))
     assert of_512 < of_32  # the order that the page calls noise
     exact = mean(spiked["bfloat16"]["put_on"])
@@ -174,3 +176,39 @@ def test_eight_bit_moments_follow_float32_in_the_dynamic_code_and_ruin_every_run
     zero = {spread["trained"]: spread["zero"] for spread in figures["spread"]}
     assert all(0.1 < shares[equal] < 0.11 for shares in zero.values())
     assert zero["LoRA"][dynamic] == 0 and 0.02 < zero["all weights"][dynamic] < 0.025
+
+
+def test_an_adapter_belongs_into_what_training_saw_and_a_sum_that_is_quantized_again_into_w():
+    figures = figures_of("merging")
+    plain, spiked = stored_bits.PLAIN, stored_bits.SPIKED
+
+    def losses(base, saw, name):
+        return merging.row_of(figures, base, saw, name)["losses"]
+
+    for base in (plain, spiked):
+        for saw in merging.SAW:
+            seen, unmerged = "dequantized" if saw == "NF4" else "W", losses(base, saw, "not merged")
+            for name in (seen, f"{seen}, in bfloat16"):
+                assert losses(base, saw, name) == pytest.approx(unmerged, abs=0.0005)
+        int8 = losses(base, "NF4", "dequantized, then int8")
+        assert int8 == pytest.approx(losses(base, "NF4", "dequantized"), abs=0.002)
+        into_W, kept = losses(base, "NF4", "W"), losses(base, "NF4", "dequantized")
+        assert all(a > b for a, b in zip(into_W, kept, strict=True))
+        more = 1.03 if base == plain else 1.20
+        assert mean(into_W) / mean(kept) == pytest.approx(more, abs=0.005)
+    wrong = mean(losses(spiked, "float32", "dequantized")) / mean(losses(spiked, "float32", "W"))
+    assert 1.55 < wrong < 1.65 and mean(losses(spiked, "bfloat16", "dequantized")) > 1.55 * mean(
+        losses(spiked, "bfloat16", "W")
+    )
+    for saw in merging.SAW:
+        of_W, of_stored = (losses(spiked, saw, f"{into}, then NF4") for into in ("W", "dequantized"))
+        assert all(a < b for a, b in zip(of_W, of_stored, strict=True))
+        of_W, of_stored = (mean(losses(plain, saw, f"{into}, then NF4")) for into in ("W", "dequantized"))
+        assert abs(of_W - of_stored) < 0.008
+    best = [mean(losses(spiked, "NF4", f"{into}, then NF4")) for into in ("W", "dequantized")]
+    assert best == pytest.approx([0.159, 0.192], abs=0.0005)
+    small = [row for row in figures["survival"] if row["size"] < 0.017]
+    assert len(small) == 4 and all(row["W"] >= 0.975 and row["dequantized"] < 0.055 for row in small)
+    assert all(0.16 < row["update"] < 0.27 and 0.0016 < row["bfloat16"] < 0.0018 for row in figures["sizes"])
+    ends = {saw: mean(losses(plain, saw, "not merged")) for saw in merging.SAW}
+    assert ends["float32"] < ends["bfloat16"] < ends["NF4"]
