@@ -71,8 +71,10 @@ def check_choice(name: str, value: object, known: Sequence) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, known))}")
 
 
-def smallest_failure(cases: st.SearchStrategy, check: Callable[[Any], None], max_examples: int) -> Any | None:
-    """Return the smallest case with which `check` raises; None: there is none."""
+def smallest_failure(
+    cases: st.SearchStrategy, check: Callable[[Any], None], max_examples: int, shrink: bool = True
+) -> Any | None:
+    """Return the smallest case with which `check` raises, or the first one; None: there is none."""
     failed: list[Any] = []
 
     def attempt(case: Any) -> None:

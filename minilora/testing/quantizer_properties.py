@@ -32,6 +32,10 @@ def needs_zero(q: Quantizer) -> str | None:
     return None if (q.code == 0).any() else "the code has no 0"
 
 
+def needs_symmetry(q: Quantizer) -> str | None:
+    return None if q.is_symmetric else "the code is not symmetric"
+
+
 def needs_ones(q: Quantizer) -> str | None:
     return None if q.holds_ones else "the code does not hold both 1 and -1"
 
@@ -92,9 +96,7 @@ def _(q: Quantizer, case: Case) -> None:
         expect_same(found[same_range], expected[same_range], f"{factor} times the result without the factor")
 
 
-@QUANTIZER.add(
-    "sign symmetry", Quantizer.cases, lambda q: None if q.is_symmetric else "the code is not symmetric"
-)
+@QUANTIZER.add("sign symmetry", Quantizer.cases, needs_symmetry)
 def _(q: Quantizer, case: Case) -> None:
     """Minus the weight gives minus the values, but for ties."""
     weight = case.tensor()

@@ -194,17 +194,36 @@ class RemoveLeavesTheUpdate(Minilora):
         super().remove(name)
 
 
-@pytest.mark.parametrize(
-    "faulty",
-    [
-        StepMovesAll,
-        UnmergeForgets,
-        MergeForgetsALayer,
-        LoadGivesAnEmptyAdapter,
-        LoadKeepsTheFilesName,
-        RemoveLeavesTheUpdate,
-    ],
-)
-def test_a_faulty_library_is_caught(faulty):
+STORIES = {  # a faulty library, and the verbs that show its fault
+    StepMovesAll: "add add step",
+    UnmergeForgets: "add step merge unmerge",
+    MergeForgetsALayer: "add step step merge",
+    LoadGivesAnEmptyAdapter: "add step save load",
+    LoadKeepsTheFilesName: "add step add save0 load0",
+    RemoveLeavesTheUpdate: "add step add remove0",
+}
+
+
+def play(machine, story):
+    """Run rules of a machine, each with the number behind its name, and look at the output after each."""
+    machine._begin()
+    try:
+        for word in story.split():
+            verb = word.rstrip("01")
+            numbers = [int(word[len(verb) :] or 0)] if verb in ("save", "load", "remove") else []
+            getattr(machine, f"_{verb}")(*numbers)
+            machine.the_output_is_that_of_the_active_adapter()
+    finally:
+        machine.teardown()
+
+
+@pytest.mark.parametrize("faulty", STORIES)
+def test_the_machine_sees_the_fault_of_a_library_when_its_verbs_are_called(faulty):
+    play(Minilora(), STORIES[faulty])
     with pytest.raises(AssertionError, match=r"value \d+ is"):
-        run_state_machine_as_test(faulty, settings=settings(SHORT, max_examples=100))
+        play(faulty(), STORIES[faulty])
+
+
+def test_the_search_finds_a_fault_that_takes_three_verbs():
+    with pytest.raises(AssertionError, match=r"value \d+ is .*, the output of "):
+        run_state_machine_as_test(StepMovesAll, settings=settings(SHORT, max_examples=100))
