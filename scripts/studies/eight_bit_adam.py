@@ -33,11 +33,11 @@ EDGES = [k / 2 for k in range(-20, 1)]  # of the histogram: log10 of v over the 
 
 
 def measure(quick: bool) -> dict:
-    steps, seeds = (4, SEEDS[:1]) if quick else (STEPS, SEEDS)
+    steps, seeds, count = (3, SEEDS[:1], 16) if quick else (STEPS, SEEDS, None)
     runs, spread = [], []
     for trained, rate in RATES.items():
         for moments, code in CODES.items():
-            results = [train(start(trained, seed), rate, steps, seed, code) for seed in seeds]
+            results = [train(start(trained, seed), rate, steps, seed, code, count) for seed in seeds]
             losses, held_out = ([r[key] for r in results] for key in ("losses", "held_out_loss"))
             runs.append(dict(trained=trained, moments=moments, losses=losses, held_out_loss=held_out))
             print(f"  {trained}, {moments}: {held_out}", flush=True)
@@ -51,10 +51,12 @@ def start(trained: str, seed: int) -> CausalLM:
     return load(LORA, seed) if trained == "LoRA" else load_to_train_all()
 
 
-def train(model: CausalLM, rate: float, steps: int, seed: int, code: Tensor | None) -> dict:
+def train(
+    model: CausalLM, rate: float, steps: int, seed: int, code: Tensor | None, count: int | None
+) -> dict:
     """Train with moments in float32 (code None), or in 8 bits with this code for v.
 
-    Returns the loss of every step, the held-out loss, and the second moments where they are in float32.
+    Returns the loss of every step, the loss of `count` held-out questions, and float32 second moments.
     """
     parameters = list(trainable_parameters(model).values())
     moments = [zeros(p) if code is None else quantized_zeros(p) for p in parameters]
@@ -73,7 +75,7 @@ def train(model: CausalLM, rate: float, steps: int, seed: int, code: Tensor | No
             else:
                 adamw_8bit_definition(tensors, (dynamic_code(True), code), *settings)
     second = [m[1] for m in moments] if code is None else None
-    return dict(losses=losses, held_out_loss=held_out_loss(model.eval()), second_moments=second)
+    return dict(losses=losses, held_out_loss=held_out_loss(model.eval(), count), second_moments=second)
 
 
 def zeros(parameter: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +112,7 @@ def spread_of(second_moments: list[Tensor]) -> dict:
 
 
 def draw(figure, figures: dict) -> None:
-    figure.set_size_inches(9.6, 7.2)
+    figure.set_size_inches(8.0, 6.0)
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1, 1.25, 1.9))
     draw_codes(top.subplots())
     for axes, spread in zip(middle.subplots(1, 2, sharey=True), figures["spread"], strict=True):
@@ -163,7 +165,7 @@ def draw_losses(axes, run: dict) -> None:
     for i, losses in enumerate(run["losses"]):
         finite = [loss if loss is not None else float("nan") for loss in losses]
         label = run["moments"] if i == 0 else None
-        axes.plot(range(1, len(losses) + 1), finite, line, color=colour, linewidth=1.1, label=label)
+        axes.plot(range(1, len(losses) + 1), finite, line, color=colour, linewidth=1.0, label=label)
 
 
 def table(figures: dict) -> str:

@@ -40,7 +40,7 @@ MERGES = {  # how the base is kept before the sum, and how the sum is kept
 
 
 def measure(quick: bool) -> dict:
-    steps, seeds, count, asked = (4, SEEDS[:1], 16, 8) if quick else (STEPS, SEEDS, None, ASKED)
+    steps, seeds, count, asked = (2, SEEDS[:1], 8, 2) if quick else (STEPS, SEEDS, None, ASKED)
     rows, sizes, survival = [], [], []
     for base, start in {PLAIN: load_plain, SPIKED: load_spiked}.items():
         for saw in SAW:
@@ -152,7 +152,7 @@ def draw(figure, figures: dict) -> None:
                 axes.axhline(y - 0.5, color=GREY, linewidth=0.4, alpha=0.5)
         axes.set(xscale="log", xlabel="held-out loss (nats)", ylim=(len(MERGES) - 0.5, -0.5))
         axes.set_title(f"the base {base}", color=BLUE, fontsize=11)
-        plain_log_ticks(axes.xaxis)
+        plain_log_ticks(axes.xaxis, (1, 1.5, 2, 3, 5, 7))
         axes.grid(axis="x", alpha=0.25)
     panels[0].set_yticks(range(len(MERGES)), [n if n == "not merged" else f"into {n}" for n in MERGES])
     panels[1].legend(title="training saw", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

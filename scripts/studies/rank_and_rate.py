@@ -52,10 +52,12 @@ def draw(figure, figures: dict) -> None:
     figure.set_size_inches(9.6, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
     full = next(curve for curve in figures["curves"] if curve["kind"] == FULL)
+    ranks = RANKS["alpha / r"]
+    colours = dict(zip(ranks, shades(len(ranks)), strict=True))
     for axes, kind in zip(panels, RANKS, strict=True):
         curves = [curve for curve in figures["curves"] if curve["kind"] == kind]
-        for curve, colour in zip(curves, shades(len(curves)), strict=True):
-            plot(axes, curve, colour, f"r = {curve['r']}")
+        for curve in curves:
+            plot(axes, curve, colours[curve["r"]], f"r = {curve['r']}")
         plot(axes, full, ORANGE, FULL)
         axes.set(xscale="log", yscale="log", xlabel="learning rate", ylim=(0.08, 5))
         axes.set_title(f"LoRA, scaled by {kind}", color=BLUE, fontsize=11)

@@ -85,7 +85,7 @@ def ask(model: CausalLM, row: dict, count: int | None, name: str) -> None:
 
 
 def draw(figure, figures: dict) -> None:
-    figure.set_size_inches(9.4, 3.6)
+    figure.set_size_inches(9, 3.4)
     spectrum, loss, right = figure.subplots(1, 3)
     for name, values in figures["singular_values"].items():
         colour, order = (ORANGE, 3) if ".mlp." in name else (BLUE, 2)

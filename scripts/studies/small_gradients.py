@@ -45,7 +45,7 @@ S_OF = {
 
 
 def measure(quick: bool) -> dict:
-    trained_steps, steps = (2, 6) if quick else (TRAINED, STEPS)
+    trained_steps, steps, count = (2, 3, 8) if quick else (TRAINED, STEPS, None)
     gradients = gradients_of(trained_steps)
     found = []
     for kind, values in gradients.items():
@@ -56,7 +56,7 @@ def measure(quick: bool) -> dict:
             dict(kind=kind, count=len(values), shares=list(map(figure_of, counts.tolist())), scales=rounded)
         )
         print(f"  {kind}: {len(values):,} gradients, at S = 1 {losses_at(values, 1.0)}", flush=True)
-    runs = [dict(name=name) | train_scaled(scale, steps) for name, scale in S_OF.items()]
+    runs = [dict(name=name) | train_scaled(scale, steps, count) for name, scale in S_OF.items()]
     settings = dict(r=LORA.r, learning_rate=LEARNING_RATE, seed=SEED, trained=trained_steps, steps=steps)
     return settings | dict(growth=GROWTH, edges=EDGES, gradients=found, runs=runs)
 
@@ -96,10 +96,10 @@ def losses_at(gradients: Tensor, scale: float) -> dict[str, float]:
     return {name: figure_of(part.float().mean().item()) for name, part in parts.items()}
 
 
-def train_scaled(scale: float | None, steps: int) -> dict:
+def train_scaled(scale: float | None, steps: int, count: int | None) -> dict:
     """Train in float32 (scale None), or in float16 with a loss scale that starts so and moves if above 1.
 
-    Returns the loss of every step, S after it, the number of skipped steps, and the held-out loss.
+    Returns the loss of every step, S after it, the skipped steps, and the loss of `count` held-out questions.
     """
     model = load_model(EMBEDDED_MODEL, dtype=torch.float32 if scale is None else torch.float16)
     torch.manual_seed(SEED)
@@ -121,7 +121,9 @@ def train_scaled(scale: float | None, steps: int) -> dict:
         optimizer.zero_grad()
         losses.append(figure_of(loss))
         scales.append(loss_scale.scale)
-    return dict(losses=losses, scales=scales, skipped=loss_scale.skipped, held_out_loss=held_out_loss(model))
+    return dict(
+        losses=losses, scales=scales, skipped=loss_scale.skipped, held_out_loss=held_out_loss(model, count)
+    )
 
 
 def set_scale(loss_scale: LossScale, scale: float, growth_interval: int) -> None:
@@ -134,7 +136,7 @@ def set_scale(loss_scale: LossScale, scale: float, growth_interval: int) -> None
 
 
 def draw(figure, figures: dict) -> None:
-    figure.set_size_inches(9.6, 7.4)
+    figure.set_size_inches(8.8, 6.6)
     (histogram, lost), (losses, scale) = figure.subplots(2, 2)
     colours = dict(zip(KINDS, (BLUE, GREY, ORANGE), strict=True))
     for found in figures["gradients"]:
@@ -146,16 +148,16 @@ def draw(figure, figures: dict) -> None:
         lost.plot(at, [100 * row["infinite"] for row in found["scales"]], "--", color=colour, linewidth=1.4)
     for x, text in ((FLOOR / 2, "to the left: 0"), (NORMAL, "fewer digits")):
         histogram.axvline(x, color=GREY, linewidth=1, linestyle="--")
-        histogram.text(x * 0.7, 33, text, color=GREY, ha="right", va="top", fontsize=9)
-    histogram.set(xscale="log", xlim=(1e-11, 1), ylim=(0, 34), xlabel="magnitude of a gradient (S = 1)")
+        histogram.text(x * 0.7, 49, text, color=GREY, ha="right", va="top", fontsize=9)
+    histogram.set(xscale="log", xlim=(1e-11, 1), ylim=(0, 50), xlabel="magnitude of a gradient (S = 1)")
     histogram.set(ylabel="% of the gradients")
-    for y, kind in ((19, "activations"), (25, "A"), (29, "B")):
-        histogram.text(4e-11, y - 6, kind, color=colours[kind], fontweight="bold")
+    for y, kind in ((20, "activations"), (26, "A"), (32, "B")):
+        histogram.text(4e-11, y, kind, color=colours[kind], fontweight="bold")
     lost.set(xscale="log", xlabel="loss scale S", ylabel="% of the gradients", ylim=(-2, 102))
     lost.set_xscale("log", base=2)
     lost.axvline(65536, color=GREY, linewidth=1, linestyle="--")
     lost.text(40000, 60, "65536", color=GREY, ha="right", fontsize=9)
-    lost.text(2.0**-9, 92, "line: become 0\ndashes: infinite", color=GREY, fontsize=9, va="top")
+    lost.text(2.0**-2, 92, "line: become 0\ndashes: infinite", color=GREY, fontsize=9, va="top")
     looks = ((GREY, "-"), (BLUE, "--"), (ORANGE, "--"), (ORANGE, "-"))
     for run, (colour, line) in zip(figures["runs"], looks, strict=True):
         steps = range(1, len(run["losses"]) + 1)

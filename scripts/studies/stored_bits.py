@@ -44,7 +44,7 @@ PLAIN, SPIKED = "as it is", "with outliers"
 
 
 def measure(quick: bool) -> dict:
-    steps, seeds, count = (4, SEEDS[:1], 16) if quick else (STEPS, SEEDS, None)
+    steps, seeds, count = (2, SEEDS[:1], 8) if quick else (STEPS, SEEDS, None)
     rows = []
     for base, start in {PLAIN: load_plain, SPIKED: load_spiked}.items():
         ready_made = [update_of(trained(start(), steps, seed)) for seed in seeds]

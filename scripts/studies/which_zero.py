@@ -26,6 +26,7 @@ LORA = LoraConfig(r=8, lora_alpha=16)
 STEPS, SEEDS, ASKED = 40, (0, 1, 2), 250  # the last: held-out questions of a loss
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 STARTS = {"B = 0": (1.0, 0.0), "A = 0": (0.0, 1.0), "both small": (0.1, 0.1), "both zero": (0.0, 0.0)}
+LABELS = {"B = 0": "A random, B = 0", "A = 0": "A = 0, B random", "both small": "both random, a tenth"}
 
 
 def measure(quick: bool) -> dict:
@@ -71,7 +72,7 @@ def draw(figure, figures: dict) -> None:
     for curve, colour in zip(figures["curves"], (BLUE, ORANGE, GREY, GREY), strict=True):
         if curve["start"] == "both zero":
             axes.axhline(mean(curve["losses"][0]), color=GREY, linewidth=1, linestyle="--")
-            axes.text(axes_end(figures), 1.03 * mean(curve["losses"][0]), "both zero", color=GREY, ha="right")
+            axes.text(min(curve["rates"]), 0.88 * mean(curve["losses"][0]), "both zero", color=GREY)
             continue
         means = [mean(losses) for losses in curve["losses"]]
         axes.plot(curve["rates"], means, color=colour, linewidth=1.4, label=LABELS[curve["start"]])
@@ -85,13 +86,6 @@ def draw(figure, figures: dict) -> None:
     plain_log_ticks(axes.yaxis)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-
-
-LABELS = {"B = 0": "A random, B = 0", "A = 0": "A = 0, B random", "both small": "both random, a tenth"}
-
-
-def axes_end(figures: dict) -> float:
-    return max(figures["curves"][0]["rates"])
 
 
 def worst(loss: float | None) -> float:
