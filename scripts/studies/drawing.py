@@ -1,4 +1,4 @@
-"""The look of the documents' pictures: four colours, and a figure as the bytes of a PNG file."""
+"""The look of the documents' pictures: four colours, and a figure as the bytes of a file."""
 
 import io
 from collections.abc import Callable
@@ -6,16 +6,18 @@ from collections.abc import Callable
 BLUE, ORANGE, GREY, PALE = "#3b6ea5", "#d1662f", "#707070", "#e4e4e4"
 
 
-def picture_of(draw: Callable) -> bytes:
-    """Return the PNG of the figure that `draw(figure)` fills."""
+def picture_of(draw: Callable, kind: str = "png") -> bytes:
+    """Return the PNG or SVG, the same bytes each time, of the figure that `draw(figure)` fills."""
     from matplotlib import pyplot
 
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+    style |= {"svg.hashsalt": "minilora", "svg.fonttype": "path"}
     with pyplot.rc_context(style):
-        figure = pyplot.figure(layout="constrained")
+        figure = pyplot.figure(layout=None if kind == "svg" else "constrained")
         draw(figure)
         picture = io.BytesIO()
-        figure.savefig(picture, dpi=130, format="png", metadata={"Software": None})
+        anonymous = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(picture, dpi=130, format=kind, metadata=anonymous, facecolor="white")
         pyplot.close(figure)
     return picture.getvalue()
 

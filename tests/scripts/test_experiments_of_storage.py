@@ -1,6 +1,7 @@
 """The studies of stored weights, gradients, moments and starts measure what they say, and support their sentences."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -212,3 +213,43 @@ def test_an_adapter_belongs_into_what_training_saw_and_a_sum_that_is_quantized_a
     assert all(0.16 < row["update"] < 0.27 and 0.0016 < row["bfloat16"] < 0.0018 for row in figures["sizes"])
     ends = {saw: mean(losses(plain, saw, "not merged")) for saw in merging.SAW}
     assert ends["float32"] < ends["bfloat16"] < ends["NF4"]
+
+
+def test_activations_gradients_need_the_loss_scale_and_training_bears_their_loss_for_long():
+    figures = figures_of("small_gradients")
+    at = {found["kind"]: {row["scale"]: row for row in found["scales"]} for found in figures["gradients"]}
+    plain, scaled, small = (at["activations"][scale] for scale in (1.0, 65536.0, 2.0**-10))
+    assert plain["zero"] == pytest.approx(0.18, abs=0.005) and plain["few_digits"] == pytest.approx(
+        0.79, abs=0.005
+    )
+    assert 0.002 < scaled["zero"] < 0.0025 and small["zero"] == pytest.approx(0.94, abs=0.005)
+    assert all(at[kind][1.0]["zero"] < 1e-4 for kind in "AB")
+    for rows in at.values():
+        middle = [row for scale, row in rows.items() if 2**10 <= scale <= 2**20]
+        assert len(middle) == 6 and all(row["zero"] < 0.01 and row["infinite"] == 0 for row in middle)
+    runs = {run["name"]: run for run in figures["runs"]}
+    exact, saw, free, shrunk = runs.values()
+    assert saw["skipped"] == 4 and len(saw["scales"]) == 40
+    falls = sum(after < before for before, after in pairwise([65536.0, *saw["scales"]]))
+    assert falls == 4 and max(saw["scales"]) >= 2**20
+    ends = [run["held_out_loss"] for run in (exact, saw, free, shrunk)]
+    assert ends == pytest.approx([0.22, 0.25, 0.22, 0.36], abs=0.005) and abs(ends[0] - ends[2]) < 0.0005
+
+
+def test_a_start_with_a_zero_tolerates_half_the_rate_of_one_with_b_zero():
+    curves = {curve["start"]: curve for curve in figures_of("which_zero")["curves"]}
+    of = {name: dict(zip(curve["rates"], curve["losses"], strict=True)) for name, curve in curves.items()}
+    A, B, small = of["A = 0"], of["B = 0"], of["both small"]
+    assert max(B[0.016]) < 0.5 and min(A[0.016]) > 2 and min(*B[0.032], *A[0.032]) > 2
+    assert max(A[0.002]) < min(B[0.002])
+    best = [min((mean(losses), rate) for rate, losses in start.items()) for start in (B, A, small)]
+    assert best[0] == pytest.approx((0.384, 0.008), abs=0.0005) and best[1] == pytest.approx(
+        (0.455, 0.004), abs=0.0005
+    )
+    assert best[2] == pytest.approx((0.321, 0.016), abs=0.0005)
+    assert max(B[0.008]) > min(A[0.004]) and max(small[0.016]) > min(B[0.008])  # the ranges overlap
+    assert [mean(small[rate]) < 1 for rate in small] == [mean(B[rate]) < 1 for rate in B]
+    assert all(
+        loss == curves["both zero"]["before"] for losses in of["both zero"].values() for loss in losses
+    )
+    assert curves["A = 0"]["before"] == curves["B = 0"]["before"] == curves["both zero"]["before"]
