@@ -19,7 +19,7 @@ from minilora.lora import trainable_parameters
 from minilora.loss import causal_lm_loss
 from minilora.model import CausalLM
 from minilora.optim import MOMENT_BLOCK_SIZE, adamw, adamw_8bit_definition
-from minilora.quantization import dynamic_code
+from minilora.quantization import dequantize_dynamic, dynamic_code, quantize_dynamic
 from studies.drawing import BLUE, GREY, ORANGE
 from studies.small_world import batches, figure_of, held_out_loss, load, load_to_train_all, tokenizer
 
@@ -29,6 +29,10 @@ RATES = {"LoRA": 4e-3, "all weights": 1e-3}
 BETAS, EPS = (0.9, 0.999), 1e-8
 UNIFORM = torch.linspace(0, 1, 256)  # v is never negative
 CODES = {"32 bits": None, "8 bits, dynamic": dynamic_code(False), "8 bits, equal steps for v": UNIFORM}
+# What `quantize_dynamic` makes of 0 in a block whose largest value is 1: see docs/adam8bit.md.
+FLOOR = dequantize_dynamic(
+    *quantize_dynamic(torch.tensor([0.0, 1.0]), dynamic_code(False), 2), dynamic_code(False), 2
+)[0]
 EDGES = [k / 2 for k in range(-20, 1)]  # of the histogram: log10 of v over the largest of its block
 
 
@@ -92,20 +96,22 @@ def quantized_zeros(parameter: Tensor) -> tuple[Tensor, ...]:
 
 def spread_of(second_moments: list[Tensor]) -> dict:
     """Return how v lies below the largest of its block, and which share of it each code makes 0."""
-    shares = []
-    for v in second_moments:
-        for block in v.flatten().split(MOMENT_BLOCK_SIZE):
-            if block.max() > 0:
-                shares.append(block / block.max())
-    share = torch.cat(shares)
+    blocks = [b for v in second_moments for b in v.flatten().split(MOMENT_BLOCK_SIZE) if b.max() > 0]
+    share = torch.cat([block / block.max() for block in blocks])
     logs = share[share > 0].log10()
     counts = torch.histogram(logs, torch.tensor(EDGES)).hist / len(share)
     zero = {
-        name: figure_of(((share > 0) & (share < code[1] / 2)).float().mean().item())
+        name: figure_of(sum(count_zeros(block, code) for block in blocks) / len(share))
         for name, code in CODES.items()
         if code is not None
     }
     return dict(shares=[figure_of(c) for c in counts.tolist()], zero=zero)
+
+
+def count_zeros(block: Tensor, code: Tensor) -> int:
+    """Count the values above 0 that come back as 0 from a code."""
+    stored = dequantize_dynamic(*quantize_dynamic(block, code, len(block)), code, len(block))
+    return int(((block > 0) & (stored == 0)).sum())
 
 
 # ---- picture and table -------------------------------------------------------------------------------------
@@ -118,10 +124,13 @@ def draw(figure, figures: dict) -> None:
     for axes, spread in zip(middle.subplots(1, 2, sharey=True), figures["spread"], strict=True):
         lows = figures["edges"][:-1]
         axes.bar(lows, [100 * s for s in spread["shares"]], width=0.46, align="edge", color=BLUE)
-        for name, colour, code in (("dynamic", BLUE, dynamic_code(False)), ("equal steps", ORANGE, UNIFORM)):
-            end = (code[1] / 2).log10().item()
+        floors = {
+            "dynamic: below\nis rounded up": (FLOOR, BLUE),
+            "equal steps:\nbelow is 0": (UNIFORM[1] / 2, ORANGE),
+        }
+        for text, (floor, colour) in floors.items():
+            end = floor.log10().item()
             axes.axvline(end, color=colour, linewidth=1.2, linestyle="--")
-            text = f"{name}:\nbelow is 0"
             axes.text(end - 0.1, 35, text, color=colour, ha="right", va="top", fontsize=9)
         axes.set_title(f"second moments, {spread['trained']}", fontsize=10)
         axes.set_xticks([-10, -8, -6, -4, -2, 0], [f"1e{k}" for k in (-10, -8, -6, -4, -2)] + ["1"])
