@@ -1,10 +1,13 @@
 """The battery names the fault of every wrong quantizer, and finds none in the right ones."""
 
+import textwrap
+
 import pytest
 import torch
 from hypothesis import strategies as st
 from testing.wrong_quantizers import CODE, WRONG, dequantize, quantize
 
+import minilora.testing
 from minilora.int8 import quantize_int8
 from minilora.quantization import QUANT_TYPES, dequantize_4bit, four_bit_code, quantize_4bit
 from minilora.testing import DTYPES, Recipe, check_quantizer
@@ -124,6 +127,13 @@ def test_torchao_has_every_property_in_float32_but_that_blocks_of_zeros_do_not_s
     assert set(report.failures) == {"zero block"}
     weight = eval(report.failures["zero block"], dict(Recipe=Recipe, torch=torch, code=CODE))
     assert (weight.view(-1, 64).abs().amax(1) == 0).any() and weight.any()
+
+
+def test_the_example_of_the_room_runs_and_names_its_bug(capsys):
+    example = minilora.testing.__doc__.split("\n\n")[1:3]
+    exec(textwrap.dedent("\n\n".join(example)), {})
+    printed = capsys.readouterr().out
+    assert "FAILED   outliers stay in their block" in printed and "ok       shape" in printed
 
 
 def test_a_counterexample_is_a_line_of_python_with_few_plain_numbers():
