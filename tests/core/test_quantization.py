@@ -180,7 +180,15 @@ def check_against_bitsandbytes(weight, quant_type, blocksize):
         state.shape = torch.Size((1, weight.numel()))
         for dtype in DTYPES:
             state.dtype = dtype
-            assert same_bits(q.dequantize(dtype) + 0.0, bnb.dequantize_4bit(packed, state) + 0.0)
+            ours, theirs = (
+                q.dequantize(dtype).view(-1) + 0.0,
+                bnb.dequantize_4bit(packed, state).view(-1) + 0.0,
+            )
+            if (
+                dtype == torch.bfloat16
+            ):  # a CPU's instruction for it, VCVTNEPS2BF16, takes subnormals for zero
+                ours = ours.masked_fill((theirs == 0) & (ours.abs() < 2**-126), 0)
+            assert same_bits(ours, theirs)
 
 
 @quiet
