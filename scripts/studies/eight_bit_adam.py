@@ -124,14 +124,14 @@ def draw(figure, figures: dict) -> None:
     for axes, spread in zip(middle.subplots(1, 2, sharey=True), figures["spread"], strict=True):
         lows = figures["edges"][:-1]
         axes.bar(lows, [100 * s for s in spread["shares"]], width=0.46, align="edge", color=BLUE)
-        floors = {
-            "dynamic: below\nis rounded up": (FLOOR, BLUE),
-            "equal steps:\nbelow is 0": (UNIFORM[1] / 2, ORANGE),
-        }
-        for text, (floor, colour) in floors.items():
+        floors = (
+            (FLOOR, "dynamic: below\nis rounded up", BLUE, 35),
+            (UNIFORM[1] / 2, "equal:\nbelow is 0", ORANGE, 22),
+        )
+        for floor, text, colour, height in floors:
             end = floor.log10().item()
             axes.axvline(end, color=colour, linewidth=1.2, linestyle="--")
-            axes.text(end - 0.1, 35, text, color=colour, ha="right", va="top", fontsize=9)
+            axes.text(end - 0.1, height, text, color=colour, ha="right", va="top", fontsize=9)
         axes.set_title(f"second moments, {spread['trained']}", fontsize=10)
         axes.set_xticks([-10, -8, -6, -4, -2, 0], [f"1e{k}" for k in (-10, -8, -6, -4, -2)] + ["1"])
         axes.set(xlabel="v / the largest v of its block", ylim=(0, 36))
