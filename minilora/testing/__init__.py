@@ -32,6 +32,7 @@ simplify.py              a counterexample of few plain numbers
 strategies.py            tensors, shapes and factors
 model_strategies.py      ModelConfig, conversations, masks, lengths of documents
 peak.py                  memory at the peak of a function
+exercises.py             a check in a notebook: one line in place of a traceback
 
 Oracles are float64, slow and plain, and share nothing with the code that they check. This is the only room
 that imports hypothesis, which is a test dependency.

@@ -22,6 +22,7 @@ COPIED = (
     "tests",
     "assets",
     "docs",
+    "notebooks",
     "README.md",
     "pyproject.toml",
     "constraints.txt",

@@ -37,7 +37,7 @@ from minilora.system.errors import run_script
 SCRIPTS = (
     "train prepare evaluate chat merge memory compare sweep share lint_adapter convert combine extract experiments"
 ).split()
-DEVELOPERS_SCRIPTS = "verify bench pretrain pictures keys matrix check_gpu".split()
+DEVELOPERS_SCRIPTS = "verify bench pretrain pictures keys matrix notebooks check_gpu".split()
 IMPORTED_LATER = (  # by the scripts while they run
     "fsspec huggingface_hub.errors huggingface_hub.hf_api matplotlib.pyplot pyarrow.parquet torch._dynamo"
 ).split()

@@ -81,6 +81,7 @@ LOCAL_ONLY = {  # a command that ends where a path of this machine is to follow:
     "verify --output": "output",
     "pretrain --steps 1 --output": "output",
     "pictures --output": "output",
+    "notebooks --output": "output",
     "check_gpu --out": "out",
     "check_gpu --table": "table",
     "experiments rank_and_rate --output": "output",

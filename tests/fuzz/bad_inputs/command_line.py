@@ -37,6 +37,7 @@ EVERY_SCRIPT = {
     "pictures": "pictures --output out",
     "keys": "keys",
     "matrix": "matrix",
+    "notebooks": "notebooks --output out",
     "check_gpu": "check_gpu",
     "experiments": "experiments rank_and_rate --quick",
 }
@@ -62,6 +63,7 @@ EMPTY = {
     "verify": "model output family",
     "pretrain --steps 1": "output seed",
     "pictures": "output",
+    "notebooks": "output",
     "check_gpu": "only budget emulate out table",
     "experiments rank_and_rate": "output",
 }
@@ -90,6 +92,7 @@ MISSING = {  # command: the word that its last option is called
     "share --adapter adapter": "push_to_hub",
     "lint_adapter": "adapter",
     "bench --width": "width",
+    "notebooks --output": "output",
     "check_gpu --only": "only",
     "experiments rank_and_rate --output": "output",
 }

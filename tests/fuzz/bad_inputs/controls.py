@@ -48,6 +48,7 @@ COMMANDS = {
     "bench": "bench --help",
     "pretrain": "pretrain --help",
     "pictures": "pictures --help",
+    "notebooks": "notebooks --help",
     "check_gpu": "check_gpu --help",
 }
 

@@ -70,6 +70,7 @@ DIRECTORIES = {  # the same of a directory to write
     "merge --adapter adapter --export_adapter": "output|export_adapter",
     "pretrain --steps 1 --output": "output",
     "pictures --output": "output",
+    "notebooks --output": "output",
     "check_gpu --out": "out",
     "experiments rank_and_rate --output": "output",
 }
