@@ -35,12 +35,12 @@ EXAMPLES = 3 if FAST else 40
 # many are small, few are large.
 # %%
 weight = load_model(EMBEDDED_MODEL, dtype=torch.float32).model.layers[1].mlp.gate_proj.weight.detach()
-plt.figure(figsize=(6, 2.5))
+plt.figure(figsize=(7, 2.5))
 plt.hist((weight / weight.std()).flatten().numpy(), bins=100, density=True, label="a layer's weights")
 x = torch.linspace(-4, 4, 200)
 plt.plot(x, (-x.square() / 2).exp() / (2 * torch.pi) ** 0.5, label="the normal distribution")
 plt.xlabel("weight, in standard deviations")
-plt.legend()
+plt.legend(fontsize=8)
 plt.show()
 
 
@@ -306,8 +306,9 @@ with check("the same bytes as bitsandbytes"):
 # %% [markdown]
 # Not every index of a scale need be equal. bitsandbytes first rounds to one of 65,536 even steps, and looks
 # the
-# code up in a table. Near zero the dynamic codes lie closer together than those steps, so it does not always
-# take the nearest one. minilora follows it, so that checkpoints agree to the bit.
+# code up in a table. So a value close to the middle between two codes may get the other one. minilora does
+# the
+# same, so that checkpoints agree to the bit.
 #
 # **Exercise.** How many bits is a weight, with its share of the scales? Without double quantization a block
 # of

@@ -35,6 +35,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, AssertionError):
         return text or f"this does not hold: {cells[-1].line if cells else error!r}"
     place = f", in line {cells[-1].lineno} of its cell: {cells[-1].line}" if cells else ""
-    unfilled = "NoneType" in text or "ellipsis" in text
-    hint = "; a function gives None: is the cell above filled in?" if unfilled else ""
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}{place}{hint}"
+    what = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}{place}"
+    if "NoneType" in text or "ellipsis" in text:
+        return f"something is None: is the cell above filled in? ({what})"
+    return what
