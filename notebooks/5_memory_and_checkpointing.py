@@ -20,6 +20,7 @@ from minilora.system.assets import EMBEDDED_MODEL
 from minilora.testing import peak_memory
 from minilora.testing.exercises import check
 
+os.environ["KINETO_LOG_LEVEL"] = "99"  # peak_memory asks PyTorch's profiler, which would write lines
 FAST = "MINILORA_FAST" in os.environ  # the tests of this notebook are in a hurry
 DEPTH, WIDTH, TOKENS = (16, 16, 64) if FAST else (64, 64, 4096)
 
