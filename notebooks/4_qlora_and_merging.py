@@ -292,6 +292,7 @@ plt.show()
 #
 # ## Turn a knob
 #
+# - At which size of the change is half of it left? Is it the same with `quant_type="fp4"`?
 # - Train with a tenth of the learning rate for ten times the steps. How much of the change survives now?
 # - Quantize with `blocksize=1024`. Which of the first two ways suffers?
 # - Store the merged weights in bfloat16. Is its rounding smaller than that of 4 bits, and than the change?
