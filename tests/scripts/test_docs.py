@@ -12,7 +12,10 @@ from support.project import ROOT, is_key
 from minilora.system.errors import ArgumentParser
 
 README = ROOT / "README.md"
-TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "assets/README.md", "notebooks/README.md")]
+TOP = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "assets/README.md", "notebooks/README.md")
+]
 DOCUMENTS = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
 HERE = str(Path(__file__).relative_to(ROOT))
 
