@@ -109,7 +109,8 @@ def read_adapter_config(directory: str | Path) -> LoraConfig:
     """Read `adapter_config.json`. Raises UserError naming the file and the key that cannot be honoured."""
     path = Path(directory) / ADAPTER_CONFIG_FILE
     if not path.exists():
-        raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG_FILE}")
+        is_model = "; it is a model, so name it with --model" * path.with_name("config.json").is_file()
+        raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG_FILE}{is_model}")
     raw = read_object(path)
     try:
         return parse_adapter_config(raw)

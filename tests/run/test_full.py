@@ -126,6 +126,16 @@ def test_evaluate_and_chat_take_the_result_as_a_model(train, call, dataset):
     directory, _ = train(**FULL)
     code, out, err = call("evaluate", "--model", directory, "--dataset", dataset)
     assert code == 0, err
+    code, _, err = call("evaluate", "--adapter", directory, "--dataset", dataset)
+    assert code == 2 and "it is a model, so name it with --model" in err
+
+
+def test_the_snippet_of_the_model_card_runs(train):
+    pytest.importorskip("transformers")
+    directory, _ = train(**FULL)
+    snippet = (directory / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert "AutoModelForCausalLM" in snippet and "peft" not in snippet
+    exec(compile(snippet, "card", "exec"), {})
 
 
 @pytest.mark.parametrize(
