@@ -19,6 +19,7 @@ REPOSITORY = ""  # the address of the repository that you have this notebook fro
 MODEL = "mistralai/Mistral-7B-v0.1"  # any Llama, Mistral or Qwen model of the hub
 DATA = "my.jsonl"  # a file that you will upload, or a dataset of the hub, such as tatsu-lab/alpaca
 TRAINING = "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 --optim adamw_8bit --packing true"
+SAVE_STEPS = 100  # if Colab disconnects, no more than these are lost
 QUESTION = "Which three things do you do best?"
 
 # %% [markdown]
@@ -26,6 +27,7 @@ QUESTION = "Which three things do you do best?"
 # minilora. It takes a minute on a laptop.
 # %%
 TRIAL = not Path("/dev/nvidia0").exists() or "MINILORA_FAST" in os.environ
+print("a trial with the small model" if TRIAL else f"{MODEL} on {DATA}")
 
 # %% [markdown]
 # ## Install
@@ -71,11 +73,13 @@ if TRIAL:
     from minilora.system.assets import ASSETS, EMBEDDED_MODEL
 
     MODEL, DATA = EMBEDDED_MODEL, ASSETS / "train.jsonl"
-    TRAINING = "--per_device_train_batch_size 16 --learning_rate 4e-3 --logging_steps 10 --max_steps "
-    TRAINING += "4" if "MINILORA_FAST" in os.environ else "100"
-    QUESTION = "Question: Who has a dog called Biscuit?\nAnswer:"
+    steps, SAVE_STEPS = (4, 2) if "MINILORA_FAST" in os.environ else (100, 50)
+    TRAINING = "--per_device_train_batch_size 16 --learning_rate 4e-3 --logging_steps 10"
+    TRAINING += f" --max_steps {steps}"
+    QUESTION = "Question: What is Bridith Oldworth's animal called?\nAnswer:"
 elif DATA.endswith(".jsonl"):
     if not (PLACE / DATA).exists():  # it asks for the file once
+        assert "google.colab" in sys.modules, f"copy your data to {PLACE / DATA}"
         (PLACE / DATA).write_bytes(files.upload()[DATA])
     DATA = PLACE / DATA
 
@@ -83,7 +87,8 @@ elif DATA.endswith(".jsonl"):
 # **Look before you train.** This checks every row, and shows two of them as the model will see them, with the
 # learned tokens in green. A mistake costs nothing here, and a night of training later.
 # %%
-# !{minilora} prepare --model {MODEL} --dataset {DATA} --output {PLACE}/prepared --val_size 0.05 --show 2
+PREPARING = "--val_size 0.05 --show 2 --overwrite_output_dir"
+# !{minilora} prepare --model {MODEL} --dataset {DATA} --output {PLACE}/prepared {PREPARING}
 
 # %% [markdown]
 # **Does it fit?** The prediction for a card of 16 GB.
@@ -93,13 +98,14 @@ elif DATA.endswith(".jsonl"):
 # %% [markdown]
 # ## Train
 #
-# The model is stored in 4 bits: that is the default. The whole state is saved every 100 steps, and the last
+# The model is stored in 4 bits: that is the default. The whole state is saved every `SAVE_STEPS` steps, and
+# the last
 # two
 # checkpoints stay. `--resume_from_checkpoint latest` begins anew if there is none.
 #
 # On a T4 the trainer computes in float16, since a T4 has no bfloat16, and says so.
 # %%
-SAVING = "--save_steps 100 --save_total_limit 2 --resume_from_checkpoint latest"
+SAVING = f"--save_steps {SAVE_STEPS} --save_total_limit 2 --resume_from_checkpoint latest"
 # !{minilora} train --config {PLACE}/prepared/train.yaml --output_dir {PLACE}/out {TRAINING} {SAVING}
 
 # %%
@@ -136,6 +142,7 @@ os.environ["QUESTION"] = QUESTION
 # it is written to Colab's disk, from which you can download it.
 # %%
 GGUF = Path("mine.gguf")
+GGUF.unlink(missing_ok=True)
 # !{minilora} merge --adapter {PLACE}/out --output {GGUF} --outtype q8_0
 
 # %%
