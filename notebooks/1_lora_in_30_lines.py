@@ -26,7 +26,8 @@ from minilora.system.assets import ASSETS, EMBEDDED_MODEL
 from minilora.testing import check_lora_layer
 from minilora.testing.exercises import check
 
-with warnings.catch_warnings(action="ignore"):  # of its own imports
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # those of its own imports
     import peft
 
 FAST = "MINILORA_FAST" in os.environ  # the tests of this notebook are in a hurry

@@ -21,7 +21,8 @@ from minilora.system.assets import EMBEDDED_MODEL
 from minilora.testing import check_quantizer, is_nearest
 from minilora.testing.exercises import check
 
-with warnings.catch_warnings(action="ignore"):  # of its own imports
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # those of its own imports
     import bitsandbytes.functional as bnb
 
 FAST = "MINILORA_FAST" in os.environ  # the tests of this notebook are in a hurry

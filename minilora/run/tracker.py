@@ -143,7 +143,7 @@ class Tracker:
         if self.bar is not None:
             # The line comes first; the bar gets the remaining columns, if there are enough.
             width = min(24, shutil.get_terminal_size().columns - len(line) - 8)
-            self.bar.bar_format = f"{{percentage:3.0f}}% {f'{{bar:{width}}} ' if width > 3 else ''}{{desc}}"
+            self.bar.bar_format = f"{{percentage:3.0f}}% {f'{{bar:{width}}} ' if width > 7 else ''}{{desc}}"
             self.bar.set_description_str(line, refresh=False)
             self.bar.update(step - self.bar.n)
         elif due and self.path is not None:

@@ -30,6 +30,9 @@ class UserError(ValueError):
     def __str__(self) -> str:
         return one_line(super().__str__())
 
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it: in a notebook, too, it is one line
+        return [f"{type(self).__name__}: {self}"]
+
 
 def one_line(text: str) -> str:
     """A message in one line of at most 490 characters, whatever the values in it hold.

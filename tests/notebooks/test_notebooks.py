@@ -87,6 +87,15 @@ def test_after_a_disconnect_all_cells_of_the_first_notebook_run_again_and_the_tr
     assert "checkpoint-4, after step 4 of 4" in printed(again.cells[train])
 
 
+def test_a_mistake_of_the_user_is_one_line_in_a_notebook_too(run):
+    cell = nbformat.v4.new_code_cell('from minilora import load_model\nload_model("nowhere")')
+    cell.metadata["tags"] = ["raises-exception"]
+    run(nbformat.v4.new_notebook(cells=[cell]))
+    (error,) = errors_of(cell)
+    (line,) = error.traceback
+    assert line.startswith("UserError: ") and "nowhere" in line and "\n" not in line
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run a notebook in tmp_path, in its fast mode, with warnings as errors, and fill in its outputs."""
