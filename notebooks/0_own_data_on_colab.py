@@ -32,7 +32,9 @@ print("a trial with the small model" if TRIAL else f"{MODEL} on {DATA}")
 # %% [markdown]
 # ## Install
 #
-# `pip` without the file of pinned versions keeps the PyTorch that Colab has.
+# `pip` without the file of pinned versions keeps the PyTorch that Colab has. Some models need a licence:
+# accept it
+# on the model's page, and log in once with `!hf auth login`.
 # %%
 if find_spec("minilora") is None:
     assert REPOSITORY, "write the address of the repository into REPOSITORY, in the first cell"
@@ -43,9 +45,9 @@ minilora = f"{sys.executable} -m minilora"  # the command of the next cells; `mi
 # %% [markdown]
 # ## A place that survives
 #
-# Colab deletes its disk when it disconnects. Your Drive stays, so everything is written there: a checkpoint
-# takes
-# some 100 MB.
+# Colab deletes its disk when it disconnects. Your Drive stays, so everything is written there. A checkpoint
+# of this
+# adapter holds 6.8 million numbers of four bytes and their moments of two: some 40 MB.
 # %%
 if "google.colab" in sys.modules:
     from google.colab import drive, files
@@ -137,9 +139,9 @@ os.environ["QUESTION"] = QUESTION
 #
 # The adapter is small: `out/` below your Drive loads in PEFT, vLLM and SGLang. Or merge it into the model,
 # and
-# write one file for llama.cpp and Ollama. For Mistral-7B in 8 bits that are 7.7 GB: too much for most Drives,
-# so
-# it is written to Colab's disk, from which you can download it.
+# write one file for llama.cpp and Ollama. For Mistral-7B in 8 bits that are 7.7 GB, so it is written to
+# Colab's
+# disk, from which you can download it.
 # %%
 GGUF = Path("mine.gguf")
 GGUF.unlink(missing_ok=True)
