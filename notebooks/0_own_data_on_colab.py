@@ -2,12 +2,11 @@
 # # 0. Your own data, on a free GPU
 #
 # This notebook trains Mistral-7B on your own data, on Colab's T4 with 16 GB. It ends with an adapter, and
-# with a
-# file for llama.cpp or Ollama. Nothing here is an exercise.
+# with a file for llama.cpp or Ollama. Nothing here is an exercise.
 #
 # Open it in Colab, and choose *Runtime, Change runtime type, T4 GPU*. Fill in the next cell, and run the
-# cells one
-# after the other. **If Colab disconnects, run all cells again.** The training goes on where it was.
+# cells one after the other. **If Colab disconnects, run all cells again.** The training goes on where it
+# was.
 # %%
 import os
 import subprocess
@@ -23,8 +22,8 @@ SAVE_STEPS = 100  # if Colab disconnects, no more than these are lost
 QUESTION = "Which three things do you do best?"
 
 # %% [markdown]
-# Without a GPU, this line makes a small trial of the same cells: a model of 1.9 million parameters comes with
-# minilora. It takes a minute on a laptop.
+# Without a GPU, this line makes a small trial of the same cells: a model of 1.9 million parameters comes
+# with minilora. It takes a minute on a laptop.
 # %%
 TRIAL = not Path("/dev/nvidia0").exists() or "MINILORA_FAST" in os.environ
 print("a trial with the small model" if TRIAL else f"{MODEL} on {DATA}")
@@ -33,8 +32,7 @@ print("a trial with the small model" if TRIAL else f"{MODEL} on {DATA}")
 # ## Install
 #
 # `pip` without the file of pinned versions keeps the PyTorch that Colab has. Some models need a licence:
-# accept it
-# on the model's page, and log in once with `!hf auth login`.
+# accept it on the model's page, and log in once with `!hf auth login`.
 # %%
 if find_spec("minilora") is None:
     assert REPOSITORY, "write the address of the repository into REPOSITORY, in the first cell"
@@ -46,8 +44,7 @@ minilora = f"{sys.executable} -m minilora"  # the command of the next cells; `mi
 # ## A place that survives
 #
 # Colab deletes its disk when it disconnects. Your Drive stays, so everything is written there. A checkpoint
-# of this
-# adapter holds 6.8 million numbers of four bytes and their moments of two: some 40 MB.
+# of this adapter holds 6.8 million numbers of four bytes and their moments of two: some 40 MB.
 # %%
 if "google.colab" in sys.modules:
     from google.colab import drive, files
@@ -86,8 +83,8 @@ elif DATA.endswith(".jsonl"):
     DATA = PLACE / DATA
 
 # %% [markdown]
-# **Look before you train.** This checks every row, and shows two of them as the model will see them, with the
-# learned tokens in green. A mistake costs nothing here, and a night of training later.
+# **Look before you train.** This checks every row, and shows two of them as the model will see them, with
+# the learned tokens in green. A mistake costs nothing here, and a night of training later.
 # %%
 PREPARING = "--val_size 0.05 --show 2 --overwrite_output_dir"
 # !{minilora} prepare --model {MODEL} --dataset {DATA} --output {PLACE}/prepared {PREPARING}
@@ -101,9 +98,7 @@ PREPARING = "--val_size 0.05 --show 2 --overwrite_output_dir"
 # ## Train
 #
 # The model is stored in 4 bits: that is the default. The whole state is saved every `SAVE_STEPS` steps, and
-# the last
-# two
-# checkpoints stay. `--resume_from_checkpoint latest` begins anew if there is none.
+# the last two checkpoints stay. `--resume_from_checkpoint latest` begins anew if there is none.
 #
 # On a T4 the trainer computes in float16, since a T4 has no bfloat16, and says so.
 # %%
@@ -117,10 +112,8 @@ display(Image(PLACE / "out" / "loss.png", width=600))
 
 # %% [markdown]
 # **What if the held-out loss rises while the training loss falls?** Then it learns the rows by heart: train
-# fewer
-# steps, or find more data. **What if memory runs out?** [docs/out_of_memory.md](../docs/out_of_memory.md)
-# says
-# what to change first.
+# fewer steps, or find more data. **What if memory runs out?**
+# [docs/out_of_memory.md](../docs/out_of_memory.md) says what to change first.
 #
 # ## Is it better?
 #
@@ -138,10 +131,8 @@ os.environ["QUESTION"] = QUESTION
 # ## Take it home
 #
 # The adapter is small: `out/` below your Drive loads in PEFT, vLLM and SGLang. Or merge it into the model,
-# and
-# write one file for llama.cpp and Ollama. For Mistral-7B in 8 bits that are 7.7 GB, so it is written to
-# Colab's
-# disk, from which you can download it.
+# and write one file for llama.cpp and Ollama. For Mistral-7B in 8 bits that are 7.7 GB, so it is written to
+# Colab's disk, from which you can download it.
 # %%
 GGUF = Path("mine.gguf")
 GGUF.unlink(missing_ok=True)
@@ -153,6 +144,6 @@ if "google.colab" in sys.modules:
     files.download(str(GGUF))
 
 # %% [markdown]
-# On your own machine: `llama-server -m mine.gguf`, or `FROM ./mine.gguf` in a Modelfile and
-# `ollama create mine`. [docs/walkthrough.md](../docs/walkthrough.md) goes the same way on other machines, and
-# notebook 1 begins to explain what happened.
+# On your own machine: `llama-server -m mine.gguf`, or `FROM ./mine.gguf` in a Modelfile and `ollama create
+# mine`. [docs/walkthrough.md](../docs/walkthrough.md) goes the same way on other machines, and notebook 1
+# begins to explain what happened.

@@ -4,8 +4,8 @@
 # You write a LoRA layer, put it on a small language model, compare it with PEFT's, and train it. It takes
 # half an hour, and the CPU of a laptop. You know PyTorch; you need to know nothing of LoRA.
 #
-# A cell with `...  # your code here` is an exercise. The cell behind it checks your code, and says in a line
-# what is still wrong. The notebook with `_solution` in its name has the answers.
+# A cell with `...  # your code here` is an exercise. The cell behind it checks your code, and says in a
+# line what is still wrong. The notebook with `_solution` in its name has the answers.
 # %%
 import copy
 import math
@@ -80,8 +80,8 @@ print(f"a layer of Mistral-7B, 4096 x 4096, with r = 8: {share:.2%} of its numbe
 # - **Where is dropout?** On the input of A alone. The base layer sees all of x.
 # - **Which dtype?** A and B are float32, whatever the model has. The update is cast to the output's dtype.
 #
-# **Exercise.** Fill in both methods. `F.dropout(x, p, self.training)` and `F.linear(x, W)`, which is
-# $x W^\top$, will help.
+# **Exercise.** Fill in both methods. `F.dropout(x, p, self.training)` and `F.linear(x, W)`, which is $x
+# W^\top$, will help.
 # %%
 class LoraLinear(nn.Module):
     """x: (..., in) -> (..., out)"""
@@ -133,8 +133,8 @@ print(report)
 #
 # $$W' = W + \frac{\alpha}{r} B A$$
 #
-# **Exercise.** Write both verbs. Merged twice, nothing may be added the second time. Compute in float32, and
-# let `copy_` round to W's dtype. A subclass saves you from writing the layer again.
+# **Exercise.** Write both verbs. Merged twice, nothing may be added the second time. Compute in float32,
+# and let `copy_` round to W's dtype. A subclass saves you from writing the layer again.
 # %%
 class MergingLora(LoraLinear):
     @torch.no_grad()
@@ -167,8 +167,8 @@ with check("merging"):
 # %% [markdown]
 # ## On a model
 #
-# The model comes with minilora. It is a Llama of 1.9 million parameters that has read texts about an invented
-# world, and has never seen a question.
+# The model comes with minilora. It is a Llama of 1.9 million parameters that has read texts about an
+# invented world, and has never seen a question.
 #
 # **Exercise.** Freeze the model, and replace each linear layer whose name ends in one of `targets` by
 # `MergingLora(layer, r, lora_alpha)`. `model.named_modules()` gives names and layers. Go through a list of
@@ -202,8 +202,9 @@ with check("layers on the model"):
 # %% [markdown]
 # ## The same as PEFT
 #
-# PEFT is the library that most people use. The same A and B must give the same logits and the same gradients.
-# Only the rounding of float32 may differ, so the difference is measured in units of the largest value.
+# PEFT is the library that most people use. The same A and B must give the same logits and the same
+# gradients. Only the rounding of float32 may differ, so the difference is measured in units of the largest
+# value.
 # %%
 torch.manual_seed(1)
 ids = torch.randint(3, tokenizer.vocab_size, (2, 24))

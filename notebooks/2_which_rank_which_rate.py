@@ -2,12 +2,10 @@
 # # 2. Which rank, which rate
 #
 # Two numbers decide most of a LoRA training: the rank r and the learning rate. You run a small experiment
-# that
-# compares them fairly, plot it, and find out which differences are noise. A run takes seconds.
+# that compares them fairly, plot it, and find out which differences are noise. A run takes seconds.
 #
 # A cell with `...  # your code here` is an exercise, and the cell behind it checks your code. Notebook 1
-# explains
-# LoRA.
+# explains LoRA.
 # %%
 import math
 import os
@@ -36,23 +34,18 @@ RATES = (4e-3, 1.6e-2) if FAST else (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 # 2. Does each rank need a rate of its own?
 #
 # LoRA scales its update by $s = \alpha / r$. Adam moves every entry of $B$ by about the rate in its first
-# step,
-# whatever r is. So the update $s B A x$, a sum over r columns, grows with $s\, r = \alpha$ and not with r. If
-# that
-# is so, the best rate should hardly depend on r, as long as $\alpha$ stays the same. **Write down your
-# answers
-# before you run anything.**
+# step, whatever r is. So the update $s B A x$, a sum over r columns, grows with $s\, r = \alpha$ and not
+# with r. If that is so, the best rate should hardly depend on r, as long as $\alpha$ stays the same.
+# **Write down your answers before you run anything.**
 #
 # ## One run
 #
-# Everything but r and the rate must be equal: the model, the data, their order, the number of steps. The seed
-# decides the start of A.
+# Everything but r and the rate must be equal: the model, the data, their order, the number of steps. The
+# seed decides the start of A.
 #
 # **Exercise.** Write `start`: load the model (`load_model(EMBEDDED_MODEL, dtype=torch.float32)`), set
-# PyTorch's
-# seed, and put LoRA on all linear layers: `LoraConfig(r=r, lora_alpha=16, target_modules="all-linear")`. Load
-# the
-# model before you set the seed.
+# PyTorch's seed, and put LoRA on all linear layers: `LoraConfig(r=r, lora_alpha=16,
+# target_modules="all-linear")`. Load the model before you set the seed.
 # %%
 def start(r: int, seed: int) -> CausalLM:
     # solution: begin
@@ -77,10 +70,9 @@ with check("the start"):
     assert not torch.equal(A, different), "another seed gives the same A"
 
 # %% [markdown]
-# **Exercise.** Fill in the loop of `run`. Step i (from 0) has the rate `rate * (1 - i / STEPS)`: it falls in
-# a line
-# to zero, so that the last steps are small. `optimizer.param_groups[0]["lr"] = ...` sets it. Then train on
-# `batch(i, seed)`, as in notebook 1.
+# **Exercise.** Fill in the loop of `run`. Step i (from 0) has the rate `rate * (1 - i / STEPS)`: it falls
+# in a line to zero, so that the last steps are small. `optimizer.param_groups[0]["lr"] = ...` sets it. Then
+# train on `batch(i, seed)`, as in notebook 1.
 # %%
 tokenizer = load_tokenizer(EMBEDDED_MODEL)
 train, held_out = (
@@ -165,8 +157,7 @@ plt.show()
 # ## Compare fairly
 #
 # A comparison of ranks at *one* rate says which rank likes that rate. So each rank is compared at its own
-# best
-# rate.
+# best rate.
 #
 # **Exercise.** Return the rate with the lowest loss.
 # %%
@@ -189,15 +180,13 @@ for r in RANKS:
 # %% [markdown]
 # ## Noise
 #
-# Another seed draws another A and another order of the data. How much does the loss move by that alone? Only
-# a
-# difference that is larger says something about the rank.
+# Another seed draws another A and another order of the data. How much does the loss move by that alone?
+# Only a difference that is larger says something about the rank.
 #
 # Seed 0 chose the best rate, as the lowest of several losses. So its loss is too low, and does not count.
 #
-# **Exercise.** Return True if the two lists of losses, of several seeds each, do not overlap: all of one are
-# below
-# all of the other.
+# **Exercise.** Return True if the two lists of losses, of several seeds each, do not overlap: all of one
+# are below all of the other.
 # %%
 def apart(first: list[float], second: list[float]) -> bool:
     # solution: begin

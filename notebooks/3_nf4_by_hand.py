@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 3. NF4 by hand
 #
-# You store a weight in 4 bits, as QLoRA does: sixteen codes, blocks of 64, two codes a byte, and scales that
-# are stored in 8 bits themselves. At the end your bytes equal those of bitsandbytes.
+# You store a weight in 4 bits, as QLoRA does: sixteen codes, blocks of 64, two codes a byte, and scales
+# that are stored in 8 bits themselves. At the end your bytes equal those of bitsandbytes.
 #
 # A cell with `...  # your code here` is an exercise, and the cell behind it checks your code.
 # %%
@@ -32,8 +32,7 @@ EXAMPLES = 3 if FAST else 40
 # ## Sixteen codes
 #
 # Four bits name sixteen values. Where should they lie? The weights of a trained layer look like normal
-# numbers:
-# many are small, few are large.
+# numbers: many are small, few are large.
 # %%
 weight = load_model(EMBEDDED_MODEL, dtype=torch.float32).model.layers[1].mlp.gate_proj.weight.detach()
 plt.figure(figsize=(7, 2.5))
@@ -46,7 +45,8 @@ plt.show()
 
 
 # %% [markdown]
-# So NF4 puts its codes at *quantiles*: between two neighbours lie about equally many weights. Three details:
+# So NF4 puts its codes at *quantiles*: between two neighbours lie about equally many weights. Three
+# details:
 #
 # - Zero has a code of its own, for padding and pruned weights. That leaves fifteen: seven negative, eight
 #   positive.
@@ -55,9 +55,8 @@ plt.show()
 # - All codes are divided by the largest, so that they lie in [-1, 1].
 #
 # For the positive side: take nine probabilities, evenly spaced from 0.9677083 down to 0.5, without the last
-# one. Their quantiles are `NormalDist().inv_cdf(p)`. For the negative side: eight, without the last one, and
-# the
-# sign turned around.
+# one. Their quantiles are `NormalDist().inv_cdf(p)`. For the negative side: eight, without the last one,
+# and the sign turned around.
 #
 # **Exercise.** Return the sixteen codes, ascending, as float32. `torch.linspace(a, b, n)` spaces evenly.
 # %%
@@ -90,8 +89,7 @@ print(" ".join(f"{value:.3f}" for value in code.tolist()))
 # range of the codes, and one outlier makes only its own block coarse.
 #
 # **Exercise.** Cut a weight of any shape into blocks, in memory order, and pad the last one with zeros.
-# Return
-# the blocks, (n, 64), and absmax, (n, 1), both float32. `F.pad(flat, (0, how_many))` pads.
+# Return the blocks, (n, 64), and absmax, (n, 1), both float32. `F.pad(flat, (0, how_many))` pads.
 # %%
 BLOCK = 64
 
@@ -116,9 +114,9 @@ with check("blocks"):
 # ## The nearest code
 #
 # A *symbol* is a number from 0 to 15. **Exercise.** Return the symbol of the nearest code for each scaled
-# value
-# in [-1, 1]. Do not build the distances to all sixteen codes: for a large weight they need sixteen times its
-# memory. `torch.bucketize(values, bounds)` counts how many bounds are below each value. Which fifteen bounds?
+# value in [-1, 1]. Do not build the distances to all sixteen codes: for a large weight they need sixteen
+# times its memory. `torch.bucketize(values, bounds)` counts how many bounds are below each value. Which
+# fifteen bounds?
 # %%
 def nearest(scaled: Tensor, code: Tensor) -> Tensor:
     # solution: begin
@@ -169,8 +167,8 @@ with check("packing"):
 # %% [markdown]
 # ## The quantizer
 #
-# **Exercise.** Put it together. A block of zeros must not be divided by zero: use
-# `absmax.clamp(min=1e-38)` there. `dequantize` gives back the shape and the dtype.
+# **Exercise.** Put it together. A block of zeros must not be divided by zero: use `absmax.clamp(min=1e-38)`
+# there. `dequantize` gives back the shape and the dtype.
 # %%
 def quantize(weight: Tensor) -> tuple:
     """Return packed (uint8), absmax (float32), and what dequantize needs besides."""
@@ -201,8 +199,9 @@ print(report)
 
 # %% [markdown]
 # The report is a *battery* of properties, each tried on the weights that break quantizers: zero blocks,
-# outliers, numbers in the middle between two codes, sizes that 64 does not divide. Break something on purpose
-# and see which property notices, such as a swapped pair of symbols, or `absmax` of the whole tensor.
+# outliers, numbers in the middle between two codes, sizes that 64 does not divide. Break something on
+# purpose and see which property notices, such as a swapped pair of symbols, or `absmax` of the whole
+# tensor.
 #
 # ## What do normal codes buy?
 #
@@ -228,9 +227,8 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The larger the block, the more the even codes waste on the rare large values. But small blocks cost memory:
-# a
-# float32 scale for 64 weights is half a bit a weight.
+# The larger the block, the more the even codes waste on the rare large values. But small blocks cost
+# memory: a float32 scale for 64 weights is half a bit a weight.
 #
 # ## Double quantization
 #
@@ -240,9 +238,8 @@ plt.show()
 # 2. Cut it into blocks of 256, and divide each by its largest magnitude.
 # 3. Take the nearest of 256 codes. `dynamic_code()` has them, ascending: dense near 0, coarse far from it.
 #
-# **Exercise.** Return `indices` (uint8, one for each absmax), `nested_absmax` (float32, one for 256 of them)
-# and
-# `offset`; and restore absmax from them. `nearest` works with 256 codes as well.
+# **Exercise.** Return `indices` (uint8, one for each absmax), `nested_absmax` (float32, one for 256 of
+# them) and `offset`; and restore absmax from them. `nearest` works with 256 codes as well.
 # %%
 DYNAMIC = dynamic_code()
 
@@ -306,14 +303,11 @@ with check("the same bytes as bitsandbytes"):
 
 # %% [markdown]
 # Not every index of a scale need be equal. bitsandbytes first rounds to one of 65,536 even steps, and looks
-# the
-# code up in a table. So a value close to the middle between two codes may get the other one. minilora does
-# the
-# same, so that checkpoints agree to the bit.
+# the code up in a table. So a value close to the middle between two codes may get the other one. minilora
+# does the same, so that checkpoints agree to the bit.
 #
 # **Exercise.** How many bits is a weight, with its share of the scales? Without double quantization a block
-# of
-# 64 has a float32 scale. With it, a block has 8 bits, and 256 blocks share a float32.
+# of 64 has a float32 scale. With it, a block has 8 bits, and 256 blocks share a float32.
 # %%
 def bits_per_weight(double_quant: bool) -> float:
     # solution: begin
@@ -338,4 +332,5 @@ print(f"{bits_per_weight(False):.3f} bits without double quantization, {bits_per
 # - Quantize uniform numbers in place of normal ones: which codes are better?
 # - Leave out the offset in double quantization. By how much do the restored scales get worse, and why?
 #
-# [docs/quantization.md](../docs/quantization.md) has the reasons. Notebook 4 trains on top of such a weight.
+# [docs/quantization.md](../docs/quantization.md) has the reasons. Notebook 4 trains on top of such a
+# weight.

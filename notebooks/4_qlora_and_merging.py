@@ -2,13 +2,11 @@
 # # 4. QLoRA and merging
 #
 # The frozen model is stored in 4 bits, and the adapter is trained on top of it. You write the frozen layer
-# with
-# its backward, train, and merge the adapter in three ways. One of them loses small changes, and you measure
-# when.
+# with its backward, train, and merge the adapter in three ways. One of them loses small changes, and you
+# measure when.
 #
 # A cell with `...  # your code here` is an exercise, and the cell behind it checks your code. Notebook 1
-# explains
-# LoRA, and notebook 3 the 4 bits.
+# explains LoRA, and notebook 3 the 4 bits.
 # %%
 import math
 import os
@@ -33,16 +31,14 @@ STEPS, HELD_OUT = (4, 16) if FAST else (40, 128)
 # %% [markdown]
 # ## A frozen layer in 4 bits
 #
-# `quantize_4bit(W)` returns a QuantizedTensor: packed bytes and scales. `q.dequantize(torch.float32)` returns
-# $\hat W$, (out, in). The layer computes
+# `quantize_4bit(W)` returns a QuantizedTensor: packed bytes and scales. `q.dequantize(torch.float32)`
+# returns $\hat W$, (out, in). The layer computes
 #
 # $$y = x \hat W^\top \qquad\text{and backward}\qquad \bar x = \bar y\, \hat W.$$
 #
-# There is no gradient of $\hat W$: it is frozen. If you left backward to autograd, it would keep $\hat W$ of
-# every
-# layer from forward to backward, and the whole model would lie in memory again, in 32 bits. So write it by
-# hand,
-# keep `q` alone, and dequantize a second time.
+# There is no gradient of $\hat W$: it is frozen. If you left backward to autograd, it would keep $\hat W$
+# of every layer from forward to backward, and the whole model would lie in memory again, in 32 bits. So
+# write it by hand, keep `q` alone, and dequantize a second time.
 #
 # **Exercise.** Fill in both methods. Something that is no tensor can be kept as an attribute of `ctx`.
 # %%
@@ -166,8 +162,7 @@ print(f"held-out loss: {loss_of(plain_model()):.2f} of the base model, {trained:
 # ## Three ways to merge
 #
 # Training saw $\hat W$, the dequantized weight, and learned the change $s B A$ beside it. Into which weight
-# should
-# the change go?
+# should the change go?
 #
 # - **dequantized**: $\hat W + s B A$, stored in 16 or 32 bits. The model that was trained, but with the
 #   rounding of the 4 bits in it.
@@ -241,15 +236,13 @@ with check("what merging does"):
 
 
 # %% [markdown]
-# All three work here: this training changed the weights much, with a high rate and a small model. Usually the
-# change is a far smaller part of the weight. How small may it be before 4 bits swallow it?
+# All three work here: this training changed the weights much, with a high rate and a small model. Usually
+# the change is a far smaller part of the weight. How small may it be before 4 bits swallow it?
 #
 # **Exercise.** For one layer, round $\hat W + c\, s B A$ to 4 bits, for a factor c. Return two numbers: how
-# large
-# the change is beside the weight, $\lVert c\, s B A\rVert / \lVert \hat W\rVert$, and how much of it is left:
-# with
-# $\Delta = c\, s B A$ and $R$ the rounded sum, $\langle R - \hat W, \Delta\rangle / \langle\Delta,
-# \Delta\rangle$.
+# large the change is beside the weight, $\lVert c\, s B A\rVert / \lVert \hat W\rVert$, and how much of it
+# is left: with $\Delta = c\, s B A$ and $R$ the rounded sum, $\langle R - \hat W, \Delta\rangle /
+# \langle\Delta, \Delta\rangle$.
 # %%
 @torch.no_grad()
 def left_after_rounding(layer: QLoraLinear, c: float) -> tuple[float, float]:
@@ -285,10 +278,9 @@ plt.gcf().set_size_inches(6, 3)
 plt.show()
 
 # %% [markdown]
-# The dequantized weights lie exactly on the codes. A change smaller than half a step rounds back to where it
-# started, and is gone without a trace. So minilora refuses to merge into 4-bit weights, and
-# `scripts/merge.py`
-# writes 16 bits, `--into dequantized` or `--into original`.
+# The dequantized weights lie exactly on the codes. A change smaller than half a step rounds back to where
+# it started, and is gone without a trace. So minilora refuses to merge into 4-bit weights, and
+# `scripts/merge.py` writes 16 bits, `--into dequantized` or `--into original`.
 #
 # ## Turn a knob
 #
@@ -298,5 +290,4 @@ plt.show()
 # - Store the merged weights in bfloat16. Is its rounding smaller than that of 4 bits, and than the change?
 #
 # [docs/lora.md](../docs/lora.md) has a section on both bases, and
-# [docs/quantization.md](../docs/quantization.md)
-# the arithmetic.
+# [docs/quantization.md](../docs/quantization.md) the arithmetic.

@@ -2,8 +2,7 @@
 # # 5. Memory and checkpointing
 #
 # You measure what backward keeps in memory, write gradient checkpointing in 20 lines, and get the same
-# gradients
-# to the bit, with dropout too. Then you choose how many layers belong into one checkpoint.
+# gradients to the bit, with dropout too. Then you choose how many layers belong into one checkpoint.
 #
 # A cell with `...  # your code here` is an exercise, and the cell behind it checks your code.
 # %%
@@ -29,17 +28,14 @@ DEPTH, WIDTH, TOKENS = (16, 16, 64) if FAST else (64, 64, 4096)
 # ## What backward keeps
 #
 # Forward computes values that backward reads again. PyTorch keeps them in between. For $y = x W^\top$
-# backward
-# needs $x$ (for the gradient of $W$) and $W$ (for the gradient of $x$). For $z = \tanh(y)$ it needs $z$,
-# since
-# $\tanh' = 1 - z^2$.
+# backward needs $x$ (for the gradient of $W$) and $W$ (for the gradient of $x$). For $z = \tanh(y)$ it
+# needs $z$, since $\tanh' = 1 - z^2$.
 #
 # `torch.autograd.graph.saved_tensors_hooks(pack, unpack)` calls `pack` with each tensor that is kept.
 #
 # **Exercise.** Return the number of values that `function(x)` makes PyTorch keep, without the parameters,
-# which
-# are there anyway. Count no tensor twice: `t.data_ptr()` says where it lies. `pack` returns what is kept, and
-# `unpack` gives it back, so let both return their argument.
+# which are there anyway. Count no tensor twice: `t.data_ptr()` says where it lies. `pack` returns what is
+# kept, and `unpack` gives it back, so let both return their argument.
 # %%
 def kept_numbers(function: nn.Module, x: Tensor) -> int:
     parameters = {p.data_ptr() for p in function.parameters()}
@@ -81,20 +77,17 @@ print(f"{DEPTH} layers keep {found:,} numbers, {found / x.numel():.0f} times the
 # %% [markdown]
 # ## A checkpoint
 #
-# A checkpointed function keeps its input alone. When backward arrives, it runs the function again, this time
-# with a graph, and goes back through that.
+# A checkpointed function keeps its input alone. When backward arrives, it runs the function again, this
+# time with a graph, and goes back through that.
 #
-# - `forward` of a `torch.autograd.Function` runs without a graph. So nothing of it is kept but what you pass
-#   to
-#   `ctx.save_for_backward`.
-# - `backward` gets the gradient of the output, and returns one gradient for each argument of `forward`; None
-#   for
-#   those that have none.
+# - `forward` of a `torch.autograd.Function` runs without a graph. So nothing of it is kept but what you
+#   pass to `ctx.save_for_backward`.
+# - `backward` gets the gradient of the output, and returns one gradient for each argument of `forward`;
+#   None for those that have none.
 # - The parameters are arguments, too. They would get no gradient otherwise.
 #
-# **Exercise.** Fill in both. In backward: `x.detach().requires_grad_()` is a new leaf,
-# `with torch.enable_grad():` switches the graph on, and `torch.autograd.grad(y, (x, *parameters), dy)`
-# returns
+# **Exercise.** Fill in both. In backward: `x.detach().requires_grad_()` is a new leaf, `with
+# torch.enable_grad():` switches the graph on, and `torch.autograd.grad(y, (x, *parameters), dy)` returns
 # the gradients.
 # %%
 class Checkpoint(torch.autograd.Function):
@@ -146,8 +139,7 @@ with check("a checkpoint"):
 # ## The same bits, with dropout
 #
 # Try it with dropout: the gradients are wrong. The second run draws another mask, so it differentiates a
-# network
-# that nobody ran.
+# network that nobody ran.
 # %%
 mine, expected = gradients(4, dropout=0.1), gradients(0, dropout=0.1)
 print(f"{sum(map(torch.equal, mine, expected))} of {len(expected)} gradients are equal")
@@ -156,8 +148,8 @@ print(f"{sum(map(torch.equal, mine, expected))} of {len(expected)} gradients are
 # %% [markdown]
 # **Exercise.** Save the state of the random generator in forward, before the function runs, and set it in
 # backward. `torch.get_rng_state()` and `torch.set_rng_state(state)` do that. Whoever draws random numbers
-# after
-# backward should not notice it: `with torch.random.fork_rng(devices=[]):` puts the old state back at its end.
+# after backward should not notice it: `with torch.random.fork_rng(devices=[]):` puts the old state back at
+# its end.
 # %%
 class SameDropout(torch.autograd.Function):
     @staticmethod
@@ -236,8 +228,7 @@ plt.show()
 
 # %% [markdown]
 # Measured lies a little above the formula: the gradients that arrive at a layer and leave it are there as
-# well,
-# and the parameters' gradients.
+# well, and the parameters' gradients.
 #
 # ## On a language model
 #
@@ -273,10 +264,11 @@ for policy, bytes_ in peaks.items():
 # %% [markdown]
 # ## Turn a knob
 #
-# - Give each layer four operations in place of two, so that it keeps a = 2 tensors. Where is the best k now?
-# - Checkpoint recursively: a segment that checkpoints its own halves. How does the peak grow with L, and the
-#   work?
+# - Give each layer four operations in place of two, so that it keeps a = 2 tensors. Where is the best k
+#   now?
+# - Checkpoint recursively: a segment that checkpoints its own halves. How does the peak grow with L, and
+#   the work?
 # - Freeze all weights of `layers()` but the last. What does `kept_numbers` count, and why?
 #
-# [docs/checkpointing.md](../docs/checkpointing.md) derives all of it, and `minilora/recompute.py` is the real
-# one.
+# [docs/checkpointing.md](../docs/checkpointing.md) derives all of it, and `minilora/recompute.py` is the
+# real one.

@@ -2,10 +2,8 @@
 # # 6. Find the bug
 #
 # Three quantizers and two LoRA layers are broken, one line each. You find the lines with *property tests*:
-# tests
-# that state what must hold for every input, and let a program search for an input with which it does not.
-# Then
-# you write such a test yourself, and it catches a sixth bug.
+# tests that state what must hold for every input, and let a program search for an input with which it does
+# not. Then you write such a test yourself, and it catches a sixth bug.
 #
 # A cell with `...  # your code here` is an exercise, and the cell behind it checks your code.
 # %%
@@ -28,9 +26,9 @@ PHASES = (Phase.generate,) if FAST else (Phase.generate, Phase.shrink)
 # %% [markdown]
 # ## A quantizer that is right
 #
-# It cuts a weight into blocks of 64, divides each by its largest magnitude, and takes the nearest of fifteen
-# evenly spaced codes. Read it once; the broken ones replace one of its methods. Notebook 3 builds such a
-# quantizer step by step.
+# It cuts a weight into blocks of 64, divides each by its largest magnitude, and takes the nearest of
+# fifteen evenly spaced codes. Read it once; the broken ones replace one of its methods. Notebook 3 builds
+# such a quantizer step by step.
 # %%
 CODE, BLOCK = torch.arange(-7, 8) / 7, 64
 
@@ -67,8 +65,8 @@ print(battery(Quantizer()))
 
 # %% [markdown]
 # Each line is a property. `nearest code` says that no other code would have been closer, `outliers stay in
-# their block` that a huge value spoils no other block, and so on. A property has no expected output: it holds
-# for every weight. So a program can try weights without end, and choose the nasty ones.
+# their block` that a huge value spoils no other block, and so on. A property has no expected output: it
+# holds for every weight. So a program can try weights without end, and choose the nasty ones.
 #
 # ## Three broken quantizers
 # %%
@@ -93,8 +91,8 @@ class Third(Quantizer):
 
 
 # %% [markdown]
-# This is the test that most people write first: random numbers, and a bound on the mean error. It passes for
-# all three.
+# This is the test that most people write first: random numbers, and a bound on the mean error. It passes
+# for all three.
 # %%
 for kind in (Quantizer, First, Second, Third):
     torch.manual_seed(0)
@@ -106,8 +104,7 @@ for kind in (Quantizer, First, Second, Third):
 
 # %% [markdown]
 # The battery finds all three. Read a report from the top: the property that failed, the reason, and the
-# smallest
-# weight with which it fails, as a line of Python.
+# smallest weight with which it fails, as a line of Python.
 # %%
 def show(report: Report) -> None:
     """Print a report without the properties that hold."""
@@ -124,8 +121,8 @@ for kind in (First, Second, Third):
 
 
 # %% [markdown]
-# **Exercise.** In which circumstances would each bug have cost you a day? Then mend each line. The second may
-# keep its two bytes a block only if the battery agrees; it does not.
+# **Exercise.** In which circumstances would each bug have cost you a day? Then mend each line. The second
+# may keep its two bytes a block only if the battery agrees; it does not.
 # %%
 class FirstMended(First):
     def scales(self, blocks: Tensor) -> Tensor:
@@ -173,9 +170,8 @@ with check("the third one"):
 # %% [markdown]
 # ## Two broken LoRA layers
 #
-# The right one first. $y = x W^\top + s\, \mathrm{dropout}(x) A^\top B^\top$ with $s = \alpha / r$; notebook
-# 1
-# builds it.
+# The right one first. $y = x W^\top + s\, \mathrm{dropout}(x) A^\top B^\top$ with $s = \alpha / r$;
+# notebook 1 builds it.
 # %%
 class Lora(nn.Module):
     def __init__(self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float):
@@ -223,8 +219,7 @@ for kind in (Lora, Fourth, Fifth):
 
 # %% [markdown]
 # Whoever tests with `lora_dropout=0` never sees the fourth bug, and whoever tests with alpha = r never sees
-# the
-# fifth. A program that draws both does.
+# the fifth. A program that draws both does.
 #
 # **Exercise.** Mend both.
 # %%
@@ -253,9 +248,9 @@ with check("both LoRA layers"):
 # %% [markdown]
 # ## A test of your own
 #
-# Several adapters can be combined into one: with weights $w_i$, its change is $\sum_i w_i B_i A_i$. Stack all
-# $A_i$ below each other and all $B_i$ beside each other, and multiply with the weights somewhere. Here are
-# three ways. One of them is right.
+# Several adapters can be combined into one: with weights $w_i$, its change is $\sum_i w_i B_i A_i$. Stack
+# all $A_i$ below each other and all $B_i$ beside each other, and multiply with the weights somewhere. Here
+# are three ways. One of them is right.
 # %%
 Factors = tuple[Tensor, Tensor]  # A (r, in), B (out, r)
 
@@ -279,15 +274,14 @@ def combine_3(adapters: list[Factors], weights: list[float]) -> Factors:
 
 
 # %% [markdown]
-# Hypothesis draws the inputs. `@given(...)` names a *strategy* for each argument, and calls the function with
-# many draws. `factors(st.just((in, out, r)))` of `minilora.testing` draws A and B of this shape, and
-# `st.floats(-2, 2)` a number. When the function raises, Hypothesis looks for a smaller input that fails, too.
+# Hypothesis draws the inputs. `@given(...)` names a *strategy* for each argument, and calls the function
+# with many draws. `factors(st.just((in, out, r)))` of `minilora.testing` draws A and B of this shape, and
+# `st.floats(-2, 2)` a number. When the function raises, Hypothesis looks for a smaller input that fails,
+# too.
 #
-# **Exercise.** State the property in `holds`: raise an AssertionError unless the combined B A equals the sum,
-# up
-# to rounding. Compute both in float64, and allow 1e-5 of the largest magnitude of all that is added, plus
-# 1e-30.
-# Then choose the strategy of the weights, so that both wrong ways are caught.
+# **Exercise.** State the property in `holds`: raise an AssertionError unless the combined B A equals the
+# sum, up to rounding. Compute both in float64, and allow 1e-5 of the largest magnitude of all that is
+# added, plus 1e-30. Then choose the strategy of the weights, so that both wrong ways are caught.
 # %%
 SHAPE = st.just((3, 4, 2))
 # solution: begin
@@ -332,14 +326,14 @@ for name, found in verdicts.items():
     print(f"{name}: {found}")
 
 # %% [markdown]
-# Let Hypothesis show you its smallest input: call `find_a_failure(combine_1)` in a cell of its own, and read
-# the
-# last lines. Which strategy for the weights would have missed that bug?
+# Let Hypothesis show you its smallest input: call `find_a_failure(combine_1)` in a cell of its own, and
+# read the last lines. Which strategy for the weights would have missed that bug?
 #
 # ## Turn a knob
 #
 # - Break `Quantizer` in a way that no property notices. If you find one, the battery lacks a property.
-# - Run `check_quantizer` on a quantizer of a library that you use, and `check_lora_layer` on its LoRA layer.
+# - Run `check_quantizer` on a quantizer of a library that you use, and `check_lora_layer` on its LoRA
+#   layer.
 # - Lower `max_examples` to 1. Which bugs are still found, and why?
 #
 # `minilora/testing/__init__.py` lists all that the kit has.
