@@ -60,9 +60,12 @@ def check_output_dir(config: TrainConfig, checkpoint: Path | None) -> None:
     if config.resume_from_checkpoint == "latest" and not finished:
         return  # The run was killed before its first checkpoint; it starts again.
     if files := files_of_a_run(directory):
+        resume = ", or --resume_from_checkpoint latest to resume it"
+        if config.resume_from_checkpoint == "latest":  # finished, and no checkpoint was left
+            resume = "; it is finished, without a checkpoint to resume from"
         raise UserError(
             f"output_dir {directory} already holds a run ({files[0].name}); choose another, "
-            "or add --overwrite_output_dir, or --resume_from_checkpoint latest to resume it"
+            f"or add --overwrite_output_dir{resume}"
         )
 
 

@@ -302,7 +302,8 @@ def test_latest_without_a_checkpoint_starts_at_the_beginning_and_says_so(train, 
         (directory / name).unlink()  # as if killed before the first checkpoint
     train(resume_from_checkpoint="latest")
     _, err = train(resume_from_checkpoint="latest", code=2)  # a finished run is not overwritten
-    assert "already holds a run" in err
+    assert "already holds a run" in err and "it is finished, without a checkpoint to resume from" in err
+    assert "or --resume_from_checkpoint" not in err  # that was given
 
 
 # ---- a resume of another training is refused ---------------------------------------------------------------
