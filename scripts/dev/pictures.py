@@ -198,8 +198,7 @@ def draw_memory(figure) -> None:
     mistral, lora = parse_config(MISTRAL_7B), PRESETS["standard_r8_qkvo"]
     ledger_of = partial(memory_ledger, mistral, lora, QuantConfig(), **kind)
     ledgers = {policy: ledger_of(recompute=policy) for policy in POLICIES}
-    limits = {"fits a T4": (16e9 - CUDA_CONTEXT) / MARGIN, "a published run on a T4": 10e9}
-    draw_bars(figure.subplots(), ledgers, limits)
+    draw_bars(figure.subplots(), ledgers, {"fits a T4": (16e9 - CUDA_CONTEXT) / MARGIN})
 
 
 def draw_starts(figure) -> None:
