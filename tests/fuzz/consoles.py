@@ -37,6 +37,7 @@ COMMANDS = {  # of each script: real work that succeeds, but for the codes below
     "combine": "--adapter NAME.run:0.5 --output NAME",
     "extract": "--base model --tuned tuned --lora_rank 2 --output NAME",
     "check_gpu": "--only NAME",
+    "experiments": "live_bytes --quick --output NAME",
 }
 SILENT = {"check_gpu", "lint_adapter", "share"}  # They print no name and no text of these files to stdout.
 CODES = {"check_gpu": 2, "share": 2}  # No section and no address is called so.

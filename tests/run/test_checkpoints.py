@@ -400,9 +400,8 @@ def rewrite(checkpoint, change=lambda tree, tensors: None, adapter=None):
     save_file(tensors, checkpoint / TENSORS_FILE)
     path = checkpoint / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | (adapter or {})))
-    digests = {
-        name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in checkpoints._FILES
-    }
+    names = json.loads((checkpoint / DIGESTS_FILE).read_text())
+    digests = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names}
     (checkpoint / DIGESTS_FILE).write_text(json.dumps(digests))
 
 
