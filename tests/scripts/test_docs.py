@@ -2,12 +2,12 @@
 
 import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.project import ROOT, is_key
+from support.project import PROGRAM_ENVIRONMENT, ROOT, is_key
+from support.snippets import run_snippet
 
 from minilora.system.errors import ArgumentParser
 
@@ -32,10 +32,14 @@ def found_in_documents(pattern: str) -> list:
 @pytest.mark.parametrize("code", found_in_documents(r"^```python\n((?:.*\n)+?)^```"))
 def test_every_snippet_runs(code, tmp_path):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    assert not run_snippet(code, tmp_path, PROGRAM_ENVIRONMENT)
+
+
+@pytest.mark.parametrize(
+    "code", ["assert 0, 'no'", "import warnings; warnings.warn('no')", "raise SystemExit('no')"]
+)
+def test_a_snippet_that_fails_or_warns_would_be_noticed(code, tmp_path):
+    assert "no\n" in run_snippet(code, tmp_path, PROGRAM_ENVIRONMENT)
 
 
 COMMAND = r"(?<!/)(scripts/(?:dev/)?\w+\.py(?: [^`|\n]*(?:\\\n[^`|\n]*)*)?)"
