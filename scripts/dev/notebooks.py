@@ -30,7 +30,7 @@ GAP = "...  # your code here"
 
 def main() -> None:
     parser = ArgumentParser(help_text=__doc__)
-    parser.add_argument("--output", type=local_path, default=NOTEBOOKS)
+    parser.add_argument("--output", type=local_path, default="notebooks")
     folder = parser.parse_args().output
     try:
         folder.mkdir(parents=True, exist_ok=True)

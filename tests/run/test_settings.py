@@ -250,7 +250,7 @@ def test_no_number_depends_on_the_keys_that_may_change_on_resuming():
     numbers = """
         val_size prompt_column completion_column messages_column columns text_column truncation cutoff_len max_samples template train_on_prompt mask_history
         padding_free packing group_by_length quantization_bit quantization_type double_quantization preset lora_rank lora_alpha
-        lora_dropout lora_target additional_target adapter_name_or_path init_lora_weights use_vera use_rslora use_dora lora_fa per_device_train_batch_size gradient_accumulation_steps
+        lora_dropout lora_target finetuning_type additional_target adapter_name_or_path init_lora_weights use_vera use_rslora use_dora lora_fa per_device_train_batch_size gradient_accumulation_steps
         num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim adam_beta1 adam_beta2 adam_epsilon loraplus_lr_ratio
         weight_decay max_grad_norm seed load_best_model_at_end fused new_special_tokens add_tokens resize_vocab
     """.split()

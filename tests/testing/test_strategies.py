@@ -41,7 +41,7 @@ def test_weights_are_finite_unless_asked_and_contiguous(weight):
 
 
 def first(strategy, wanted):
-    options = settings(max_examples=300, derandomize=True, database=None, deadline=None)
+    options = settings(max_examples=3000, derandomize=True, database=None, deadline=None)
     return find(strategy, wanted, settings=options)
 
 
