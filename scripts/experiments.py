@@ -37,7 +37,7 @@ from types import ModuleType
 from studies.drawing import picture_of
 
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, suggestion
-from minilora.system.files import read_json, write_whole
+from minilora.system.files import make_folder, read_json, write_whole
 
 STUDIES = (  # in the order of docs/experiments.md
     "rank_and_rate",
@@ -82,12 +82,8 @@ def parse_options() -> argparse.Namespace:
     folder = options.output or Path("outputs/experiments" if options.quick else "docs/experiments")
     if options.quick and is_the_repositorys(folder):
         raise UserError(f"--output {folder} holds the figures of whole studies: leave --quick out")
-    try:
-        if options.names and not options.redraw:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"--output {folder} cannot be created ({error.strerror}): name another folder"
-        raise UserError(message) from error
+    if options.names and not options.redraw:
+        make_folder("--output", folder)
     options.output = folder
     return options
 

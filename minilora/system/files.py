@@ -154,6 +154,15 @@ def check_writable(name: str, path: Path, parents: bool = False) -> None:
         raise UserError(f"{name} {path}: cannot write to {parent} ({error.strerror})") from error
 
 
+def make_folder(name: str, folder: Path) -> None:
+    """Make a folder and those above it. Raises UserError naming the option `name` if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{name} {folder} cannot be created ({error.strerror}): name another folder"
+        raise UserError(message) from error
+
+
 def check_picture(name: str, path: Path) -> None:
     """Raise UserError if a picture could not be written later, or would replace what is no picture."""
     check_writable(name, path)

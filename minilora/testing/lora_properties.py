@@ -31,11 +31,13 @@ def needs(*verbs: str):
     return not_for
 
 
-def sixteen(maker: LayerMaker) -> str | None:
+def needs_16_bits(maker: LayerMaker) -> str | None:
+    """Return why a property of 16 bits does not concern a layer; None: it does."""
     return None if any(dtype.itemsize == 2 for dtype in maker.dtypes) else "16 bits are not taken"
 
 
 def relative(expected: Tensor) -> float:
+    """Return the bound on an error: a small share of the largest value."""
     return SMALL * float(expected.abs().max()) + 1e-12
 
 
@@ -215,7 +217,7 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
 @LORA.add(
     "unmerge in 16 bits",
     lambda maker: maker.cases(dtype=torch.bfloat16),
-    lambda maker: needs("merge", "unmerge")(maker) or sixteen(maker),
+    lambda maker: needs("merge", "unmerge")(maker) or needs_16_bits(maker),
 )
 def _(maker: LayerMaker, case: LayerCase) -> None:
     _check_unmerge(maker, case)
@@ -299,7 +301,7 @@ def _(maker: LayerMaker, case: LayerCase) -> None:
 @LORA.add(
     "16 bits",
     lambda maker: maker.cases(dtype=torch.bfloat16) | maker.cases(dtype=torch.float16),
-    sixteen,
+    needs_16_bits,
 )
 def _(maker: LayerMaker, case: LayerCase) -> None:
     built = case.build(maker)

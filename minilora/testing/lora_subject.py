@@ -14,6 +14,7 @@ Factors = tuple[Tensor, Tensor]  # A (r, in) and B (out, r)
 
 
 def alpha_over_r(r: int, alpha: float) -> float:
+    """LoRA's own scaling; rsLoRA's divides by the root of r."""
     return alpha / r
 
 

@@ -20,6 +20,9 @@ QUANTIZER = Battery()
 EXACT = ("zero block", "outliers")  # flaws under which factors of two stay exact
 
 
+# ---- why a property does not concern a quantizer; None: it does -------------------------------------------
+
+
 def float32_only(q: Quantizer) -> str | None:
     return None if torch.float32 in q.dtypes and q.out_dtype in (None, torch.float32) else "16 bits round it"
 
@@ -40,7 +43,8 @@ def needs_ones(q: Quantizer) -> str | None:
     return None if q.holds_ones else "the code does not hold both 1 and -1"
 
 
-def sixteen(q: Quantizer) -> tuple[torch.dtype, ...]:
+def dtypes_of_16_bits(q: Quantizer) -> tuple[torch.dtype, ...]:
+    """Those that the quantizer takes; none: the property of 16 bits does not concern it."""
     return tuple(dtype for dtype in q.dtypes if dtype.itemsize == 2)
 
 
@@ -181,7 +185,11 @@ def _(q: Quantizer, case: Case) -> None:
     _check_error(q, case.tensor(), start=q.blocksize)
 
 
-@QUANTIZER.add("16 bits", lambda q: q.cases(dtypes=sixteen(q)), lambda q: None if sixteen(q) else "not taken")
+@QUANTIZER.add(
+    "16 bits",
+    lambda q: q.cases(dtypes=dtypes_of_16_bits(q)),
+    lambda q: None if dtypes_of_16_bits(q) else "not taken",
+)
 def _(q: Quantizer, case: Case) -> None:
     """A 16-bit weight gives what the same numbers in float32 give, rounded once."""
     weight = case.tensor()

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
-from minilora.system.files import write_whole
+from minilora.system.files import make_folder, write_whole
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 SOLUTION = re.compile(r"^( *)# solution: begin\n(.*?)^ *# solution: end\n", re.DOTALL | re.MULTILINE)
@@ -32,11 +32,7 @@ def main() -> None:
     parser = ArgumentParser(help_text=__doc__)
     parser.add_argument("--output", type=local_path, default="notebooks")
     folder = parser.parse_args().output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"--output {folder} cannot be created ({error.strerror}): name another folder"
-        raise UserError(message) from error
+    make_folder("--output", folder)
     for source in sources():
         for name, text in twins(source):
             write_whole(folder / name, notebook(text))

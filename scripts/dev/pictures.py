@@ -45,7 +45,6 @@ from minilora import (
     PRESETS,
     LoraConfig,
     QuantConfig,
-    UserError,
     add_lora,
     quantize_4bit,
     trainable_parameters,
@@ -62,7 +61,7 @@ from minilora.quantization import (
 )
 from minilora.recompute import POLICIES
 from minilora.system.errors import ArgumentParser, local_path, run_script
-from minilora.system.files import write_whole
+from minilora.system.files import make_folder, write_whole
 
 WEIGHT = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
 
@@ -71,11 +70,7 @@ def main() -> None:
     parser = ArgumentParser(help_text=__doc__)
     parser.add_argument("--output", type=local_path, default="docs/pictures")
     directory = parser.parse_args().output
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"--output {directory} cannot be created ({error.strerror}): name another directory"
-        raise UserError(message) from error
+    make_folder("--output", directory)
     matplotlib.use("Agg")
     own = draw_codes, draw_error, draw_lora, draw_memory, draw_starts
     for draw in (*own, *IDEA_PICTURES, *NOTE_PICTURES, *DIAGRAMS):

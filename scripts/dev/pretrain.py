@@ -45,7 +45,7 @@ from minilora.config import ModelConfig
 from minilora.formats.weights import save_model
 from minilora.model import CausalLM
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
-from minilora.system.files import write_whole
+from minilora.system.files import make_folder, write_whole
 
 BOS, EOS = 1, 2
 ROW, ROWS = 128, 24  # tokens of a row, rows of a batch
@@ -92,11 +92,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.steps < 1:
         raise UserError(f"--steps must be a positive whole number, not {arguments.steps}")
-    try:  # before the training, not after it
-        (Path(arguments.output) / "base").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"--output {arguments.output} cannot be created ({error.strerror}): name another folder"
-        raise UserError(message) from error
+    make_folder("--output", arguments.output)  # before the training, not after it
+    make_folder("--output", arguments.output / "base")
     return arguments
 
 

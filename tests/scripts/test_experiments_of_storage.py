@@ -177,6 +177,7 @@ def test_eight_bit_moments_follow_float32_in_the_dynamic_code_and_ruin_every_run
     zero = {spread["trained"]: spread["zero"] for spread in figures["spread"]}
     assert all(0.1 < shares[equal] < 0.11 for shares in zero.values())
     assert zero["LoRA"][dynamic] == zero["all weights"][dynamic] == 0
+    assert eight_bit_adam.FLOOR.item() == pytest.approx(1.5e-5, abs=1e-6)
 
 
 def test_an_adapter_belongs_into_what_training_saw_and_a_sum_that_is_quantized_again_into_w():
