@@ -124,5 +124,6 @@ def test_the_readme_shows_how_to_begin():
 def test_no_text_points_to_a_folder_on_one_machine():
     texts = [*ROOT.glob("*.md"), *ROOT.glob("*/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml"]
     for path in texts:
-        if str(path.relative_to(ROOT)) != HERE:
+        place = path.relative_to(ROOT)
+        if str(place) != HERE and not place.parts[0].startswith("."):  # the environment may be .venv
             assert not re.search(r"(?<![\w.])/(home|root|Users)/", path.read_text(encoding="utf-8")), path
