@@ -40,15 +40,21 @@ def causal_lm_loss(
     predicted from those before it, of its own document where rows are packed. The first token of a document
     must be IGNORE_INDEX: nothing predicts it. Labels best stay on the CPU: the host must count them.
     """
-    hidden = model.model(input_ids, document_ids=document_ids)
+    return head_loss(model.lm_head, model.model(input_ids, document_ids=document_ids), labels)
+
+
+def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The same, of hidden states (Bt, T, D)."""
     labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # of the next token: the last one has none
-    head, rows = model.lm_head, rows_at_a_time(model.config.vocab_size)
     if isinstance(head, (nn.Linear, TrainedCopy)):
         return linear_cross_entropy(hidden, head.weight, labels)
     hidden, targets = _supervised(hidden, labels)  # adapted or quantized: its logits are computed twice
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    losses = [checkpoint(_head_loss, head, h, t, parameters=head.parameters()) for h, t in chunks]
-    return torch.stack(losses).sum()
+    chunks = zip(*(t.split(rows_at_a_time(head.weight.shape[0])) for t in (hidden, targets)), strict=True)
+
+    def loss(h: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(head(h).float(), target, reduction="sum")
+
+    return torch.stack([checkpoint(loss, h, t, parameters=head.parameters()) for h, t in chunks]).sum()
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -75,10 +81,6 @@ def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def rows_at_a_time(vocab_size: int) -> int:
     """Return how many rows of logits exist at once."""
     return max(1, LOGITS_BYTES // (4 * vocab_size))
-
-
-def _head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
 def cross_entropy_definition(logits: Tensor, targets: Tensor) -> Tensor:

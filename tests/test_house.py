@@ -16,7 +16,7 @@ FLOORS = (
     ("optim", "linear", "dora", "initialize", "eva", "vera"),
     ("model", "lora", "adapted", "wrapping", "new_rows", "starts"),
     ("loss", "loss_scale"),
-    ("data", "memory", "testing"),
+    ("mixed", "data", "memory", "testing"),
     ("formats",),
     ("adapters",),
     ("run",),

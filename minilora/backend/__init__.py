@@ -15,6 +15,7 @@ cpu_attention.py  attention over the documents of a row, on a CPU with AMX
 attention.c  its source
 products.py      the products with a frozen weight, and an update added to them
 fused_lora.py    LoRA inside the products of all layers that share an input
+segmented.py     rows of one batch that meet different adapters
 dropout.py       dropout from a seed, without a mask
 triton_trial.py  whether the Triton kernels run on a GPU, found out once
 kernel_trial.py  whether each of them computes its definition there, found out once

@@ -127,7 +127,7 @@ def compute_tokens(
             logits = graph.read(*unread)  # (Bt, V)
         else:
             hidden = model.model(unread[0], document_ids=unread[1], cache=cache)  # (Bt, unread, D)
-            logits = model.lm_head(hidden[:, -1]).float()
+            logits = model.lm_head(hidden[:, -1:]).float().squeeze(1)
         if repetition_penalty != 1.0:
             logits = penalize_repetition(logits, sequence[:, :end], repetition_penalty, part(is_text, 0, end))
         sequence[:, end] = choose(logits)

@@ -84,7 +84,7 @@ class TokenGraph:
         x, model = self.x, self.model
         for layer, window in zip(model.model.layers, model.config.layer_windows, strict=True):
             x = layer(x, *self.angles, self.masks[window], self)
-        logits = model.lm_head(model.model.norm(x))
+        logits = model.lm_head(model.model.norm(x).unsqueeze(1)).squeeze(1)
         if self.logits is None:
             self.logits = torch.empty_like(logits, dtype=torch.float32)
         self.logits.copy_(logits)
