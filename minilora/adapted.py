@@ -38,6 +38,7 @@ class Adapted(nn.Module):
         self.configs: dict[str, LoraConfig] = {}
         self.active: str | None = None  # the adapter that forward applies
         self.merged: str | None = None  # the adapter that the base weight holds at present
+        self.is_mixed = False  # whether rows of a batch choose the adapter: see mixed.py
         self.train(base_layer.training)  # a model loaded for inference drops nothing out
 
     def parts(self, name: str) -> dict[str, nn.Parameter]:
@@ -54,6 +55,9 @@ class Adapted(nn.Module):
         return True
 
     def remove_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises UserError while rows may choose it."""
+        if self.is_mixed:
+            raise UserError(f"rows may choose {name!r} now; leave `with adapters` before removing it")
         for kind in self.kinds + self.frozen_kinds:
             if name in getattr(self, kind):
                 del getattr(self, kind)[name]

@@ -63,7 +63,12 @@ def check_new_adapter(model: nn.Module, name: str) -> None:
         raise UserError(f"adapter name {name!r} is a name that PyTorch uses itself; choose another")
     if name in adapter_names(model):
         raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it")
-    if merged := [layer.merged for layer in adapted_layers(model).values() if layer.merged is not None]:
+    layers = adapted_layers(model).values()
+    if any(layer.is_mixed for layer in layers):
+        raise UserError(
+            f"rows choose their adapters at present; leave `with adapters` before adding {name!r}"
+        )
+    if merged := [layer.merged for layer in layers if layer.merged is not None]:
         raise UserError(
             f"adapter {merged[0]!r} is merged into the weights; unmerge it before adding {name!r}"
         )

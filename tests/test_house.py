@@ -16,7 +16,7 @@ FLOORS = (
     ("optim", "linear", "dora", "initialize", "eva", "vera"),
     ("model", "lora", "adapted", "wrapping", "new_rows", "starts"),
     ("loss", "loss_scale"),
-    ("mixed", "data", "memory", "testing"),
+    ("mixed", "mixed_layer", "data", "memory", "testing"),
     ("formats",),
     ("adapters",),
     ("run",),

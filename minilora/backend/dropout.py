@@ -37,9 +37,9 @@ def gain_of(threshold: int) -> float:
     return 65536 / (65536 - threshold)
 
 
-def draw_seed() -> int:
-    """Return a new seed from PyTorch's generator for the CPU, in [0, 2^63)."""
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """Return a new seed, in [0, 2^63), from a generator: by default PyTorch's for the CPU."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator))
 
 
 def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:

@@ -56,7 +56,7 @@ def segmented_update(
     x: Tensor,  # (..., in)
     adapters: Sequence[Adapter | None],  # of each segment
     segments: Segments,  # of the rows of x
-    draws: tuple[int, int] = (0, 0),  # of dropout: a seed and a stream; each segment counts rows of its own
+    draws: Sequence[tuple[int, int]] = (),  # of dropout: a seed and a stream of each segment that drops
 ) -> Tensor:
     """Return y with every row's update added in place; gradients reach y, x and all A and B."""
     tensors = [t for adapter in adapters if adapter for t in adapter[:2]]
@@ -66,7 +66,7 @@ def segmented_update(
 class _Call(NamedTuple):
     adapters: tuple[Adapter | None, ...]
     segments: Segments
-    draws: tuple[int, int]
+    draws: Sequence[tuple[int, int]]
 
     @property
     def scalings(self) -> list[float]:
@@ -86,7 +86,7 @@ class _Call(NamedTuple):
         for i, threshold in enumerate(thresholds):
             if threshold:
                 start, end = self.segments.bounds[i : i + 2]
-                mask = kept(end - start, x.shape[1], *self.draws, threshold, x.device)
+                mask = kept(end - start, x.shape[1], *self.draws[i], threshold, x.device)
                 if self.segments.order is None:
                     dropped[start:end] *= mask
                 else:
