@@ -4,6 +4,7 @@
     qlora_path.svg           forward and backward of a 4-bit layer with an adapter     docs/quantization.md
     nf4_block.svg            the bytes of 64 weights                                   docs/quantization.md
     checkpointed_layer.svg   what each recompute policy keeps of a layer               docs/memory.md
+    mixed_batch.svg          rows of one batch that meet different adapters            docs/many_adapters.md
 
 A drawing's coordinates are tenths of an inch, from the lower left. Colours differ in brightness too, for
 print: blue is trained, grey is frozen, orange is a gradient.
@@ -249,4 +250,60 @@ def cell(axes, x: float, y: float, width: float, height: float, fill: str) -> No
     axes.add_patch(Rectangle((x, y), width, height, facecolor=fill, **line))
 
 
-DIAGRAMS = (draw_lora_layer, draw_qlora_path, draw_nf4_block, draw_checkpointed_layer)
+# ---- a mixed batch -----------------------------------------------------------------------------------------
+
+WHO = "acab-a"  # the adapter of each row; -: none
+SHADES = {"a": "#1f5fa8", "b": "#7fb0dd", "c": "#cfe0f2", "-": "white"}
+RANKS = {"a": 4, "b": 8, "c": 2}
+
+
+def draw_mixed_batch(figure) -> None:
+    axes = canvas(figure, 86, 39)
+    rows = sorted(range(len(WHO)), key=lambda i: "abc-".index(WHO[i]))
+    write(axes, 8, 34.3, "x  (rows, in)")
+    _batch(axes, 4, 30, range(len(WHO)))
+    arrow(axes, (14, 27.4), (30, 27.4), words="all rows at once")
+    box(axes, 38, 27.4, 14, 9, "W  (out, in)\nfrozen, one copy")
+    arrow(axes, (45, 27.4), (74.6, 27.4), words="x Wᵀ  (rows, out)")
+    plus(axes, 76, 27.4)
+    arrow(axes, (77.4, 27.4), (82.5, 27.4))
+    write(axes, 84, 27.4, "y", fontsize=13)
+    arrow(axes, (8, 18.6), (8, 15.2))
+    write(axes, 9, 17.1, "sorted by adapter", ha="left", fontsize=9)
+    _batch(axes, 4, 12.6, rows)
+    for name, r in RANKS.items():
+        places = [12.6 - 2.2 * k + 1.1 for k, i in enumerate(rows) if WHO[i] == name]
+        y = sum(places) / len(places)
+        _factors(axes, name, r, {"a": 12.8, "b": 7.2, "c": 1.6}[name], y)
+    arrow(axes, (70, 7.2), (76, 7.2), (76, 26))
+    write(axes, 63, 16.2, "each row's update,\nin its own place", fontsize=9)
+    write(axes, 31, 17.6, "shrink: s A, of rank r", fontsize=9, color=BLUE)
+    write(axes, 51, 17.6, "expand: B", fontsize=9, color=BLUE)
+    write(axes, 8.8, -0.4, "rows without an adapter\nare W's alone", fontsize=9, color=GREY)
+    axes.set_ylim(-2.5, 36.5)
+
+
+def _batch(axes, x: float, top: float, rows) -> None:
+    """Draw rows of a batch in their adapters' shades, from the top down."""
+    for k, i in enumerate(rows):
+        y, name = top - 2.2 * k, WHO[i]
+        shape = Rectangle((x, y), 8, 2, facecolor=SHADES[name], edgecolor=GREY, linewidth=0.6)
+        axes.add_patch(shape)
+        ink = "white" if name == "a" else INK
+        write(axes, x + 4, y + 0.9, "none" if name == "-" else name, fontsize=8, color=ink)
+
+
+def _factors(axes, name: str, r: int, y: float, from_y: float) -> None:
+    """Draw the two thin products of an adapter's rows."""
+    arrow(axes, (12.4, from_y), (27.5, y))
+    for x, sides in ((31, (4.4, 0.8 + r / 4)), (51, (0.8 + r / 4, 4.4))):
+        near, far = x - 3.5, x + 3.5
+        left, right = sides[0] / 2, sides[1] / 2
+        corners = [(near, y - left), (near, y + left), (far, y + right), (far, y - right)]
+        axes.add_patch(Polygon(corners, facecolor=SHADES[name], edgecolor=BLUE, linewidth=1.2))
+        write(axes, x, y, name, fontsize=9, color="white" if name == "a" else INK)
+    arrow(axes, (34.5, y), (47.5, y), words=f"n, r = {r}", lift=1.2)
+    arrow(axes, (54.5, y), (70, 7.2))
+
+
+DIAGRAMS = (draw_lora_layer, draw_qlora_path, draw_nf4_block, draw_checkpointed_layer, draw_mixed_batch)

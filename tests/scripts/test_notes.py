@@ -27,8 +27,8 @@ def sections(name: str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def test_the_course_has_twelve_numbered_notes_and_links_to_all_the_others():
-    assert len(NOTES) == 14 and len(set(NOTES)) == 14
+def test_the_course_has_thirteen_numbered_notes_and_links_to_all_the_others():
+    assert len(NOTES) == 15 and len(set(NOTES)) == 15
     assert {"experiments.md", "how_to_choose.md", *NOTES} <= set(re.findall(r"\((\w+\.md)[)#]", COURSE))
 
 
