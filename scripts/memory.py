@@ -10,9 +10,16 @@ Keys are the trainer's (`python scripts/train.py --help`), such as --bf16 false 
 
     --gpu GB            a GPU with this many gigabytes (10^9 bytes), instead of this machine
     --picture FILE      file of the bar chart (default: memory.png)
+    --processes N       train with so many processes, each with a GPU of its own (default: 1)
+    --parallel KIND     ddp: each process holds the model; fsdp: they share it (default: ddp where it fits)
+    --link GB_PER_S     gigabytes a second that a process receives from the others: the time of a step
+    --tflops N          10^12 operations a second that a process reaches: the same
 
 --model is a directory, a hub id, or the name of a well-known shape: mistral-7b, llama-2-7b, llama-3-8b,
-qwen2.5-7b, tinyllama-1.1b.
+qwen2.5-7b, tinyllama-1.1b, llama-2-70b, llama-3-70b.
+
+    # Llama-2-70B on two GPUs of 24 GB
+    python scripts/memory.py --model llama-2-70b --gpu 24 --processes 2 --link 25 --tflops 80
 """
 
 if __name__ == "__main__":
@@ -22,6 +29,7 @@ if __name__ == "__main__":
     answer_help(__doc__)
 
 import io
+from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,11 +46,12 @@ from minilora.memory.ledger import (
     MARGIN,
     Ledger,
     available_memory,
-    memory_ledger,
     process_memory,
 )
-from minilora.memory.planner import advise, fastest_that_fits
+from minilora.memory.planner import advise, choose_recompute, fastest_that_fits
+from minilora.memory.ranks import PARALLEL, choose_parallel, rank_ledger
 from minilora.memory.stored_layers import InFiles
+from minilora.memory.traffic import Traffic, step_seconds, step_traffic
 from minilora.recompute import POLICIES
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.run.vocabulary import train_rows
@@ -53,6 +62,7 @@ from minilora.system.files import check_picture, write_whole
 
 GB = 10**9
 LARGEST_GPU = 1_000_000  # GB
+MOST_PROCESSES = 100_000
 
 
 def _shape(model_type: str, V: int, D: int, F: int, layers: int, H: int, G: int) -> ModelConfig:
@@ -67,6 +77,8 @@ SHAPES = {
     "llama-3-8b": _shape("llama", 128256, 4096, 14336, 32, 32, 8),
     "qwen2.5-7b": _shape("qwen2", 152064, 3584, 18944, 28, 28, 4),
     "tinyllama-1.1b": _shape("llama", 32000, 2048, 5632, 22, 32, 4),
+    "llama-2-70b": _shape("llama", 32000, 8192, 28672, 80, 64, 8),
+    "llama-3-70b": _shape("llama", 128256, 8192, 28672, 80, 64, 8),
 }
 
 
@@ -85,25 +97,30 @@ def main() -> None:
     parser = ArgumentParser(help_text=__doc__)
     parser.add_argument("--gpu", type=float)
     parser.add_argument("--picture", type=local_path, default="memory.png")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--parallel", choices=PARALLEL)
+    parser.add_argument("--link", type=float)
+    parser.add_argument("--tflops", type=float)
     options, keys = parser.parse_known_args()
-    if options.gpu is not None and not 0 < options.gpu <= LARGEST_GPU:
-        raise UserError(
-            f"--gpu must be a number of gigabytes above 0 and at most {LARGEST_GPU:,}, not {options.gpu:g}"
-        )
-    check_picture("--picture", options.picture)
     config = load_train_config(keys)
+    check_options(options, config)
+    check_picture("--picture", options.picture)
     name = config.model_name_or_path or str(EMBEDDED_MODEL)
     model_config = find_model_config(name, config.model_revision, config.accepted_fields())
     in_files = find_quantized_layers(name)
-    target = this_machine(config) if options.gpu is None else gpu_of_size(options.gpu, config)
+    N = options.processes
+    target = this_machine(config, N) if options.gpu is None else gpu_of_size(options.gpu, config)
     batch_size = config.per_device_train_batch_size
     length = config.cutoff_len or min(1024, model_config.max_position_embeddings)
     tokens = range(len(sum(config.new_tokens(), ())))  # any rows will do: what counts is how many
-    ledger_of = partial(
-        memory_ledger,
+    model = (
         model_config,
         train_rows(config.lora_config(), [*tokens], model_config),
         config.quant_config(),
+    )
+    ledger_of = partial(
+        rank_ledger,
+        *model,
         dtype=target.dtype,
         optim=config.optim,
         device=target.device,
@@ -111,6 +128,16 @@ def main() -> None:
         process=target.process,
         in_files=in_files,
     )
+    model_name = config.model_name_or_path or "assets/base"
+    print(
+        f"{model_name}, {batch_size} x {length} tokens, {describe(config, target.dtype, in_files)}, ", end=""
+    )
+    print(f"on {f'{N} processes, each with ' if N > 1 else ''}{target.description}\n")
+    if N > 1:
+        of_batch = partial(ledger_of, batch_size=batch_size, length=length)
+        traffic_of = partial(step_traffic, *model, dtype=target.dtype, in_files=in_files)
+        parallel = print_processes(of_batch, traffic_of, options, config, target)
+        ledger_of = partial(ledger_of, processes=N, parallel=parallel)
     policies = [policy for policy in POLICIES if policy != "offload" or target.device == "cuda"]
     of_batch = partial(ledger_of, batch_size=batch_size, length=length)
     ledgers = {policy: of_batch(recompute=policy) for policy in policies}
@@ -118,11 +145,6 @@ def main() -> None:
     if planned is not None and planned.recompute not in policies:
         ledgers["auto"] = planned
 
-    model_name = config.model_name_or_path or "assets/base"
-    print(
-        f"{model_name}, {batch_size} x {length} tokens, {describe(config, target.dtype, in_files)}, ", end=""
-    )
-    print(f"on {target.description}\n")
     print_table(ledgers, target.memory)
     if "auto" in ledgers:
         print(f"auto: {planned.recompute}")
@@ -134,6 +156,29 @@ def main() -> None:
     print(f"bar chart: {options.picture}")
 
 
+def check_options(options: Namespace, config: TrainConfig) -> None:
+    """Raise UserError for a value that is none, and for options of processes where there is but one."""
+    if options.gpu is not None and not 0 < options.gpu <= LARGEST_GPU:
+        raise UserError(
+            f"--gpu must be a number of gigabytes above 0 and at most {LARGEST_GPU:,}, not {options.gpu:g}"
+        )
+    if not 1 <= options.processes <= MOST_PROCESSES:
+        raise UserError(f"--processes must be from 1 to {MOST_PROCESSES:,}, not {options.processes}")
+    for name in ("link", "tflops"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value <= 1e6:
+            raise UserError(f"--{name} must be above 0 and at most 1,000,000, not {value:g}")
+    for name in ("parallel", "link", "tflops"):
+        if options.processes == 1 and getattr(options, name) is not None:
+            raise UserError(f"--{name} is about several processes; say how many with --processes")
+    if (options.link is None) != (options.tflops is None):
+        raise UserError("--link and --tflops give the time of a step together; set both or neither")
+    if options.parallel == "fsdp" and config.finetuning_type == "full":
+        raise UserError(
+            "--parallel fsdp shares frozen weights, and finetuning_type 'full' trains them all; use ddp"
+        )
+
+
 def gpu_of_size(gigabytes: float, config: TrainConfig) -> Target:
     """A GPU with this much memory, part of which the CUDA context takes."""
     dtype = requested_dtype(config.bf16, config.fp16) or torch.float16
@@ -141,14 +186,16 @@ def gpu_of_size(gigabytes: float, config: TrainConfig) -> Target:
     return Target("cuda", dtype, memory, process=0, description=f"a GPU of {gigabytes:g} GB")
 
 
-def this_machine(config: TrainConfig) -> Target:
-    """The device that the trainer would use here, with its free memory."""
+def this_machine(config: TrainConfig, processes: int) -> Target:
+    """The device that the trainer would use here, with its free memory. Processes on a CPU share it."""
     placement = choose_placement(config.bf16, config.fp16)
     device, memory = placement.device.type, available_memory(placement.device)
     if memory is None:
         raise UserError("this system does not report how much memory is free; choose a GPU with --gpu GB")
-    process = process_memory() if device == "cpu" else 0
-    return Target(device, placement.dtype, memory, process, f"the {memory / GB:.1f} GB that are free")
+    process, memory = (process_memory(), memory // processes) if device == "cpu" else (0, memory)
+    share = "its part of " * (device == "cpu" and processes > 1)
+    description = f"{share}the {memory / GB:.1f} GB that are free"
+    return Target(device, placement.dtype, memory, process, description)
 
 
 def find_model_config(name: str, revision: str | None, accepted: Collection[str] = ()) -> ModelConfig:
@@ -190,6 +237,66 @@ def describe(config: TrainConfig, dtype: torch.dtype, in_files: dict[str, InFile
     return f"{rank}, {weights}, {config.optim}, {str(dtype).removeprefix('torch.')}"
 
 
+def print_processes(
+    ledger_of: Callable[..., Ledger],
+    traffic_of: Callable[..., Traffic],
+    options: Namespace,
+    config: TrainConfig,
+    target: Target,
+) -> str:
+    """Print a column for each way to train with several processes. Return the chosen one: ddp or fsdp."""
+
+    def plan_of(**kind) -> Ledger:
+        return choose_recompute(target.memory, partial(ledger_of, **kind))[0]
+
+    N, steps = options.processes, config.gradient_accumulation_steps
+    kinds = {"ddp": dict(parallel="ddp")}
+    if config.finetuning_type != "full":  # which leaves no frozen weights to share
+        kinds["fsdp"] = dict(parallel="fsdp")
+        if target.device == "cuda":
+            kinds["offloaded"] = dict(parallel="fsdp", offload=True)
+    ledgers = {name: plan_of(processes=N, **kind) for name, kind in kinds.items()}
+    traffics = [traffic_of(processes=N, micro_batches=steps, **kind) for kind in kinds.values()]
+    print_row("GB in each process", list(ledgers))
+    for part, (categories, _) in PARTS.items():
+        sums = [sum(ledger.bytes[name] for name in categories) for ledger in ledgers.values()]
+        if any(sums):
+            print_row(part, [f"{size / GB:.3f}" for size in sums])
+    print_row("peak", [f"{ledger.peak / GB:.3f}" for ledger in ledgers.values()])
+    print_row("fits, with a tenth to spare", [yes_or_no(x.fits(target.memory)) for x in ledgers.values()])
+    print_row("recompute", [short_plan(ledger) for ledger in ledgers.values()])
+    print_row("received in a step", [f"{traffic.total / GB:.3f}" for traffic in traffics])
+    if options.link is not None:
+        rates = dict(flop_rate=options.tflops * 1e12, byte_rate=options.link * GB)
+        pairs = zip(ledgers.values(), traffics, strict=True)
+        times = [step_seconds(*pair, micro_batches=steps, **rates) for pair in pairs]
+        tokens = N * steps * ledgers["ddp"].batch_size * ledgers["ddp"].length
+        print_row("s a step, gathers hidden", [f"{time.least:.3g}" for time in times])
+        print_row("s a step, none hidden", [f"{time.most:.3g}" for time in times])
+        print_row("tokens a second, at most", [f"{tokens / time.least:,.0f}" for time in times])
+    print(f"\n{steps} micro-batch{'es' * (steps > 1)} a step in each process; ", end="")
+    print("recompute: layers off/selective/full, or one word for all")
+    if "fsdp" not in kinds or options.parallel:
+        parallel, reason = (
+            options.parallel or "ddp",
+            "as requested" if options.parallel else "trains all weights",
+        )
+    else:
+        parallel, _, reason = choose_parallel(target.memory, N, plan_of)
+    print(f"{parallel}: {reason}\n\neach process with {parallel}, by recompute policy:")
+    return parallel
+
+
+def short_plan(ledger: Ledger) -> str:
+    """A recompute plan in a word or three numbers."""
+    counts = [ledger.policies.count(policy) for policy in ("off", "selective", "full")]
+    return ledger.recompute if ledger.recompute in POLICIES else "/".join(map(str, counts))
+
+
+def yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
 def print_table(named: dict[str, Ledger], memory: float) -> None:
     """Print gigabytes by category at the peak, with one column for each recompute policy."""
     ledgers = list(named.values())
@@ -199,7 +306,7 @@ def print_table(named: dict[str, Ledger], memory: float) -> None:
             print_row(category, [f"{ledger.bytes[category] / GB:.3f}" for ledger in ledgers])
     print_row("peak", [f"{ledger.peak / GB:.3f}" for ledger in ledgers])
     print_row("  in", [ledger.moment for ledger in ledgers])
-    print_row("fits, with a tenth to spare", ["yes" if ledger.fits(memory) else "no" for ledger in ledgers])
+    print_row("fits, with a tenth to spare", [yes_or_no(ledger.fits(memory)) for ledger in ledgers])
     fastest = ledgers[0].flop_per_token
     print_row("relative speed, by FLOPs", [f"{fastest / ledger.flop_per_token:.2f}" for ledger in ledgers])
 
@@ -259,7 +366,11 @@ PARTS = {  # of a bar: label -> categories that it sums up, colour
     "program": (("process",), "#d8d8d8"),
     "frozen weights and scales": (("linear weights", "scales"), "#3b6ea5"),
     "embeddings, head, norms": (("embeddings, head, norms",), "#7fa6cf"),
-    "adapter, gradients, optimizer": (("adapter", "gradients", "optimizer states"), "#5a9367"),
+    "gathered weights": (("gathered weights",), "#b9cfe4"),
+    "adapter, gradients, moments": (
+        ("adapter", "gradients", "summed gradients", "optimizer states"),
+        "#5a9367",
+    ),
     "scratch": (("scratch",), "#b5cfa8"),
     "layer inputs": (("layer inputs",), "#d1662f"),
     "kept activations": (("kept activations",), "#efa67c"),

@@ -75,6 +75,8 @@ CATEGORIES = (
     "adapter",
     "gradients",
     "optimizer states",
+    "gathered weights",  # of processes that share one model: see ranks.py
+    "summed gradients",  # of several processes
     "scratch",
     "compiled kernels",  # on a CPU with bfloat16 instructions
     "layer inputs",
