@@ -39,6 +39,7 @@ COMMANDS = {
     "export": EXPORT,
     "combine": COMBINE,
     "memory": MEMORY,
+    "memory of processes": f"{MEMORY} --processes 4 --parallel fsdp --link 25 --tflops 80",
     "compare": COMPARE,
     "compare on a page": f"{COMPARE} --html page.html",
     "lint_adapter": LINT,
