@@ -32,7 +32,7 @@ import io
 from argparse import Namespace
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -51,7 +51,7 @@ from minilora.memory.ledger import (
 from minilora.memory.planner import advise, choose_recompute, fastest_that_fits
 from minilora.memory.ranks import PARALLEL, choose_parallel, rank_ledger
 from minilora.memory.stored_layers import InFiles
-from minilora.memory.traffic import Traffic, step_seconds, step_traffic
+from minilora.memory.traffic import StepSeconds, Traffic, step_seconds, step_traffic
 from minilora.recompute import POLICIES
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.run.vocabulary import train_rows
@@ -63,6 +63,7 @@ from minilora.system.files import check_picture, write_whole
 GB = 10**9
 LARGEST_GPU = 1_000_000  # GB
 MOST_PROCESSES = 100_000
+FITS = "fits, with a tenth to spare"
 
 
 def _shape(model_type: str, V: int, D: int, F: int, layers: int, H: int, G: int) -> ModelConfig:
@@ -245,46 +246,54 @@ def print_processes(
     target: Target,
 ) -> str:
     """Print a column for each way to train with several processes. Return the chosen one: ddp or fsdp."""
+    N, steps = options.processes, config.gradient_accumulation_steps
+    traffic_of = partial(traffic_of, processes=N, micro_batches=steps)
 
+    @cache
     def plan_of(**kind) -> Ledger:
         return choose_recompute(target.memory, partial(ledger_of, **kind))[0]
 
-    N, steps = options.processes, config.gradient_accumulation_steps
+    def time_of(ledger: Ledger, **kind) -> StepSeconds:
+        rates = dict(flop_rate=options.tflops * 1e12, byte_rate=options.link * GB)
+        return step_seconds(ledger, traffic_of(**kind), micro_batches=steps, **rates)
+
     kinds = {"ddp": dict(parallel="ddp")}
     if config.finetuning_type != "full":  # which leaves no frozen weights to share
         kinds["fsdp"] = dict(parallel="fsdp")
         if target.device == "cuda":
             kinds["offloaded"] = dict(parallel="fsdp", offload=True)
     ledgers = {name: plan_of(processes=N, **kind) for name, kind in kinds.items()}
-    traffics = [traffic_of(processes=N, micro_batches=steps, **kind) for kind in kinds.values()]
-    print_row("GB in each process", list(ledgers))
-    for part, (categories, _) in PARTS.items():
-        sums = [sum(ledger.bytes[name] for name in categories) for ledger in ledgers.values()]
-        if any(sums):
-            print_row(part, [f"{size / GB:.3f}" for size in sums])
-    print_row("peak", [f"{ledger.peak / GB:.3f}" for ledger in ledgers.values()])
-    print_row("fits, with a tenth to spare", [yes_or_no(x.fits(target.memory)) for x in ledgers.values()])
-    print_row("recompute", [short_plan(ledger) for ledger in ledgers.values()])
-    print_row("received in a step", [f"{traffic.total / GB:.3f}" for traffic in traffics])
+    print_ways(ledgers, target.memory)
+    print_row("received in a step", [f"{traffic_of(**kind).total / GB:.3f}" for kind in kinds.values()])
     if options.link is not None:
-        rates = dict(flop_rate=options.tflops * 1e12, byte_rate=options.link * GB)
-        pairs = zip(ledgers.values(), traffics, strict=True)
-        times = [step_seconds(*pair, micro_batches=steps, **rates) for pair in pairs]
+        times = [time_of(ledger, **kinds[name]) for name, ledger in ledgers.items()]
         tokens = N * steps * ledgers["ddp"].batch_size * ledgers["ddp"].length
         print_row("s a step, gathers hidden", [f"{time.least:.3g}" for time in times])
         print_row("s a step, none hidden", [f"{time.most:.3g}" for time in times])
         print_row("tokens a second, at most", [f"{tokens / time.least:,.0f}" for time in times])
     print(f"\n{steps} micro-batch{'es' * (steps > 1)} a step in each process; ", end="")
     print("recompute: layers off/selective/full, or one word for all")
-    if "fsdp" not in kinds or options.parallel:
-        parallel, reason = (
-            options.parallel or "ddp",
-            "as requested" if options.parallel else "trains all weights",
-        )
+    if options.parallel:
+        parallel, reason = options.parallel, "as requested"
+    elif "fsdp" not in kinds:
+        parallel, reason = "ddp", "trains all weights"
     else:
-        parallel, _, reason = choose_parallel(target.memory, N, plan_of)
+        longest = None if options.link is None else lambda ledger, kind: time_of(ledger, parallel=kind).most
+        parallel, _, reason = choose_parallel(target.memory, N, plan_of, longest)
     print(f"{parallel}: {reason}\n\neach process with {parallel}, by recompute policy:")
     return parallel
+
+
+def print_ways(ledgers: dict[str, Ledger], memory: float) -> None:
+    """Print gigabytes by part at the peak, with one column for each way to train with several processes."""
+    print_row("GB in each process", list(ledgers))
+    for part, (categories, _) in PARTS.items():
+        sums = [sum(ledger.bytes[name] for name in categories) for ledger in ledgers.values()]
+        if any(sums):
+            print_row(part, [f"{size / GB:.3f}" for size in sums])
+    print_row("peak", [f"{ledger.peak / GB:.3f}" for ledger in ledgers.values()])
+    print_row(FITS, [yes_or_no(ledger.fits(memory)) for ledger in ledgers.values()])
+    print_row("recompute", [short_plan(ledger) for ledger in ledgers.values()])
 
 
 def short_plan(ledger: Ledger) -> str:
@@ -306,7 +315,7 @@ def print_table(named: dict[str, Ledger], memory: float) -> None:
             print_row(category, [f"{ledger.bytes[category] / GB:.3f}" for ledger in ledgers])
     print_row("peak", [f"{ledger.peak / GB:.3f}" for ledger in ledgers])
     print_row("  in", [ledger.moment for ledger in ledgers])
-    print_row("fits, with a tenth to spare", [yes_or_no(ledger.fits(memory)) for ledger in ledgers])
+    print_row(FITS, [yes_or_no(ledger.fits(memory)) for ledger in ledgers])
     fastest = ledgers[0].flop_per_token
     print_row("relative speed, by FLOPs", [f"{fastest / ledger.flop_per_token:.2f}" for ledger in ledgers])
 

@@ -118,14 +118,19 @@ def rank_ledger(
 
 
 def choose_parallel(
-    memory: float | None, processes: int, plan_of: Callable[..., Ledger]
+    memory: float | None,  # free bytes of each process; None: not known
+    processes: int,
+    plan_of: Callable[..., Ledger],
+    seconds_of: Callable[[Ledger, str], float] | None = None,
 ) -> tuple[str, Ledger, str]:
-    """Return `ddp` or `fsdp`, its ledger, and why. memory: free bytes of each process; None: not known.
+    """Return `ddp` or `fsdp`, the ledger of one process, and why.
 
-    `plan_of(parallel=..., processes=..., offload=...)` is the ledger of one process, its recompute policies
-    chosen: see `rank_ledger` and `planner.choose_recompute`. ddp wins wherever it fits, as it sends an
-    adapter's gradients a step where fsdp sends the model twice a micro-batch. Where neither fits, fsdp, and
-    the reason says what would fit: a prediction is no reason not to try.
+    `plan_of(parallel=..., processes=..., offload=...)` is that ledger, its recompute policies chosen: see
+    `rank_ledger` and `planner.choose_recompute`. `seconds_of(ledger, parallel)` is the longest that a step
+    may take (`traffic.step_seconds`). ddp wins where it fits: with the same recompute it sends less. fsdp
+    leaves more room to recompute less, so it wins there if the seconds are known and are fewer.
+
+    Where neither fits, fsdp, and the reason says what would: a prediction is no reason not to try.
     """
     ddp = plan_of(parallel="ddp", processes=processes)
     if processes == 1:
@@ -133,9 +138,17 @@ def choose_parallel(
     if memory is None:
         return "ddp", ddp, "this system does not tell how much memory is free"
     free = f"{memory / 2**30:.2f} GiB"
-    if ddp.fits(memory):
+    ddp_fits = ddp.fits(memory)
+    if ddp_fits and seconds_of is None:
         return "ddp", ddp, f"needs {_gib(ddp)} of {free} free"
     fsdp = plan_of(parallel="fsdp", processes=processes)
+    if ddp_fits:
+        with_ddp, with_fsdp = seconds_of(ddp, "ddp"), seconds_of(fsdp, "fsdp")
+        if fsdp.fits(memory) and with_fsdp < with_ddp:
+            times = f"at most {with_fsdp:.3g} s a step, ddp {with_ddp:.3g}"
+            return "fsdp", fsdp, f"needs {_gib(fsdp)} of {free} free; {times}"
+        times = f"{with_ddp:.3g} s a step, fsdp up to {with_fsdp:.3g}"
+        return "ddp", ddp, f"needs {_gib(ddp)} of {free} free; {times}"
     if fsdp.fits(memory):
         return "fsdp", fsdp, f"needs {_gib(fsdp)} of {free} free; ddp would need {_gib(ddp)}"
     needs = f"even fsdp needs {_gib(fsdp)} GiB; {free} are free, and a tenth should be left"

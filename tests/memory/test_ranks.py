@@ -230,6 +230,34 @@ def test_where_there_is_nothing_to_choose_ddp_is_taken_and_the_reason_said(free,
     assert (parallel, reason) == ("ddp", why) and ledger == plan_of_70b(processes=processes)
 
 
+def test_where_both_fit_the_one_with_the_shorter_longest_step_is_chosen_and_both_are_said():
+    def of_times(ddp, fsdp):
+        times = dict(ddp=ddp, fsdp=fsdp)
+        return choose_parallel(80e9, 8, plan_of_70b, lambda ledger, parallel: times[parallel])
+
+    parallel, ledger, reason = of_times(3.0, 2.5)
+    assert (parallel, ledger) == ("fsdp", plan_of_70b(parallel="fsdp", processes=8))
+    assert reason.endswith(" of 74.51 GiB free; at most 2.5 s a step, ddp 3")
+    for fsdp in (3.0, 3.5):  # no faster is no reason to send more
+        parallel, ledger, reason = of_times(3.0, fsdp)
+        assert (parallel, ledger) == ("ddp", plan_of_70b(processes=8))
+        assert reason.endswith(f" of 74.51 GiB free; 3 s a step, fsdp up to {fsdp:.3g}")
+
+
+def test_an_fsdp_that_would_be_faster_and_does_not_fit_is_not_chosen():
+    """Of a model of one layer two processes gather the whole, and hold half of it besides."""
+    one_layer = parse_config(
+        dict(model_type="llama", vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+        | dict(num_attention_heads=4, num_key_value_heads=2)
+    )
+    plan_of = partial(rank_ledger, one_layer, *MODEL[1:], **RUN)
+    ddp, fsdp = (plan_of(parallel=kind, processes=2) for kind in ("ddp", "fsdp"))
+    assert ddp.peak < fsdp.peak
+    free = MARGIN * (ddp.peak + fsdp.peak) / 2
+    chosen = choose_parallel(free, 2, plan_of, lambda ledger, parallel: dict(ddp=2.0, fsdp=1.0)[parallel])
+    assert chosen[:2] == ("ddp", ddp)
+
+
 # ---- the script ----------------------------------------------------------------------------------------------
 
 
