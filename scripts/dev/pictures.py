@@ -7,6 +7,7 @@
     error.png     error against bits per weight, both measured                         docs/quantization.md
     lora.png      trainable parameters of Mistral-7B against rank, counted             docs/lora.md
     memory.png    the bytes of a training step of Mistral-7B, by recompute policy      docs/memory.md
+    larger_models.png   the bytes of each process that trains Llama-2-70B              docs/larger_models.md
     starts.png    how far a 4-bit layer starts from W, by start and rank               docs/initialization.md
 
     segments dynamic_code loss_scaling kernel_grid    idea_pictures.py: checkpointing, Adam, float16
@@ -36,7 +37,7 @@ import matplotlib
 import torch
 from diagrams import DIAGRAMS, MISTRAL_7B
 from idea_pictures import IDEA_PICTURES
-from memory import draw_bars
+from memory import SHAPES, draw_bars
 from note_pictures import NOTE_PICTURES
 from studies.drawing import BLUE, GREY, ORANGE, PALE, picture_of
 from torch import Tensor
@@ -52,6 +53,7 @@ from minilora import (
 from minilora.formats.config_json import parse_config
 from minilora.initialize import initialize
 from minilora.memory.ledger import CUDA_CONTEXT, MARGIN, memory_ledger
+from minilora.memory.ranks import rank_ledger
 from minilora.model import CausalLM
 from minilora.quantization import (
     dequantize_definition,
@@ -72,7 +74,7 @@ def main() -> None:
     directory = parser.parse_args().output
     make_folder("--output", directory)
     matplotlib.use("Agg")
-    own = draw_codes, draw_error, draw_lora, draw_memory, draw_starts
+    own = draw_codes, draw_error, draw_larger_models, draw_lora, draw_memory, draw_starts
     for draw in (*own, *IDEA_PICTURES, *NOTE_PICTURES, *DIAGRAMS):
         kind = "svg" if draw in DIAGRAMS else "png"
         path = directory / f"{draw.__name__.removeprefix('draw_')}.{kind}"
@@ -194,6 +196,17 @@ def draw_memory(figure) -> None:
     ledger_of = partial(memory_ledger, mistral, lora, QuantConfig(), **kind)
     ledgers = {policy: ledger_of(recompute=policy) for policy in POLICIES}
     draw_bars(figure.subplots(), ledgers, {"fits a T4": (16e9 - CUDA_CONTEXT) / MARGIN})
+
+
+def draw_larger_models(figure) -> None:
+    figure.set_size_inches(8.6, 4.6)
+    kind = dict(batch_size=1, length=1024, dtype=torch.bfloat16, recompute="full")
+    model = SHAPES["llama-2-70b"], PRESETS["aggressive_r16_all"], QuantConfig()
+    ledger_of = partial(rank_ledger, *model, **kind)
+    ledgers = {"ddp\nany number": ledger_of(processes=2)}
+    ledgers |= {f"fsdp\n{n} GPUs": ledger_of(processes=n, parallel="fsdp") for n in (2, 4, 8)}
+    ledgers["fsdp, 2 GPUs\noffloaded"] = ledger_of(processes=2, parallel="fsdp", offload=True)
+    draw_bars(figure.subplots(), ledgers, {"fits 24 GB": (24e9 - CUDA_CONTEXT) / MARGIN})
 
 
 def draw_starts(figure) -> None:
