@@ -95,17 +95,7 @@ class Target:
 
 
 def main() -> None:
-    parser = ArgumentParser(help_text=__doc__)
-    parser.add_argument("--gpu", type=float)
-    parser.add_argument("--picture", type=local_path, default="memory.png")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--parallel", choices=PARALLEL)
-    parser.add_argument("--link", type=float)
-    parser.add_argument("--tflops", type=float)
-    options, keys = parser.parse_known_args()
-    config = load_train_config(keys)
-    check_options(options, config)
-    check_picture("--picture", options.picture)
+    options, config = read_options()
     name = config.model_name_or_path or str(EMBEDDED_MODEL)
     model_config = find_model_config(name, config.model_revision, config.accepted_fields())
     in_files = find_quantized_layers(name)
@@ -114,11 +104,8 @@ def main() -> None:
     batch_size = config.per_device_train_batch_size
     length = config.cutoff_len or min(1024, model_config.max_position_embeddings)
     tokens = range(len(sum(config.new_tokens(), ())))  # any rows will do: what counts is how many
-    model = (
-        model_config,
-        train_rows(config.lora_config(), [*tokens], model_config),
-        config.quant_config(),
-    )
+    lora = train_rows(config.lora_config(), [*tokens], model_config)
+    model = model_config, lora, config.quant_config()
     ledger_of = partial(
         rank_ledger,
         *model,
@@ -129,13 +116,12 @@ def main() -> None:
         process=target.process,
         in_files=in_files,
     )
-    model_name = config.model_name_or_path or "assets/base"
-    print(
-        f"{model_name}, {batch_size} x {length} tokens, {describe(config, target.dtype, in_files)}, ", end=""
-    )
-    print(f"on {f'{N} processes, each with ' if N > 1 else ''}{target.description}\n")
+    of_batch = partial(ledger_of, batch_size=batch_size, length=length)
+    of_batch(recompute="full")  # raises UserError for an adapter that the model cannot have
+    model_name, what = config.model_name_or_path or "assets/base", describe(config, target.dtype, in_files)
+    machines = f"{N} processes, each with " * (N > 1) + target.description
+    print(f"{model_name}, {batch_size} x {length} tokens, {what}, on {machines}\n")
     if N > 1:
-        of_batch = partial(ledger_of, batch_size=batch_size, length=length)
         traffic_of = partial(step_traffic, *model, dtype=target.dtype, in_files=in_files)
         parallel = print_processes(of_batch, traffic_of, options, config, target)
         ledger_of = partial(ledger_of, processes=N, parallel=parallel)
@@ -155,6 +141,22 @@ def main() -> None:
     limits = {f"fits {target.description}": target.memory / MARGIN}
     write_whole(options.picture, draw_picture(ledgers, limits))
     print(f"bar chart: {options.picture}")
+
+
+def read_options() -> tuple[Namespace, TrainConfig]:
+    """Return this script's own options and the trainer's settings, all checked."""
+    parser = ArgumentParser(help_text=__doc__)
+    parser.add_argument("--gpu", type=float)
+    parser.add_argument("--picture", type=local_path, default="memory.png")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--parallel", choices=PARALLEL)
+    parser.add_argument("--link", type=float)
+    parser.add_argument("--tflops", type=float)
+    options, keys = parser.parse_known_args()
+    config = load_train_config(keys)
+    check_options(options, config)
+    check_picture("--picture", options.picture)
+    return options, config
 
 
 def check_options(options: Namespace, config: TrainConfig) -> None:

@@ -269,6 +269,15 @@ def ask(call, tmp_path, monkeypatch):
     return lambda arguments: call("memory", *run.split(), *arguments.split())
 
 
+def test_an_adapter_that_the_model_cannot_have_is_named_before_anything_is_printed(
+    call, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    command = "--model llama-2-70b --gpu 24 --processes 2 --lora_target v_porj"
+    code, out, err = call("memory", *command.split())
+    assert code == 2 and out == "" and err.count("\n") == 1 and "v_porj" in err
+
+
 def table(out: str) -> dict[str, list[str]]:
     """The first table of the output: name -> cells."""
     return {line[:28].strip(): line[28:].split() for line in out.partition("micro-batch")[0].splitlines()}
@@ -329,5 +338,5 @@ def test_a_full_training_leaves_no_frozen_weights_to_share(call, tmp_path, monke
     ],
 )
 def test_a_mistaken_option_is_named_in_a_line(ask, arguments, named):
-    code, _, err = ask(f"--gpu 24 {arguments}")
-    assert code == 2 and err.count("\n") == 1 and named in err
+    code, out, err = ask(f"--gpu 24 {arguments}")
+    assert code == 2 and out == "" and err.count("\n") == 1 and named in err
