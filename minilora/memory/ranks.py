@@ -4,22 +4,24 @@
     fsdp    each of N processes holds 1/N of the frozen weights, and gathers a layer whenever it computes it
 
 With fsdp (Zhao et al. 2023, arXiv:2304.11277, section 3; its idea is stage 3 of ZeRO, Rajbhandari et al.
-2020, arXiv:1910.02054, section 5) weights are gathered in groups: each decoder layer, and the root, which is
-the embedding, the last norm and the head. A process holds
+2020, arXiv:1910.02054, section 5) weights are gathered in units: the embedding, each decoder layer, the head.
+A process holds
 
-    shard       the frozen bytes / N: codes, scales, norms, biases, embedding and head
-    gathered    the root, and two whole layers: one at work, and the next one, which is fetched ahead
-    the rest    as one process: adapter, gradients, moments, scratch, activations of its own rows
+    shard       the bytes of all units / N
+    gathered    twice the largest unit: one at work, and the next one, which is fetched ahead
+    the rest    as one process: norms, biases, adapter, gradients, moments, scratch, activations of its rows
 
-The root stays from a micro-batch's forward to the end of its backward, as the loss and the embedding need it.
-The optimizer step reads no frozen weight, so nothing is gathered then. An adapter is small: each process
-holds all of it. With `offload` the shards lie in main memory, and a GPU holds what is gathered alone.
+Two neighbours are never larger than twice the largest unit. That much is needed for a moment, too, when a
+unit has arrived in one message and is copied out of it into its weights. The last units stay until the next
+micro-batch begins, so all moments have them. With `offload` the shards lie in main memory, and a GPU holds
+what is gathered alone.
 
 To sum gradients, `Processes.sum_gradients` makes a message of them all and takes the sums out of it: for a
 moment they are there three times. That is little for LoRA, and the peak of a full training.
 
-One process shares with nobody. Shards are counted as even; torch gives whole rows of a tensor to a process,
-so the first one may hold a row more. `traffic.py` counts what the processes send to each other.
+One process shares with nobody. Shards are counted as even. `fully_shard` gives whole rows of a tensor to a
+process, so the first one may hold a row more; the offset of double quantization, 4 bytes a layer, is on all.
+`traffic.py` counts what the processes send to each other.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,34 +36,30 @@ from minilora.targets import OUTPUT_HEAD
 
 PARALLEL = ("ddp", "fsdp")
 FROZEN = ("linear weights", "scales", "embeddings, head, norms")  # the categories that are sharded
-_WITHOUT_WEIGHTS = ("sum of gradients", "optimizer step")  # moments that read no frozen weight
 
-Group = dict[str, int]  # category -> bytes that are gathered together
+Unit = dict[str, int]  # category -> bytes that are gathered together
 
 
-def frozen_groups(
+def frozen_units(
     model_config: ModelConfig,
     lora: LoraConfig,
     quant: QuantConfig | None,
     dtype: torch.dtype,
     in_files: Mapping[str, InFiles] | None = None,  # see `memory_ledger`
-) -> tuple[list[Group], Group]:
-    """Return the frozen bytes of each decoder layer, and of the root: embedding, last norm and head."""
+) -> list[Unit]:
+    """Return the bytes of the embedding, of each decoder layer, and of the head if it is none of these."""
     c, counts = model_config, _count(model_config, lora, OUTPUT_HEAD in (in_files or ()))
-    number = dtype.itemsize
-    heads = 0 if c.tie_word_embeddings or OUTPUT_HEAD in counts.shapes else 1
-    root_rest = (1 + heads) * c.vocab_size * c.hidden_size + c.hidden_size
-    layer_rest = (counts.rest - root_rest) // c.num_hidden_layers  # norms and biases: alike in every layer
-    layers = [
-        dict.fromkeys(FROZEN, 0) | {FROZEN[-1]: layer_rest * number} for _ in range(c.num_hidden_layers)
-    ]
-    root = dict.fromkeys(FROZEN, 0) | {FROZEN[-1]: root_rest * number}
-    stored = stored_layers(counts.shapes, quant, in_files, number)
+    nothing = dict.fromkeys(FROZEN, 0)
+    table = nothing | {FROZEN[-1]: c.vocab_size * c.hidden_size * dtype.itemsize}
+    layers, head = [dict(nothing) for _ in range(c.num_hidden_layers)], dict(nothing)
+    stored = stored_layers(counts.shapes, quant, in_files, dtype.itemsize)
     for name, layer in zip(counts.shapes, stored, strict=True):
-        group = root if name == OUTPUT_HEAD else layers[int(name.split(".")[2])]  # model.layers.N.
-        group["linear weights"] += layer.weight
-        group["scales"] += layer.scales
-    return layers, root
+        unit = head if name == OUTPUT_HEAD else layers[int(name.split(".")[2])]  # model.layers.N.
+        unit["linear weights"] += layer.weight
+        unit["scales"] += layer.scales
+    if c.tie_word_embeddings:
+        return [table, *layers]
+    return [table, *layers, head if OUTPUT_HEAD in counts.shapes else table]
 
 
 def shard_bytes(size: int, processes: int, rank: int = 0) -> int:
@@ -70,10 +68,9 @@ def shard_bytes(size: int, processes: int, rank: int = 0) -> int:
     return size // processes + (rank < size % processes)
 
 
-def gathered_bytes(layers: list[Group], root: Group) -> int:
-    """Return the bytes of whole weights that a process holds while it computes: the root and two layers."""
-    largest = sorted((sum(layer.values()) for layer in layers), reverse=True)
-    return sum(root.values()) + sum(largest[:2])
+def gathered_bytes(units: list[Unit]) -> int:
+    """Return the most bytes of whole weights that a process holds while it computes: see above."""
+    return 2 * max(sum(unit.values()) for unit in units)
 
 
 def rank_ledger(
@@ -103,13 +100,13 @@ def rank_ledger(
     message = {"summed gradients": 2 * step["gradients"]}  # the message, and the sums taken out of it
     moments |= {"sum of gradients": step | message, "optimizer step": step}
     if parallel == "fsdp":
-        layers, root = frozen_groups(model_config, lora, quant, dtype, in_files)
-        gathered = gathered_bytes(layers, root)
-        for name, held in moments.items():
+        units = frozen_units(model_config, lora, quant, dtype, in_files)
+        for held in moments.values():
             for category in FROZEN:
-                on_gpu = not (offload and device == "cuda")
-                held[category] = shard_bytes(held[category], processes) if on_gpu else 0
-            held["gathered weights"] = 0 if name in _WITHOUT_WEIGHTS else gathered
+                whole = sum(unit[category] for unit in units)
+                shard = 0 if offload and device == "cuda" else shard_bytes(whole, processes)
+                held[category] += shard - whole  # norms and biases stay
+            held["gathered weights"] = gathered_bytes(units)
     assert all(tuple(held) == CATEGORIES for held in moments.values())
     return replace(ledger, moments=moments)
 

@@ -10,9 +10,9 @@ Gropp 2005, "Optimization of collective communication operations in MPICH", sect
 With ddp a step all-reduces the adapter's gradients, in float32, once, whatever the accumulation. With fsdp
 each micro-batch gathers the model besides (Zhao et al. 2023, arXiv:2304.11277, section 3):
 
-    forward     every layer and the root (embedding, last norm, head)
-    backward    every layer that it reaches, once more, and the layer below these, which is fetched ahead; a
-                second run and its backward share a gather
+    forward     the embedding, every decoder layer, the head (the embedding again, if they are tied)
+    backward    every decoder layer that it reaches, and the one below these, which is fetched ahead; a second
+                run and its backward share a gather, and the loss reads the head in forward alone
 
 ZeRO's stage 3 sends 3 n a step, as it scatters n bytes of gradients too (Rajbhandari et al. 2020,
 arXiv:1910.02054, section 7). Frozen weights have none, and in 4 bits n is a quarter: two gathers of n / 4
@@ -37,7 +37,7 @@ import torch
 
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.memory.ledger import Ledger, _count
-from minilora.memory.ranks import PARALLEL, frozen_groups
+from minilora.memory.ranks import PARALLEL, frozen_units
 from minilora.memory.stored_layers import InFiles
 from minilora.targets import OUTPUT_HEAD
 
@@ -71,9 +71,10 @@ def step_traffic(
     summed = 2 * 4 * sum(counts.trainable) * (processes - 1) // processes
     if parallel == "ddp" or processes == 1:
         return Traffic(0, summed)
-    layers, root = frozen_groups(model_config, lora, quant, dtype, in_files)
-    sizes = [sum(layer.values()) for layer in layers]
-    whole = sum(sizes) + sum(root.values()) + sum(sizes[max(counts.first_adapted - 1, 0) :])
+    units = frozen_units(model_config, lora, quant, dtype, in_files)
+    embedding, *others = (sum(unit.values()) for unit in units)
+    layers, tied = others[: model_config.num_hidden_layers], model_config.tie_word_embeddings
+    whole = embedding * (1 + tied) + sum(others) + sum(layers[max(counts.first_adapted - 1, 0) :])
     received = whole if offload else whole * (processes - 1) // processes
     return Traffic(micro_batches * received, summed)
 

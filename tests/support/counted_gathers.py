@@ -1,8 +1,8 @@
-"""Bytes that PyTorch's fully_shard gathers in a forward and a backward, as a program: counted_gathers.py REPORT
-FIRST... REPORT is written as JSON, for each FIRST: the bytes that a rank of two receives, and those of its shards.
+"""Bytes that PyTorch's fully_shard gathers, as a program: counted_gathers.py REPORT FOLDER FIRST... REPORT is
+written as JSON: for each FIRST the bytes that a rank of two receives in a micro-batch, and those of its shards.
 
-A model of plain weights, each decoder layer a group and the whole model the root, with LoRA on the decoder layers
-from FIRST on, which is not sharded. The two ranks are forked, and talk with gloo.
+The model is in FOLDER, and is read in 4 bits; LoRA is on its decoder layers from FIRST on. The two ranks are forked,
+and talk with gloo.
 """
 
 import json
@@ -13,19 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minilora import CausalLM, LoraConfig, add_lora, trainable_parameters
-from minilora.formats.config_json import parse_config
-
-SIZES = dict(vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=4)
-LLAMA = parse_config(dict(model_type="llama", num_attention_heads=4, num_key_value_heads=2) | SIZES)
-
-
-def lora(first: int) -> LoraConfig:
-    return LoraConfig(r=2, target_modules=("q_proj", "down_proj"), layers_to_transform=(*range(first, 4),))
+from minilora import LoraConfig, QuantConfig, add_lora
+from minilora.loss import causal_lm_loss
+from minilora.recompute import set_recompute
+from minilora.system.distributed import Processes
 
 
 class Gathers(TorchDispatchMode):
@@ -42,28 +36,31 @@ class Gathers(TorchDispatchMode):
         return operation(*arguments, **options or {})
 
 
-def count(first: int) -> dict[str, int]:
-    model = CausalLM(LLAMA)
-    model.init_weights()
-    add_lora(model, lora(first))
-    trained = set(trainable_parameters(model).values())
-    for module in (*model.model.layers, model):
-        fully_shard(module, ignored_params=trained)
-    shards = sum(p.to_local().nbytes for p in model.parameters() if p not in trained)
+def count(folder: Path, first: int, rank: int) -> dict[str, int]:
+    from minilora.parallel.loading import load_sharded, local_bytes
+
+    cpu = torch.device("cpu")
+    model = load_sharded(folder, QuantConfig(), torch.float32, cpu, Processes(rank, 2, cpu))
+    layers = (*range(first, model.config.num_hidden_layers),)
+    add_lora(model, LoraConfig(r=2, target_modules=("q_proj", "v_proj"), layers_to_transform=layers))
+    set_recompute(model.train(), "full")
+    ids = torch.arange(12).view(2, 6)
+    causal_lm_loss(model, ids, ids).backward()  # the embedding is fetched ahead for the next micro-batch
     with Gathers() as gathers:
-        model(torch.arange(12).view(2, 6)).sum().backward()
-    return dict(received=gathers.received, shards=shards)
+        causal_lm_loss(model, ids, ids).backward()
+    return dict(received=gathers.received, shards=local_bytes(model))
 
 
 def main() -> None:
-    report, firsts = Path(sys.argv[1]), [int(word) for word in sys.argv[2:]]
+    report, folder, firsts = Path(sys.argv[1]), Path(sys.argv[2]), [int(word) for word in sys.argv[3:]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     torch.set_num_threads(1)
     other = os.fork()
-    dist.init_process_group("gloo", init_method=address, rank=int(other == 0), world_size=2)
-    counted = [count(first) for first in firsts]
+    rank = int(other == 0)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    counted = [count(folder, first, rank) for first in firsts]
     dist.barrier()
     dist.destroy_process_group()
     if other == 0:
