@@ -2,6 +2,7 @@
 processes gather as many bytes as are predicted.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -171,23 +172,25 @@ def test_a_tied_embedding_is_gathered_for_the_first_layer_and_again_as_the_head(
     assert traffic.gathered == both // 2
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_two_processes_gather_as_many_bytes_as_are_predicted(tied, tmp_path):
+def test_two_processes_gather_as_many_bytes_as_are_predicted(tmp_path):
     """Below the first adapter one layer is gathered again: the next one is fetched ahead, needed or not."""
     pytest.importorskip("minilora.parallel", reason="the trainer shares no models yet")
     # Every weight has an even number of rows for fully_shard, 16,384 weights each in 4 bits.
     sizes = dict(vocab_size=300, hidden_size=256, intermediate_size=256, num_hidden_layers=4)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
-    config = parse_config(dict(model_type="llama") | sizes | heads)
-    model = CausalLM(config)
-    model.init_weights()
-    save_model(model, tmp_path)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    untied = parse_config(dict(model_type="llama") | sizes | heads)
+    configs = {"untied": untied, "tied": replace(untied, tie_word_embeddings=True)}
+    for name, config in configs.items():
+        model = CausalLM(config)
+        model.init_weights()
+        save_model(model, tmp_path / name)
     program, report = SUPPORT / "counted_gathers.py", tmp_path / "report.json"
     environment = PROGRAM_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(program), str(report), str(tmp_path), "0", "2"]
+    command = [sys.executable, str(program), str(report), *(str(tmp_path / name) for name in configs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for first, counted in zip((0, 2), json.loads(report.read_text()), strict=True):
+    cases = itertools.product(configs.values(), (0, 2))
+    for (config, first), counted in zip(cases, json.loads(report.read_text()), strict=True):
         lora = LoraConfig(r=2, target_modules=("q_proj", "v_proj"), layers_to_transform=(*range(first, 4),))
         kind = dict(dtype=torch.float32, processes=2, parallel="fsdp")
         predicted = step_traffic(config, lora, QuantConfig(), **kind).gathered

@@ -1,8 +1,8 @@
-"""Bytes that PyTorch's fully_shard gathers, as a program: counted_gathers.py REPORT FOLDER FIRST... REPORT is
-written as JSON: for each FIRST the bytes that a rank of two receives in a micro-batch, and those of its shards.
+"""Bytes that PyTorch's fully_shard gathers, as a program: counted_gathers.py REPORT FOLDER... REPORT is written
+as JSON: for the model in each FOLDER, with LoRA on its decoder layers from FIRST on, the bytes that a rank of two
+receives in a micro-batch, and those of its shards.
 
-The model is in FOLDER, and is read in 4 bits; LoRA is on its decoder layers from FIRST on. The two ranks are forked,
-and talk with gloo.
+Models are read in 4 bits. The two ranks are forked, and talk with gloo.
 """
 
 import json
@@ -22,6 +22,9 @@ from minilora.recompute import set_recompute
 from minilora.system.distributed import Processes
 
 
+FIRST = (0, 2)
+
+
 class Gathers(TorchDispatchMode):
     """Bytes that all-gathers bring from the other rank: the output of two parts less this rank's."""
 
@@ -37,7 +40,7 @@ class Gathers(TorchDispatchMode):
 
 
 def count(folder: Path, first: int, rank: int) -> dict[str, int]:
-    from minilora.parallel.loading import load_sharded, local_bytes
+    from minilora.parallel.loading import load_sharded
 
     cpu = torch.device("cpu")
     model = load_sharded(folder, QuantConfig(), torch.float32, cpu, Processes(rank, 2, cpu))
@@ -48,11 +51,13 @@ def count(folder: Path, first: int, rank: int) -> dict[str, int]:
     causal_lm_loss(model, ids, ids).backward()  # the embedding is fetched ahead for the next micro-batch
     with Gathers() as gathers:
         causal_lm_loss(model, ids, ids).backward()
-    return dict(received=gathers.received, shards=local_bytes(model))
+    model.gathering.close()
+    shards = (p.to_local().nbytes for unit in model.gathering.units for p in unit.parameters())
+    return dict(received=gathers.received, shards=sum(shards))
 
 
 def main() -> None:
-    report, folder, firsts = Path(sys.argv[1]), Path(sys.argv[2]), [int(word) for word in sys.argv[3:]]
+    report, *folders = map(Path, sys.argv[1:])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -60,7 +65,7 @@ def main() -> None:
     other = os.fork()
     rank = int(other == 0)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    counted = [count(folder, first, rank) for first in firsts]
+    counted = [count(folder, first, rank) for folder in folders for first in FIRST]
     dist.barrier()
     dist.destroy_process_group()
     if other == 0:
