@@ -21,7 +21,6 @@ from minilora.loss import causal_lm_loss
 from minilora.recompute import set_recompute
 from minilora.system.distributed import Processes
 
-
 FIRST = (0, 2)
 
 
