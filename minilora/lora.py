@@ -260,7 +260,7 @@ def adding(model: nn.Module, name: str) -> Iterator[None]:
         parameter.requires_grad_(False)
     try:
         yield
-    except UserError:
+    except BaseException:  # memory that ran out, too
         _take_off(model, name)
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -55,14 +55,19 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted({name for layer in adapted_layers(model).values() for name in layer.configs})
 
 
-def check_new_adapter(model: nn.Module, name: str) -> None:
-    """Raise UserError if the model cannot take an adapter of this name now."""
+def check_adapter_name(model: nn.Module, name: str) -> None:
+    """Raise UserError if no new adapter of the model can have this name."""
     if not name or "." in name:
         raise UserError(f"adapter name {name!r} must be a word without dots")
     if hasattr(nn.ParameterDict, name):  # PyTorch would take it for one of its own methods
         raise UserError(f"adapter name {name!r} is a name that PyTorch uses itself; choose another")
     if name in adapter_names(model):
         raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it")
+
+
+def check_new_adapter(model: nn.Module, name: str) -> None:
+    """Raise UserError if the model cannot take an adapter of this name now."""
+    check_adapter_name(model, name)
     layers = adapted_layers(model).values()
     if any(layer.is_mixed for layer in layers):
         raise UserError(

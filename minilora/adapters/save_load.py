@@ -273,28 +273,52 @@ def load_adapter(
 ) -> None:
     """Put an adapter that PEFT or `save_adapter` wrote on the model under `name`, and make it active.
 
+    Raises UserError as `read_adapter` and `put_adapter` do. After an error the model is as it was.
+    """
+    put_adapter(model, read_adapter(directory), name, lora_fa, lora_dropout, started)
+
+
+def put_adapter(
+    model: nn.Module,
+    adapter: AdapterFile,
+    name: str = "default",
+    lora_fa: bool = False,
+    lora_dropout: float | None = None,
+    started: LoraConfig | None = None,
+) -> None:
+    """Put an adapter that was read on the model under `name`, and make it active. Its tensors are copied.
+
     lora_fa: whether further training keeps A fixed; no file says so. lora_dropout: for further training;
     None: the file's. started: the configuration of a training that started with a part of W, and that goes on
-    from the file. Raises UserError for a configuration that cannot be honoured. One UserError lists all
-    missing, unexpected and wrongly shaped tensors. After an error the model is as it was.
+    from the file. Raises UserError for a name that cannot be, and as `fitted` does. After an error the model
+    is as it was.
     """
-    adapter = read_adapter(directory)
     dropout = adapter.config.lora_dropout if lora_dropout is None else lora_dropout
     adapter = replace(adapter, config=replace(adapter.config, lora_fa=lora_fa, lora_dropout=dropout))
-    adapter = adapter.on_tied_base() if model.config.tie_word_embeddings else adapter
     check_new_adapter(model, name)
-    with naming(adapter.directory / ADAPTER_CONFIG_FILE):
-        problems = problems_on(model, adapter)
-        if not chosen_layers(adapter, model):
-            raise UserError(_no_layer(model, adapter))
-    if problems:
-        raise UserError(f"{directory} does not fit the model: {_summary(problems)}")
-    with naming(f"{directory} does not fit the model"), adding(model, name):
+    adapter = fitted(model, adapter)
+    with naming(f"{adapter.directory} does not fit the model"), adding(model, name):
         _put_on(model, adapter, name)
         if takes_part_of_base(adapter.config.init_lora_weights):
             starts.repeat(lora_layers(model, name), adapter.config, name)
         elif started is not None and takes_part_of_base(started.init_lora_weights):
             starts.split(model, replace(started, lora_fa=lora_fa, lora_dropout=dropout), name)
+
+
+def fitted(model: nn.Module, adapter: AdapterFile) -> AdapterFile:
+    """Return the adapter as this model takes it. Nothing is put on.
+
+    Raises UserError for a configuration that chooses no layer. One UserError lists all missing, unexpected
+    and wrongly shaped tensors.
+    """
+    adapter = adapter.on_tied_base() if model.config.tie_word_embeddings else adapter
+    with naming(adapter.directory / ADAPTER_CONFIG_FILE):
+        problems = problems_on(model, adapter)
+        if not chosen_layers(adapter, model):
+            raise UserError(_no_layer(model, adapter))
+    if problems:
+        raise UserError(f"{adapter.directory} does not fit the model: {_summary(problems)}")
+    return adapter
 
 
 def _no_layer(model: nn.Module, adapter: AdapterFile) -> str:
