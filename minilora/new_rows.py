@@ -46,12 +46,14 @@ def _set_weight(layer: nn.Module, weight: nn.Parameter) -> None:
 
 @torch.no_grad()
 def take_new_rows(model: nn.Module, layer: nn.Module, own: Tensor) -> Tensor:
-    """Let a layer that has grown take its new rows from an adapter's own weight.
+    """Let a layer that has grown take its new rows from the first adapter's own weight.
 
-    Returns the weight for the adapter: the layer's, if now it is the same, so that memory holds one.
+    Another adapter may bring other rows: it keeps its weight. Returns the weight for the adapter: the layer's, if now it is the same, so that memory holds one.
     """
     base, old = layer.weight, model.config.vocab_size
     if base.shape != own.shape or base.is_meta:
         return own
-    base[old:] = own[old:].to(base)
+    if not getattr(base, "has_new_rows", False):
+        base[old:] = own[old:].to(base)
+        base.has_new_rows = True
     return base if torch.equal(own.to(base), base) else own

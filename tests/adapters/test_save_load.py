@@ -15,6 +15,7 @@ from minilora.adapters.file import stored_tensors
 from minilora.adapters.peft_format import PEFT_DEFAULTS
 from minilora.adapters.save_load import read_adapter, read_adapter_config, vocabulary_of
 from minilora.lora import lora_layers
+from minilora.new_rows import grow_vocabulary
 from minilora.wrapping import adapter_names
 
 JSON = st.recursive(
@@ -437,3 +438,29 @@ def test_the_vocabulary_is_found_without_reading_the_other_tensors(tmp_path, mon
     assert vocabulary_of(tmp_path / "grown", 5) == 61 and vocabulary_of(tmp_path, 5) == 5
     keys = ["base_model.model.model.embed_tokens.weight"]
     assert [key for key, _ in stored_tensors(tmp_path / "grown", keys)] == keys
+
+
+def grown_model(seed: int = 0):
+    """A model whose vocabulary has grown from 61 to 64, with new rows of its own."""
+    model = tiny_model()
+    grow_vocabulary(model, 64)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in (model.model.embed_tokens, model.lm_head):
+            layer.weight[61:] = torch.randn(3, 24, generator=generator)
+    return model
+
+
+def test_two_adapters_with_other_new_rows_each_keep_their_own(tmp_path):
+    tokens, expected = torch.tensor([[1, 61, 62, 63]]), {}
+    for seed, name in enumerate(("first", "second"), 1):
+        model = grown_model(seed)
+        add_lora(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        save_adapter(model, tmp_path / name)
+        expected[name] = model(tokens)
+    model = grown_model()
+    for name in expected:
+        load_adapter(model, tmp_path / name, name)
+    for name, logits in expected.items():
+        set_adapter(model, name)
+        assert torch.equal(model(tokens), logits)
