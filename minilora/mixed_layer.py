@@ -8,6 +8,7 @@ with that adapter active.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.adapted import Adapted
@@ -100,6 +101,9 @@ class Mixed(nn.Module):
         for i, name in enumerate(self.mixture.names):
             self.active(name)
             parts.append(function(segments.rows(rows, i)))
+        if self.is_head:  # an adapter's vocabulary may be smaller: its rows say nothing of the other tokens
+            widest = max(part.shape[-1] for part in parts)
+            parts = [F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts]
         y = torch.cat(parts)
         if segments.order is not None:
             y = torch.empty_like(y).index_copy(0, segments.order, y)

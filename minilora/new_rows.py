@@ -48,7 +48,8 @@ def _set_weight(layer: nn.Module, weight: nn.Parameter) -> None:
 def take_new_rows(model: nn.Module, layer: nn.Module, own: Tensor) -> Tensor:
     """Let a layer that has grown take its new rows from the first adapter's own weight.
 
-    Another adapter may bring other rows: it keeps its weight. Returns the weight for the adapter: the layer's, if now it is the same, so that memory holds one.
+    Another adapter may bring other rows: it keeps its weight. Returns the weight for the adapter: the
+    layer's, if now it is the same, so that memory holds one.
     """
     base, old = layer.weight, model.config.vocab_size
     if base.shape != own.shape or base.is_meta:

@@ -18,9 +18,12 @@ the letters a to z and digits; use BLEU for other scripts.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from minilora.data.chat import ChatTemplate
 from minilora.data.examples import ANSWER_SLACK, Example, Row, batch_for, prompt_ids
@@ -28,15 +31,16 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import end_tokens, generate_text
 from minilora.loss import causal_lm_loss
 from minilora.memory.allocator import compiles_kernels
+from minilora.mixed import Mixture, adapters, causal_lm_losses
 from minilora.model import CausalLM
 from minilora.rope import context_length
 from minilora.system.errors import UserError, suggestion
 from minilora.system.terminal import progress_bar
+from minilora.wrapping import adapter_names
 
 Metric = Callable[[Sequence[str], Sequence[Row]], float]  # a score of answers to rows
 
 
-@torch.no_grad()
 def evaluate_loss(
     model: CausalLM,
     examples: Sequence[Example],
@@ -46,18 +50,79 @@ def evaluate_loss(
     progress: str = "",  # the label of a bar; empty: none is shown
 ) -> float:
     """The mean loss per supervised token, in nats, computed without dropout."""
-    embedding, was_training = model.model.embed_tokens.weight, model.training
-    device, rounded = embedding.device, compiles_kernels(embedding.dtype, embedding.device.type)
+    with evaluating(model):
+        (loss,) = _mean_losses(
+            partial(causal_lm_loss, model), model, examples, batch_size, pad_id, padding_free, progress
+        )
+    return loss
+
+
+def evaluate_losses(
+    model: CausalLM,
+    examples: Sequence[Example],
+    adapter_ids: Sequence[str | None],  # whose losses; None: the model alone
+    batch_size: int = 8,
+    pad_id: int = 0,
+    padding_free: bool = True,
+    progress: str = "",
+) -> dict[str | None, float]:
+    """Adapter -> the loss that `evaluate_loss` returns where it is active. All of them read a batch together.
+
+    `batch_size` counts each example once for every adapter, so many adapters need no more memory than one.
+    Raises UserError for an adapter that the model does not have.
+    """
+    if not adapter_names(model) and set(adapter_ids) == {None}:
+        return {None: evaluate_loss(model, examples, batch_size, pad_id, padding_free, progress)}
+    names, losses = list(dict.fromkeys(adapter_ids)), {}
+    for start in range(0, len(names), batch_size):
+        group = names[start : start + batch_size]
+        with evaluating(model), adapters(model, group) as mixture:
+            of_group, at_once = partial(_losses_of, mixture, group), batch_size // len(group)
+            found = _mean_losses(of_group, model, examples, at_once, pad_id, padding_free, progress)
+        losses |= dict(zip(group, found, strict=True))
+    return losses
+
+
+def _losses_of(mixture: Mixture, names: Sequence[str | None], *batch: Tensor | None) -> Tensor:
+    """Return the sums of the losses of a batch that each adapter reads whole, (adapters,)."""
+    rows = len(batch[0])
+    mixture.choose([name for name in names for _ in range(rows)])
+    batch = [None if tensor is None else tensor.repeat(len(names), 1) for tensor in batch]
+    return torch.stack([*causal_lm_losses(mixture.model, *batch).values()])
+
+
+@contextmanager
+def evaluating(model: CausalLM) -> Iterator[None]:
+    """Compute without dropout and without gradients inside."""
+    was_training = model.training
     model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _mean_losses(
+    losses: Callable[..., Tensor],  # input_ids, labels, document_ids -> sums of a batch, () or (models,)
+    model: CausalLM,
+    examples: Sequence[Example],
+    batch_size: int,
+    pad_id: int,
+    padding_free: bool,
+    progress: str,
+) -> list[float]:
+    """The means over all supervised tokens."""
+    embedding = model.model.embed_tokens.weight
+    device, rounded = embedding.device, compiles_kernels(embedding.dtype, embedding.device.type)
     total = torch.zeros((), dtype=torch.float64, device=device)  # read once, after the last batch
     ordered = sorted(examples, key=lambda e: len(e.input_ids))  # similar lengths together: little padding
     with progress_bar(len(ordered), "examples", progress, shown=bool(progress)) as bar:
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
-            total += causal_lm_loss(model, *batch_for(device, batch, pad_id, rounded, padding_free))
+            total = total + losses(*batch_for(device, batch, pad_id, rounded, padding_free)).double()
             bar.update(len(batch))
-    model.train(was_training)
-    return total.item() / sum(e.supervised for e in examples)
+    return (total / sum(e.supervised for e in examples)).flatten().tolist()
 
 
 def perplexity(model: CausalLM, examples: Sequence[Example], batch_size: int = 8, pad_id: int = 0) -> float:
@@ -79,22 +144,20 @@ def answers(
     template: ChatTemplate | None = None,  # formats rows that are conversations
     max_new_tokens: int | None = None,  # of an answer; None: those of the longest expected one, and `slack`
     progress: str = "answers",  # the label of a bar; empty: none is shown
+    adapter_ids: Sequence[str | None] | None = None,  # of each row, as in `generate`
 ) -> list[str]:
     """The greedy answer to each row's prompt.
 
     `slack` lets the model end the longest answer itself. Prompt and answer keep to the model's positions.
     """
-    was_training = model.training
-    model.eval()
     longest = max(len(tokenizer.encode(row.completion, bos=False)) for row in rows)
     limit, positions = max_new_tokens or longest + slack, context_length(model.config)
     ends = end_tokens(model, tokenizer, template and template.end_id)
     prompts = [prompt_ids(row, tokenizer, template) for row in rows]
     limits = [max(1, min(limit, positions - len(prompt))) for prompt in prompts]
-    texts = generate_text(
-        model, tokenizer, prompts, batch_size, max_new_tokens=limits, eos_token_ids=ends, progress=progress
-    )
-    model.train(was_training)
+    how = dict(max_new_tokens=limits, eos_token_ids=ends, adapter_ids=adapter_ids, progress=progress)
+    with evaluating(model):
+        texts = generate_text(model, tokenizer, prompts, batch_size, **how)
     return [text.strip() for text in texts]
 
 

@@ -4,7 +4,7 @@ The prompt goes through the model once and fills the KV cache; after that, every
 a single position. A conversation's cache already holds the beginning of the prompt, which saves that part of
 the first pass too. Prompts of different lengths are padded on the left, so that all of them end at the same
 position. The padding is a document of its own (see `minilora.model`), so every row gets exactly the numbers
-that it would get alone.
+that it would get alone. Rows may have adapters of their own, too (see `minilora.mixed`).
 
 Sampling is a chain of small changes to the logits, in the order that transformers applies them: repetition
 penalty, temperature, top-k, top-p, then a random draw. Temperature 0 means greedy: always the most likely
@@ -13,6 +13,7 @@ token.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 
@@ -25,6 +26,7 @@ from minilora.backend.copies import to_device
 from minilora.backend.documents import PADDING
 from minilora.data.tokenizer import Tokenizer
 from minilora.inference.token_graph import token_graph
+from minilora.mixed import adapters
 from minilora.model import CausalLM, KVCache
 from minilora.system.errors import UserError
 from minilora.system.terminal import progress_bar
@@ -40,10 +42,16 @@ def generate(
     model: CausalLM,
     input_ids: Tensor,  # (Bt, T)
     attention_mask: Tensor | None = None,  # (Bt, T): 0 on the padding, which is on the left
+    adapter_ids: Sequence[str | None] | None = None,  # of each row; None: the model alone
     **settings,  # max_new_tokens, eos_token_ids, temperature, ...: see `generate_stream`
 ) -> Tensor:
-    """Continue each row: (Bt, T) -> (Bt, T + new), new <= max_new_tokens; rows that end early are padded."""
-    new = torch.stack(list(generate_stream(model, input_ids, attention_mask, **settings)), dim=1)
+    """Continue each row: (Bt, T) -> (Bt, T + new), new <= max_new_tokens; rows that end early are padded.
+
+    Without `adapter_ids` all rows have the active adapter. Raises UserError for one that the model has not.
+    """
+    check_adapter_ids(adapter_ids, len(input_ids), "rows")
+    with nullcontext() if adapter_ids is None else adapters(model, adapter_ids):
+        new = torch.stack(list(generate_stream(model, input_ids, attention_mask, **settings)), dim=1)
     return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
 
 
@@ -240,9 +248,14 @@ def generate_text(
     batch_size: int = 32,
     max_new_tokens: int | Sequence[int] = 128,  # one limit for all prompts, or a limit for each
     progress: str = "",  # the label of a bar; empty: none is shown
+    adapter_ids: Sequence[str | None] | None = None,  # of each prompt, as in `generate`
     **settings,  # as in `generate_stream`
 ) -> list[str]:
-    """The completion of every prompt, without the prompt, cut before the first end token."""
+    """The completion of every prompt, without the prompt, cut before the first end token.
+
+    Prompts of different adapters are answered in one batch.
+    """
+    check_adapter_ids(adapter_ids, len(prompts), "prompts")
     device = model.model.embed_tokens.weight.device
     rows = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -255,8 +268,10 @@ def generate_text(
             input_ids, attention_mask = pad_left([rows[i] for i in batch], tokenizer.pad_id)
             input_ids = to_device(input_ids, device)
             settings |= dict(pad_token_id=tokenizer.pad_id, max_new_tokens=max(limits[i] for i in batch))
-            stream = generate_stream(model, input_ids, attention_mask, **settings)
-            new_tokens = torch.stack(list(_counted(stream, bar, len(batch))), dim=1)  # (Bt, new)
+            of_rows = adapter_ids and [adapter_ids[i] for i in batch]
+            with adapters(model, of_rows) if of_rows else nullcontext():
+                stream = generate_stream(model, input_ids, attention_mask, **settings)
+                new_tokens = torch.stack(list(_counted(stream, bar, len(batch))), dim=1)  # (Bt, new)
             for i, new in zip(batch, new_tokens.tolist(), strict=True):
                 end = next((t for t, token in enumerate(new[: limits[i]]) if token in eos), limits[i])
                 texts[i] = tokenizer.decode(new[:end])
@@ -278,6 +293,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     input_ids = torch.tensor([[pad_id] * (T - len(row)) + list(row) for row in rows])
     attention_mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
     return input_ids, attention_mask
+
+
+def check_adapter_ids(adapter_ids: Sequence[str | None] | None, count: int, of: str) -> None:
+    """Raise UserError unless there is an adapter, or None, for each."""
+    if adapter_ids is not None and len(adapter_ids) != count:
+        raise UserError(f"adapter_ids names {len(adapter_ids)} adapters for {count} {of}")
 
 
 def check_sampling(
