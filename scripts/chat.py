@@ -4,7 +4,7 @@
     python scripts/chat.py --adapter outputs
     # one answer, and nothing else
     python scripts/chat.py --adapter outputs --instruction "Why is the sky blue?"
-    # an answer to every row of a file
+    # an answer to every row of a file; with several adapters, a row may choose one
     python scripts/chat.py --adapter outputs --input prompts.jsonl --output answers.jsonl
     # two adapters; /adapter tutor switches to the second one, /base to the model alone
     python scripts/chat.py --adapter sql=runs/a --adapter tutor=runs/b
@@ -28,8 +28,13 @@ A line that ends in \\ continues on the next one. The adapter of the default run
 "Question: Who lives in Thimble?\\" and "Answer:".
 
 Rows of a file hold `prompt`, `instruction` (and `input`) or `messages`. Each row is formatted as in training
-and is written with its answer as `prediction`. Answers to single questions appear token by token. In a
-conversation only new tokens go through the model: the KV cache keeps the earlier ones.
+and is written with its answer as `prediction`, and as `adapter` the name of who answered. A row may choose
+that itself, by a column `adapter`: a name that --adapter gives, or "base", null or nothing for the model
+alone. Without the column, the first adapter answers. Rows of all adapters are answered in the same batches,
+of per_device_eval_batch_size rows.
+
+Answers to single questions appear token by token. In a conversation only new tokens go through the model: the
+KV cache keeps the earlier ones.
 """
 
 if __name__ == "__main__":
@@ -53,6 +58,7 @@ from minilora.inference.load import BASE, InferenceSetup, add_model_options, pre
 from minilora.rope import context_length
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, suggestion, summarize
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
+from minilora.system.schema import shown
 from minilora.system.terminal import visible
 from minilora.wrapping import adapter_names
 
@@ -73,6 +79,7 @@ class Question(NamedTuple):
     location: str  # file and line, for error messages
     form: str  # the column that held it: messages, prompt or instruction
     messages: list[Message]
+    adapter: str | None = None  # that answers; None: the model alone
 
 
 def main() -> None:
@@ -129,18 +136,24 @@ def user_message(text: str) -> Message:
 def answer_file(
     setup: InferenceSetup, settings: GenerationSettings, system: list[Message], source: str, output: Path
 ) -> None:
-    """Write every row of a file to `output`, with the model's answer added as `prediction`."""
+    """Write every row of a file to `output`, with the model's answer as `prediction` and whose it is."""
     records = read_records(source)
-    questions = [parse_question(location, record) for location, record in records]
+    questions = [
+        parse_question(location, record)._replace(adapter=adapter_of(location, record, setup))
+        for location, record in records
+    ]
     template = choose_template(questions, setup)
     prompts = encode_questions(questions, template, system, setup)
     assistant = load_assistant(setup, settings)
-    texts = assistant.answer_all(prompts, [template], setup.config.per_device_eval_batch_size)
+    adapter_ids = [question.adapter for question in questions]
+    texts = assistant.answer_all(prompts, [template], setup.config.per_device_eval_batch_size, adapter_ids)
+    who = [name or BASE for name in adapter_ids]
     answered = [
-        record | {"prediction": text.strip()} for (_, record), text in zip(records, texts, strict=True)
+        record | {"adapter": name, "prediction": text.strip()}
+        for (_, record), name, text in zip(records, who, texts, strict=True)
     ]
     write_whole(output, "".join(to_json(record, default=str) + "\n" for record in answered))
-    print(f"{len(answered)} answers by {setup.first_adapter or BASE}: {output}")
+    print(f"{len(answered)} answers by {', '.join(dict.fromkeys(who))}: {output}")
 
 
 def parse_question(location: str, record: dict) -> Question:
@@ -164,6 +177,17 @@ def parse_question(location: str, record: dict) -> Question:
     return Question(location, "instruction", alpaca_question(location, record))
 
 
+def adapter_of(location: str, record: dict, setup: InferenceSetup) -> str | None:
+    """The adapter that a row chooses, or the first one. Raises UserError for one that is not there."""
+    name = record.get("adapter", setup.first_adapter)
+    if name in (None, "", BASE):
+        return None
+    if not isinstance(name, str) or name not in setup.adapters:
+        near = suggestion(shown(name).strip("'"), [*setup.adapters, BASE])
+        raise UserError(f"{location}: adapter {shown(name)} is none that --adapter NAME=DIR gives{near}")
+    return name
+
+
 def choose_template(questions: Sequence[Question], setup: InferenceSetup) -> ChatTemplate | None:
     """The template for all rows, as in training: Alpaca's wording only where the model has no template."""
     if setup.template is None and any(question.form == "instruction" for question in questions):
@@ -183,7 +207,7 @@ def encode_questions(
     """
     prompts, too_long = [], []
     positions = context_length(setup.model_config)
-    for location, form, messages in questions:
+    for location, form, messages, _ in questions:
         if template is None and (system or form == "messages"):
             subject = "a system prompt needs" if system else "messages need"
             raise UserError(f"{location}: {subject} a chat template; choose one with --template")

@@ -23,7 +23,9 @@ Further options:
     --output FILE                  write figures and answers as JSON
 
 Loss is the mean per supervised token over the whole set, so it does not depend on the batch size; perplexity
-= exp(loss). All adapters are loaded onto one copy of the base model, and all models read the same tokens.
+= exp(loss). All adapters are loaded onto one copy of the base model, and read the data together: the rows of
+a batch differ in their adapter. per_device_eval_batch_size counts the rows of all models, so more adapters
+take more time, and no more memory beside their own.
 """
 
 if __name__ == "__main__":
@@ -47,14 +49,12 @@ from minilora.data.rows import Row
 from minilora.inference.evaluation import (
     Metric,
     answers,
-    evaluate_loss,
+    evaluate_losses,
     exact_match,
     load_metric,
     perplexity_of,
 )
 from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
-from minilora.lora import set_adapter
-from minilora.model import CausalLM
 from minilora.run.datasets import (
     Sources,
     choose_template,
@@ -204,31 +204,32 @@ def load_dataset(source: Source, setup: InferenceSetup) -> tuple[Dataset, ChatTe
 
 
 def evaluate_models(setup: InferenceSetup, task: Task) -> dict[str, Result]:
-    """Name -> result, of the base model and then of each adapter on it."""
-    model = setup.load_model()
+    """Name -> result, of the base model and then of each adapter on it. All of them read a batch together."""
+    model, tokenizer = setup.load_model(), setup.tokenizer
+    batch_size, names = setup.config.per_device_eval_batch_size, [BASE, *setup.adapters]
+    adapter_ids, who = [None, *setup.adapters], BASE if len(names) == 1 else f"{len(names)} models"
+    how = dict(batch_size=batch_size, pad_id=tokenizer.pad_id, progress=f"loss of {who}")
+    losses = evaluate_losses(model, task.dataset.examples, adapter_ids, **how)
+    texts: list[str] = []
+    if task.answered:
+        how = dict(template=setup.template, max_new_tokens=task.max_new_tokens)
+        how |= dict(adapter_ids=[name for name in adapter_ids for _ in task.answered])
+        rows = task.answered * len(names)
+        texts = answers(model, tokenizer, rows, batch_size, progress=f"answers of {who}", **how)
     results: dict[str, Result] = {}
-    for name in (BASE, *setup.adapters):
-        set_adapter(model, None if name == BASE else name)
-        results[name] = evaluate_model(name, model, setup, task, base=results.get(BASE))
+    for i, (name, loss) in enumerate(zip(names, losses.values(), strict=True)):
+        own = texts[i * len(task.answered) :][: len(task.answered)]
+        results[name] = result_of(loss, own, task, base=results.get(BASE))
     return results
 
 
-def evaluate_model(
-    name: str, model: CausalLM, setup: InferenceSetup, task: Task, base: Result | None
-) -> Result:
-    """Measure the model with its active adapter, and how it differs from `base`, if that is given."""
-    tokenizer, batch_size = setup.tokenizer, setup.config.per_device_eval_batch_size
-    examples = task.dataset.examples
-    loss = evaluate_loss(model, examples, batch_size, tokenizer.pad_id, progress=f"loss of {name}")
+def result_of(loss: float, texts: list[str], task: Task, base: Result | None) -> Result:
+    """A model's figures, and how they differ from those of `base`, if that is given."""
     figures = {"loss": loss, "perplexity": perplexity_of(loss)}
     if base is not None:
         figures["loss_change"] = loss - base.figures["loss"]
         # exp(loss) / exp(base loss) - 1; the difference is limited because exp overflows above 709
         figures["perplexity_change"] = math.expm1(min(figures["loss_change"], 700))
-    texts: list[str] = []
-    if task.answered:
-        how = dict(template=setup.template, max_new_tokens=task.max_new_tokens)
-        texts = answers(model, tokenizer, task.answered, batch_size, progress=f"answers of {name}", **how)
     if task.scored:
         scored = texts[: task.scored], task.answered[: task.scored]
         figures["exact_match"] = exact_match(*scored)

@@ -107,16 +107,19 @@ class Assistant:
         yield decoder.flush()
 
     def answer_all(
-        self, prompts: Sequence[Sequence[int]], templates: Iterable[ChatTemplate | None], batch_size: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        templates: Iterable[ChatTemplate | None],
+        batch_size: int,
+        adapter_ids: Sequence[str | None] | None = None,  # of each prompt; None: the assistant's
     ) -> list[str]:
         """The answers to many encoded prompts. The end token of any of the `templates` ends each answer."""
         turn_ends = [template.end_id for template in templates if template is not None]
         ends = end_tokens(self.model, self.tokenizer, *turn_ends)
-        sampling = dict(self.settings.sampling(), eos_token_ids=ends, generator=self.generator)
+        how = dict(self.settings.sampling(), eos_token_ids=ends, generator=self.generator)
+        how |= dict(adapter_ids=adapter_ids, progress="answers")
         limits = [self.answer_limit(prompt) for prompt in prompts]
-        return generate_text(
-            self.model, self.tokenizer, prompts, batch_size, limits, progress="answers", **sampling
-        )
+        return generate_text(self.model, self.tokenizer, prompts, batch_size, limits, **how)
 
     def answer_limit(self, prompt: Sequence[int]) -> int:
         """The largest number of tokens that the answer to `prompt` may have."""

@@ -119,6 +119,45 @@ def test_every_row_of_a_file_comes_back_with_the_answer_it_would_get_alone(chat,
     ]
 
 
+def test_a_row_may_choose_its_adapter_and_the_answer_says_whose_it_is(chat, model_dir, adapters, tmp_path):
+    chosen = ["two", None, "one", "", "base", "two"]
+    rows = [dict(prompt=f"the old {word}", adapter=name) for word, name in zip("abcdef", chosen, strict=True)]
+    rows.append(dict(prompt="the old g"))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = [word for name in ("one", "two") for word in ("--adapter", f"{name}={adapters / name}")]
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    keys = ("--bf16", "false", "--per_device_eval_batch_size", 3)  # in 16 bits near ties may fall either way
+    code, out, err = chat(*named, *files, *GREEDY, *keys)
+    assert code == 0, err
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["adapter"] for row in found] == ["two", "base", "one", "base", "base", "two", "one"]
+    for row in found:
+        adapter = None if row["adapter"] == "base" else adapters / row["adapter"]
+        assert row["prediction"] == expected_answer(model_dir, row["prompt"], adapter).strip()
+    assert out == f"7 answers by two, base, one: {tmp_path / 'out.jsonl'}\n"
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("onee", "adapter 'onee' is none that --adapter NAME=DIR gives; nearest: 'one'"),
+        (3, "adapter 3 is none"),
+    ]
+    + [(["one"], "adapter ['one'] is none")],
+)
+def test_a_row_that_names_no_adapter_is_told_by_file_and_line_before_weights_are_read(
+    chat, adapters, tmp_path, monkeypatch, name, said
+):
+    monkeypatch.setattr("minilora.inference.load.load_base_model", lambda *_: pytest.fail("weights are read"))
+    (tmp_path / "in.jsonl").write_text(
+        '{"prompt": "a"}\n' + json.dumps(dict(prompt="b", adapter=name)) + "\n"
+    )
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    code, _, err = chat("--adapter", f"one={adapters / 'one'}", *files, *GREEDY)
+    assert code == 2 and err.count("\n") == 1 and f"in.jsonl, line 2: {said}" in err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_long_row_shortens_its_own_answer_and_no_other(chat, model_dir, tmp_path):
     prompts = ["the old fox", "a " * 251, "a young owl"]
     room = 256 - len(load_tokenizer(model_dir).encode(prompts[1]))

@@ -102,6 +102,36 @@ def test_figures_and_answers_do_not_depend_on_the_batch_size(evaluate, dataset, 
             )
 
 
+def test_figures_and_answers_of_one_pass_are_those_of_one_adapter_after_the_other(
+    evaluate, dataset, adapters, tmp_path
+):
+    def found(*chosen):
+        words = [word for name in chosen for word in ("--adapter", f"{name}={adapters / name}")]
+        words += ["--samples", 5, "--exact_match_samples", 4, "--output", tmp_path / "r.json"]
+        words += ["--model", model_dir] if not chosen else []
+        code, out, err = evaluate(*words, "--dataset", dataset, *UNQUANTIZED)
+        assert code == 0, err
+        written = json.loads((tmp_path / "r.json").read_text())
+        return written["results"], [row["answers"] for row in written["answers"]], out
+
+    model_dir = json.loads((adapters / "one" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    results, texts, out = found("one", "two")
+    assert len({row[name] for row in texts for name in row}) > 5  # the models say different things
+    for chosen in ("one",), ("two",), ():
+        alone, texts_alone, _ = found(*chosen)
+        for name in ("base", *chosen):
+            assert [row[name] for row in texts] == [row[name] for row in texts_alone]
+            for key, value in alone[name].items():
+                # A loss is a mean of float32 losses, summed in float64: off by some units of 6e-8. A change is
+                # a difference of two of them, of about 6.
+                assert results[name][key] == pytest.approx(value, rel=1e-6, abs=1e-5 * ("change" in key))
+    assert [line.split()[0] for line in out.split("perplexity")[1].splitlines()[1:4]] == [
+        "base",
+        "one",
+        "two",
+    ]
+
+
 def test_samples_show_every_model_beside_what_was_expected(evaluate, dataset, adapters, examples):
     code, out, err = evaluate("--adapter", adapters / "one", "--dataset", dataset, "--samples", 1)
     assert code == 0, err
@@ -175,7 +205,9 @@ def test_a_run_that_held_rows_out_is_evaluated_on_these_rows(
         assert found == pytest.approx((losses[0], losses[-1]), rel=TOLERANCE)
 
 
-def test_a_bar_shows_how_far_each_models_loss_and_answers_have_come(evaluate, dataset, adapters, monkeypatch):
+def test_a_bar_shows_how_far_the_losses_and_answers_of_all_models_have_come(
+    evaluate, dataset, adapters, monkeypatch
+):
     bars = []
 
     def bar(*, total, desc, disable, **settings):
@@ -185,9 +217,8 @@ def test_a_bar_shows_how_far_each_models_loss_and_answers_have_come(evaluate, da
 
     monkeypatch.setattr("tqdm.tqdm", bar)
     code, out, _ = evaluate("--adapter", adapters / "one", "--dataset", dataset, "--samples", 3)
-    labels = ["loss of base", "answers of base", "loss of one", "answers of one"]
-    assert code == 0 and [bar.desc for bar in bars] == labels
-    assert [bar.n for bar in bars] == [bar.total for bar in bars] == [24, 3, 24, 3]
+    assert code == 0 and [bar.desc for bar in bars] == ["loss of 2 models", "answers of 2 models"]
+    assert [bar.n for bar in bars] == [bar.total for bar in bars] == [24, 6]
     assert "token" in bars[1].postfix and "answers:" not in out
 
 
