@@ -33,6 +33,7 @@ COMMANDS = {
     "resume": RESUME,
     "prepare": PREPARE,
     "evaluate": EVALUATE,
+    "evaluate two adapters": f"{EVALUATE} --adapter again=adapter --exact_match_samples 2 --max_new_tokens 2",
     "chat": CHAT,
     "chat with a file": "chat --adapter adapter --input questions.jsonl --output answers.jsonl --max_new_tokens 2",
     "merge": MERGE,
@@ -67,6 +68,14 @@ def cases() -> Iterator[Case]:
     yield make_case(
         "control", "sweep", "sweep --config sweep.yaml", (), change=write("sweep.yaml", SWEEP), code=0
     )
+    choosing = CHAT.replace("--instruction say", "--adapter b=adapter --max_new_tokens 2 --input q.jsonl")
+    rows = "".join(
+        f'{{"prompt": "say", "adapter": {name}}}\n' for name in ('"b"', "null", '"adapter"', '"base"')
+    )
+    yield make_case(
+        "control", "chat with a file that chooses adapters", f"{choosing} --output answers.jsonl", (),
+        change=write("q.jsonl", rows), code=0, shows=("4 answers by b, base, adapter: answers.jsonl",),
+    )  # fmt: skip
     yield make_case("control", "extract", EXTRACT, (), change=tune, code=0)
     yield make_case("control", "no HOME", f"{TRAIN} --seed 7", (), environment={"HOME": ""}, code=0)
     for suffix in ("csv", "txt"):

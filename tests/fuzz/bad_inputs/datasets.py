@@ -99,6 +99,22 @@ ALPACAS = {  # a row: a word of the message
     '{"instruction": "a", "output": "b", "system": 5}': "system",
     '{"text": 5}': "text",
 }
+CHOOSE = "chat --adapter sql=adapter --max_new_tokens 1 --output answers.jsonl --input"
+ADAPTERS = {  # the value of a question's `adapter`: a word of the message
+    '"nobody"': "'nobody'",
+    '"SQL"': "nearest|known",
+    '"adapter"': "'adapter'",
+    '" "': "' '",
+    '"sql\\u001b[2J"': "sql",
+    '"keys"': "'keys'",
+    "5": "adapter 5",
+    "true": "adapter True",
+    "NaN": "adapter nan|NaN",
+    "[]": "adapter []",
+    '["sql"]': "['sql']",
+    '{"sql": 1}': "{'sql': 1}",
+    '"' + "x" * 1_000_000 + '"': "xxx",
+}
 PLACES = {  # name of the file: how it is made, and a word
     "pipe.jsonl": (fifo, "pipe.jsonl"),
     "folder.jsonl": (folder, "folder.jsonl"),
@@ -172,6 +188,10 @@ def cases() -> Iterator[Case]:
             yield _case(name, f"{command} bad.jsonl --model words", word, both(template, rows))
     for row, word in ALPACAS.items():
         yield _case(f"a row {row[:60]}", f"{COMMANDS[0]} bad.jsonl", word, write("bad.jsonl", row + "\n"))
+    for value, word in ADAPTERS.items():
+        rows = write("bad.jsonl", f'{{"prompt": "a"}}\n{{"prompt": "b", "adapter": {value}}}\n')
+        words = ("bad.jsonl, line 2", word)
+        yield _case(f"a question for the adapter {value[:40]}", f"{CHOOSE} bad.jsonl", words, rows)
     for name, (make, word) in PLACES.items():
         yield _case(name, f"{next(commands)} {name}", word, make(name))
     for value, word in NAMES.items():
