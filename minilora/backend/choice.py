@@ -40,7 +40,8 @@ def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
     """Return the function to run an operation of `minilora.ops` on tensors like x: its definition, or another
     form.
     """
-    if not _fused or (x.is_cpu and operation not in elementwise.FORMS):
+    on_cpu = x.is_cpu and requested_backend(x.device) != "triton"
+    if not _fused or (on_cpu and operation not in elementwise.FORMS):
         return definition
     match form_for(x, operation):
         case "c":
@@ -56,13 +57,16 @@ def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
 
 
 def _triton_computes(operation: str, x: Tensor) -> bool:
-    """Whether the kernel is for tensors like x. Products with dropout inside need tensor cores, which Triton
-    uses for 16 bits, and from compute capability 8.0 on.
-    """
+    """Whether the kernel is for tensors like x. Products with dropout inside need tensor cores."""
     if operation in ("dropped_product", "add_dropped_product", "product_with_dropped"):
-        tensor_cores = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        return tensor_cores and x.element_size() == 2
+        return has_tensor_cores(x)
     return x.dtype != torch.float64
+
+
+def has_tensor_cores(x: Tensor) -> bool:
+    """Whether a Triton kernel multiplies tensors like x on tensor cores: 16 bits, capability 8.0 or newer."""
+    tensor_cores = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return tensor_cores and x.element_size() == 2
 
 
 def fusing(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minilora.backend import scratch
+from minilora.backend import scratch, tables
 from minilora.backend.library import warn
 from minilora.system.errors import one_line
 
@@ -43,11 +43,11 @@ def recorded(function: Callable[[], None], device: torch.device) -> Callable[[],
         warn(f"answers are slower here, without CUDA graphs: {_problem}")
         return function
     current.wait_stream(stream)
-    return partial(_replay, graph, scratch.buffers())
+    return partial(_replay, graph, [*scratch.buffers(), *tables.tables()])
 
 
-def _replay(graph: torch.cuda.CUDAGraph, written: list[Tensor]) -> None:
-    """Repeat the work. written: the buffers that layers shared then. A larger one may have taken their place,
-    but while somebody holds them, their memory is nobody else's.
+def _replay(graph: torch.cuda.CUDAGraph, used: list[Tensor]) -> None:
+    """Repeat the work. used: the buffers that layers shared then, and the tables that kernels read. Others
+    may have taken their place, but while somebody holds them, their memory is nobody else's.
     """
     graph.replay()

@@ -10,7 +10,7 @@ the distance, in roundings to the dtype. An element that is dropped but should n
 is wrong, is off by hundreds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from minilora.backend import elementwise_trial
 from minilora.backend.library import warn
 from minilora.backend.native_trial import trial_values
+from minilora.backend.segments import Segments
 from minilora.system.errors import one_line
 
 _ROUNDINGS = 8  # of the largest value, in a chain of at most four operations
@@ -55,8 +56,15 @@ def _problem(
 def _on(device: torch.device, form: Callable) -> Callable:
     """Return a function of the host's tensors that computes on a device, in place where the form does."""
 
+    def moved(t):
+        if isinstance(t, Segments):
+            return Segments._make(map(moved, t))
+        if isinstance(t, list):
+            return [*map(moved, t)]
+        return t.to(device) if isinstance(t, Tensor) else t
+
     def run(*operands, **options):
-        there = [t.to(device) if isinstance(t, Tensor) else t for t in operands]
+        there = [*map(moved, operands)]
         results = form(*there, **options)
         for mine, other in zip(operands, there, strict=True):
             if isinstance(mine, Tensor):
@@ -89,8 +97,34 @@ def _add_dropped_product_trial(add: Callable, dtype: torch.dtype) -> list[Tensor
     return [x]
 
 
+def _mixtures(A: Tensor) -> Iterator[tuple[list[Tensor | None], Segments]]:
+    """Yield factors, (r, 72) float32, and segments of 40 rows: short ones, and long ones in another order."""
+    A = A.float()
+    yield [A[:2], None, A], Segments(None, (0, 7, 18, 40))
+    yield [A[3:4], A], Segments(torch.arange(39, -1, -1, device="cpu"), (0, 3, 40))
+
+
+def _shrink_trial(shrink: Callable, dtype: torch.dtype) -> list[Tensor]:
+    (x, A, _), found = _operands(dtype), []
+    for factors, segments in _mixtures(A):
+        n = shrink(x, factors, [0.5, 1.0, 2.0][: len(factors)], segments)
+        parts = zip(factors, segments.bounds, segments.bounds[1:], strict=False)
+        found += [n[start:end, : len(F)] for F, start, end in parts if F is not None]
+    return found
+
+
+def _expand_trial(expand: Callable, dtype: torch.dtype) -> list[Tensor]:
+    x, A, n = _operands(dtype)
+    for factors, segments in _mixtures(A):
+        expand(x, n, [None if F is None else F.T for F in factors], segments)
+        expand(x, n, [None if F is None else F.T.contiguous() for F in factors], segments)
+    return [x]
+
+
 TRIALS = elementwise_trial.TRIALS | {
     "dropped_product": _dropped_product_trial,
     "product_with_dropped": _product_with_dropped_trial,
     "add_dropped_product": _add_dropped_product_trial,
+    "shrink": _shrink_trial,
+    "expand": _expand_trial,
 }

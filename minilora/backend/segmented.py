@@ -11,44 +11,27 @@ one operation with other factors, and so is the backward pass:
     expand(y, F)   y_i += n_i F_a^T       F = B, and into dx F = A^T: dx_i += g_i A_a
     dA_a = g_a^T dropout(x_a)             dB_a = dy_a^T n_a           over the rows of the adapter
 
-Rows of one adapter are a segment. They need not lie together: `Segments.order` sorts them. Ranks may differ:
+Rows of one adapter are a segment (segments.py). They need not lie together: `Segments.order` sorts them. Ranks may differ:
 n is as wide as the largest, and a row uses the first r numbers. Scalings, which dropout's gain is part of,
 are an adapter's own, too.
 
-The definition takes one segment after the other: two thin products each, as an adapter alone takes them.
+The definition takes one segment after the other: two thin products each, as an adapter alone takes them. On a
+GPU one kernel takes all segments (kernels/segmented.py). It reads A and B as they are stored, in float32, so
+that no token waits for a cast.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.backend.choice import product_dtype
-from minilora.backend.dropout import kept
+from minilora.backend.choice import fastest, has_tensor_cores, product_dtype
+from minilora.backend.dropout import dropout_definition
 from minilora.backend.fused_lora import Adapter
-
-
-class Segments(NamedTuple):
-    """Which rows belong together: segment i is order[bounds[i] : bounds[i + 1]]."""
-
-    order: Tensor | None  # (rows,) int64 on the device of x; None: the rows lie in the order of the segments
-    bounds: tuple[int, ...]
-
-    def rows(self, x: Tensor, i: int) -> Tensor:
-        """Return the rows of segment i, (n, ...): a view if they lie together."""
-        start, end = self.bounds[i : i + 2]
-        return x[start:end] if self.order is None else x.index_select(0, self.order[start:end])
-
-    def add(self, y: Tensor, i: int, n: Tensor, factor: Tensor) -> None:
-        """y += n factor^T for the rows of segment i, in place. y: (rows, out), n: (rows of i, r)."""
-        start, end = self.bounds[i : i + 2]
-        if self.order is None and y.dtype == n.dtype:
-            y[start:end].addmm_(n, factor.T)
-        else:
-            places = self.order[start:end] if self.order is not None else torch.arange(start, end)
-            y.index_add_(0, places.to(y.device), (n @ factor.T).to(y.dtype))
+from minilora.backend.segments import Segments
+from minilora.backend.tables import NoTable
 
 
 def segmented_update(
@@ -72,31 +55,22 @@ class _Call(NamedTuple):
     def scalings(self) -> list[float]:
         return [adapter.scaling if adapter else 0.0 for adapter in self.adapters]
 
-    def spread(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
-        """Return the tensor of each segment in a dtype, None for one without an adapter."""
+    def spread(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the tensor of each segment, None for one without an adapter."""
         given = iter(tensors)
-        return [next(given).to(dtype) if adapter else None for adapter in self.adapters]
+        return [next(given) if adapter else None for adapter in self.adapters]
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return dropout(x), (rows, in), without the gain. A segment draws as if it were alone."""
         thresholds = [adapter.threshold if adapter else 0 for adapter in self.adapters]
         if not any(thresholds):
             return x
-        dropped = x.clone()
+        dropped, drop = x.clone(), fastest("dropout", x, dropout_definition)
         for i, threshold in enumerate(thresholds):
             if threshold:
-                start, end = self.segments.bounds[i : i + 2]
-                mask = kept(end - start, x.shape[1], *self.draws[i], threshold, x.device)
-                if self.segments.order is None:
-                    dropped[start:end] *= mask
-                else:
-                    places = self.segments.order[start:end]
-                    dropped[places] = x[places] * mask
+                part = drop(self.segments.rows(x, i), *self.draws[i], threshold)
+                self.segments.put(dropped, i, part)
         return dropped
-
-    def mask_gradient(self, dx: Tensor) -> Tensor:
-        """Return dropout's gradient: dx where x was kept. The masks are x's."""
-        return self.dropped(dx)
 
 
 class _SegmentedUpdate(torch.autograd.Function):
@@ -105,9 +79,9 @@ class _SegmentedUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, call: _Call, *tensors: Tensor) -> Tensor:
         dtype = product_dtype(x)
-        As, Bs = call.spread(tensors[::2], dtype), call.spread(tensors[1::2], dtype)
+        As, Bs = call.spread(tensors[::2]), call.spread(tensors[1::2])
         narrow = shrink(call.dropped(_rows(x)).to(dtype), As, call.scalings, call.segments)
-        expand(_rows(y), narrow, Bs, call.segments)
+        expand(y.view(-1, y.shape[-1]), narrow, Bs, call.segments)
         ctx.mark_dirty(y)
         ctx.call, ctx.dtypes = call, (x.dtype, dtype)
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3::2]) else None, narrow, *tensors)
@@ -119,13 +93,13 @@ class _SegmentedUpdate(torch.autograd.Function):
         x, narrow, *tensors = ctx.saved_tensors
         call, segments, (x_dtype, dtype) = ctx.call, ctx.call.segments, ctx.dtypes
         dy_rows, dx, gradients = _rows(dy).to(dtype), None, []
-        Bs = [None if B is None else B.T for B in call.spread(tensors[1::2], dtype)]
+        Bs = [None if B is None else B.T for B in call.spread(tensors[1::2])]
         g = shrink(dy_rows, Bs, call.scalings, segments)  # (rows, R)
         if ctx.needs_input_grad[1]:
-            As = [None if A is None else A.T for A in call.spread(tensors[::2], dtype)]
+            As = [None if A is None else A.T for A in call.spread(tensors[::2])]
             dx = dy_rows.new_zeros(len(dy_rows), tensors[0].shape[1])
             expand(dx, g, As, segments)
-            dx = call.mask_gradient(dx).to(x_dtype).view(*dy.shape[:-1], -1)
+            dx = call.dropped(dx).to(x_dtype).view(*dy.shape[:-1], -1)
         dropped = None if x is None else call.dropped(_rows(x)).to(dtype)
         needs = iter(ctx.needs_input_grad[3:])
         for i, adapter in enumerate(call.adapters):
@@ -140,7 +114,7 @@ class _SegmentedUpdate(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+    return x.contiguous().view(-1, x.shape[-1])
 
 
 # ---- the two passes ----------------------------------------------------------------------------------------
@@ -151,15 +125,31 @@ def shrink(
 ) -> Tensor:
     """Return n_i = s_a x_i F_a^T, (rows, R), in the order of the segments; R is the largest rank.
 
-    x: (rows, in), in any order; F_a: (r, in), in the dtype of x. Columns from an adapter's r on, and rows
-    without an adapter, are not defined.
+    x: (rows, in), in any order; F_a: (r, in), in the dtype of x or as it is stored. Columns from an adapter's
+    r on, and rows without an adapter, are not defined.
     """
-    return shrink_definition(x, factors, scalings, segments)
+    try:
+        return _form("shrink", x, factors, segments, shrink_definition)(x, factors, scalings, segments)
+    except NoTable:
+        return shrink_definition(x, factors, scalings, segments)
 
 
 def expand(y: Tensor, n: Tensor, factors: Sequence[Tensor | None], segments: Segments) -> None:
     """y_i += n_i F_a^T, in place. y: (rows, out), in any order; n: as `shrink` returns it; F_a: (out, r)."""
-    expand_definition(y, n, factors, segments)
+    try:
+        _form("expand", n, factors, segments, expand_definition)(y, n, factors, segments)
+    except NoTable:
+        expand_definition(y, n, factors, segments)
+
+
+def _form(operation: str, x: Tensor, factors: Sequence, segments: Segments, definition: Callable) -> Callable:
+    """Return the kernel or the definition. A kernel reads factors of one dtype. Long segments it takes on
+    tensor cores only: elsewhere a product for each is faster.
+    """
+    dtypes = {F.dtype for F in factors if F is not None}
+    if len(dtypes) > 1 or torch.float64 in dtypes or (segments.are_long and not has_tensor_cores(x)):
+        return definition
+    return fastest(operation, x, definition)
 
 
 def shrink_definition(
@@ -170,7 +160,7 @@ def shrink_definition(
     for i, (F, scaling) in enumerate(zip(factors, scalings, strict=True)):
         if F is not None:
             part = n[segments.bounds[i] : segments.bounds[i + 1], : len(F)]
-            torch.addmm(part, segments.rows(x, i), F.T, beta=0, alpha=scaling, out=part)
+            torch.addmm(part, segments.rows(x, i), F.to(x.dtype).T, beta=0, alpha=scaling, out=part)
     return n
 
 
@@ -178,4 +168,5 @@ def expand_definition(y: Tensor, n: Tensor, factors: Sequence[Tensor | None], se
     """See `expand`."""
     for i, F in enumerate(factors):
         if F is not None:
-            segments.add(y, i, n[segments.bounds[i] : segments.bounds[i + 1], : F.shape[1]], F)
+            part = n[segments.bounds[i] : segments.bounds[i + 1], : F.shape[1]]
+            segments.add(y, i, part, F.to(n.dtype))

@@ -9,6 +9,7 @@ rope.py              the rotation of queries and keys, in one launch
 cross_entropy.py     the losses of rows of logits, and their gradient in place
 dropout.py           dropout from random bits drawn in registers
 dropped_products.py  LoRA's thin products with dropout inside them, on tensor cores
+segmented.py         rows that meet different adapters, in one launch
 operations.py        all of these by the names of their operations
 nf4.py               4-bit weights: dequantize, quantize, matrix times vector
 adamw_8bit.py        AdamW with 8-bit moments
