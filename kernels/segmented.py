@@ -1,24 +1,24 @@
-"""Many adapters in one launch: the two passes of the segmented gather product (minilora/backend/segmented.py).
+"""Many adapters in one launch: the two passes of the segmented gather product (backend/segmented.py).
 
     shrink    n_i = s_a x_i F_a^T      x: (rows, width)    n: (rows, R)      F_a: (r_a, width)
     expand    y_i += n_i F_a^T         y: (rows, width)    n: (rows, R)      F_a: (width, r_a)
 
-Bytes: each factor that a row needs is read, r * width numbers, and x once, or y twice. In decoding the factors
-are nearly all of it. 16 rows with 16 adapters of rank 16 read 4.2 MB of A for width 4096, in float32 as they
-are stored: 1.6 us at an H100's 2.7 TB/s, where 16 launches would take several times as long. In a long prompt
-x and y are nearly all, 2 and 4 bytes a number in 16 bits.
+Bytes: each factor that a row needs is read, r * width numbers, and x once, or y twice. In decoding the
+factors are nearly all of it. 16 rows with 16 adapters of rank 16 read 4.2 MB of A for width 4096, in float32
+as they are stored: 1.6 us at an H100's 2.7 TB/s. A product for each adapter would be 16 launches. In a long
+prompt x and y are nearly all: 2 and 4 bytes a number in 16 bits.
 
 Why two kernels? A program that computed n and then y would need a whole row of x before the first number of
-y. So it would be one program a row, on one of a hundred multiprocessors. Two launches spread one row over
-many programs: shrink by ranks, expand by columns. So no sum is split, and its order is fixed by the shapes.
+y. So a row would be one program's, on one of a hundred multiprocessors. Two launches spread each row over
+many programs, shrink by ranks and expand by columns. No sum is split, so its order is fixed by the shapes.
 
-A and B of all adapters lie where the trainer put them. A table has a row for each: its address, its two
-strides, its rank and its scaling. A second table says which rows of n a program takes, and whose they are.
-Adapters may have any ranks. Rows without an adapter are in no program.
+A and B of all adapters stay where they are. A table has a row for each: its address, its two strides, its
+rank and its scaling. A second table says which rows of n a program takes, and whose they are. Adapters may
+have any ranks. Rows without an adapter are in no program.
 
 Each pass has two shapes. With few rows a segment, a program takes one row and multiplies in float32. With 16
-or more it takes a tile of 32, and tensor cores multiply in 16 bits. Before compute capability 8.0 Triton uses
-no tensor cores, and in float32 they would not be exact: there cuBLAS takes the segments one by one.
+rows or more it takes a tile of 32, and tensor cores multiply in 16 bits. Before compute capability 8.0 Triton
+uses no tensor cores, and in float32 they would not be exact: there cuBLAS takes one segment after the other.
 """
 
 import struct
@@ -217,7 +217,7 @@ def expand_tiles_kernel(
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- launches. segments: order and bounds, as `minilora.backend.segmented.Segments` has them ----------------
+# ---- launches. segments: order and bounds, as `minilora.backend.segments.Segments` has them ----------------
 
 
 def shrink(x: Tensor, factors, scalings, segments) -> Tensor:
@@ -273,24 +273,24 @@ def tables_of(
     factors, scalings, segments, tiled: bool, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], dict]:
     """Return the tables of tiles and of factors, (r, width) each, and what a kernel is compiled for."""
-    there = [F for F in factors if F is not None]
-    given = tuple(F is not None for F in factors)
-    bits = [struct.unpack("i", struct.pack("f", scaling))[0] for scaling in scalings]
-    rows = tuple(
-        (F.data_ptr(), *F.stride(), len(F), b) for F, b in zip(factors, bits, strict=True) if F is not None
-    )
-    tiles = table(tiles_of, (segments.bounds, given, ROWS if tiled else 1), device)
-    along = next(
-        (name for d, name in ((1, "columns"), (0, "ranks")) if all(F.stride(d) == 1 for F in there)), ""
-    )
+    rows, there = [], [F for F in factors if F is not None]
+    for F, scaling in zip(factors, scalings, strict=True):
+        if F is not None:
+            per_rank, per_column = F.stride()
+            bits = struct.unpack("i", struct.pack("f", scaling))[0]
+            rows.append((F.data_ptr(), 0 if len(F) == 1 else per_rank, per_column, len(F), bits))
     numbers = 16 // there[0].element_size()  # of a load
-    aligned = bool(along) and all(
-        at % 16 == 0
-        and all(n % numbers == 0 for n in ((per_rank,) if along == "columns" else (per_column, r)))
-        for at, per_rank, per_column, r, _ in rows
-    )
+    if all(row[2] == 1 for row in rows):
+        along, sizes = "columns", [row[1] for row in rows]
+    elif all(row[1] in (0, 1) for row in rows):
+        along, sizes = "ranks", [size for row in rows for size in row[2:4]]
+    else:
+        along, sizes = "", [1]
+    aligned = all(row[0] % 16 == 0 for row in rows) and all(size % numbers == 0 for size in sizes)
+    given = tuple(F is not None for F in factors)
+    tiles = table(tiles_of, (segments.bounds, given, ROWS if tiled else 1), device)
     constants = dict(FLOAT=FLOATS[there[0].dtype], ALONG=along, ALIGNED=aligned)
-    return (tiles, table(list, (rows,), device)), constants
+    return (tiles, table(list, (tuple(rows),), device)), constants
 
 
 def tiles_of(bounds: tuple[int, ...], given: tuple[bool, ...], size: int) -> list[tuple[int, int, int]]:

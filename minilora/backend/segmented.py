@@ -11,9 +11,9 @@ one operation with other factors, and so is the backward pass:
     expand(y, F)   y_i += n_i F_a^T       F = B, and into dx F = A^T: dx_i += g_i A_a
     dA_a = g_a^T dropout(x_a)             dB_a = dy_a^T n_a           over the rows of the adapter
 
-Rows of one adapter are a segment (segments.py). They need not lie together: `Segments.order` sorts them. Ranks may differ:
-n is as wide as the largest, and a row uses the first r numbers. Scalings, which dropout's gain is part of,
-are an adapter's own, too.
+Rows of one adapter are a segment (segments.py). They need not lie together: `Segments.order` sorts them.
+Ranks may differ: n is as wide as the largest, and a row uses the first r numbers. Scalings, which dropout's
+gain is part of, are an adapter's own, too.
 
 The definition takes one segment after the other: two thin products each, as an adapter alone takes them. On a
 GPU one kernel takes all segments (kernels/segmented.py). It reads A and B as they are stored, in float32, so

@@ -1,11 +1,11 @@
 """Small tables of whole numbers on a GPU: where tensors lie, and which rows a program takes.
 
-A kernel that works on many tensors reads their addresses from a table. To make one, the host writes it and
-orders a copy, so tables are kept for the next call. A table is known by all that it is made of. So it is never
-out of date: an adapter that lies elsewhere, or a batch that is mixed otherwise, asks for another one.
+A kernel that works on many tensors reads their addresses from a table. The host writes it and orders a copy,
+so tables are kept for the next call. A table is known by all that it is made of, so it is never out of date.
+An adapter that lies elsewhere, or a batch that is mixed otherwise, asks for another one.
 
-While a graph is recorded no table can be made. The graph would repeat the copy, out of memory that is somebody
-else's by then. A function runs once before it is recorded (graphs.py), and that run makes its tables.
+While a graph is recorded no table can be made. The graph would repeat the copy, out of memory that by then is
+somebody else's. A function runs once before it is recorded (graphs.py), and that run makes its tables.
 """
 
 from collections.abc import Callable, Sequence

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from minilora import loss, ops
-from minilora.backend import dropout, kernel_trial
+from minilora.backend import dropout, kernel_trial, segmented
 
 CPU = torch.device("cpu")
-IN_PLACE = ("cross_entropy", "add_dropped", "add_dropped_product")
+IN_PLACE = ("cross_entropy", "add_dropped", "add_dropped_product", "expand")
 
 
 def definition_of(operation):
-    for module in (ops, dropout, loss):
+    for module in (ops, dropout, loss, segmented):
         if hasattr(module, f"{operation}_definition"):
             return getattr(module, f"{operation}_definition")
     raise AssertionError(operation)

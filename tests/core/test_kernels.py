@@ -29,6 +29,7 @@ from support.pretended_gpu import PretendedGpu  # noqa: E402
 from minilora import ops, optim  # noqa: E402
 from minilora.backend import dropout, triton_trial  # noqa: E402
 from minilora.backend.choice import fastest  # noqa: E402
+from minilora.backend.segments import Segments  # noqa: E402
 from minilora.quantization import (  # noqa: E402
     dynamic_code,
     four_bit_code,
@@ -39,7 +40,7 @@ from minilora.quantization import (  # noqa: E402
 
 # Before 3.6, Triton's correctly rounded quotients and roots take subnormal numbers for zero.
 FTZ = ".ftz" if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6) else ""
-OPERATIONS = "tests/support/kernels_of_operations.py"
+OPERATIONS = "tests/support/kernels_of_operations.py", "tests/support/segmented_kernels.py"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -55,7 +56,7 @@ def run_tests_of_kernels(*arguments: str, **environment: str) -> None:
 
 
 def test_kernels_equal_their_definitions_under_the_interpreter():
-    files = "tests/support/interpreted_kernels.py", OPERATIONS
+    files = "tests/support/interpreted_kernels.py", *OPERATIONS
     run_tests_of_kernels(*files, TRITON_INTERPRET="1")
 
 
@@ -63,7 +64,7 @@ def test_kernels_equal_their_definitions_under_the_interpreter():
 @needs_gpu
 def test_kernels_of_operations_equal_their_definitions_on_the_gpu():
     shared = ["-n", "4", "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
-    run_tests_of_kernels("-W", "default", *shared, OPERATIONS)
+    run_tests_of_kernels("-W", "default", *shared, *OPERATIONS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run here")
@@ -212,15 +213,57 @@ def test_products_with_dropout_inside_use_tensor_cores(operation, r, card):
     assert not re.search(r"\b(atom|red)\.", launch.ptx)  # whose order changes from run to run
 
 
-def test_only_the_products_with_dropout_inside_need_tensor_cores():
+SEGMENTED = ("shrink", "expand")
+
+
+def segmented_launch(operation: str, rows: int, r: int, transposed: bool, dtype, card: str) -> CompiledLaunch:
+    """The kernel of a mixture of two adapters and the base model, compiled for a card."""
+    from minilora.kernels import segmented
+
+    segments = Segments(empty(rows, dtype=torch.int64), (0, rows // 2, rows - 1, rows))
+    x, factor = empty(rows, WIDTH, dtype=dtype), empty(WIDTH, r).T if transposed else empty(r, WIDTH)
+    with compiled_launches(segmented, CARDS[card]) as launches:
+        if operation == "shrink":
+            segmented.shrink(x, [factor, None, factor], [1.0] * 3, segments)
+        else:
+            segmented.expand(x, empty(rows, r, dtype=dtype), [factor.T, None, factor.T], segments)
+    (launch,) = (launch for launch in launches.values() if launch.ptx)
+    return launch
+
+
+@pytest.mark.parametrize(("card", "dtype"), [*USUAL, ("A100", torch.float32)])
+@pytest.mark.parametrize("r", [1, 16, 64])
+@pytest.mark.parametrize("operation", SEGMENTED)
+def test_short_segments_compile_for_every_card_without_tensor_cores(operation, r, dtype, card):
+    """Without spills, as CompiledLaunch asserts; and factors are read 16 bytes at a time."""
+    for transposed in (False, True):
+        ptx = segmented_launch(operation, 4, r, transposed, dtype, card).ptx
+        assert "mma" not in ptx and "fma.rn.f32" in ptx and not re.search(r"\b(atom|red)\.", ptx)
+        assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 4
+    assert segmented_launch(operation, 4, 3, True, dtype, card).ptx  # a rank that 16 bytes do not divide
+
+
+@pytest.mark.parametrize("card", ["A100", "H100"])
+@pytest.mark.parametrize("r", [1, 16, 64, 200])
+@pytest.mark.parametrize("operation", SEGMENTED)
+def test_long_segments_use_tensor_cores(operation, r, card):
+    for transposed in (False, True):
+        for dtype in (torch.float16, torch.bfloat16):
+            ptx = segmented_launch(operation, 256, r, transposed, dtype, card).ptx
+            assert re.search(r"\bmma\S*\.f32\.b?f16\.b?f16", ptx)  # sums in float32
+            assert not re.search(r"\b(atom|red)\.", ptx)  # whose order changes from run to run
+            assert "cp.async.cg.shared.global" in ptx  # which takes 16 bytes
+
+
+def test_only_the_products_with_dropout_inside_and_long_segments_need_tensor_cores():
     """So nothing that a T4 runs has a `tl.dot`, for which Triton has no tensor cores there."""
     from minilora.kernels import operations
 
-    assert {*operations.__all__} == {*EVERYWHERE, *ON_TENSOR_CORES, "cross_entropy"}
+    assert {*operations.__all__} == {*EVERYWHERE, *ON_TENSOR_CORES, *SEGMENTED, "cross_entropy"}
     text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
     functions = re.findall(r"^def (\w+)\(((?:.*\n)+?)(?=\n\n\S|\Z)", text, re.MULTILINE)
     assert {name for name, body in functions if "tl.dot(" in body} == {
-        f"{name}_kernel" for name in ON_TENSOR_CORES
+        f"{name}_kernel" for name in (*ON_TENSOR_CORES, *(f"{name}_tiles" for name in SEGMENTED))
     }
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minilora import loss, ops
-from minilora.backend import dropout, kernel_trial
+from minilora.backend import dropout, kernel_trial, segmented
 from minilora.kernels import dropped_products, operations
 from support import kernel_tests
 from support.kernel_tests import ROUNDING, bfloat16_as_on_a_gpu, bits
@@ -75,7 +75,9 @@ def test_a_kernel_passes_its_own_trial(operation, dtype):
     if "product" in operation and not (dtype in SIXTEEN_BITS and TENSOR_CORES):
         pytest.skip("its products are taken in 16 bits, in tensor cores")
     name = f"{operation}_definition"
-    definition = next(getattr(module, name) for module in (ops, dropout, loss) if hasattr(module, name))
+    definition = next(
+        getattr(module, name) for module in (ops, dropout, loss, segmented) if hasattr(module, name)
+    )
     kernel, trial = getattr(operations, operation), kernel_trial.TRIALS[operation]
     assert kernel_trial._problem(trial, kernel, definition, DEVICE, dtype) == ""
 

@@ -5,6 +5,7 @@ Triton's interpreter. The interpreter runs kernels that have none here, or all o
 """
 
 import ctypes
+import struct
 import warnings
 from types import SimpleNamespace
 
@@ -178,8 +179,35 @@ def _adamw_8bit(given) -> None:
 
 def _at(address: int, count: int, kind: str) -> torch.Tensor:
     """The tensor at an address, which on a pretended GPU is the CPU's."""
-    item, dtype = {"f": (ctypes.c_float, torch.float32), "B": (ctypes.c_uint8, torch.uint8)}[kind]
+    item, dtype = {
+        "f": (ctypes.c_float, torch.float32), "B": (ctypes.c_uint8, torch.uint8),
+        "fp16": (ctypes.c_uint16, torch.float16), "bf16": (ctypes.c_uint16, torch.bfloat16),
+    }[kind]  # fmt: skip
     return torch.frombuffer((item * count).from_address(address), dtype=dtype)
+
+
+def _tiles(given):
+    """Yield of each program: its rows of n, the same rows of x or y, its factor in float32, its scaling."""
+    kind = {"fp32": "f"}.get(str(given.FLOAT), str(given.FLOAT))
+    factors = given.factors_ptr.tolist()
+    for i, start, end in given.tiles_ptr.tolist():
+        address, per_rank, per_column, r, bits = factors[i]
+        end = end if hasattr(given, "ROWS") else start + 1
+        rows = torch.arange(start, end) if given.order_ptr is None else given.order_ptr[start:end]
+        count = (r - 1) * per_rank + (given.width - 1) * per_column + 1
+        factor = _at(address, count, kind).as_strided((r, given.width), (per_rank, per_column))
+        yield slice(start, end), rows, factor.float(), struct.unpack("f", struct.pack("i", bits))[0]
+
+
+def _shrink(given) -> None:
+    for here, rows, F, scaling in _tiles(given):
+        given.n_ptr[here, : len(F)] = given.x_ptr[rows].float() @ F.T * scaling
+
+
+def _expand(given) -> None:
+    for here, rows, F, _ in _tiles(given):
+        update = given.n_ptr[here, : len(F)].float() @ F
+        given.y_ptr[rows] = (given.y_ptr[rows].float() + update).to(given.y_ptr.dtype)
 
 
 DEFINITIONS = {
@@ -198,4 +226,8 @@ DEFINITIONS = {
     "add_dropped_product_kernel": _add_dropped_product,
     "product_with_dropped_kernel": _product_with_dropped,
     "adamw_8bit_kernel": _adamw_8bit,
+    "shrink_rows_kernel": _shrink,
+    "shrink_tiles_kernel": _shrink,
+    "expand_rows_kernel": _expand,
+    "expand_tiles_kernel": _expand,
 }
