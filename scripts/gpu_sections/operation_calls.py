@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gpu_sections.section import Check
 from minilora import loss, ops
-from minilora.backend import dropout
+from minilora.backend import dropout, segmented
 from minilora.backend.choice import fastest
+from minilora.backend.segments import Segments
 
 Call = Callable[[], object]
 Moving = dict[str, tuple[Call, int]]  # a call, and the bytes that it reads and writes
@@ -34,6 +35,8 @@ def operation_calls(check: Check, sizes: dict, rows: int) -> Moving:
         | cross_entropy_call(logits)
         | dropout_calls(hidden, torch.randn_like(hidden))
         | product_calls(hidden, draw(RANK, hidden.shape[1]), draw(rows, RANK))
+        | segmented_calls(hidden[:16].clone(), 16, "16 rows, 16 adapters")
+        | segmented_calls(hidden, 4, f"{rows} rows, 4 adapters")
     )
 
 
@@ -80,6 +83,19 @@ def product_calls(x: Tensor, A: Tensor, g: Tensor) -> Moving:
         "dropout(x) A^T": (narrow, once),
         "dx += dropout(g A)": (added, x.nbytes + once),
         "g^T dropout(x)": (dA, once),
+    }
+
+
+def segmented_calls(x: Tensor, adapters: int, title: str) -> Moving:
+    """Each adapter has as many rows, in any order, and is read once. The definition takes them in turn."""
+    order = torch.randperm(len(x)).to(x.device)
+    segments = Segments(order, tuple(range(0, len(x) + 1, len(x) // adapters)))
+    n = torch.randn(len(x), RANK, device=x.device).to(x.dtype)
+    As, y = [torch.randn(RANK, x.shape[1], device=x.device) for _ in range(adapters)], torch.zeros_like(x)
+    Bs, once = [A.T.contiguous() for A in As], x.nbytes + n.nbytes + adapters * As[0].nbytes
+    return {
+        f"shrink, {title}": (lambda: segmented.shrink(x, As, [1.0] * adapters, segments), once),
+        f"expand, {title}": (lambda: segmented.expand(y, n, Bs, segments), once + x.nbytes),
     }
 
 

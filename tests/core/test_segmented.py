@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from support.kernel_tests import ROUNDING, randn
 from support.pretended_gpu import PretendedGpu
 from support.segmented_loop import owners_of, segments_of
+from support.tiny import randomize, tiny_model
 
+from minilora import LoraConfig, add_lora, mixed
 from minilora.backend import graphs, tables
 from minilora.backend.dropout import kept
 from minilora.backend.fused_lora import Adapter
 from minilora.backend.segmented import segmented_update
+from minilora.inference.generation import generate
 
 DRAWS = 2**40 + 3, 5
 THRESHOLD = 16384  # a quarter is dropped
@@ -246,6 +249,25 @@ def test_a_recorded_update_reads_its_tables_and_a_new_one_is_recorded_without_a_
         assert gpu.launches["a graph"] == 2 and not gpu.faults
 
 
+def answer(model):
+    """24 new tokens behind four prompts, of two adapters and the base model."""
+    prompt = (torch.arange(4 * 9).view(4, 9) % 61).to(model.model.norm.weight.device)
+    with mixed.adapters(model, ["b", None, "a", "b"]):
+        everywhere = torch.ones(4, 9, dtype=torch.long)
+        return generate(model, prompt, everywhere, max_new_tokens=24, eos_token_ids=()).cpu()
+
+
+def test_answers_of_several_adapters_by_a_recorded_token_are_those_of_a_cpu():
+    model = tiny_model()
+    for name, r in (("a", 3), ("b", 8)):
+        add_lora(model, LoraConfig(r=r, target_modules="all-linear"), name)
+    randomize(model)
+    expected = answer(model.eval())
+    with PretendedGpu((9, 0)) as gpu:
+        assert torch.equal(answer(model.cuda()), expected)
+    assert gpu.launches["a graph"] == 22 and "shrink_rows_kernel" in launched(gpu) and not gpu.faults
+
+
 def test_the_oldest_tables_make_room(monkeypatch):
     monkeypatch.setattr(tables, "_MOST", 3)
     tables.cache_clear()
@@ -275,3 +297,18 @@ def test_rows_and_gradients_on_the_gpu_are_those_of_a_loop_over_rows(rows, dtype
     # As above; TF32 is off by default in PyTorch's own products. Sums have up to 256 terms.
     for mine, expected, bound in zip(found, right, terms, strict=True):
         assert ((mine.cpu() - expected).abs() <= (6 * ROUNDING[dtype] + 2**-15) * bound).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_recorded_update_on_the_gpu_is_the_one_that_was_not_recorded(dtype, monkeypatch):
+    monkeypatch.setattr(graphs, "_problem", "")
+    adapters, segments = on_gpu(adapters_of([4, None, 9], 256, 128)), segments_of([1, 2, 1], True, CUDA)
+    x, y = randn(4, 256, dtype=dtype, seed=1).to(CUDA), torch.zeros(4, 128, dtype=dtype, device=CUDA)
+    expected = segmented_update(y.clone(), x, adapters, segments)
+    replay = graphs.recorded(lambda: segmented_update(y, x, adapters, segments), CUDA)
+    tables.cache_clear()
+    y.zero_()
+    replay()
+    assert not graphs._problem and torch.equal(y, expected)
