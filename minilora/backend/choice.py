@@ -40,8 +40,9 @@ def fastest(operation: str, x: Tensor, definition: Callable) -> Callable:
     """Return the function to run an operation of `minilora.ops` on tensors like x: its definition, or another
     form.
     """
-    on_cpu = x.is_cpu and requested_backend(x.device) != "triton"
-    if not _fused or (on_cpu and operation not in elementwise.FORMS):
+    if not _fused:
+        return definition
+    if x.is_cpu and operation not in elementwise.FORMS and requested_backend(x.device) != "triton":
         return definition
     match form_for(x, operation):
         case "c":

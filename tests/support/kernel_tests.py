@@ -1,4 +1,4 @@
-"""What tests of kernels share: numbers, and Triton's interpreter corrected."""
+"""What tests of kernels share: Triton's interpreter corrected, and the numbers of rounding.py."""
 
 import numpy
 import pytest
@@ -7,20 +7,9 @@ import triton
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-ROUNDING = {
-    torch.float32: 2**-24,
-    torch.bfloat16: 2**-8,
-    torch.float16: 2**-11,
-}  # of one rounding, relative: half of eps
+from support.rounding import ROUNDING, bits, randn
 
-
-def randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    """The bits of floats, so that equality tells -0 from 0 and holds for NaN."""
-    return x.view({4: torch.int32, 2: torch.int16}[x.element_size()])
+__all__ = ["ROUNDING", "bfloat16_as_on_a_gpu", "bits", "randn"]
 
 
 @pytest.fixture

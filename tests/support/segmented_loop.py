@@ -1,12 +1,19 @@
 """What segmented products are, row by row in float64: for tests of the definition and of the kernels."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
+from minilora.backend.dropout import kept
+from minilora.backend.fused_lora import Adapter
+from minilora.backend.segmented import segmented_update
 from minilora.backend.segments import Segments
+from support.rounding import randn
+
+DRAWS = 2**40 + 3, 5
+THRESHOLD = 16384  # a quarter is dropped
 
 
 def segments_of(sizes: Sequence[int], shuffled: bool, device: str | torch.device = "cpu") -> Segments:
@@ -45,3 +52,55 @@ def expand_by_rows(
         if factors[i] is not None:
             rows[row] = rows[row] + factors[i] @ n[place][: factors[i].shape[1]].double()
     return torch.stack(rows)
+
+
+# ---- both products, and their gradients ----------------------------------------------------------------------
+
+
+def adapters_of(ranks, width: int, out: int, dtype=torch.float32, threshold=0) -> list[Adapter | None]:
+    """Adapters with scalings of their own; every second one drops, if any does."""
+    return [
+        None
+        if r is None
+        else Adapter(
+            randn(r, width, dtype=dtype, seed=i).requires_grad_(),
+            randn(out, r, dtype=dtype, seed=50 + i).requires_grad_(),
+            0.3 + 0.1 * i,
+            threshold * (i % 2),
+        )
+        for i, r in enumerate(ranks)
+    ]
+
+
+def by_rows(y, x, adapters, segments):
+    """y + s_a (mask_i x_i) A_a^T B_a^T of each row, (rows, out) float64."""
+    rows = [*y.double()]
+    for row, i, k in owners_of(segments):
+        if adapters[i] is not None:
+            A, B, scaling, threshold = adapters[i]
+            count = segments.bounds[i + 1] - segments.bounds[i]
+            mask = kept(count, x.shape[1], *DRAWS, threshold, x.device)[k]
+            rows[row] = rows[row] + B.double() @ (scaling * (A.double() @ (x[row].double() * mask)))
+    return torch.stack(rows)
+
+
+def result_and_gradients(function, y, x, adapters, segments, dy):
+    """The result, and the gradients of y, x and every A and B: zeros of an adapter without rows."""
+    y, x = y.detach().requires_grad_(), x.detach().requires_grad_()
+    leaves = [y, x, *chain(*(adapter[:2] for adapter in adapters if adapter))]
+    result = function(y, x, adapters, segments)
+    dy = dy.to(result.dtype)
+    return [
+        result.detach(),
+        *torch.autograd.grad(result, leaves, dy, allow_unused=True, materialize_grads=True),
+    ]
+
+
+def ours(y, x, adapters, segments):
+    return segmented_update(y.clone(), x, adapters, segments, DRAWS)
+
+
+def magnitudes(adapters):
+    """The adapters with |A| and |B|."""
+    pairs = [None if a is None else (a.A.detach().abs(), a.B.detach().abs(), a) for a in adapters]
+    return [p and Adapter(p[0].requires_grad_(), p[1].requires_grad_(), *p[2][2:]) for p in pairs]
