@@ -22,14 +22,17 @@ uses no tensor cores, and in float32 they would not be exact: there cuBLAS takes
 """
 
 import struct
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from minilora.backend.segments import Segments
 from minilora.backend.tables import table
 
+Factors = Sequence[Tensor | None]  # of each segment
 ROWS = 32  # of one segment in a tile
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -217,10 +220,10 @@ def expand_tiles_kernel(
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- launches. segments: order and bounds, as `minilora.backend.segments.Segments` has them ----------------
+# ---- launches ----------------------------------------------------------------------------------------------
 
 
-def shrink(x: Tensor, factors, scalings, segments) -> Tensor:
+def shrink(x: Tensor, factors: Factors, scalings: Sequence[float], segments: Segments) -> Tensor:
     """Return n, (rows, R), in x's dtype. x: (rows, width), in any order; a factor: (r, width), or None.
 
     Factors are of one dtype, with any strides. R is the largest rank. Undefined are columns from a factor's r
@@ -243,7 +246,7 @@ def shrink(x: Tensor, factors, scalings, segments) -> Tensor:
     return n
 
 
-def expand(y: Tensor, n: Tensor, factors, segments) -> None:
+def expand(y: Tensor, n: Tensor, factors: Factors, segments: Segments) -> None:
     """y_i += n_i F^T, in place. y: (rows, width) contiguous, in any order; a factor: (width, r), or None."""
     assert y.is_contiguous() and n.is_contiguous()
     tiled, (width, R) = takes_tiles(n, segments), (y.shape[1], n.shape[1])
@@ -262,7 +265,7 @@ def expand(y: Tensor, n: Tensor, factors, segments) -> None:
             expand_rows_kernel[grid](*operands, **constants, num_warps=4)
 
 
-def takes_tiles(x: Tensor, segments) -> bool:
+def takes_tiles(x: Tensor, segments: Segments) -> bool:
     """Whether programs take tiles of rows: in 16 bits, where segments are long and tensor cores are there."""
     if x.element_size() != 2 or not segments.are_long:
         return False
@@ -270,7 +273,7 @@ def takes_tiles(x: Tensor, segments) -> bool:
 
 
 def tables_of(
-    factors, scalings, segments, tiled: bool, device: torch.device
+    factors: Factors, scalings: Sequence[float], segments: Segments, tiled: bool, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], dict]:
     """Return the tables of tiles and of factors, (r, width) each, and what a kernel is compiled for."""
     rows, there = [], [F for F in factors if F is not None]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minilora.adapted import Adapted, TrainedCopy
 from minilora.backend.copies import to_device
 from minilora.backend.dropout import draw_seed
-from minilora.backend.segmented import Segments
+from minilora.backend.segments import Segments
 from minilora.loss import head_loss
 from minilora.mixed_layer import Mixed, OneAdapter
 from minilora.model import CausalLM

@@ -190,7 +190,7 @@ def gradient_of_narrow(
 def gradients_of_A(x: Tensor, g: Tensor, gs: Sequence[Tensor], call: _Call) -> Sequence[Tensor]:
     """Return g^T dropout(x) of each adapter, (r, in) float32. x: (rows, in)."""
     if call.adapter.threshold == 0:
-        return _pieces(_wide_product(g.T, x), len(gs))
+        return _pieces(wide_product(g.T, x), len(gs))
     product = fastest("product_with_dropped", x, dropout.product_with_dropped_definition)
     return [product(part, x, *call.draws(i)).float() for i, part in zip(call.adapted, gs, strict=True)]
 
@@ -200,16 +200,16 @@ def gradients_of_B(
 ) -> list[Tensor]:
     """Return dy^T n of each adapter, (out, r) float32."""
     return [
-        torch.zeros_like(B, dtype=torch.float32) if dys[i] is None else _wide_product(dys[i].T, n)
+        torch.zeros_like(B, dtype=torch.float32) if dys[i] is None else wide_product(dys[i].T, n)
         for i, n, B in zip(call.adapted, narrow, Bs, strict=True)
     ]
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b in float32. A GPU multiplies 16 bits into float32 without rounding the sums."""
-    if a.is_cuda and a.dtype != torch.float32:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b in float32 or float64. A GPU multiplies 16 bits into float32 without rounding the sums."""
+    if a.is_cuda and a.element_size() == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b).float()
+    return torch.mm(a, b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 def gradient_of_input(

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from minilora.backend.choice import fastest, has_tensor_cores, product_dtype
 from minilora.backend.dropout import dropout_definition
-from minilora.backend.fused_lora import Adapter
+from minilora.backend.fused_lora import Adapter, wide_product
 from minilora.backend.segments import Segments
 from minilora.backend.tables import NoTable
 
@@ -107,8 +107,8 @@ class _SegmentedUpdate(torch.autograd.Function):
                 continue
             (start, end), r = segments.bounds[i : i + 2], len(adapter.A)
             need_A, need_B = next(needs), next(needs)
-            dA = g[start:end, :r].T @ segments.rows(dropped, i) if need_A else None
-            dB = segments.rows(dy_rows, i).T @ narrow[start:end, :r] if need_B else None
+            dA = wide_product(g[start:end, :r].T, segments.rows(dropped, i)) if need_A else None
+            dB = wide_product(segments.rows(dy_rows, i).T, narrow[start:end, :r]) if need_B else None
             gradients += [None if d is None else d.to(t.dtype) for d, t in ((dA, adapter.A), (dB, adapter.B))]
         return dy, dx, None, *gradients
 

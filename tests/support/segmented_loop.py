@@ -12,7 +12,7 @@ from minilora.backend.segmented import segmented_update
 from minilora.backend.segments import Segments
 from support.rounding import randn
 
-DRAWS = 2**40 + 3, 5
+DRAWS = [(2**40 + 3 + i, 5) for i in range(64)]  # a seed and a stream of each segment
 THRESHOLD = 16384  # a quarter is dropped
 
 
@@ -79,7 +79,7 @@ def by_rows(y, x, adapters, segments):
         if adapters[i] is not None:
             A, B, scaling, threshold = adapters[i]
             count = segments.bounds[i + 1] - segments.bounds[i]
-            mask = kept(count, x.shape[1], *DRAWS, threshold, x.device)[k]
+            mask = kept(count, x.shape[1], *DRAWS[i], threshold, x.device)[k]
             rows[row] = rows[row] + B.double() @ (scaling * (A.double() @ (x[row].double() * mask)))
     return torch.stack(rows)
 
