@@ -188,11 +188,22 @@ def sample(
     """Draw one token from each row: (Bt, V) -> (Bt,). See `generate_stream` for the arguments."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    # torch.multinomial's draw, without its checks, for which the host would wait twice: with u ~ Exp(1),
-    # p / u is largest at token i with probability p_i.
-    probabilities = logits.softmax(-1)
-    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)
+    likely = probabilities(logits, temperature, top_k, top_p)
+    return draw(likely, torch.empty_like(likely).exponential_(generator=generator))
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Return how likely each token is to be drawn: (Bt, V) -> (Bt, V). The temperature is above 0."""
+    return keep_top_p(keep_top_k(logits / temperature, top_k), top_p).softmax(-1)
+
+
+def draw(likely: Tensor, u: Tensor) -> Tensor:
+    """Draw one token from each row of probabilities: (Bt, V) -> (Bt,), with u ~ Exp(1), (Bt, V).
+
+    torch.multinomial's draw, without its checks, for which the host would wait twice: p / u is largest at
+    token i with probability p_i.
+    """
+    return (likely / u).argmax(-1)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -229,7 +240,11 @@ def penalize_repetition(
     """
     present = torch.zeros_like(logits, dtype=torch.long)
     weight = torch.ones_like(sequence) if attention_mask is None else attention_mask.to(sequence.dtype)
-    present = present.scatter_add(1, sequence, weight).bool()  # (Bt, V)
+    return penalize(logits, present.scatter_add(1, sequence, weight).bool(), penalty)
+
+
+def penalize(logits: Tensor, present: Tensor, penalty: float) -> Tensor:
+    """Make the tokens that are present less likely: logits and bool, (Bt, V) each -> (Bt, V)."""
     return torch.where(present, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

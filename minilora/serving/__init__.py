@@ -1,0 +1,7 @@
+"""Many adapters on one base, for many requests at once: the server behind scripts/serve.py.
+
+slots.py      keys and values of texts that begin and end at different times
+sampling.py   the next token of every row, with settings and random numbers of its own
+answers.py    a request, and its answer as it grows: text, stop strings, the reason of its end
+engine.py     continuous batching: who joins the batch, who leaves it
+"""

@@ -1,0 +1,64 @@
+"""A model with adapters for the tests of the server, and requests whose pieces are kept."""
+
+from collections.abc import Callable
+
+import torch
+
+from minilora import LoraConfig, add_lora, load_model, load_tokenizer
+from minilora.inference.assistant import GenerationSettings
+from minilora.serving.answers import Piece, Request
+from support.project import ROOT
+from support.tiny import randomize
+
+BASE = ROOT / "assets" / "base"
+TOKENIZER = load_tokenizer(BASE)
+TARGETS = [["q_proj", "v_proj"], ["down_proj"], "all-linear"]
+
+
+def assets_with_adapters(names):
+    """The repository's own model in float32, with random adapters on different layers, of different ranks."""
+    model = load_model(BASE, dtype=torch.float32)
+    for i, name in enumerate(names):
+        config = LoraConfig(r=2 + 3 * i, lora_alpha=16, target_modules=TARGETS[i % len(TARGETS)])
+        add_lora(model, config, name)
+    randomize(model, scale=0.15)
+    return model.eval()
+
+
+class EveryAdapter:
+    """An adapter store of a model that has all its adapters."""
+
+    def __init__(self, on_device: int):
+        self.on_device = on_device
+
+    def changes(self, names) -> bool:
+        return False
+
+
+def request_for(
+    prompt,
+    adapter,
+    settings: GenerationSettings | None = None,
+    end_ids=(2,),
+    tell: Callable[[Piece], None] = lambda piece: None,
+    **more,
+) -> Request:
+    settings = settings or GenerationSettings()
+    return Request(prompt, adapter, settings, frozenset(end_ids), TOKENIZER, tell, **more)
+
+
+class Said:
+    """Who said something, in order, and the last piece of each."""
+
+    def __init__(self):
+        self.speakers, self._last = [], {}
+
+    def as_(self, name) -> Callable[[Piece], None]:
+        def tell(piece: Piece) -> None:
+            self.speakers.append(name)
+            self._last[name] = piece
+
+        return tell
+
+    def last(self, name) -> Piece:
+        return self._last[name]
