@@ -4,4 +4,11 @@ slots.py      keys and values of texts that begin and end at different times
 sampling.py   the next token of every row, with settings and random numbers of its own
 answers.py    a request, and its answer as it grows: text, stop strings, the reason of its end
 engine.py     continuous batching: who joins the batch, who leaves it
+sizes.py      how many slots fit into memory, and how long they are
+models.py     the names that clients ask for: adapters with their own tokenizer and template
+protocol.py   OpenAI's bodies: what is understood, what is refused, how answers are written
+app.py        the routes
+metrics.py    what is counted, for Prometheus
+
+app.py and metrics.py need the extra `serve`; nothing else imports them.
 """

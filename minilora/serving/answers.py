@@ -4,9 +4,8 @@ The engine tells an answer in pieces, from its own thread. A piece holds the tex
 character may take several tokens, and text that may be the beginning of a stop string waits.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from minilora.data.stream_decoder import StreamDecoder
@@ -38,7 +37,6 @@ class Request:
     tokenizer: Tokenizer
     tell: Callable[[Piece], None]  # called in the engine's thread; must not wait
     stop: tuple[str, ...] = ()  # strings that end the answer, and are no part of it
-    came: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
     def cancel(self) -> None:

@@ -10,7 +10,6 @@ from support.serving import EveryAdapter, Said, assets_with_adapters, request_fo
 from support.tiny import adapted, tiny_model
 
 from minilora import UserError, set_adapter
-from minilora.config import RopeConfig
 from minilora.inference.assistant import GenerationSettings
 from minilora.inference.generation import generate_stream
 from minilora.serving import engine as engine_module
@@ -206,7 +205,7 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_request_alone(model, monkeyp
             raise UserError("adapter_model.safetensors: damaged")
 
     monkeypatch.setattr(engine.store, "changes", lambda names: True)
-    monkeypatch.setattr(engine.store, "use", use)
+    monkeypatch.setattr(engine.store, "use", use, raising=False)
     for name in ("one", "two", None):
         engine.submit(
             request_for([7], name, GenerationSettings(max_new_tokens=2), end_ids=(), tell=said.as_(name))
