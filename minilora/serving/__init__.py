@@ -10,5 +10,7 @@ protocol.py   OpenAI's bodies: what is understood, what is refused, how answers 
 app.py        the routes
 metrics.py    what is counted, for Prometheus
 
-app.py and metrics.py need the extra `serve`; nothing else imports them.
+server.py     from a model's directory to a server that listens
+
+app.py, metrics.py and server.py need the extra `serve`; nothing else imports them.
 """

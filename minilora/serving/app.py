@@ -194,11 +194,11 @@ class App:
                 raise ApiError(400, f"{name} must be a text", name)
         return [body[name] for name in names]
 
-    async def _change(self, function: Callable[[], object], adapter: str | None = None) -> None:
-        """Let the engine's thread change the adapters. It happens even if the client leaves."""
+    async def _change(self, function: Callable[[], object], adapter: str | None = None) -> object:
+        """Let the engine's thread call a function. It happens even if the client leaves."""
         try:
             future: Future = self.engine.call(function, adapter)
-            await asyncio.shield(asyncio.wrap_future(future))
+            return await asyncio.shield(asyncio.wrap_future(future))
         except Stopped as error:
             raise ApiError(503, "the server stops") from error
 
@@ -209,7 +209,8 @@ class App:
         return JSONResponse(dict(status="ok" if alive else "stopped"), 200 if alive else 503)
 
     async def read_metrics(self, http: HttpRequest) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        figures = await self._change(self.engine.store.figures)  # which one thread at a time may ask
+        return Response(self.metrics.text(figures), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 class Answering:

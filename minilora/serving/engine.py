@@ -20,20 +20,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minilora.inference.store import AdapterStore
 from minilora.mixed import Mixture
 from minilora.model import CausalLM
 from minilora.serving.answers import Answer, Piece, Request
 from minilora.serving.sampling import Sampler, next_tokens
 from minilora.serving.slots import SlotCache
 from minilora.system.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from minilora.inference.store import AdapterStore
 
 PROMPT_TOKENS = 2048  # that are read between two steps at most, padding included; or one prompt
 
@@ -75,7 +73,7 @@ class Counts:
 class Engine:
     """See the module's docstring. `start` begins the thread; tests call `step` themselves."""
 
-    def __init__(self, model: CausalLM, store: "AdapterStore", cache: SlotCache, most_waiting: int = 256):
+    def __init__(self, model: CausalLM, store: AdapterStore, cache: SlotCache, most_waiting: int = 256):
         self.model, self.store, self.cache, self.most_waiting = model, store, cache, most_waiting
         self.waiting: deque[Request] = deque()
         self.rows: list[Row] = []
@@ -207,6 +205,8 @@ class Engine:
                 self._unmix()
                 self.store.use(names)
                 self.model.eval()
+            else:
+                self.store.use([request.adapter])  # for the order in which adapters make room
         except Exception as error:
             self._fail([request], error)
             return False

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.adapters.save_load import vocabulary_of
 from minilora.data.chat import ChatTemplate, load_chat_template
 from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import end_tokens
@@ -59,11 +58,6 @@ class Models:
     def read(self, name: str, directory: Path) -> Served:
         """Return who speaks with an adapter. Raises UserError for files of its run that cannot be used."""
         adapters = {name: directory}
-        if vocabulary_of(directory, 0) > self.vocab_size:
-            raise UserError(
-                f"{directory} knows {vocabulary_of(directory, 0)} tokens and the model {self.vocab_size}: give "
-                "it with --adapter when the server starts"
-            )
         tokenizer = load_adapted_tokenizer(self.setup.base, adapters)
         tokenizer = self.tokenizers.setdefault(tokenizer.fingerprint, tokenizer)
         template = load_chat_template(load_run_config(adapters, self.keys).template, tokenizer)

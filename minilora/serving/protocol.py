@@ -24,10 +24,12 @@ REFUSED = {
     "logit_bias": ({},), "presence_penalty": (0,), "frequency_penalty": (0,), "min_p": (0,),
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
-    "reasoning_effort": (), "verbosity": (), "web_search_options": (), "ignore_eos": (False,), "min_tokens": (0,),
+    "reasoning_effort": (), "verbosity": (), "web_search_options": (), "ignore_eos": (False,),
+    "min_tokens": (0,),
 }  # fmt: skip
 IGNORED = (
-    "user metadata store service_tier parallel_tool_calls prompt_cache_key prompt_cache_retention safety_identifier"
+    "user metadata store service_tier parallel_tool_calls prompt_cache_key prompt_cache_retention "
+    "safety_identifier"
 ).split()
 SETTINGS = {  # field -> setting
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "seed": "seed",

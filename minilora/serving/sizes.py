@@ -1,4 +1,4 @@
-"""How many slots there are, and how long: from the memory that is free behind the model, or as they are given.
+"""How many slots there are, and how long: from the memory that the model leaves free, or as given.
 
     a slot      2 * layers * G * max_length * K numbers: keys and values of one text
     beside it   adapters on the device; a layer at work on the prompts of a step, or on all slots' keys
@@ -45,7 +45,7 @@ def choose_sizes(
     slots: int | None = None,
     max_length: int | None = None,
 ) -> Sizes:
-    """Return the sizes that fit. Raises UserError if none do, or for a text longer than the model's context."""
+    """Return the sizes that fit. Raises UserError if none do, or for more than the context."""
     longest = context_length(config)
     if max_length is not None and max_length > longest:
         raise UserError(f"max_model_len = {max_length} is more than the {longest} positions of the model")
@@ -68,6 +68,6 @@ def _sizes(config: ModelConfig, dtype: torch.dtype, device: str, slots: int, len
     widths, tokens = widths_of(config, dtype, device), max(PROMPT_TOKENS, length)
     prompts = layer_bytes(config, LoraConfig(), frozenset(), tokens, widths).alone
     prompts += 2 * tokens * config.hidden_size * dtype.itemsize  # all tokens, before and behind the norm
-    step = answer_bytes(config, slots, length, 2, widths).token
+    step = answer_bytes(config, slots, length, 2, widths)[1]
     sampling = 6 * 4 * slots * config.vocab_size  # of the sorted logits, and where they were
     return Sizes(slots, length, slots * slot_bytes(config, length, dtype), max(prompts, step) + sampling)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from minilora import LoraConfig, add_lora, load_model, load_tokenizer
+from minilora import LoraConfig, add_lora, load_model, load_tokenizer, save_adapter
 from minilora.inference.assistant import GenerationSettings
 from minilora.serving.answers import Piece, Request
 from support.project import ROOT
@@ -21,7 +21,7 @@ def assets_with_adapters(names):
     for i, name in enumerate(names):
         config = LoraConfig(r=2 + 3 * i, lora_alpha=16, target_modules=TARGETS[i % len(TARGETS)])
         add_lora(model, config, name)
-    randomize(model, scale=0.15)
+    randomize(model, scale=0.05)
     return model.eval()
 
 
@@ -33,6 +33,9 @@ class EveryAdapter:
 
     def changes(self, names) -> bool:
         return False
+
+    def use(self, names) -> None:
+        pass
 
 
 def request_for(
@@ -62,3 +65,10 @@ class Said:
 
     def last(self, name) -> Piece:
         return self._last[name]
+
+
+def save_adapters(directory, names) -> None:
+    """Random adapters of the repository's model, a folder for each name."""
+    model = assets_with_adapters(names)
+    for name in names:
+        save_adapter(model, directory / name, name, base_model_name_or_path="assets/base")
