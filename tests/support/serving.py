@@ -19,9 +19,10 @@ def assets_with_adapters(names):
     """The repository's own model in float32, with random adapters on different layers, of different ranks."""
     model = load_model(BASE, dtype=torch.float32)
     for i, name in enumerate(names):
-        config = LoraConfig(r=2 + 3 * i, lora_alpha=16, target_modules=TARGETS[i % len(TARGETS)])
+        r = 2 + 3 * (i % 4)
+        config = LoraConfig(r=r, lora_alpha=4 * r, target_modules=TARGETS[i % len(TARGETS)])
         add_lora(model, config, name)
-    randomize(model, scale=0.05)
+    randomize(model, scale=0.07)
     return model.eval()
 
 
