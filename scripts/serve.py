@@ -57,7 +57,7 @@ def main() -> None:
     try:
         from minilora.serving.server import Limits, Server, load_app, open_socket
     except ModuleNotFoundError as error:
-        missing = f"serving needs the package {error.name}, which is missing"
+        missing = f"serving needs the package {str(error.name).partition('.')[0]}, which is missing"
         raise UserError(f"{missing}: pip install 'minilora[serve]'") from error
     limits = Limits(**{name: getattr(options, name) for name in LIMITS})
     settings = GenerationSettings(**{f.name: getattr(options, f.name) for f in fields(GenerationSettings)})

@@ -76,19 +76,28 @@ class InferenceSetup:
 
     def load_model(self) -> CausalLM:
         """The frozen model on this machine's device, in evaluation mode, with every adapter loaded."""
-        placement = choose_placement(self.config.bf16, self.config.fp16)
-        model = load_base_model(self.base, self.config, placement, self.model_config.vocab_size)
+        model = self.load_base()
         for name, directory in self.adapters.items():
             load_adapter(model, directory, name)
         set_adapter(model, self.first_adapter)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        self.describe(model)
+        return model.eval()
+
+    def load_base(self) -> CausalLM:
+        """The base model on this machine's device, without the adapters."""
+        placement = choose_placement(self.config.bf16, self.config.fp16)
+        return load_base_model(self.base, self.config, placement, self.model_config.vocab_size)
+
+    def describe(self, model: CausalLM) -> None:
+        """Say what was loaded, and where."""
+        placement = choose_placement(self.config.bf16, self.config.fp16)
         names = ", ".join(self.adapters) or "none"
         weights = describe_weights(model)
         # stdout carries the answers, so this line goes to stderr.
         print(f"{self.base.name}: {weights}, on {placement}; adapters: {names}", file=sys.stderr)
         self._explain_quantization(placement)
-        return model.eval()
 
     def _explain_quantization(self, placement: Placement) -> None:
         """Say why weights are quantized on a CPU, where that saves memory and costs time."""

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -67,7 +67,7 @@ def load_app(
     name = name or name_of_base(setup)
     if name in setup.adapters:
         raise UserError(f"{name!r} is the name of an adapter and of the base model; choose another one")
-    model = replace(setup, adapters={}).load_model()
+    model = setup.load_base().eval()
     models = Models(setup, model, name, keys)
     store = AdapterStore(model, limits.max_loras, limits.max_cpu_loras)
     for adapter, directory in setup.adapters.items():
@@ -75,6 +75,7 @@ def load_app(
     table = model.model.norm.weight
     free, asked = available_memory(table.device), (limits.max_num_seqs, limits.max_model_len)
     sizes = choose_sizes(model.config, table.dtype, table.device.type, free, *asked)
+    setup.describe(model)
     print(sizes, file=sys.stderr)
     cache = SlotCache(model.config, sizes.slots, sizes.max_length, table.dtype, table.device)
     return App(Engine(model, store, cache, limits.max_waiting), models, defaults, **settings)

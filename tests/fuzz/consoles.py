@@ -28,6 +28,7 @@ COMMANDS = {  # of each script: real work that succeeds, but for the codes below
     "evaluate": "--adapter NAME=run --dataset NAME.jsonl --exact_match_samples 2 --samples 2 --output NAME",
     "chat": "--adapter run --input NAME.jsonl --output NAME --max_new_tokens 2",
     "merge": "--adapter run --output NAME",
+    "serve": "--adapter NAME=run --port 0 --dry_run",
     "convert": "--model pickled --output NAME",
     "memory": "--model model --picture NAME.png",
     "sweep": "--config NAME.yaml",

@@ -35,11 +35,13 @@ from fuzz.judge import LINE_LENGTH, Verdict, faults_of_end, faults_of_files, fau
 from minilora.system.errors import run_script
 
 SCRIPTS = (
-    "train prepare evaluate chat merge memory compare sweep share lint_adapter convert combine extract experiments"
+    "train prepare evaluate chat serve merge memory compare sweep share lint_adapter convert combine extract "
+    "experiments"
 ).split()
 DEVELOPERS_SCRIPTS = "verify bench pretrain pictures keys matrix notebooks check_gpu".split()
 IMPORTED_LATER = (  # by the scripts while they run
-    "fsspec huggingface_hub.errors huggingface_hub.hf_api matplotlib.pyplot pyarrow.parquet torch._dynamo"
+    "fsspec huggingface_hub.errors huggingface_hub.hf_api matplotlib.pyplot minilora.serving.server "
+    "pyarrow.parquet torch._dynamo"
 ).split()
 SECONDS, BYTES = 10, 2 << 30
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")

@@ -59,6 +59,7 @@ READERS = {  # a command that ends where an address is to follow
     "chat": "chat --instruction say --adapter",
     "input": "chat --adapter adapter --output answers.jsonl --input",
     "merge": "merge --output out --adapter",
+    "serve": "serve --port 0 --dry_run --adapter",
     "memory": "memory --model",
     "lint": "lint_adapter",
 }
@@ -74,6 +75,7 @@ LOCAL_ONLY = {  # a command that ends where a path of this machine is to follow:
     f"{MEMORY} --picture": "picture",
     f"{COMPARE} --output": "output",
     f"{COMPARE} --html": "html",
+    "serve --adapter adapter --port 0 --dry_run --adapter_dir": "adapter_dir",
     "compare": "s3|directory",
     "sweep --config": "config",
     "share --push_to_hub owner/name --adapter": "adapter",

@@ -13,6 +13,7 @@ from fuzz.bad_inputs.commands import (
     MEMORY,
     MERGE,
     PREPARE,
+    SERVE,
     TRAIN,
 )
 from fuzz.case import Case, make_case
@@ -26,6 +27,7 @@ EVERY_SCRIPT = {
     "evaluate": EVALUATE,
     "chat": CHAT,
     "merge": MERGE,
+    "serve": SERVE,
     "memory": MEMORY,
     "compare": COMPARE,
     "sweep": "sweep --config run.yaml",
@@ -49,6 +51,8 @@ EMPTY = {
     PREPARE: "output to model dataset show",
     EVALUATE: "model dataset output adapter samples max_samples max_new_tokens",
     "chat --adapter adapter": "input output model adapter temperature",
+    SERVE: "model adapter served_model_name host port api_key adapter_dir max_num_seqs max_model_len max_loras "
+    "max_cpu_loras max_waiting grace temperature",
     MERGE: "adapter output model into dtype outtype",
     EXPORT: "export_adapter",
     COMBINE: "output svd_rank",
@@ -76,6 +80,8 @@ MISSING = {  # command: the word that its last option is called
     f"{PREPARE} --show": "show",
     f"{EVALUATE} --samples": "samples",
     f"{CHAT} --seed": "seed",
+    f"{SERVE} --host": "host",
+    f"{SERVE} --adapter_dir": "adapter_dir",
     "merge --adapter": "adapter",
     "combine --output out": "adapter",
     "combine --adapter adapter:1": "output",
@@ -105,6 +111,7 @@ TWICE = {
     f"{PREPARE} --show 1 --show 2": "show",
     f"{EVALUATE} --dataset chat.jsonl": "dataset",
     f"{CHAT} --seed 1 --seed 2": "seed",
+    f"{SERVE} --port 1": "port",
     f"{MERGE} --output other": "output",
     f"{MEMORY} --gpu 8 --gpu 16": "gpu",
     f"{MEMORY} --processes 2 --processes 4": "processes",
@@ -191,6 +198,17 @@ OPTIONS = {  # numbers of the other scripts' own options
     f"{CHAT} --repetition_penalty": "nan 0 -1 inf",
     f"{CHAT} --max_new_tokens": "0 -1 1.5",
     f"{CHAT} --seed": "-1 18446744073709551616",
+    "serve --adapter adapter --dry_run --port": "-1 65536 1.5 http",
+    f"{SERVE} --max_num_seqs": "0 -1 1.5 nan 1e9 99999999",
+    f"{SERVE} --max_model_len": "1 0 -1 1e12 16777216",
+    f"{SERVE} --max_loras": "0 33 many",
+    f"{SERVE} --max_cpu_loras": "0 7 1.5",
+    f"{SERVE} --max_waiting": "0 -1 x",
+    f"{SERVE} --grace": "nan -1 inf long",
+    f"{SERVE} --host": "999.0.0.1 ::::",
+    f"{SERVE} --adapter_dir": "nowhere train.jsonl",
+    f"{SERVE} --temperature": "nan -1",
+    f"{SERVE} --seed": "-1",
     f"{EVALUATE} --samples": "-1 x 1.5",
     f"{EVALUATE} --exact_match_samples": "-1 nan",
     f"{EVALUATE} --max_samples": "0 -1 nan",
@@ -236,6 +254,8 @@ NOWHERE = {  # commands that end where a name of something that does not exist i
     "chat --instruction say --adapter": "adapter",
     "chat --adapter adapter --instruction say --model": "model",
     "merge --output out --adapter": "adapter",
+    "serve --port 0 --dry_run --adapter": "adapter",
+    f"{SERVE} --adapter_dir": "adapter_dir",
     "memory --model": "model",
     "compare": "directory",
     "sweep --config": "config",
@@ -279,6 +299,10 @@ def cases() -> Iterator[Case]:
     )
     meteor = f"{EVALUATE} --exact_match_samples 2 --metrics meteor"
     yield make_case(KIND, "evaluate: an unknown metric", meteor, "meteor")
+    key = dict(environment={"MINILORA_API_KEY": "sk-1 two"}, secret="sk-1 two")
+    yield make_case(KIND, "serve: a key with a blank", SERVE, "MINILORA_API_KEY", **key)
+    same = f"{SERVE} --served_model_name adapter"
+    yield make_case(KIND, "serve: the base called as an adapter", same, "adapter")
     for command, values in OPTIONS.items():
         for value in values.split():
             option = command.rpartition("--")[2]

@@ -12,6 +12,7 @@ CONVERT = "convert --model model --output out"
 COMBINE = "combine --adapter adapter:0.5 --output out"
 EXTRACT = "extract --base model --tuned tuned --lora_rank 2 --output out"
 LINT = "lint_adapter adapter --model model"
+SERVE = "serve --adapter adapter --port 0 --dry_run"
 SHARE = "share --adapter adapter --push_to_hub owner/name"
 RESUME = "train --config run.yaml --output_dir run --resume_from_checkpoint latest --overwrite_output_dir"
 CHAT_TEMPLATE = (
@@ -19,6 +20,6 @@ CHAT_TEMPLATE = (
 )
 
 READ_A_MODEL = (TRAIN, PREPARE, EVALUATE, MEMORY, MERGE, LINT)
-READ_WEIGHTS = (TRAIN, EVALUATE, CHAT, MERGE)
-READ_AN_ADAPTER = (EVALUATE, CHAT, MERGE, EXPORT, SHARE)
-READ_A_TOKENIZER = (TRAIN, PREPARE, EVALUATE, CHAT, MERGE)
+READ_WEIGHTS = (TRAIN, EVALUATE, CHAT, MERGE, SERVE)
+READ_AN_ADAPTER = (EVALUATE, CHAT, MERGE, EXPORT, SHARE, SERVE)
+READ_A_TOKENIZER = (TRAIN, PREPARE, EVALUATE, CHAT, MERGE, SERVE)

@@ -18,6 +18,7 @@ from fuzz.bad_inputs.commands import (
     MEMORY,
     MERGE,
     PREPARE,
+    SERVE,
     TRAIN,
 )
 from fuzz.case import Case, make_case
@@ -37,6 +38,7 @@ COMMANDS = {
     "chat": CHAT,
     "chat with a file": "chat --adapter adapter --input questions.jsonl --output answers.jsonl --max_new_tokens 2",
     "merge": MERGE,
+    "serve": SERVE,
     "export": EXPORT,
     "combine": COMBINE,
     "memory": MEMORY,
