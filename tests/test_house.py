@@ -21,6 +21,7 @@ FLOORS = (
     ("adapters",),
     ("run",),
     ("inference",),
+    ("serving",),
     ("__init__", "__main__"),
     ("scripts",),
 )

@@ -6,11 +6,13 @@ answers.py    a request, and its answer as it grows: text, stop strings, the rea
 engine.py     continuous batching: who joins the batch, who leaves it
 sizes.py      how many slots fit into memory, and how long they are
 models.py     the names that clients ask for: adapters with their own tokenizer and template
-protocol.py   OpenAI's bodies: what is understood, what is refused, how answers are written
+protocol.py   OpenAI's bodies: what is understood, and what is refused
+writer.py     and how answers are written
 app.py        the routes
+replies.py    an answer on its way: whole, or as events
 metrics.py    what is counted, for Prometheus
 
 server.py     from a model's directory to a server that listens
 
-app.py, metrics.py and server.py need the extra `serve`; nothing else imports them.
+The last four need the extra `serve`; nothing else imports them.
 """

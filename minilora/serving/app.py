@@ -9,14 +9,12 @@ A body has at most MOST_BYTES, comes within SECONDS, and is application/json: a 
 site's server only after asking it, and this one never consents. Without a key, the Host must be this
 machine's name, so that no page reaches the server under a name of its own (DNS rebinding).
 
-A client that leaves cancels its requests. Templates are rendered and texts encoded in worker threads, since
-a stranger's template may take seconds.
+Templates are rendered and texts encoded in worker threads: a stranger's template may take seconds.
 """
 
 import asyncio
 import contextlib
 import hmac
-import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
@@ -27,15 +25,15 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from minilora.inference.assistant import GenerationSettings
-from minilora.serving.answers import Piece, Request
-from minilora.serving.engine import Engine, QueueFull, Stopped
-from minilora.serving.metrics import Clock, Metrics
+from minilora.serving.engine import STOPS, Engine, Stopped
+from minilora.serving.metrics import Metrics
 from minilora.serving.models import Models, Served
-from minilora.serving.protocol import ApiError, Asked, Writer, model_of, parse_body, understand
+from minilora.serving.protocol import ApiError, model_of, parse_body, understand
+from minilora.serving.replies import Answering, EventStream
 from minilora.system.errors import UserError, one_line, suggestion
 
 MOST_BYTES = 4 << 20
@@ -140,7 +138,7 @@ class App:
             self.metrics.ended(name, "full" if error.status == 429 else "refused")
             raise
         if asked.stream:
-            return _Stream(answering)
+            return EventStream(answering)
         return await answering.whole(http)
 
     def _served(self, name: str) -> Served:
@@ -200,7 +198,7 @@ class App:
             future: Future = self.engine.call(function, adapter)
             return await asyncio.shield(asyncio.wrap_future(future))
         except Stopped as error:
-            raise ApiError(503, "the server stops") from error
+            raise ApiError(503, STOPS) from error
 
     # ---- for those who run it ----
 
@@ -213,96 +211,6 @@ class App:
         return Response(self.metrics.text(figures), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-class Answering:
-    """The requests of one body, submitted to the engine, and their pieces as they come."""
-
-    def __init__(self, engine: Engine, asked: Asked, metrics: Metrics):
-        loop, self.pieces = asyncio.get_running_loop(), asyncio.Queue()
-        self.writer = Writer(asked)
-        self.requests: list[Request] = []
-        served = asked.served
-        try:
-            for i, prompt in enumerate(asked.prompts):
-                clock = metrics.clock(served.name)
-
-                def tell(piece: Piece, i: int = i, clock: Clock = clock) -> None:
-                    clock.note(piece)
-                    loop.call_soon_threadsafe(self.pieces.put_nowait, (i, piece))
-
-                who = served.adapter, asked.settings, served.end_ids, served.tokenizer
-                request = Request(prompt, *who, tell, asked.stop)
-                engine.submit(request)
-                self.requests.append(request)
-        except (QueueFull, Stopped) as error:
-            self.cancel()
-            if isinstance(error, Stopped):
-                raise ApiError(503, "the server stops") from error
-            full = f"{engine.most_waiting} requests wait already, the most; try again later"
-            raise ApiError(429, full, code="queue_full") from error
-
-    def cancel(self) -> None:
-        for request in self.requests:
-            request.cancel()
-
-    async def take(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield the pieces of all answers up to their ends. Raises ApiError where one has an error."""
-        while not self.writer.is_done:
-            i, piece = await self.pieces.get()
-            self.writer.add(i, piece)
-            yield i, piece
-
-    async def whole(self, http: HttpRequest) -> Response:
-        """Return all answers in one body, or cancel them if the client leaves."""
-
-        async def collect() -> None:
-            async for _ in self.take():
-                pass
-
-        collected, left = asyncio.ensure_future(collect()), asyncio.ensure_future(_left(http))
-        try:
-            await asyncio.wait({collected, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not collected.done():
-                raise ClientDisconnect
-            await collected
-        finally:
-            self.cancel()
-            collected.cancel()
-            left.cancel()
-        return JSONResponse(self.writer.whole())
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """Yield all answers as server-sent events."""
-        try:
-            for chunk in self.writer.first_chunks():
-                yield _event(chunk)
-            async for i, piece in self.take():
-                for chunk in self.writer.chunks(i, piece):
-                    yield _event(chunk)
-            yield b"data: [DONE]\n\n"
-        except ApiError as error:
-            yield _event(error.body)
-
-
-class _Stream(StreamingResponse):
-    """A stream that cancels its requests however it ends, even before it began."""
-
-    def __init__(self, answering: Answering):
-        super().__init__(
-            answering.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
-        self.answering = answering
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.answering.cancel()
-
-
-def _event(data: dict) -> bytes:
-    return f"data: {json.dumps(data)}\n\n".encode()
-
-
 def error_response(error: ApiError) -> Response:
     retry = {"Retry-After": "1"} if error.status == 429 else {}
     return JSONResponse(error.body, error.status, retry)
@@ -311,12 +219,6 @@ def error_response(error: ApiError) -> Response:
 async def _no_route(http: HttpRequest, error: HTTPException) -> Response:
     what = "does not exist" if error.status_code == 404 else f"knows no {http.method}"
     return error_response(ApiError(error.status_code, f"{http.url.path} {what}"))
-
-
-async def _left(http: HttpRequest) -> None:
-    """Return when the client has gone."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def read_body(http: HttpRequest) -> dict:

@@ -35,6 +35,8 @@ from minilora.system.errors import UserError, one_line
 
 PROMPT_TOKENS = 2048  # that are read between two steps at most, padding included; or one prompt
 
+STOPS = "the server stops"
+
 
 class QueueFull(Exception):
     """As many requests wait as may wait."""
@@ -126,11 +128,12 @@ class Engine:
 
     def _run(self) -> None:
         while self._wait_for_work():
-            self.step()
-        for request in [row.request for row in self.rows] + [*self.waiting]:
-            _tell(request, Piece("", 0, error="the server stops"))
-        self.rows, self.cache.lengths = [], []
-        self.waiting.clear()
+            try:
+                self.step()
+            except Exception as error:  # a mistake in this file: what there is fails, what comes does not
+                self._fail(self._drop_all(), error)
+        for request in self._drop_all():
+            _tell(request, Piece("", 0, error=STOPS))
         for job in self.jobs:
             job.future.set_exception(Stopped())
         self._unmix()
@@ -154,6 +157,13 @@ class Engine:
         if self.rows:
             self._guarded(self._read_tokens, [row.request for row in self.rows])
         self.counts.steps += 1
+
+    def _drop_all(self) -> list[Request]:
+        with self._changed:
+            requests = [row.request for row in self.rows] + [*self.waiting]
+            self.waiting.clear()
+        self.rows, self.cache.lengths = [], []
+        return requests
 
     def _drop_cancelled(self) -> None:
         for i in reversed(range(len(self.rows))):

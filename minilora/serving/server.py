@@ -31,6 +31,8 @@ from minilora.serving.slots import SlotCache
 from minilora.system.errors import UserError
 from minilora.system.files import read_json
 
+CONNECTIONS = 512  # at once; the next ones get status 503
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -108,7 +110,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: App, listener: socket.socket, ready: Callable[[str], object]):
         config = uvicorn.Config(
             app.asgi, log_level="warning", access_log=False, server_header=False, http="h11", ws="none",
-            lifespan="on", timeout_graceful_shutdown=max(1, int(app.grace)),
+            lifespan="on", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=max(1, int(app.grace)),
         )  # fmt: skip
         super().__init__(config)
         self.listener, self.ready = listener, ready

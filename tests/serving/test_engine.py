@@ -216,6 +216,27 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_request_alone(model, monkeyp
     assert said.last("one").finish_reason == said.last(None).finish_reason == "length"
 
 
+def test_the_thread_survives_a_mistake_of_its_own(model, engine_on, monkeypatch, capsys):
+    engine, said = engine_on(model), Said()
+    admit, mistakes = engine._admit, iter([True])
+
+    def mistaken():
+        if next(mistakes, False):
+            raise KeyError("nobody")
+        return admit()
+
+    monkeypatch.setattr(engine, "_admit", mistaken)
+    for name in "ab":
+        request = request_for([7], "one", GenerationSettings(max_new_tokens=1), tell=said.as_(name))
+        engine.submit(request)
+        if name == "a":
+            engine.start()
+        said.wait_for(name)
+    assert said.last("a").error == "KeyError: 'nobody'" and said.last("b").error is None
+    engine.stop()
+    assert "KeyError" in capsys.readouterr().err
+
+
 def test_a_full_queue_refuses_and_a_stopped_engine_too(model, engine_on):
     engine = engine_on(model, most_waiting=2)
     for _ in range(2):

@@ -1,5 +1,6 @@
 """A model with adapters for the tests of the server, and requests whose pieces are kept."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -63,6 +64,12 @@ class Said:
             self._last[name] = piece
 
         return tell
+
+    def wait_for(self, name, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while name not in self._last or not self._last[name].is_last:
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.01)
 
     def last(self, name) -> Piece:
         return self._last[name]
