@@ -41,6 +41,8 @@ from minilora.adapters.save_load import save_adapter
 from minilora.config import LoraConfig
 from minilora.inference.load import prepare_inference
 from minilora.lora import add_lora, remove_lora
+from minilora.model import CausalLM
+from minilora.rope import context_length
 from minilora.serving.server import Limits, load_app, running
 from minilora.system.errors import ArgumentParser, UserError, run_script
 
@@ -50,30 +52,27 @@ COUNTS = dict(adapters=8, lora_rank=16, requests=64, prompt=32, tokens=64)
 
 def main() -> None:
     options, keys = parse_options()
+    base = prepare_inference(options.model, [], keys)
+    length, positions = options.prompt + options.tokens, context_length(base.model_config)
+    if length > positions:
+        given = f"--prompt {options.prompt} and --tokens {options.tokens}"
+        raise UserError(f"{given} are more than the {positions} positions of the model; shorten them")
     with tempfile.TemporaryDirectory() as folder:
-        names = write_adapters(options, keys, Path(folder))
+        names = write_adapters(base.load_base(), options, Path(folder))
         setup = prepare_inference(options.model, [str(Path(folder, name)) for name in names], keys)
-        most = dict(
-            max_loras=len(names), max_cpu_loras=len(names), max_waiting=max(CLIENTS, options.requests)
-        )
-        app = load_app(setup, keys, "base", Limits(max_num_seqs=options.max_num_seqs, **most))
-        if options.prompt + options.tokens > app.engine.cache.max_length:
-            raise UserError(
-                f"--prompt {options.prompt} and --tokens {options.tokens} are more than the "
-                f"{app.engine.cache.max_length} tokens of a slot; shorten them"
-            )
-        draw = random.Random(options.seed)
-        size = dict(max_tokens=options.tokens, temperature=0)
-        bodies = [
-            dict(
-                model=names[i % len(names)],
-                prompt=draw.choices(range(3, app.models.vocab_size), k=options.prompt),
-            )
-            | size
-            for i in range(options.requests)
-        ]
+        adapters = dict(max_loras=len(names), max_cpu_loras=len(names))
+        sizes = dict(max_num_seqs=options.max_num_seqs, max_model_len=length, max_waiting=CLIENTS)
+        app = load_app(setup, keys, "base", Limits(**sizes, **adapters))
+        bodies = requests_for(names, app.models.vocab_size, options)
         with running(app) as address:
             compare(address, bodies, names, options.once)
+
+
+def requests_for(names: Sequence[str], vocab_size: int, options: argparse.Namespace) -> list[dict]:
+    """Return the bodies of all requests, the adapters in turn."""
+    draw, same = random.Random(options.seed), dict(max_tokens=options.tokens, temperature=0)
+    prompts = [draw.choices(range(3, vocab_size), k=options.prompt) for _ in range(options.requests)]
+    return [dict(model=names[i % len(names)], prompt=prompt) | same for i, prompt in enumerate(prompts)]
 
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
@@ -94,9 +93,8 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     return options, keys
 
 
-def write_adapters(options: argparse.Namespace, keys: Sequence[str], folder: Path) -> list[str]:
+def write_adapters(model: CausalLM, options: argparse.Namespace, folder: Path) -> list[str]:
     """Write random adapters, each into a directory of its name. Returns the names."""
-    model = prepare_inference(options.model, [], keys).load_base()
     names = [f"adapter{i}" for i in range(options.adapters)]
     generator = torch.Generator().manual_seed(options.seed)
     for name in names:

@@ -38,7 +38,7 @@ SCRIPTS = (
     "train prepare evaluate chat serve merge memory compare sweep share lint_adapter convert combine extract "
     "experiments"
 ).split()
-DEVELOPERS_SCRIPTS = "verify bench pretrain pictures keys matrix notebooks check_gpu".split()
+DEVELOPERS_SCRIPTS = "verify bench bench_serving pretrain pictures keys matrix notebooks check_gpu".split()
 IMPORTED_LATER = (  # by the scripts while they run
     "fsspec huggingface_hub.errors huggingface_hub.hf_api matplotlib.pyplot minilora.serving.server "
     "pyarrow.parquet torch._dynamo"

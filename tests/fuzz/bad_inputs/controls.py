@@ -50,6 +50,7 @@ COMMANDS = {
     "a share of nothing to nobody": "share --help",
     "verify": "verify --help",
     "bench": "bench --help",
+    "bench_serving": "bench_serving --help",
     "pretrain": "pretrain --help",
     "pictures": "pictures --help",
     "notebooks": "notebooks --help",
