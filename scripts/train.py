@@ -45,7 +45,7 @@ from minilora.run import checkpoints, report
 from minilora.run.divergence import explain_not_finite
 from minilora.run.full import load_trained, save_trained
 from minilora.run.plan import Plan, make_plan
-from minilora.run.random_state import random_state, set_random_state
+from minilora.run.random_state import random_state, seeded, set_random_state
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.run.stop_signal import StopSignal
 from minilora.run.tracker import StepMetrics, Tracker
@@ -185,12 +185,12 @@ def fit(plan: Plan, run: Run) -> None:
     plan.processes.leave()
 
 
-def optimizer_step(plan: Plan, run: Run, stop: StopSignal) -> tuple[StepMetrics, bool]:
+def optimizer_step(plan: Plan, run: Run, stop: StopSignal, accumulate=None) -> tuple[StepMetrics, bool]:
     """Take one optimizer step. Returns its metrics, and whether any process has received a stop signal."""
     began = time.perf_counter()
     lr = plan.schedule.learning_rate(run.step - run.loss_scale.skipped)  # skipped steps do not count
     set_learning_rate(run.optimizer, lr)
-    loss, tokens = accumulate_gradients(plan, run)
+    loss, tokens = (accumulate or accumulate_gradients)(plan, run)
     parameters = run.trainable.values()
     loss, tokens, stopping = plan.processes.sum_gradients(parameters, loss, tokens, stop.requested)
     run.loss_scale.unscale(run.optimizer)
@@ -216,7 +216,7 @@ def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
     batches = plan.order.batches(run.step)
     supervised = sum(plan.train_set.examples[i].supervised for batch in batches for i in batch)
     loss, tokens = torch.zeros((), device=plan.placement.device), 0
-    for batch in plan.processes.share(batches):
+    for batch in seeded(batches, plan.config.seed, run.step, plan.processes):
         input_ids, labels, documents = load_batch(plan, batch)
         part = causal_lm_loss(run.model, input_ids, labels, documents) / supervised
         run.loss_scale.backward(part)
@@ -227,7 +227,7 @@ def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 
-def evaluate(plan: Plan, run: Run) -> bool:
+def evaluate(plan: Plan, run: Run, evaluate_loss=evaluate_loss) -> bool:
     """Log the loss on the held-out examples. Returns whether it is the lowest one so far."""
     share = plan.processes.share(plan.eval_set.examples)
     how = plan.memory.eval_batch_size, plan.tokenizer.pad_id, plan.config.padding_free

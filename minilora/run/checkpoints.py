@@ -324,11 +324,12 @@ def check_fits(
     optimizer: torch.optim.Optimizer,
     loss_scale: LossScale,
 ) -> None:
-    """Raise UserError if a state is not of this model and its optimizer. {}: there is no checkpoint."""
+    """Raise UserError if a state is not of the active adapter and its optimizer. {}: there is no checkpoint."""
     if not state:
         return
     problem = f"{config.resume_from_checkpoint}: the checkpoint does not fit"
-    if [plain_name(name) for name in lora_layers(model)] != match_targets(model, lora):
+    adapted = [plain_name(name) for name, layer in lora_layers(model).items() if layer.active]
+    if adapted != match_targets(model, lora):
         raise UserError(f"{problem}: its adapter is on other layers than lora_target names")
     if state["loss_scale"]["scaler"].keys() != loss_scale.state_dict()["scaler"].keys():
         raise UserError(f"{problem}: its loss scale is of another dtype")

@@ -28,7 +28,6 @@ from minilora.run import checkpoints
 from minilora.run.plan import Plan
 from minilora.run.tracker import Tracker
 from minilora.system.errors import UserError
-from minilora.wrapping import adapter_names
 
 LOST_IN_A_ROW = 3  # steps whose forward overflows, after which a run in float16 ends
 
@@ -37,6 +36,7 @@ class Run(Protocol):
     """The part of `scripts/train.py`'s Run that is read here."""
 
     model: CausalLM
+    trainable: dict[str, nn.Parameter]  # by names that end with the adapter's
     loss_scale: LossScale
     tracker: Tracker
     step: int
@@ -62,7 +62,7 @@ def explain_not_finite(
 
 def _reason(plan: Plan, run: Run, loss: float, norm: float, micro_batches: list) -> str:
     """Return the line for the user: what is not finite, where it begins, and what helps."""
-    (adapter,) = adapter_names(run.model)
+    adapter = next(iter(run.trainable)).rpartition(".")[2]
     set_adapter(run.model, None)
     if place := first_not_finite(run.model, micro_batches):
         return f"loss {loss:g} at step {run.step}: {place} {_without_adapter(plan)}"

@@ -30,9 +30,9 @@ from minilora.wrapping import adapted_layers, adapter_names, plain_name
 
 
 def save_trained(plan: Plan, model: CausalLM, directory: Path, is_checkpoint: bool = False) -> None:
-    """Write what the run trains: an adapter in PEFT's format, or a model."""
+    """Write what the run trains: the active adapter in PEFT's format, or a model."""
     if not plan.trains_all:
-        return save_adapter(model, directory, base_model_name_or_path=plan.base_model)
+        return save_adapter(model, directory, active_adapter(model) or "default", plan.base_model)
     dtype = torch.float32 if is_checkpoint else FLOATS[plan.base_config.dtype]
     tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in trained_weights(model).items()}
     raw = to_config_json(plan.model_config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
@@ -41,12 +41,16 @@ def save_trained(plan: Plan, model: CausalLM, directory: Path, is_checkpoint: bo
     write_whole(directory / MODEL_CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
-def load_trained(plan: Plan, model: CausalLM, directory: Path) -> None:
-    """Put on a frozen model what `save_trained` wrote, or go on with what is on it. Raises UserError."""
+def load_trained(plan: Plan, model: CausalLM, directory: Path, name: str | None = None) -> None:
+    """Put on a frozen model what `save_trained` wrote, or go on with what is on it. Raises UserError.
+
+    An adapter becomes the one called `name`; None: it replaces the active one.
+    """
     if not plan.trains_all:
-        if adapter_names(model):
-            remove_lora(model)
-        return load_adapter(model, directory, **plan.as_trained)
+        name = name or active_adapter(model) or "default"
+        if name in adapter_names(model):
+            remove_lora(model, name)
+        return load_adapter(model, directory, name, **plan.as_trained)
     if not adapted_layers(model):
         add_lora(model, plan.lora)
     stored, weights = load_file(directory / SINGLE_FILE), trained_weights(model)
@@ -55,6 +59,11 @@ def load_trained(plan: Plan, model: CausalLM, directory: Path) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(stored[name])
+
+
+def active_adapter(model: CausalLM) -> str | None:
+    """Return the name of the adapter that forward applies."""
+    return next((layer.active for layer in adapted_layers(model).values() if layer.active), None)
 
 
 def trained_weights(model: CausalLM) -> dict[str, Tensor]:

@@ -170,8 +170,11 @@ class Plan:
         return answered_rows(self.config, self.eval_set)
 
 
-def make_plan(config: TrainConfig, processes: Processes) -> Plan:
-    """Decide all of a run. Raises UserError for every mistake that shows without the weights."""
+def make_plan(config: TrainConfig, processes: Processes, like: Plan | None = None) -> Plan:
+    """Decide all of a run. Raises UserError for every mistake that shows without the weights.
+
+    like: the plan of a run with the same data, which are not read again.
+    """
     limit_compiled_kernels()
     check_unlocked("output_dir", Path(config.output_dir))  # before its checkpoints are read
     placement = choose_placement(config.bf16, config.fp16)
@@ -188,7 +191,10 @@ def make_plan(config: TrainConfig, processes: Processes) -> Plan:
         )
     tokenizer = load_run_tokenizer(config, start_adapter if has_tokenizer(start_adapter) else model_dir)
     lora, model_config = choose_vocabulary(config, lora, model_config, tokenizer)
-    template, train_set, eval_set = load_examples(config, model_config, tokenizer)
+    if like is not None:
+        template, train_set, eval_set = like.template, like.train_set, like.eval_set
+    else:
+        template, train_set, eval_set = load_examples(config, model_config, tokenizer)
     order = make_order(config, train_set, processes)
     schedule = make_schedule(config, order.steps_per_epoch)
     training = asdict(config) | {
@@ -321,6 +327,7 @@ def plan_memory(
     eval_length: int,  # tokens of the longest held-out example; 0: there is none
     answers: tuple[int, int] | None = None,  # see `answer_lengths`
     in_files: dict[str, InFiles] | None = None,  # see `StoredTensors.quantized_layers`
+    beside: int = 0,  # bytes of what else is trained in this process
 ) -> MemoryPlan:
     """Choose the recompute policies and predict their memory. `auto` is the fastest plan that fits.
 
@@ -341,7 +348,7 @@ def plan_memory(
         optim=config.optim,
         device=device.type,
         eval_length=padded_length(eval_length) if rounded and eval_length else eval_length,
-        process=process_memory() if device.type == "cpu" else 0,
+        process=beside + (process_memory() if device.type == "cpu" else 0),
         in_files=in_files,
     )
     if device.type == "cpu":

@@ -3,13 +3,31 @@
 Python's and numpy's generators have states of nested tuples, with a float among whole numbers. Here each is
 one vector of whole numbers, in which the float is its bits. So processes can gather each other's states, and
 no pickle is needed.
+
+Dropout needs none of them: before every micro-batch the CPU's generator, from which its seeds come, is seeded
+from the run's seed, the step and the micro-batch's number in it. So a micro-batch drops the same elements
+whichever process takes it, and whatever else was trained beside it.
 """
 
 import random
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from minilora.system.distributed import Processes
+
+Batch = TypeVar("Batch")
+
+
+def seeded(batches: Sequence[Batch], seed: int, step: int, processes: Processes) -> Iterator[Batch]:
+    """Yield this process's micro-batches of a step, each after PyTorch's generator on the CPU is seeded for it."""
+    for number, batch in processes.share(list(enumerate(batches))):
+        (words,) = np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)
+        torch.default_generator.manual_seed(int(words))
+        yield batch
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

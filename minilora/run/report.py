@@ -48,10 +48,25 @@ class Run(Protocol):
 
 def print_plan(plan: Plan) -> None:
     """Print what is decided before a weight is read, a line for each part of it."""
+    _print_lines(_plan_lines(plan))
+
+
+def print_plans(plans: dict[str, Plan]) -> None:
+    """Print the plans of runs that are trained together, by the runs' names: once what they have in common."""
+    lines = {name: _plan_lines(plan) for name, plan in plans.items()}
+    common = set.intersection(*(set(one.items()) for one in lines.values()))
+    first = next(iter(lines.values()))
+    _print_lines({key: text for key, text in first.items() if (key, text) in common})
+    for name, one in lines.items():
+        own = [text for key, text in one.items() if (key, text) not in common and key != "output"]
+        _print_lines({"run": "; ".join([name, *own])})
+
+
+def _plan_lines(plan: Plan) -> dict[str, str]:
     config, order, processes = plan.config, plan.order, plan.processes.count
     lora, c = plan.lora, plan.model_config
     tokens = sum(order.lengths) / len(order.lengths) * min(order.examples_per_step, len(order.lengths))
-    _print_lines({
+    return {
         "model": f"{plan.base_model}: {c.model_type}, {c.num_hidden_layers} layers of width {c.hidden_size}",
         "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
         "adapter": "none: all weights are trained"
@@ -67,7 +82,7 @@ def print_plan(plan: Plan) -> None:
         "padding": describe_padding(order, plan.memory.rounded, config.padding_free),
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
         "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak" + _smaller_batches(plan),
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def describe_kind(lora: LoraConfig) -> str:

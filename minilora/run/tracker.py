@@ -66,6 +66,7 @@ class Tracker:
         self.own_steps = 0  # steps of this process, since `started`: they predict the time left
         self.started = 0.0
         self.bar, self.finished = None, False
+        self.label = ""  # before every line
         if self.path is not None:
             write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
             if sys.stderr.isatty():
@@ -147,14 +148,21 @@ class Tracker:
             self.bar.set_description_str(line, refresh=False)
             self.bar.update(step - self.bar.n)
         elif due and self.path is not None:
-            print(line, flush=True)
+            print(self.label + line, flush=True)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self.bar is not None:
-            self.bar.write(text)
+            self.bar.write(self.label + text)
         elif self.path is not None:
-            print(text, flush=True)
+            print(self.label + text, flush=True)
+
+    def share_terminal(self, label: str) -> None:
+        """Print lines that begin with a label, and no bar: another run prints between them."""
+        if self.bar is not None:
+            self.bar.leave = False
+            self.close()
+        self.bar, self.label = None, f"{label}  "
 
     def __enter__(self) -> "Tracker":
         return self
