@@ -1,6 +1,7 @@
-"""Train with every combination of a few settings, one run after the other, and compare the runs.
+"""Train with every combination of a few settings, one run after the other or together; compare the runs.
 
     python scripts/sweep.py --config sweep.yaml
+    python scripts/sweep.py --config sweep.yaml --together
 
 The file is a settings file of the trainer with lists of values under `sweep`:
 
@@ -17,11 +18,17 @@ settings are checked before the first run starts. If you start the sweep again, 
 finished runs and resumes interrupted ones. A failed run does not stop the others; the sweep names it at the
 end.
 
+    --together     train runs in one process on one frozen model, where they share the model and the data
+
+Runs that differ in settings of the adapter or of its optimizer are then trained by scripts/train_together.py,
+with the same results. One line says which runs go together. What does not fit into memory together is trained
+in halves.
+
 A signal that ends the sweep reaches its trainer, which saves a checkpoint. Even if the sweep is killed, the
 trainer saves and ends.
 
-Exit codes: 0 all runs are finished, 2 a mistake in the settings or failed runs, 130 interrupted (the current
-run has saved a checkpoint).
+Exit codes: 0 all runs are finished, 2 a mistake in the settings or failed runs, 130 interrupted (the runs at
+work have saved a checkpoint).
 """
 
 if __name__ == "__main__":
@@ -38,7 +45,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,6 +54,7 @@ import yaml
 from minilora.run.checkpoints import list_checkpoints
 from minilora.run.output_dir import SETTINGS_FILE
 from minilora.run.settings import TrainConfig, load_train_config
+from minilora.run.together import describe_groups, groups
 from minilora.run.tracker import METRICS_FILE
 from minilora.run.yaml_file import read_yaml
 from minilora.system.children import tied_environment
@@ -58,6 +66,7 @@ from minilora.system.schema import shown
 from minilora.system.signals import handled, terminating
 
 TRAINER = Path(__file__).with_name("train.py")
+TRAINER_OF_SEVERAL = Path(__file__).with_name("train_together.py")
 LAST_FILE = "README.md"  # the file that a run writes last
 MOST_RUNS = 1000
 LONGEST_NAME = 200  # bytes; file systems allow 255, and files beside a run have longer names than the run
@@ -70,6 +79,7 @@ class Run:
 
     directory: Path
     chosen: dict[str, object]  # swept key -> value
+    settings: TrainConfig | None = None  # once they are checked
 
     @property
     def file(self) -> Path:
@@ -92,9 +102,10 @@ class Run:
 def main() -> None:
     parser = ArgumentParser(help_text=__doc__)
     parser.add_argument("--config", required=True, type=local_path)
-    config = parser.parse_args().config
-    runs = prepare_runs(config)
-    failed = train_all(runs, config)
+    parser.add_argument("--together", action="store_true")
+    options = parser.parse_args()
+    runs = prepare_runs(options.config)
+    failed = train_all(runs, options.config, options.together)
     print_table(runs)
     if failed:
         raise UserError(
@@ -117,9 +128,9 @@ def prepare_runs(config: Path) -> list[Run]:
         yaml.safe_dump(settings | run.chosen | {"output_dir": str(run.directory)}, sort_keys=False)
         for run in runs
     ]
-    for run, text in zip(runs, texts, strict=True):
+    for i, (run, text) in enumerate(zip(runs, texts, strict=True)):
         refuse_overwrite("the sweep's", run.file, [config])
-        check(run, text, config)
+        runs[i] = replace(run, settings=check(run, text, config))
     parent.mkdir(parents=True, exist_ok=True)
     until_end.enter_context(locked("output_dir", parent))
     print_found(runs)
@@ -191,8 +202,8 @@ def file_name_part(value: object) -> str:
     return re.sub(r"[^\w.+-]+", "-", text)
 
 
-def check(run: Run, text: str, config: Path) -> None:
-    """Raise UserError if a run's settings are not valid, or if it was finished with other settings.
+def check(run: Run, text: str, config: Path) -> TrainConfig:
+    """Return a run's settings. Raises UserError if they are not valid, or if it was finished with others.
 
     `text` are the settings as YAML. Nothing is written to the output directory.
     """
@@ -209,6 +220,7 @@ def check(run: Run, text: str, config: Path) -> None:
             raise UserError(f"{run.directory.name}: {str(error).replace(str(file), str(config))}") from error
     if run.finished:
         check_finished(run, settings)
+    return settings
 
 
 def check_finished(run: Run, settings: TrainConfig) -> None:
@@ -228,33 +240,48 @@ def check_finished(run: Run, settings: TrainConfig) -> None:
         raise UserError(f"{run.directory} was finished with {summarize(changed)}; {remedy}")
 
 
-def train_all(runs: list[Run], config: Path) -> list[str]:
+def train_all(runs: list[Run], config: Path, together: bool = False) -> list[str]:
     """Train every run that is not finished, and return the names of those that failed.
 
     Exits with 130 if the sweep is interrupted.
     """
-    failed = []
-    for i, run in enumerate(runs, start=1):
-        note = "  (finished before)" if run.finished else ""
-        print(f"\n==== run {i} of {len(runs)}: {run.directory.name}{note}", flush=True)
-        if run.finished:
-            continue
-        code = train(run)
+    settings, failed = [run.settings for run in runs], []
+    if together:
+        print(f"together   {describe_groups(settings)}")
+    for indices in groups(settings) if together else [[i] for i in range(len(runs))]:
+        group = [runs[i] for i in indices]
+        waiting = [run for run in group if not run.finished]
+        numbers = ", ".join(str(i + 1) for i in indices)
+        note = "" if waiting == group else "  (finished before)" if not waiting else "  (some finished before)"
+        names = ", ".join(run.directory.name for run in group)
+        print(f"\n==== run{'s' * (len(group) > 1)} {numbers} of {len(runs)}: {names}{note}", flush=True)
+        code = (train(waiting[0]) if len(waiting) == 1 else train_together(waiting)) if waiting else 0
         if code == 130:
-            print(f"interrupted; to resume: python scripts/sweep.py --config {config}")
+            print(f"interrupted; to resume: python scripts/sweep.py --config {config}{' --together' * together}")
             sys.exit(130)
         if code:
-            failed.append(f"{run.directory.name} (exit code {code})")
+            at_fault = [run for run in waiting if not run.finished] or waiting
+            failed += [f"{run.directory.name} (exit code {code})" for run in at_fault]
     return failed
 
 
 def train(run: Run) -> int:
-    """Train one run and return the trainer's exit code, or 130 if a signal ends the sweep.
+    """Train one run and return the trainer's exit code, or 130 if a signal ends the sweep."""
+    return start(TRAINER, "--config", run.file, "--resume_from_checkpoint", "latest")
+
+
+def train_together(runs: list[Run]) -> int:
+    """The same for several runs in one process."""
+    return start(TRAINER_OF_SEVERAL, *(run.file for run in runs), "--resume")
+
+
+def start(program: Path, *words: object) -> int:
+    """Run a trainer and return its exit code, or 130 if a signal ends the sweep.
 
     The terminal sends Ctrl-C to the trainer too; other signals go to the sweep, which forwards them. The
     trainer then saves and exits with 130. While it is still starting, any signal ends it with another code.
     """
-    command = [sys.executable, str(TRAINER), "--config", str(run.file), "--resume_from_checkpoint", "latest"]
+    command = [sys.executable, str(program), *map(str, words)]
     received: list[int] = []
     trainer = None
 
