@@ -61,9 +61,9 @@ def main() -> None:
         train(load_train_config(sys.argv[1:], DEFAULT_RUN), processes)
 
 
-def train(config: TrainConfig, processes: Processes) -> None:
+def train(config: TrainConfig, processes: Processes, plan: Plan | None = None) -> None:
     started = time.perf_counter()
-    plan = make_plan(config, processes)  # device, examples, their order, the schedule
+    plan = plan or make_plan(config, processes)  # device, examples, their order, the schedule
     report.print_plan(plan)
     model = build_model(plan)  # frozen and quantized, with an adapter to train
     report.print_model(model)
@@ -227,11 +227,11 @@ def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 
-def evaluate(plan: Plan, run: Run, evaluate_loss=evaluate_loss) -> bool:
+def evaluate(plan: Plan, run: Run, measure=None) -> bool:
     """Log the loss on the held-out examples. Returns whether it is the lowest one so far."""
     share = plan.processes.share(plan.eval_set.examples)
     how = plan.memory.eval_batch_size, plan.tokenizer.pad_id, plan.config.padding_free
-    loss = evaluate_loss(run.model, share, *how) if share else 0.0
+    loss = (measure or evaluate_loss)(run.model, share, *how) if share else 0.0
     loss = plan.processes.mean(loss, weight=sum(example.supervised for example in share))
     run.tracker.log(step=run.step, eval_loss=loss)
     better = run.step > 0 and loss < run.best["loss"]

@@ -127,7 +127,7 @@ def first_step(plan: Plan) -> int:
 
 def train_alone(plan: Plan, failed: dict[str, str]) -> None:
     try:
-        train.train(plan.config, plan.processes)
+        train.train(plan.config, plan.processes, plan)
     except UserError as error:
         note_failure(failed, name_of(plan), error)
 

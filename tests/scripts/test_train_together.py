@@ -101,3 +101,155 @@ def test_runs_that_are_trained_together_leave_what_each_leaves_alone(call, place
     for name in runs:
         assert_equal_runs(place / "alone" / name, place / "together" / name)
     assert out.count("adapter, metrics, plot and model card are in") == len(runs)
+
+
+# ---- the end of some runs before the others ----------------------------------------------------------------
+
+FEW = {name: RUNS[name] for name in ("plain", "rank", "dora")}
+
+
+def test_a_run_that_diverges_is_named_and_the_others_take_the_steps_that_they_take_alone(call, place):
+    runs = FEW | {"lost": dict(learning_rate=1e30, warmup_steps=1)}
+    train_each(call, write_settings(place / "alone", FEW))
+    out = train_all(call, write_settings(place / "together", runs), code=2)
+    assert "error: 1 of 4 runs failed: lost: loss nan" in out and "training diverged; lower learning_rate" in out
+    assert "not finite first" in out and not (place / "together" / "lost" / "README.md").exists()
+    for name in FEW:
+        assert_equal_runs(place / "alone" / name, place / "together" / name)
+
+
+def test_a_run_that_stops_early_leaves_and_the_others_go_on(call, place):
+    runs = {"good": dict(learning_rate=1e-3), "overshoots": dict(learning_rate=3.0), "slow": dict(learning_rate=1e-4)}
+    keys = dict(early_stopping_patience=1, eval_steps=1, save_steps=2)
+    train_each(call, write_settings(place / "alone", runs, **keys))
+    train_all(call, write_settings(place / "together", runs, **keys))
+    assert records(place / "together" / "overshoots")[-1]["step"] < 6
+    for name in ("good", "slow"):
+        assert records(place / "together" / name)[-1]["step"] == 6
+        assert_equal_runs(place / "alone" / name, place / "together" / name)
+    # At this rate numbers are large, and rounding grows with every step: the files and the steps must be equal.
+    alone, together = place / "alone" / "overshoots", place / "together" / "overshoots"
+    assert tree(alone) == tree(together)
+    assert [r["step"] for r in records(alone)] == [r["step"] for r in records(together)]
+
+
+def test_new_tokens_and_padded_rows_are_trained_together_too(call, place):
+    runs = {name: RUNS[name] for name in ("plain", "rank")}
+    keys = dict(new_special_tokens="<a>,<b>", padding_free=False, max_steps=2)
+    train_each(call, write_settings(place / "alone", runs, **keys))
+    train_all(call, write_settings(place / "together", runs, **keys))
+    for name in runs:
+        assert_equal_runs(place / "alone" / name, place / "together" / name)
+
+
+def test_held_out_prompts_are_answered_by_each_runs_own_adapter(call, place):
+    runs = {"slow": dict(learning_rate=1e-6), "fast": dict(learning_rate=1e-2)}
+    keys = dict(exact_match_samples=3, adam_epsilon=1e-8)
+    train_each(call, write_settings(place / "alone", runs, **keys))
+    train_all(call, write_settings(place / "together", runs, **keys))
+    answers = {
+        name: [(place / folder / name / "answers.jsonl").read_text() for folder in ("alone", "together")]
+        for name in runs
+    }
+    assert answers["slow"][0] != answers["fast"][0]
+    assert all(alone == together for alone, together in answers.values())
+
+
+# ---- interrupted, resumed ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Send SIGTERM while the first micro-batch of a step (from 0) is at work."""
+    import train_together
+
+    original = train_together.accumulate_gradients
+
+    def at(step: int | None) -> None:
+        def accumulate(group):
+            if group.step == step:
+                signal.raise_signal(signal.SIGTERM)
+            return original(group)
+
+        monkeypatch.setattr(train_together, "accumulate_gradients", accumulate)
+
+    return at
+
+
+def test_interrupted_runs_go_on_together_to_the_same_bits(call, place, interrupt):
+    runs = FEW | {"dropped": RUNS["dropped"]}
+    files = write_settings(place / "whole", runs)
+    train_all(call, files)
+    files = write_settings(place / "halves", runs)
+    interrupt(1)
+    out = train_all(call, files, code=130)
+    assert "interrupted after step 2 of 6; to resume: --resume" in out
+    assert all((place / "halves" / name / "checkpoint-2").is_dir() for name in runs)
+    interrupt(None)
+    train_all(call, files, "--resume")
+    for name in runs:
+        one, other = (load_file(place / part / name / "adapter_model.safetensors") for part in ("whole", "halves"))
+        assert all((one[key] == other[key]).all() for key in one), name
+        assert records(place / "whole" / name) == records(place / "halves" / name)
+
+
+def test_the_trainer_alone_resumes_each_of_them_and_the_others_resume_what_it_left(call, place, interrupt):
+    train_each(call, write_settings(place / "alone", FEW))
+    files = write_settings(place / "together", FEW)
+    interrupt(1)
+    train_all(call, files, code=130)
+    interrupt(None)
+    train_each(call, files[:1], "--resume_from_checkpoint", "latest")
+    train_all(call, files[1:], "--resume")
+    for name in FEW:
+        assert_equal_adapters(place / "alone" / name, place / "together" / name)
+
+
+def test_runs_at_other_steps_go_on_in_parts(call, place):
+    alone, files = write_settings(place / "alone", FEW), write_settings(place / "together", FEW)
+    train_each(call, alone)
+    train_all(call, files)
+    for name, kept in (("plain", 3), ("rank", 3), ("dora", 6)):
+        run = place / "together" / name
+        for path in run.glob("checkpoint-*"):
+            if int(path.name.partition("-")[2]) > kept:
+                path.rename(place / f"{name}-{path.name}")
+        (run / "README.md").unlink()
+    out = train_all(call, files, "--resume")
+    assert out.count("after step 3 of 6") == 2 and out.count("after step 6 of 6") == 1
+    for name in FEW:
+        assert_equal_adapters(place / "alone" / name, place / "together" / name)
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "runs, said",
+    [
+        ({"a": {}, "b": dict(seed=4)}, "cannot be trained together: seed is 3 in one and 4 in another"),
+        ({"a": dict(cutoff_len=8), "b": {}}, "cannot be trained together: cutoff_len is 8 in one"),
+        ({"a": {}, "b": dict(lora_rnk=4)}, "unknown key 'lora_rnk' in"),
+        ({"a": {}, "b": dict(lora_target="v_porj")}, "1 of 2 runs failed: b: lora_target names 'v_porj'"),
+        ({"a": {}, "b": dict(warmup_steps=9)}, "1 of 2 runs failed: b: warmup_steps = 9 is not shorter"),
+    ],
+)
+def test_a_mistake_is_one_line(call, place, runs, said):
+    code, _, err = call("train_together", *write_settings(place / "runs", runs, max_steps=1))
+    assert code == 2 and err.count("\n") == 1 and said in err
+
+
+def test_two_runs_in_one_directory_are_refused(call, place):
+    (file,) = write_settings(place / "runs", {"a": {}})
+    code, _, err = call("train_together", file, file)
+    assert code == 2 and "is that of two runs; give each its own" in err
+
+
+def test_several_processes_are_refused(call, place, monkeypatch):
+    import train_together
+
+    from minilora.system.distributed import Processes
+
+    monkeypatch.setattr(train_together, "join_processes", lambda: Processes(0, 2))
+    code, _, err = call("train_together", *write_settings(place / "runs", FEW))
+    assert code == 2 and "trains in one process; start it without torchrun" in err
