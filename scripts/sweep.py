@@ -251,13 +251,17 @@ def train_all(runs: list[Run], config: Path, together: bool = False) -> list[str
     for indices in groups(settings) if together else [[i] for i in range(len(runs))]:
         group = [runs[i] for i in indices]
         waiting = [run for run in group if not run.finished]
-        numbers = ", ".join(str(i + 1) for i in indices)
-        note = "" if waiting == group else "  (finished before)" if not waiting else "  (some finished before)"
-        names = ", ".join(run.directory.name for run in group)
+        numbers, names = (
+            ", ".join(str(i + 1) for i in indices),
+            ", ".join(run.directory.name for run in group),
+        )
+        before = "finished before" if not waiting else "some finished before"
+        note = f"  ({before})" if waiting != group else ""
         print(f"\n==== run{'s' * (len(group) > 1)} {numbers} of {len(runs)}: {names}{note}", flush=True)
         code = (train(waiting[0]) if len(waiting) == 1 else train_together(waiting)) if waiting else 0
         if code == 130:
-            print(f"interrupted; to resume: python scripts/sweep.py --config {config}{' --together' * together}")
+            words = f"--config {config}" + " --together" * together
+            print(f"interrupted; to resume: python scripts/sweep.py {words}")
             sys.exit(130)
         if code:
             at_fault = [run for run in waiting if not run.finished] or waiting

@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -93,8 +93,11 @@ def make_plans(
     """Return the plans of all runs that can begin; the data are read for the first. Raises UserError for
     settings that cannot be trained together.
     """
-    words = ["--resume_from_checkpoint", "latest"] if resume else []
-    configs = [load_train_config(["--config", str(file), *words]) for file in files]
+    configs = [load_train_config(["--config", str(file)]) for file in files]
+    if resume:
+        begun = [Path(config.output_dir).exists() for config in configs]
+        latest = ["latest" if there else None for there in begun]
+        configs = [replace(c, resume_from_checkpoint=which) for c, which in zip(configs, latest, strict=True)]
     if difference := first_difference(configs):
         raise UserError(f"these runs cannot be trained together: {difference}")
     places = [config.output_dir for config in configs]

@@ -324,7 +324,7 @@ def check_fits(
     optimizer: torch.optim.Optimizer,
     loss_scale: LossScale,
 ) -> None:
-    """Raise UserError if a state is not of the active adapter and its optimizer. {}: there is no checkpoint."""
+    """Raise UserError if a state is not of the active adapter and its optimizer. {}: there is none."""
     if not state:
         return
     problem = f"{config.resume_from_checkpoint}: the checkpoint does not fit"

@@ -23,7 +23,7 @@ Batch = TypeVar("Batch")
 
 
 def seeded(batches: Sequence[Batch], seed: int, step: int, processes: Processes) -> Iterator[Batch]:
-    """Yield this process's micro-batches of a step, each after PyTorch's generator on the CPU is seeded for it."""
+    """Yield this process's micro-batches of a step; the CPU's generator is seeded before each."""
     for number, batch in processes.share(list(enumerate(batches))):
         (words,) = np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)
         torch.default_generator.manual_seed(int(words))

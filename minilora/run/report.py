@@ -52,7 +52,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_plans(plans: dict[str, Plan]) -> None:
-    """Print the plans of runs that are trained together, by the runs' names: once what they have in common."""
+    """Print the plans of runs that are trained together, by name: what they have in common once."""
     lines = {name: _plan_lines(plan) for name, plan in plans.items()}
     common = set.intersection(*(set(one.items()) for one in lines.values()))
     first = next(iter(lines.values()))

@@ -48,9 +48,7 @@ def groups(configs: Sequence[TrainConfig]) -> list[list[int]]:
     """
     found: list[list[int]] = []
     for i, config in enumerate(configs):
-        fitting = (
-            group for group in found if shared_settings(configs[group[0]]) == shared_settings(config)
-        )
+        fitting = (group for group in found if shared_settings(configs[group[0]]) == shared_settings(config))
         group = None if config.finetuning_type == "full" else next(fitting, None)
         if group is None:
             found.append([i])

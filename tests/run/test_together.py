@@ -61,7 +61,11 @@ def test_the_setting_that_divides_runs_is_named(change):
 
 
 def test_full_training_is_alone_and_the_line_says_why():
-    configs = [TrainConfig(**FULL), TrainConfig(quantization_bit=None), TrainConfig(**FULL, learning_rate=1e-3)]
+    configs = [
+        TrainConfig(**FULL),
+        TrainConfig(quantization_bit=None),
+        TrainConfig(**FULL, learning_rate=1e-3),
+    ]
     assert groups(configs) == [[0], [1], [2]]
     assert "finetuning_type 'full' trains the base model" in describe_groups(configs)
     assert "full" in first_difference([configs[0], configs[2]])
@@ -80,7 +84,8 @@ def plans(model_dir, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "process_memory", lambda: 0)
     config = TrainConfig(model_name_or_path=str(model_dir), dataset=str(dataset), val_size=4, max_steps=2)
     configs = [
-        replace(config, lora_rank=2 * i + 2, output_dir=str(tmp_path / f"run{i}"), bf16=False) for i in range(8)
+        replace(config, lora_rank=2 * i + 2, output_dir=str(tmp_path / f"run{i}"), bf16=False)
+        for i in range(8)
     ]
     first = make_plan(configs[0], Processes())
     return [first, *(make_plan(config, Processes(), like=first) for config in configs[1:])]

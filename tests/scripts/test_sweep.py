@@ -46,11 +46,11 @@ def sweep():
 def run_sweep(sweep, monkeypatch, capfd, tmp_path):
     """Run a sweep of `keys` into tmp_path/out: exit code, stdout, stderr."""
 
-    def run(swept, **keys):
+    def run(swept, *words, **keys):
         (tmp_path / "sweep.yaml").write_text(
             yaml.safe_dump({"output_dir": str(tmp_path / "out"), "sweep": swept} | keys, sort_keys=False)
         )
-        monkeypatch.setattr(sys, "argv", ["sweep.py", "--config", str(tmp_path / "sweep.yaml")])
+        monkeypatch.setattr(sys, "argv", ["sweep.py", "--config", str(tmp_path / "sweep.yaml"), *words])
         code = 0
         try:
             run_script(sweep.main)
@@ -88,7 +88,12 @@ def stand_in(sweep, monkeypatch):
         (directory / "README.md").write_text("done")
         return 0
 
+    def train_together(runs) -> int:
+        called.append("together")
+        return max(map(train, runs))
+
     monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(sweep, "train_together", train_together)
     return called
 
 
@@ -100,6 +105,42 @@ def test_two_real_runs_train_and_are_compared(run_sweep, model_dir, dataset, tmp
         directory = tmp_path / "out" / f"lora_rank-{rank}"
         assert json.loads((directory / "adapter_config.json").read_text())["r"] == rank
     assert out.count("  finished\n") == 2 and "lowest held-out loss" in out
+
+
+def test_real_runs_that_share_model_and_data_are_trained_in_one_process(
+    run_sweep, model_dir, dataset, tmp_path
+):
+    keys = dict(model=str(model_dir), dataset=str(dataset), max_steps=2, quantization_bit=None, val_size=4)
+    code, out, err = run_sweep({"lora_rank": [2, 4], "seed": [1, 2]}, "--together", **keys)
+    assert code == 0, err
+    assert out.startswith("together   runs 1, 3; runs 2, 4 (seed must be the same)\n")
+    assert out.count("\n==== run") == 2 and out.count("\nmodel  ") == 2  # one is loaded for each two runs
+    for rank, seed in ((2, 1), (2, 2), (4, 1), (4, 2)):
+        directory = tmp_path / "out" / f"lora_rank-{rank}_seed-{seed}"
+        assert json.loads((directory / "adapter_config.json").read_text())["r"] == rank
+    assert out.count("  finished\n") == 4
+
+
+def test_a_group_skips_finished_runs_names_failed_ones_and_trains_a_last_one_alone(
+    run_sweep, stand_in, tmp_path
+):
+    code, out, err = run_sweep({"lora_rank": [4, 13, 8]}, "--together")
+    assert code == 2 and "1 of 3 runs failed: lora_rank-13 (exit code 2)" in err
+    assert out.startswith(
+        "together   all 3 runs\n\n==== runs 1, 2, 3 of 3: lora_rank-4, lora_rank-13, lora_rank-8\n"
+    )
+    assert stand_in == ["together", "lora_rank-4", "lora_rank-13", "lora_rank-8"]
+    (tmp_path / "out" / "lora_rank-13" / "fixed").touch()
+    code, out, _ = run_sweep({"lora_rank": [4, 13, 8]}, "--together")
+    assert code == 0 and stand_in[4:] == ["lora_rank-13"] and "(some finished before)" in out
+    code, out, _ = run_sweep({"lora_rank": [4, 13, 8]}, "--together")
+    assert code == 0 and len(stand_in) == 5 and "(finished before)" in out
+
+
+def test_an_interrupted_group_ends_the_sweep_and_the_hint_says_together(run_sweep, stand_in):
+    code, out, _ = run_sweep({"lora_rank": [15, 4], "seed": [1, 2]}, "--together")
+    assert code == 130 and out.endswith(" --together\n") and "to resume: python scripts/sweep.py" in out
+    assert stand_in == ["together", "lora_rank-15_seed-1", "lora_rank-4_seed-1"]
 
 
 STARTING = 'import time; print("starting", flush=True); time.sleep(60)'  # it handles no signal yet

@@ -70,7 +70,11 @@ def records(run: Path) -> list[dict]:
     """The metrics without what depends on the machine."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [
-        {key: v for key, v in json.loads(line).items() if key not in ("seconds", "tokens_per_second", "memory")}
+        {
+            key: v
+            for key, v in json.loads(line).items()
+            if key not in ("seconds", "tokens_per_second", "memory")
+        }
         for line in lines
     ]
 
@@ -95,7 +99,11 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_runs_that_are_trained_together_leave_what_each_leaves_alone(call, place, bits):
-    runs = {name: own for name, own in RUNS.items() if bits is None or name in ("plain", "dropped", "rank", "dora")}
+    runs = {
+        name: own
+        for name, own in RUNS.items()
+        if bits is None or name in ("plain", "dropped", "rank", "dora")
+    }
     train_each(call, write_settings(place / "alone", runs, quantization_bit=bits))
     out = train_all(call, write_settings(place / "together", runs, quantization_bit=bits))
     for name in runs:
@@ -112,14 +120,20 @@ def test_a_run_that_diverges_is_named_and_the_others_take_the_steps_that_they_ta
     runs = FEW | {"lost": dict(learning_rate=1e30, warmup_steps=1)}
     train_each(call, write_settings(place / "alone", FEW))
     out = train_all(call, write_settings(place / "together", runs), code=2)
-    assert "error: 1 of 4 runs failed: lost: loss nan" in out and "training diverged; lower learning_rate" in out
+    assert (
+        "error: 1 of 4 runs failed: lost: loss nan" in out and "training diverged; lower learning_rate" in out
+    )
     assert "not finite first" in out and not (place / "together" / "lost" / "README.md").exists()
     for name in FEW:
         assert_equal_runs(place / "alone" / name, place / "together" / name)
 
 
 def test_a_run_that_stops_early_leaves_and_the_others_go_on(call, place):
-    runs = {"good": dict(learning_rate=1e-3), "overshoots": dict(learning_rate=3.0), "slow": dict(learning_rate=1e-4)}
+    runs = {
+        "good": dict(learning_rate=1e-3),
+        "overshoots": dict(learning_rate=3.0),
+        "slow": dict(learning_rate=1e-4),
+    }
     keys = dict(early_stopping_patience=1, eval_steps=1, save_steps=2)
     train_each(call, write_settings(place / "alone", runs, **keys))
     train_all(call, write_settings(place / "together", runs, **keys))
@@ -188,7 +202,9 @@ def test_interrupted_runs_go_on_together_to_the_same_bits(call, place, interrupt
     interrupt(None)
     train_all(call, files, "--resume")
     for name in runs:
-        one, other = (load_file(place / part / name / "adapter_model.safetensors") for part in ("whole", "halves"))
+        one, other = (
+            load_file(place / part / name / "adapter_model.safetensors") for part in ("whole", "halves")
+        )
         assert all((one[key] == other[key]).all() for key in one), name
         assert records(place / "whole" / name) == records(place / "halves" / name)
 
