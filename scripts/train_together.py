@@ -33,7 +33,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -53,7 +52,7 @@ from minilora.run.plan import Plan, make_plan
 from minilora.run.random_state import seeded
 from minilora.run.settings import load_train_config
 from minilora.run.stop_signal import StopSignal
-from minilora.run.together import first_difference, parts_that_fit
+from minilora.run.together import first_difference, parts_to_train
 from minilora.run.vocabulary import load_base_model
 from minilora.system.distributed import Processes, join_processes
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize
@@ -117,17 +116,6 @@ def note_failure(failed: dict[str, str], name: str, error: UserError) -> None:
     print(f"{name}  failed: {error}", flush=True)
 
 
-def parts_to_train(plans: list[Plan]) -> list[list[Plan]]:
-    """Return the plans in parts that begin at the same step and fit into memory."""
-    by_step = sorted(plans, key=first_step)
-    parts = [list(part) for _, part in groupby(by_step, first_step)]
-    return [fitting for part in parts for fitting in parts_that_fit(part)]
-
-
-def first_step(plan: Plan) -> int:
-    return plan.state.get("step", 0)
-
-
 def train_alone(plan: Plan, failed: dict[str, str]) -> None:
     try:
         train.train(plan.config, plan.processes, plan)
@@ -167,7 +155,7 @@ class Group:
                 note_failure(failed, name_of(own), error)
                 self.take_off(f"run{i}")
         set_recompute(self.model, plan.memory.policies)
-        self.train_all()
+        self.learn()
 
     @property
     def names(self) -> list[str]:
@@ -177,7 +165,7 @@ class Group:
     def step(self) -> int:
         return self.members[0].run.step
 
-    def train_all(self) -> None:
+    def learn(self) -> None:
         """Let every member's adapter learn: what a single one was asked for is over."""
         train_adapters(self.model, self.names)
         self.model.train()
@@ -189,7 +177,7 @@ class Group:
             member.run.tracker.finish("FAILED")
         self.members.remove(member)
         self.take_off(member.adapter)
-        self.train_all()
+        self.learn()
 
     def take_off(self, adapter: str) -> None:
         if adapter in adapter_names(self.model):
@@ -328,7 +316,7 @@ def stops_early(member: Member) -> bool:
 def save_checkpoint(group: Group, member: Member) -> None:
     set_adapter(group.model, member.adapter)
     train.save_checkpoint(member.plan, member.run)
-    group.train_all()
+    group.learn()
 
 
 def finish(group: Group, member: Member) -> None:

@@ -94,7 +94,15 @@ def _numbers(indices: Sequence[int]) -> str:
     return ", ".join(str(r[0] + 1) if len(r) == 1 else f"{r[0] + 1}-{r[-1] + 1}" for r in runs)
 
 
-# ---- memory ------------------------------------------------------------------------------------------------
+# ---- steps, memory -----------------------------------------------------------------------------------------
+
+
+def parts_to_train(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """Return the plans in parts that begin at the same step and fit into memory."""
+    parts: dict[int, list[Plan]] = {}
+    for plan in plans:
+        parts.setdefault(plan.state.get("step", 0), []).append(plan)
+    return [fitting for part in parts.values() for fitting in parts_that_fit(part)]
 
 
 def parts_that_fit(plans: Sequence[Plan]) -> list[list[Plan]]:
@@ -129,14 +137,22 @@ def memory_together(plans: Sequence[Plan]) -> MemoryPlan:
     found = []
     for one, own in zip(plans, trained, strict=True):
         config = replace(one.config, per_device_eval_batch_size=rows)
-        sizes = config, one.model_config, one.lora, one.placement, copies(one.order, count), longest, lengths
+        sizes = (
+            config,
+            one.model_config,
+            one.lora,
+            one.placement,
+            repeated(one.order, count),
+            longest,
+            lengths,
+        )
         found.append(plan_memory(*sizes, stored.quantized_layers(), beside=sum(trained) - own))
     memory = max(found, key=lambda each: each.peak)
     return replace(memory, eval_batch_size=max(1, memory.eval_batch_size // count))
 
 
-def copies(order: Order, count: int) -> Order:
-    """Return an order whose largest micro-batch is another's, so many times."""
+def repeated(order: Order, count: int) -> Order:
+    """Return an order whose largest micro-batch is this one's, so many times."""
     return replace(order, lengths=list(order.lengths) * count, batch_size=order.batch_size * count)
 
 

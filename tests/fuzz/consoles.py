@@ -31,7 +31,8 @@ COMMANDS = {  # of each script: real work that succeeds, but for the codes below
     "serve": "--adapter NAME=run --port 0 --dry_run",
     "convert": "--model pickled --output NAME",
     "memory": "--model model --picture NAME.png",
-    "sweep": "--config NAME.yaml",
+    "sweep": "--config NAME.yaml --together",
+    "train_together": "NAME.2.yaml NAME.3.yaml",
     "compare": "run NAME.run --output NAME.png",
     "share": "--adapter run --upload NAME",
     "lint_adapter": "NAME.run",
@@ -43,8 +44,9 @@ COMMANDS = {  # of each script: real work that succeeds, but for the codes below
 SILENT = {"check_gpu", "lint_adapter", "share"}  # They print no name and no text of these files to stdout.
 CODES = {"check_gpu": 2, "share": 2}  # No section and no address is called so.
 if sys.getfilesystemencoding() != "utf-8":
-    CODES["sweep"] = 2  # Its file is UTF-8, and names files that cannot exist here.
-    SILENT |= {"sweep"}
+    # Their files are UTF-8, and name files that cannot exist here.
+    CODES |= {"sweep": 2, "train_together": 2}
+    SILENT |= {"sweep", "train_together"}
 
 
 def make_files() -> None:
@@ -54,8 +56,11 @@ def make_files() -> None:
     Path(f"{NAME}.jsonl").write_text("".join(lines), encoding="utf-8")
     settings = json.loads(Path("run.yaml").read_text(encoding="utf-8"))
     named = os.fsencode(NAME).decode("utf-8")
-    sweep = settings | {"dataset": f"{named}.jsonl", "output_dir": named, "sweep": {"seed": [1]}}
+    sweep = settings | {"dataset": f"{named}.jsonl", "output_dir": named, "sweep": {"lora_rank": [1, 2]}}
     Path(f"{NAME}.yaml").write_text(json.dumps(sweep), encoding="utf-8")
+    for rank in (2, 3):
+        own = settings | {"dataset": f"{named}.jsonl", "output_dir": f"{named}.{rank}", "lora_rank": rank}
+        Path(f"{NAME}.{rank}.yaml").write_text(json.dumps(own), encoding="utf-8")
     shutil.copytree("run", f"{NAME}.run")
     shutil.copytree("model", "pickled")
     torch.save(load_file("model/model.safetensors"), "pickled/pytorch_model.bin")

@@ -35,8 +35,8 @@ from fuzz.judge import LINE_LENGTH, Verdict, faults_of_end, faults_of_files, fau
 from minilora.system.errors import run_script
 
 SCRIPTS = (
-    "train prepare evaluate chat serve merge memory compare sweep share lint_adapter convert combine extract "
-    "experiments"
+    "train train_together prepare evaluate chat serve merge memory compare sweep share lint_adapter convert combine "
+    "extract experiments"
 ).split()
 DEVELOPERS_SCRIPTS = "verify bench bench_serving pretrain pictures keys matrix notebooks check_gpu".split()
 IMPORTED_LATER = (  # by the scripts while they run

@@ -228,7 +228,7 @@ def test_no_output_replaces_an_input(call, own, monkeypatch, slip):
         ("prepare", "--output", ""), ("prepare", "--dataset", ""), ("evaluate", "--model="), ("evaluate", "--adapter", ""),
         ("chat", "--instruction", ""), ("merge", "--adapter", "", "--output", "x"), ("merge", "--adapter", "x", "--output", ""),
         ("memory", "--picture", ""), ("compare", ""), ("share", "--adapter", "x", "--upload", ""), ("sweep", "--config", ""),
-        ("lint_adapter", ""), ("lint_adapter", "x", "--model", ""),
+        ("lint_adapter", ""), ("lint_adapter", "x", "--model", ""), ("train_together", ""),
     ],
     ids=" ".join,
 )  # fmt: skip

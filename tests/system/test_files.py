@@ -155,6 +155,7 @@ def test_an_option_that_no_script_knows_is_one_line(call, name):
         "merge": ["--adapter", "a", "--output", "b"],
         "share": ["--adapter", "a"],
         "sweep": ["--config", "a"],
+        "train_together": ["a"],
     }
     code, out, err = call(name, *required.get(name, []), "--no-such-option")
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1

@@ -78,6 +78,7 @@ LOCAL_ONLY = {  # a command that ends where a path of this machine is to follow:
     "serve --adapter adapter --port 0 --dry_run --adapter_dir": "adapter_dir",
     "compare": "s3|directory",
     "sweep --config": "config",
+    "train_together": "config|settings|SETTINGS",
     "share --push_to_hub owner/name --adapter": "adapter",
     "bench --output": "output",
     "verify --output": "output",

@@ -31,6 +31,7 @@ EVERY_SCRIPT = {
     "memory": MEMORY,
     "compare": COMPARE,
     "sweep": "sweep --config run.yaml",
+    "train_together": "train_together run.yaml",
     "share": "share --adapter adapter --push_to_hub owner/name",
     "lint_adapter": LINT,
     "verify": "verify",
@@ -98,6 +99,7 @@ MISSING = {  # command: the word that its last option is called
     "compare run --html": "html",
     "sweep": "config",
     "sweep --config": "config",
+    "train_together": "SETTINGS",
     "share": "adapter",
     "share --adapter adapter": "push_to_hub",
     "lint_adapter": "adapter",
@@ -269,6 +271,7 @@ NOWHERE = {  # commands that end where a name of something that does not exist i
     "memory --model": "model",
     "compare": "directory",
     "sweep --config": "config",
+    "train_together": "config",
     "share --push_to_hub owner/name --adapter": "adapter",
     "lint_adapter": "adapter",
     "experiments": "study",
@@ -293,6 +296,9 @@ def cases() -> Iterator[Case]:
             words += ["--input", "questions.jsonl"] if (words[0], option) == ("chat", "output") else []
             yield make_case(KIND, f"{words[0]}: --{option} is empty", words, option)
     yield make_case(KIND, "compare: a directory's name is empty", ["compare", ""], ())
+    yield make_case(KIND, "train_together: a file's name is empty", ["train_together", ""], ())
+    yield make_case(KIND, "train_together: a file twice", "train_together run.yaml run.yaml", "output_dir")
+    yield make_case(KIND, "sweep: --together is no switch", "sweep --config run.yaml --together 7", "7")
     yield make_case(KIND, "lint_adapter: the adapter's name is empty", ["lint_adapter", ""], "adapter")
     for words in (
         "experiments rank_and_ratee",

@@ -22,9 +22,12 @@ from fuzz.bad_inputs.commands import (
     TRAIN,
 )
 from fuzz.case import Case, make_case
-from fuzz.edits import write
+from fuzz.edits import both, write
 
 SWEEP = '{"model": "model", "dataset": "train.jsonl", "output_dir": "out", "max_steps": 1, "sweep": {"seed": [1]}}'
+GRID = SWEEP.replace('"seed": [1]', '"lora_rank": [1, 2]')
+ALONE = '{"model": "model", "dataset": "train.jsonl", "output_dir": "alone", "max_steps": 1}'
+PAIR = write("alone.yaml", ALONE), write("other.yaml", ALONE.replace('"alone"', '"other", "lora_rank": 2'))
 RESUME = "train --config run.yaml --max_steps 2 --output_dir out --resume_from_checkpoint run/checkpoint-1"
 COMMANDS = {
     "train": TRAIN,
@@ -79,6 +82,17 @@ def cases() -> Iterator[Case]:
         "control", "chat with a file that chooses adapters", f"{choosing} --output answers.jsonl", (),
         change=write("q.jsonl", rows), code=0, shows=("4 answers by b, base, adapter: answers.jsonl",),
     )  # fmt: skip
+    yield make_case(
+        "control",
+        "sweep together",
+        "sweep --config sweep.yaml --together",
+        (),
+        change=write("sweep.yaml", GRID),
+        code=0,
+    )
+    for name, words in (("together", ""), ("together, resumed", " --resume")):
+        command = f"train_together alone.yaml other.yaml{words}"
+        yield make_case("control", name, command, (), change=both(*PAIR), code=0)
     yield make_case("control", "extract", EXTRACT, (), change=tune, code=0)
     yield make_case("control", "no HOME", f"{TRAIN} --seed 7", (), environment={"HOME": ""}, code=0)
     for suffix in ("csv", "txt"):

@@ -116,6 +116,8 @@ def cases() -> Iterator[Case]:
     yield make_case(KIND, "sweep: a grid of a trillion runs", sweep, "bad.yaml", change=grid)
     for name in A_FEW:
         yield make_case(KIND, f"sweep: {name}", sweep, "bad.yaml", change=EDITS[name]("bad.yaml"))
+        several = "train_together run.yaml bad.yaml"
+        yield make_case(KIND, f"train_together: {name}", several, "bad.yaml", change=EDITS[name]("bad.yaml"))
         for command, directory in (
             (EVALUATE, "adapter"),
             (CHAT, "adapter"),
