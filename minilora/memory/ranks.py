@@ -153,7 +153,7 @@ def choose_parallel(
 
 
 def _what_would_fit(memory: float, processes: int, plan_of: Callable[..., Ledger]) -> str:
-    """Return in words what fits where fsdp does not: shards in main memory, or up to 128 times as many."""
+    """Return in words what fits where fsdp does not: shards in main memory, or up to 128 N processes."""
     ways = []
     if plan_of(parallel="fsdp", processes=processes, offload=True).fits(memory):
         ways.append("with its shards in main memory")
