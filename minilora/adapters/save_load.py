@@ -362,7 +362,7 @@ def _put_on(model: nn.Module, adapter: AdapterFile, name: str) -> None:
         _share_projections(model, adapter, name)
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(tensors[key], non_blocking=True)
 
 
 def _share_projections(model: nn.Module, adapter: AdapterFile, name: str) -> None:
