@@ -281,4 +281,53 @@ def zoom(axes, y: float, i: int, count: int, to: float) -> None:
         axes.plot([start * 100 / count, end], [y - 0.3, to - 1.8], color=GREY, linewidth=0.7, linestyle=":")
 
 
-IDEA_PICTURES = (draw_segments, draw_dynamic_code, draw_loss_scaling, draw_kernel_grid)
+# ---- segmented_grid.png ------------------------------------------------------------------------------------
+
+
+def draw_segmented_grid(figure) -> None:
+    """Which programs take which rows of a batch with two adapters: shrink by ranks, expand by columns."""
+    figure.set_size_inches(9.2, 5.0)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 100), ylim=(0, 52))
+    axes.axis("off")
+    owners, ranks, colours = (
+        ["b", "", "a", "b", "a", "", "a", "b"],
+        {"a": 8, "b": 4},
+        {"a": BLUE, "b": ORANGE},
+    )
+    order = sorted(range(len(owners)), key=lambda i: owners[i] or "c")
+    width, columns, ranks_at_once = 4096, 128, 4  # of y; of a program of expand; of one of shrink
+    words = [f"row {i}: {owner or 'base'}" for i, owner in enumerate(owners)]
+    fills = [colours.get(owner, PALE) for owner in owners]
+    caption(
+        axes,
+        50,
+        f"{len(owners)} rows: adapter a of rank {ranks['a']}, b of rank {ranks['b']}, or the base model",
+    )
+    cells(axes, 43, words, fills)
+    caption(axes, 27.8, "by segments: a table says where each row lies, and no row is moved")
+    cells(axes, 30.5, [words[i] for i in order], [fills[i] for i in order])
+    one = 100 / len(owners)
+    for place, i in enumerate(order):
+        ends = [(i + 0.5) * one, (place + 0.5) * one]
+        axes.plot(ends, [42.6, 35.9], color=colours.get(owners[i], GREY), linewidth=1)
+    caption(axes, 21.5, f"shrink: a program for {ranks_at_once} ranks of a row")
+    per_row = width // columns
+    caption(
+        axes,
+        9.5,
+        f"expand: a program for {columns} columns of a row, {per_row} of them for a width of {width}",
+    )
+    for place, i in enumerate(order):
+        if owners[i]:
+            span = dict(left=place * one + 0.3, right=(place + 1) * one - 0.3)
+            firsts = range(0, ranks[owners[i]], ranks_at_once)
+            texts = [f"{first}-{first + ranks_at_once - 1}" for first in firsts]
+            cells(axes, 14.5, texts, [fills[i]] * len(texts), **span)
+            cells(axes, 1.5, [""] * per_row, [fills[i]] * per_row, **span)
+        else:
+            for y in (17, 4):
+                axes.text((place + 0.5) * one, y, "none", ha="center", va="center", fontsize=8, color=GREY)
+
+
+IDEA_PICTURES = (draw_segments, draw_dynamic_code, draw_loss_scaling, draw_kernel_grid, draw_segmented_grid)

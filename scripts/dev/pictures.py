@@ -10,7 +10,8 @@
     larger_models.png   the bytes of each process that trains Llama-2-70B              docs/larger_models.md
     starts.png    how far a 4-bit layer starts from W, by start and rank               docs/initialization.md
 
-    segments dynamic_code loss_scaling kernel_grid    idea_pictures.py: checkpointing, Adam, float16
+    segments dynamic_code loss_scaling                idea_pictures.py: checkpointing, Adam, float16
+    kernel_grid segmented_grid                        the same: programs of kernels
     dora chat packing attention rope                  note_pictures.py: the notes of these subjects
     *.svg                                             diagrams.py: layers and bytes
 
