@@ -29,9 +29,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora.backend.segments import Segments
-from minilora.backend.tables import table
-
 Factors = Sequence[Tensor | None]  # of each segment
 ROWS = 32  # of one segment in a tile
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -220,10 +217,10 @@ def expand_tiles_kernel(
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- launches ----------------------------------------------------------------------------------------------
+# ---- launches. segments: those of minilora/backend/segments.py, which keep the tables ----------------------
 
 
-def shrink(x: Tensor, factors: Factors, scalings: Sequence[float], segments: Segments) -> Tensor:
+def shrink(x: Tensor, factors: Factors, scalings: Sequence[float], segments) -> Tensor:
     """Return n, (rows, R), in x's dtype. x: (rows, width), in any order; a factor: (r, width), or None.
 
     Factors are of one dtype, with any strides. R is the largest rank. Undefined are columns from a factor's r
@@ -246,7 +243,7 @@ def shrink(x: Tensor, factors: Factors, scalings: Sequence[float], segments: Seg
     return n
 
 
-def expand(y: Tensor, n: Tensor, factors: Factors, segments: Segments) -> None:
+def expand(y: Tensor, n: Tensor, factors: Factors, segments) -> None:
     """y_i += n_i F^T, in place. y: (rows, width) contiguous, in any order; a factor: (width, r), or None."""
     assert y.is_contiguous() and n.is_contiguous()
     tiled, (width, R) = takes_tiles(n, segments), (y.shape[1], n.shape[1])
@@ -265,7 +262,7 @@ def expand(y: Tensor, n: Tensor, factors: Factors, segments: Segments) -> None:
             expand_rows_kernel[grid](*operands, **constants, num_warps=4)
 
 
-def takes_tiles(x: Tensor, segments: Segments) -> bool:
+def takes_tiles(x: Tensor, segments) -> bool:
     """Whether programs take tiles of rows: in 16 bits, where segments are long and tensor cores are there."""
     if x.element_size() != 2 or not segments.are_long:
         return False
@@ -273,7 +270,7 @@ def takes_tiles(x: Tensor, segments: Segments) -> bool:
 
 
 def tables_of(
-    factors: Factors, scalings: Sequence[float], segments: Segments, tiled: bool, device: torch.device
+    factors: Factors, scalings: Sequence[float], segments, tiled: bool, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], dict]:
     """Return the tables of tiles and of factors, (r, width) each, and what a kernel is compiled for."""
     rows, there = [], [F for F in factors if F is not None]
@@ -291,9 +288,9 @@ def tables_of(
         along, sizes = "", [1]
     aligned = all(row[0] % 16 == 0 for row in rows) and all(size % numbers == 0 for size in sizes)
     given = tuple(F is not None for F in factors)
-    tiles = table(tiles_of, (segments.bounds, given, ROWS if tiled else 1), device)
+    tiles = segments.table(tiles_of, (segments.bounds, given, ROWS if tiled else 1), device)
     constants = dict(FLOAT=FLOATS[there[0].dtype], ALONG=along, ALIGNED=aligned)
-    return (tiles, table(list, (tuple(rows),), device)), constants
+    return (tiles, segments.table(list, (tuple(rows),), device)), constants
 
 
 def tiles_of(bounds: tuple[int, ...], given: tuple[bool, ...], size: int) -> list[tuple[int, int, int]]:

@@ -1,9 +1,12 @@
 """Which rows of a batch belong together: those of one adapter are a segment (see segmented.py)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from minilora.backend.tables import table
 
 
 class Segments(NamedTuple):
@@ -21,6 +24,10 @@ class Segments(NamedTuple):
     def are_long(self) -> bool:
         """Whether a segment has 16 rows or more, on average."""
         return self.bounds[-1] >= 16 * (len(self.bounds) - 1)
+
+    def table(self, rows_of: Callable, key: tuple, device: torch.device) -> Tensor:
+        """Return a table for a kernel (see tables.py)."""
+        return table(rows_of, key, device)
 
     def put(self, y: Tensor, i: int, part: Tensor) -> None:
         """Write the rows of segment i, (n, ...), to y."""
