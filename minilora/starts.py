@@ -119,17 +119,22 @@ def repeat(layers: Mapping[str, nn.Module], config: LoraConfig, name: str) -> No
     """
     for path, layer in layers.items():
         weight, r = weight_under(layer.base_layer, name), len(layer.lora_A[name])
-        if not isinstance(weight, Tensor):
-            raise UserError(
-                f"init_lora_weights = {config.init_lora_weights!r} took a part out of the unquantized "
-                f"weights, and {path} is in 4 or 8 bits: load the model unquantized"
-            )
-        check_rank(config.init_lora_weights, r, weight.shape)
+        check_repeatable(config.init_lora_weights, path, weight, r)
         if weight.is_meta:
             A0, B0 = layer.lora_A[name], layer.lora_B[name]
         else:
             A0, B0, _ = initialize(config.init_lora_weights, weight.float(), r, layer.scalings[name])
         take_out(layer, name, A0, B0)
+
+
+def check_repeatable(kind: str, path: str, weight, r: int) -> None:
+    """Raise UserError unless a start can be taken out of a layer's weight, (out, in), again."""
+    if not isinstance(weight, Tensor):
+        raise UserError(
+            f"init_lora_weights = {kind!r} took a part out of the unquantized weights, and {path} is in 4 or "
+            "8 bits: load the model unquantized"
+        )
+    check_rank(kind, r, weight.shape)
 
 
 # ---- in a file ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from minilora.adapted import LoraEmbedding
 from minilora.adapters.file import OWN_WEIGHTS, AdapterFile
 from minilora.adapters.peft_format import (
     BASE_BIAS,
@@ -38,7 +39,9 @@ from minilora.adapters.peft_format import (
     B,
     tensor_key,
 )
-from minilora.adapters.vera_files import LAMBDA_B, LAMBDA_D
+from minilora.adapters.vera_files import LAMBDA_B, LAMBDA_D, check_projections
+from minilora.initialize import takes_part_of_base
+from minilora.starts import check_repeatable
 from minilora.system.errors import UserError
 from minilora.system.schema import shown_name
 from minilora.targets import (
@@ -215,6 +218,22 @@ def problems_on(model: nn.Module, adapter: AdapterFile) -> list[Problem]:
             ]
             problems += filter(None, found)
     return problems
+
+
+def check_kind(model: nn.Module, adapter: AdapterFile) -> None:
+    """Raise UserError for a kind of adapter that layers of the model cannot have. Its shapes fit them."""
+    config, layers, chosen = adapter.config, base_layers(model), chosen_layers(adapter, model)
+    linear = {path: layers[path].weight for path in chosen if hasattr(layers[path], "in_features")}
+    if EMBEDDING in chosen:
+        LoraEmbedding.check(config)
+    if takes_part_of_base(config.init_lora_weights):
+        for path, weight in linear.items():
+            check_repeatable(config.init_lora_weights, path, weight, len(adapter.modules[path][A]))
+    if adapter.shared and linear:
+        widest_out, widest_in = map(max, *(weight.shape for weight in linear.values()), (0, 0))
+        check_projections(*adapter.shared, widest_in, widest_out)
+    if any(len(set(rows)) < len(rows) for rows in token_rows(config).values()):
+        raise UserError("trainable_token_indices names one row twice")
 
 
 def _promised(

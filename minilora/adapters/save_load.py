@@ -21,6 +21,7 @@ from minilora.adapted import Adapted, LoraEmbedding, TrainedCopy, TrainedRows, w
 from minilora.adapters.checks import (
     Problem,
     adaptable,
+    check_kind,
     chosen_layers,
     naming,
     problems_alone,
@@ -308,8 +309,8 @@ def put_adapter(
 def fitted(model: nn.Module, adapter: AdapterFile) -> AdapterFile:
     """Return the adapter as this model takes it. Nothing is put on.
 
-    Raises UserError for a configuration that chooses no layer. One UserError lists all missing, unexpected
-    and wrongly shaped tensors.
+    Raises UserError for a configuration that chooses no layer, and for a kind that its layers cannot have.
+    One UserError lists all missing, unexpected and wrongly shaped tensors.
     """
     adapter = adapter.on_tied_base() if model.config.tie_word_embeddings else adapter
     with naming(adapter.directory / ADAPTER_CONFIG_FILE):
@@ -318,6 +319,8 @@ def fitted(model: nn.Module, adapter: AdapterFile) -> AdapterFile:
             raise UserError(_no_layer(model, adapter))
     if problems:
         raise UserError(f"{adapter.directory} does not fit the model: {_summary(problems)}")
+    with naming(f"{adapter.directory} does not fit the model"):
+        check_kind(model, adapter)
     return adapter
 
 

@@ -10,12 +10,25 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from safetensors.torch import load_file, save_file
+from support.adapter_kinds import KINDS, peft_model
 from support.tiny import ids, tiny_model
 
-from minilora import LoraConfig, UserError, add_lora, load_adapter, save_adapter, set_adapter
+from minilora import (
+    LoraConfig,
+    UserError,
+    add_lora,
+    load_adapter,
+    load_model,
+    quantize_4bit,
+    save_adapter,
+    set_adapter,
+)
 from minilora.inference import store as store_module
 from minilora.inference.store import AdapterStore
+from minilora.linear import Linear4bit
 from minilora.mixed import adapters
+from minilora.new_rows import grow_vocabulary
 from minilora.wrapping import adapted_layers, adapter_names
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -354,3 +367,58 @@ def test_after_a_move_no_adapter_is_active_and_the_base_is_as_it_was(stored):
     assert not torch.equal(store.model(ids(1, 7)), base)
     store.use(["b", "a"])
     assert torch.equal(store.model(ids(1, 7)), base)
+
+
+def narrower(folder) -> None:
+    """Cut the matrices that VeRA's layers share."""
+    path = folder / "adapter_model.safetensors"
+    cut = {key: t[:, :20].clone() if key.endswith("vera_A") else t for key, t in load_file(path).items()}
+    save_file(cut, path)
+
+
+REFUSED_KINDS = {
+    "a start in 4 bits": (dict(), dict(init_lora_weights="pissa"), "q_proj is in 4 or 8 bits"),
+    "a rank above a side": (dict(r=30), dict(init_lora_weights="olora"), "lora_rank 30 exceeds"),
+    "a start of the embedding": (
+        dict(target_modules=["embed_tokens"]),
+        dict(init_lora_weights="olora"),
+        "not supported on the embedding",
+    ),
+    "a row twice": (
+        dict(trainable_token_indices=(3, 5)),
+        dict(trainable_token_indices=[3, 3]),
+        "names one row twice",
+    ),
+    "small shared matrices": (dict(use_vera=True, lora_alpha=64), {}, "too small for 24 inputs"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_KINDS)
+def test_a_kind_that_the_model_cannot_have_is_refused_when_it_is_registered(kind, tmp_path):
+    config, keys, said = REFUSED_KINDS[kind]
+    write_adapter(tmp_path, 0, **config)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    if config.get("use_vera"):
+        narrower(tmp_path)
+    model = tiny_model()
+    if "4 bits" in kind:
+        for name, layer in list(model.model.layers.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                model.model.layers.set_submodule(name, Linear4bit(quantize_4bit(layer.weight.data), None))
+    store = AdapterStore(model)
+    with pytest.raises(UserError, match=said):
+        store.register("odd", tmp_path)
+    assert store.names == [] and adapter_names(model) == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_that_peft_writes_can_be_put_on_once_it_is_registered(kind, tmp_path):
+    peft_model(KINDS[kind], tmp_path / "base").save_pretrained(tmp_path / "adapter")
+    model = load_model(tmp_path / "base")
+    grow_vocabulary(model, KINDS[kind].vocab_size or 0)
+    store = AdapterStore(model)
+    store.register("it", tmp_path / "adapter")
+    store.use(["it"])
+    assert adapter_names(model) == ["it"]
