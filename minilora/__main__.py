@@ -39,7 +39,7 @@ def list_or_refuse(word: str) -> None:
     print("usage: minilora COMMAND [ARGUMENTS]; minilora COMMAND --help says what it does, and how\n")
     for name in names():
         source = (SCRIPTS / f"{name}.py").read_text(encoding="utf-8")
-        print(f"  {name:<14}{ast.get_docstring(ast.parse(source)).splitlines()[0]}")
+        print(f"  {name:<16}{ast.get_docstring(ast.parse(source)).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@
 
 No gradient crosses from one row to another, so each run takes the steps that it takes alone. What decides the
 model, the batches and their order must be the same. What belongs to the adapter and its optimizer may differ.
-With dropout, a run drops what it drops alone if the others that drop anything adapt the same layers. Else its
-seeds are others, of the same generator.
+With dropout, a run drops what it drops alone.
 
 Activations are as many times as large as there are runs. The ledger is asked for all of them; runs that do
 not fit together are trained in halves.
@@ -137,16 +136,9 @@ def memory_together(plans: Sequence[Plan]) -> MemoryPlan:
     found = []
     for one, own in zip(plans, trained, strict=True):
         config = replace(one.config, per_device_eval_batch_size=rows)
-        sizes = (
-            config,
-            one.model_config,
-            one.lora,
-            one.placement,
-            repeated(one.order, count),
-            longest,
-            lengths,
-        )
-        found.append(plan_memory(*sizes, stored.quantized_layers(), beside=sum(trained) - own))
+        order, beside = repeated(one.order, count), sum(trained) - own
+        what = config, one.model_config, one.lora, one.placement, order, longest, lengths
+        found.append(plan_memory(*what, stored.quantized_layers(), beside))
     memory = max(found, key=lambda each: each.peak)
     return replace(memory, eval_batch_size=max(1, memory.eval_batch_size // count))
 
