@@ -2,6 +2,7 @@
 
 import json
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,40 @@ def test_runs_at_other_steps_go_on_in_parts(call, place):
     assert out.count("after step 3 of 6") == 2 and out.count("after step 6 of 6") == 1
     for name in FEW:
         assert_equal_adapters(place / "alone" / name, place / "together" / name)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_do_not_fit_are_trained_in_halves_each_on_a_model_of_its_own(call, place, monkeypatch):
+    import train_together
+
+    from minilora.memory.ledger import MARGIN
+    from minilora.run import plan, together
+
+    original, predict, models, room = train_together.load_base_model, together.memory_together, [], []
+
+    def ask(plans):
+        if not room:  # as much is free as the larger half needs
+            room.append(MARGIN * max(predict(half).peak for half in (plans[:2], plans[2:])))
+        return predict(plans)
+
+    def load(*arguments):
+        assert all(model() is None for model in models)  # the first half's is gone
+        model = original(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(plan, "process_memory", lambda: 0)
+    monkeypatch.setattr(together, "memory_together", ask)
+    monkeypatch.setattr(together, "available_memory", lambda _: room[0])
+    monkeypatch.setattr(train_together, "load_base_model", load)
+    runs = {name: RUNS[name] for name in ("plain", "dropped", "rank", "dora")}
+    train_each(call, write_settings(place / "alone", runs, max_steps=2))
+    out = train_all(call, write_settings(place / "together", runs, max_steps=2))
+    assert "memory     4 runs together need" in out and len(models) == 2
+    for name in runs:
+        assert_equal_runs(place / "alone" / name, place / "together" / name)
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
