@@ -13,10 +13,10 @@
 
 All other keys are the trainer's: --quantization_bit 4, --bf16.
 
-Together: every request is sent at once, and the batch is a mixture of all adapters. One after the other: the
-requests of an adapter are sent at once, and those of the next when all of them are answered, as a server must
-that changes its adapter. Each answer has --tokens tokens unless it ends itself, so tokens are counted. Memory
-is the process's own, with the clients in it, after a tenth of the requests and at the end.
+Together: up to 128 requests are sent at once, and the batch is a mixture of all adapters. One after the
+other: the requests of an adapter are sent so, and those of the next when all of them are answered, as a
+server must that changes its adapter. Tokens are counted, since an answer may end itself before --tokens.
+Memory is the process's own, with the clients in it, after a tenth of the requests and at the end.
 """
 
 if __name__ == "__main__":
@@ -31,7 +31,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx2
@@ -130,17 +130,21 @@ def compare(address: str, bodies: Sequence[dict], names: Sequence[str], once: bo
 
 
 async def ask(address: str, *groups: Sequence[dict]) -> float:
-    """Send the requests of each group at once, one group after the other. Returns tokens written a second."""
+    """Send the requests of each group, CLIENTS at once, then those of the next. Returns tokens a second."""
     limits = httpx2.Limits(max_connections=CLIENTS)
     async with httpx2.AsyncClient(base_url=address, timeout=None, limits=limits) as client:
 
-        async def tokens_of(body: dict) -> int:
-            answer = await client.post("/completions", json=body)
-            return answer.raise_for_status().json()["usage"]["completion_tokens"]
+        async def send(bodies: Iterator[dict]) -> int:  # one after the other; others send from the same list
+            written = 0
+            for body in bodies:
+                answer = await client.post("/completions", json=body)
+                written += answer.raise_for_status().json()["usage"]["completion_tokens"]
+            return written
 
         began, written = time.perf_counter(), 0
         for group in groups:
-            written += sum(await asyncio.gather(*map(tokens_of, group)))
+            bodies = iter(group)
+            written += sum(await asyncio.gather(*(send(bodies) for _ in range(CLIENTS))))
         return written / (time.perf_counter() - began)
 
 
