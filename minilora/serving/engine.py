@@ -245,7 +245,12 @@ class Engine:
         tokens = next_tokens(logits, [row.sampler for row in rows])
         self.counts.generation_tokens += len(tokens)
         for row, token in zip(list(rows), tokens, strict=True):
-            piece = row.answer.add(token)
+            try:
+                piece = row.answer.add(token)
+            except Exception as error:  # an adapter may bring a tokenizer that is broken
+                self._remove(self.rows.index(row))
+                self._fail([row.request], error)
+                continue
             if piece.is_last:
                 self._remove(self.rows.index(row))
             _tell(row.request, piece)

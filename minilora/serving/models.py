@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from minilora.data.chat import ChatTemplate, load_chat_template
 from minilora.data.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ class Models:
 
     def __init__(self, setup: InferenceSetup, model: CausalLM, base_name: str, keys: Sequence[str]):
         self.setup, self.model, self.keys = setup, model, keys
-        self.tokenizers = {setup.tokenizer.fingerprint: setup.tokenizer}
+        self.tokenizers = WeakValueDictionary({setup.tokenizer.fingerprint: setup.tokenizer})
         self.vocab_size = model.model.embed_tokens.weight.shape[0]
         base = self._served(base_name, None, str(setup.base), setup.tokenizer, setup.template)
         self.base_name, self.by_name = base_name, {base_name: base}

@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 
-import httpx2 as httpx
 import pytest
 from support.project import PROGRAM_ENVIRONMENT, ROOT
 from support.serving import save_adapters
 
 from minilora.serving.sizes import FEWEST, SLOTS, choose_sizes
+
+httpx = pytest.importorskip("httpx2", reason="it comes with huggingface_hub")
+pytest.importorskip("uvicorn", reason="an extra: serve")
 
 
 @pytest.fixture(scope="module")

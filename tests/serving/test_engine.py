@@ -197,6 +197,25 @@ def test_an_error_in_a_step_fails_its_requests_and_no_others(model, monkeypatch,
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_tokenizer_that_breaks_fails_its_request_alone(model, engine_on, monkeypatch):
+    engine, said = engine_on(model), Said()
+
+    class Broken:
+        def is_text(self, token):
+            raise UserError("tokenizer.json: no such token")
+
+    for name in ("one", "two"):
+        request = request_for(
+            [7], name, GenerationSettings(max_new_tokens=3), end_ids=(), tell=said.as_(name)
+        )
+        request.tokenizer = Broken() if name == "one" else request.tokenizer
+        engine.submit(request)
+    while engine.rows or engine.waiting:
+        engine.step()
+    assert said.last("one").error == "tokenizer.json: no such token"
+    assert said.last("two").finish_reason == "length"
+
+
 def test_an_adapter_that_cannot_be_loaded_fails_its_request_alone(model, monkeypatch, engine_on):
     engine, said = engine_on(model), Said()
 

@@ -4,13 +4,12 @@ import asyncio
 import gc
 import json
 import random
+import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import httpx2 as httpx
-import openai
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +23,8 @@ from minilora.inference.assistant import Assistant, GenerationSettings
 from minilora.inference.load import prepare_inference
 from minilora.serving.server import Limits, load_app, running
 
+openai = pytest.importorskip("openai", reason="the client that asks the server")
+httpx = pytest.importorskip("httpx2", reason="it comes with openai")
 NAMES = [f"a{i}" for i in range(8)]
 KEY = "sk-of-this-test"
 KEYS = ["--bf16", "false", "--template", "alpaca"]
@@ -160,6 +161,22 @@ def test_models_are_the_base_and_each_adapter_with_its_parent(client, folder):
     assert listed["a0"].root == str(folder / "a0")
 
 
+def test_each_adapter_has_the_chat_template_of_its_own_run(folder, tmp_path, alone):
+    for name, template in (("a2", "alpaca"), ("a3", "plain")):
+        shutil.copytree(folder / name, tmp_path / name)
+        (tmp_path / name / "training_config.yaml").write_text(
+            f"template: {template}\nquantization_bit: none\n"
+        )
+    keys = ["--bf16", "false"]
+    setup = prepare_inference(None, [str(tmp_path / "a2"), str(tmp_path / "a3")], keys)
+    app = load_app(setup, keys, "base", Limits(max_num_seqs=2))
+    templates = {name: served.template.name for name, served in app.models.by_name.items()}
+    assert templates == {"base": "alpaca", "a2": "alpaca", "a3": "plain"}
+    with running(app) as address, openai.OpenAI(base_url=address, api_key="none") as client:
+        answer = client.chat.completions.create(model="a2", messages=user("the fox"), max_tokens=6)
+        assert answer.choices[0].message.content == alone("a2", user("the fox"), max_new_tokens=6)
+
+
 def test_two_hundred_streams_at_once_are_each_as_alone(address, alone):
     draw = random.Random(3)
     asked = [
@@ -249,6 +266,12 @@ def test_bodies_have_limits_and_a_type(http):
     assert http.get("/completions").status_code == 405 and http.get("/nothing").status_code == 404
 
 
+def test_a_body_that_does_not_come_is_given_up(address, monkeypatch):
+    monkeypatch.setattr("minilora.serving.app.SECONDS", 0.2)
+    with send(address, dict(model="a0"), cut=3) as connection:
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -293,14 +316,14 @@ def test_a_full_queue_is_429_and_a_stopped_engine_503(app, client, monkeypatch):
 # ---- clients that leave, adapters that come and go ----------------------------------------------------------
 
 
-def send(address: str, body: dict) -> socket.socket:
-    """Send a request by hand, and return the open connection."""
+def send(address: str, body: dict, cut: int = 0) -> socket.socket:
+    """Send a request by hand, but for its last bytes, and return the open connection."""
     host, port = address.removeprefix("http://").removesuffix("/v1").split(":")
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     connection = socket.create_connection((host, int(port)))
-    connection.sendall(head.encode() + content)
+    connection.sendall(head.encode() + content[: len(content) - cut])
     return connection
 
 
