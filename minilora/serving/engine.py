@@ -34,7 +34,6 @@ from minilora.serving.slots import SlotCache
 from minilora.system.errors import UserError, one_line
 
 PROMPT_TOKENS = 2048  # that are read between two steps at most, padding included; or one prompt
-
 STOPS = "the server stops"
 
 
@@ -182,6 +181,8 @@ class Engine:
             ready = [job for job in self.jobs if job.adapter is None or job.adapter not in used]
             self.jobs = [job for job in self.jobs if job not in ready]
         for job in ready:
+            if not job.future.set_running_or_notify_cancel():
+                continue
             self._unmix()
             try:
                 job.future.set_result(job.function())
