@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
     work: int  # at most, while a step runs
 
     def __str__(self) -> str:
-        held = f"{self.cache / 2**30:.2f} GiB for keys and values, {self.work / 2**30:.2f} GiB at work"
+        held = f"{_shown(self.cache)} for keys and values, {_shown(self.work)} at work"
         return f"{self.slots} answers at once, of {self.max_length} tokens with their prompts: {held}"
 
 
@@ -59,9 +59,13 @@ def choose_sizes(
             if free is None or MARGIN * (sizes.cache + sizes.work) <= free:
                 return sizes
     raise UserError(
-        f"{sizes} do not fit into the {free / 2**30:.2f} GiB that are free; lower --max_num_seqs or "
+        f"{sizes} do not fit into the {_shown(free)} that are free; lower --max_num_seqs or "
         "--max_model_len, or quantize the weights with --quantization_bit 4"
     )
+
+
+def _shown(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _sizes(config: ModelConfig, dtype: torch.dtype, device: str, slots: int, length: int) -> Sizes:
