@@ -24,7 +24,7 @@ VALUES = {  # field: values that it cannot have
     "rms_norm_eps": ("1e-6", nan, inf, -1e-6, True, [], {}),
     "rope_theta": (0, True, -1, nan, inf, "10000", [], False),
     "rope_scaling": (
-        5, "linear", [], [1], True, {"rope_type": "yarn", "factor": 2.0}, {"rope_type": 5}, {"rope_type": []},
+        5, "linear", [], [1], True, {"rope_type": "yarn", "factor": 0}, {"rope_type": 5}, {"rope_type": []},
         {"rope_type": "linear"}, {"rope_type": "linear", "factor": "2"}, {"rope_type": "linear", "factor": nan},
         {"rope_type": "linear", "factor": 0}, {"rope_type": "linear", "factor": -2},
         {"rope_type": "linear", "factor": True}, {"rope_type": "llama3", "factor": 8.0},
