@@ -40,12 +40,13 @@ from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
 from minilora.optim import make_optimizer, set_learning_rate
+from minilora.parallel.passes import catch_up, gathered_on_reading
 from minilora.recompute import set_recompute
 from minilora.run import checkpoints, report
 from minilora.run.divergence import explain_not_finite
 from minilora.run.full import load_trained, save_trained
 from minilora.run.plan import Plan, make_plan
-from minilora.run.random_state import random_state, seeded, set_random_state
+from minilora.run.random_state import seeded
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.run.stop_signal import StopSignal
 from minilora.run.tracker import StepMetrics, Tracker
@@ -69,7 +70,7 @@ def train(config: TrainConfig, processes: Processes, plan: Plan | None = None) -
     report.print_model(model)
     run = start(plan, model, started)  # optimizer and loss scale, from zero or from a checkpoint
     fit(plan, run)  # steps, evaluations, checkpoints
-    if processes.main:
+    if processes.main or plan.sharded:
         finish(plan, run)  # adapter, metrics, pictures, model card
 
 
@@ -128,11 +129,13 @@ def build_model(plan: Plan) -> CausalLM:
     torch.manual_seed(config.seed)
     set_fused(config.fused)
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
-    model = load_base_model(plan.model_dir, config, plan.placement, plan.model_config.vocab_size)
-    if adapter := plan.checkpoint or plan.start_adapter:
-        load_trained(plan, model, adapter)
-    else:
-        add_lora(model, plan.lora, original=partial(original_weight, plan.model_dir))
+    rows, sharers = plan.model_config.vocab_size, plan.processes if plan.sharded else None
+    model = load_base_model(plan.model_dir, config, plan.placement, rows, sharers)
+    with gathered_on_reading(model):
+        if adapter := plan.checkpoint or plan.start_adapter:
+            load_trained(plan, model, adapter)
+        else:
+            add_lora(model, plan.lora, original=partial(original_weight, plan.model_dir))
     set_recompute(model, plan.memory.policies)
     return model.train()
 
@@ -142,18 +145,14 @@ def build_model(plan: Plan) -> CausalLM:
 
 def start(plan: Plan, model: CausalLM, started: float) -> Run:
     """Make the optimizer and the loss scale, open the output, and restore the state of a checkpoint."""
-    config, device, processes = plan.config, plan.placement.device, plan.processes
     trainable = trainable_parameters(model)
     assert {p.dtype for p in trainable.values()} == {torch.float32}, "adapters are float32 in any dtype"
-    optimizer = make_optimizer(config.optim, trainable, **config.optimizer_settings())
-    loss_scale = LossScale(device, enabled=plan.placement.dtype == torch.float16)
-    checkpoints.check_fits(plan.state, config, plan.lora, model, optimizer, loss_scale)
+    optimizer = make_optimizer(plan.config.optim, trainable, **plan.config.optimizer_settings())
+    loss_scale = LossScale(plan.placement.device, enabled=plan.placement.dtype == torch.float16)
+    checkpoints.check_fits(plan.state, plan.config, plan.lora, model, optimizer, loss_scale)
     run = Run(model, trainable, optimizer, loss_scale, report.open_output(plan), started)
-    if processes.rank:
-        torch.manual_seed(config.seed + processes.rank)  # each process draws dropout masks of its own
     if plan.checkpoint is not None:
         run.load_state_dict(plan.state)
-        set_random_state(plan.state["random"][processes.rank], device)
     return run
 
 
@@ -182,7 +181,8 @@ def fit(plan: Plan, run: Run) -> None:
                 report.end_interrupted(plan, run, saved)
     stop.release()
     tracker.close()
-    plan.processes.leave()
+    if not plan.sharded:
+        plan.processes.leave()
 
 
 def optimizer_step(plan: Plan, run: Run, stop: StopSignal, accumulate=None) -> tuple[StepMetrics, bool]:
@@ -221,6 +221,7 @@ def accumulate_gradients(plan: Plan, run: Run) -> tuple[Tensor, int]:
         part = causal_lm_loss(run.model, input_ids, labels, documents) / supervised
         run.loss_scale.backward(part)
         loss, tokens = loss + part.detach(), tokens + input_ids.numel()
+    catch_up(run.model, plan.processes, len(batches))
     return loss, tokens
 
 
@@ -232,6 +233,7 @@ def evaluate(plan: Plan, run: Run, measure=None) -> bool:
     share = plan.processes.share(plan.eval_set.examples)
     how = plan.memory.eval_batch_size, plan.tokenizer.pad_id, plan.config.padding_free
     loss = (measure or evaluate_loss)(run.model, share, *how) if share else 0.0
+    catch_up(run.model, plan.processes, len(plan.eval_set.examples), plan.memory.eval_batch_size)
     loss = plan.processes.mean(loss, weight=sum(example.supervised for example in share))
     run.tracker.log(step=run.step, eval_loss=loss)
     better = run.step > 0 and loss < run.best["loss"]
@@ -263,11 +265,9 @@ def compare_answers(plan: Plan, model: CausalLM) -> dict[str, str]:
 def save_checkpoint(plan: Plan, run: Run) -> Path:
     """Write `checkpoint-<step>`, and delete the oldest ones beyond `save_total_limit` except the best one."""
     config, directory = plan.config, plan.output_dir / f"checkpoint-{run.step}"
-    generators = plan.processes.gather(random_state(plan.placement.device))
     if plan.processes.main:
-        write_adapter = partial(save_trained, plan, run.model, is_checkpoint=True)
-        state = run.state_dict() | {"training": plan.training, "random": generators}
-        checkpoints.write_checkpoint(directory, write_adapter, state)
+        write, state = partial(save_trained, plan, run.model, is_checkpoint=True), run.state_dict()
+        checkpoints.write_checkpoint(directory, write, state | {"training": plan.training})
         if plan.destinations and config.hub_strategy == "every_save":
             report.share_checkpoint(plan, run, directory)
         if (limit := config.save_total_limit) is not None:
@@ -283,14 +283,17 @@ def finish(plan: Plan, run: Run) -> None:
         load_trained(plan, model, directory / f"checkpoint-{best['step']}")
     report.print_saved_step(plan, run)
     model.eval()
-    save_trained(plan, model, directory)
-    report.draw_curves(plan, run)
+    if plan.processes.main:
+        save_trained(plan, model, directory)
+        report.draw_curves(plan, run)
     figures = report.training_figures(plan, run)
     if plan.prompts:
-        figures |= compare_answers(plan, model)
-    report.write_model_card(plan, figures)
-    report.print_findings(plan)
-    report.publish(plan, run)
+        figures |= compare_answers(plan, model)  # by all processes that share the model
+    plan.processes.leave()
+    if plan.processes.main:
+        report.write_model_card(plan, figures)
+        report.print_findings(plan)
+        report.publish(plan, run)
 
 
 if __name__ == "__main__":

@@ -97,10 +97,13 @@ class PickledFile:
         return self.Entry(self._tensors[name])
 
     class Entry:
-        """The header of one tensor."""
+        """The header of one tensor; an index reads a part of it."""
 
         def __init__(self, tensor: Tensor):
             self._tensor = tensor
+
+        def __getitem__(self, index: slice) -> Tensor:
+            return self._tensor[index]
 
         def get_shape(self) -> list[int]:
             return list(self._tensor.shape)

@@ -97,7 +97,7 @@ def load_model(
             weight = _quantized(stored, name, quant, device)
             model.set_submodule(parent, quantized_layer(weight, layer.bias))
         else:
-            weight = _finite(stored.read(name, dtype, device), name, directory)
+            weight = check_finite_in(stored.read(name, dtype, device), name, directory)
             setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
     model.tie_weights()
     return model.eval()
@@ -138,7 +138,7 @@ def original_weight(directory: Path, layer: str) -> Tensor:
     stored, name = StoredTensors(directory), f"{layer}.weight"
     if name in stored.quantized:
         raise UserError(f"{directory} holds {name} in 4 or 8 bits, and not as it was before")
-    return _finite(stored.read(name, torch.float32, "cpu"), name, directory)
+    return check_finite_in(stored.read(name, torch.float32, "cpu"), name, directory)
 
 
 def _quantized(
@@ -147,12 +147,12 @@ def _quantized(
     """A weight quantized from the file's dtype: the compute dtype must not round it first."""
     weight = stored.read(name, None, device, copy=False)
     try:
-        return quantize(_finite(weight, name, stored.directory) if quant.bits == 8 else weight, quant)
+        return quantize(check_finite_in(weight, name, stored.directory) if quant.bits == 8 else weight, quant)
     except UserError as error:
         raise UserError(f"{name} in {stored.directory}: {error}") from error
 
 
-def _finite(weight: Tensor, name: str, directory: Path) -> Tensor:
+def check_finite_in(weight: Tensor, name: str, directory: Path) -> Tensor:
     """The weight. Raises UserError if a number in it is infinite or NaN: then its extremes are, too."""
     if not torch.stack(torch.aminmax(weight)).isfinite().all():  # faster than to ask all of them
         raise UserError(
@@ -187,9 +187,9 @@ class StoredTensors:
                     self.shapes[name] = tuple(entry.get_shape())
                     self.dtypes[name] = entry.get_dtype()
         refuse_foreign_tensors(directory, self.files)
-        self._in_4_bits = group_entries(self.files)
+        self.in_4_bits = group_entries(self.files)
         # Weights in 4 or 8 bits: name -> the names of its entries.
-        self.quantized = self._in_4_bits | group_int8_entries(self.files)
+        self.quantized = self.in_4_bits | group_int8_entries(self.files)
 
     @property
     def prequantized(self) -> bool:
@@ -214,7 +214,7 @@ class StoredTensors:
             # Nested blocks of 256 stay; `from_bitsandbytes` makes others float32.
             nested = nested_blocks and nested_blocks == -(-blocks // NESTED_BLOCK_SIZE)
             scales = blocks + 4 * nested_blocks + 4 if nested else 4 * (blocks + rows)
-            layers[layer] = InFiles(4 if name in self._in_4_bits else 8, scales)
+            layers[layer] = InFiles(4 if name in self.in_4_bits else 8, scales)
         return layers
 
     def applicable(self, quant: QuantConfig | None) -> QuantConfig | None:
@@ -222,7 +222,7 @@ class StoredTensors:
 
         Raises UserError if `quant` asks for 8 bits and the files hold 4, which can only be a mistake.
         """
-        if quant is not None and quant.bits == 8 and self._in_4_bits:
+        if quant is not None and quant.bits == 8 and self.in_4_bits:
             raise UserError(
                 f"the weights in {self.directory} are quantized to 4 bits already; "
                 "load them without quantization to 8 bits, or take unquantized ones"
@@ -279,15 +279,25 @@ class StoredTensors:
         entries that contradict one another.
         """
         entries = {entry: self.read(entry, None, "cpu") for entry in self.quantized[name]}
-        if name in self._in_4_bits:
+        if name in self.in_4_bits:
             weight = from_bitsandbytes(entries, name)
         else:
             weight = from_bitsandbytes_int8(entries, name, dtype)
-        if tuple(weight.shape) != shape:
+        return self.check_shape(weight, name, shape).to(device)
+
+    def check_shape(self, weight: QuantizedWeight, name: str, shape: tuple[int, ...]) -> QuantizedWeight:
+        """The weight. Raises UserError if its entries give it another shape than the model."""
+        if tuple(weight.shape) != tuple(shape):
             raise UserError(
-                f"{name} in {self.directory} is {tuple(weight.shape)}, {MODEL_CONFIG_FILE} says {shape}"
+                f"{name} in {self.directory} is {tuple(weight.shape)}, "
+                f"{MODEL_CONFIG_FILE} says {tuple(shape)}"
             )
-        return weight.to(device)
+        return weight
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the files."""
+        with open_weights(self.files[name]) as file:
+            return file.get_slice(name)[:1].dtype
 
 
 def save_model(model: CausalLM, directory: str | Path) -> None:

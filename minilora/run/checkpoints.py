@@ -9,10 +9,13 @@
 
 `training_state` is a folder because servers read every *.safetensors file beside an adapter.
 
-The result of step n + 1 depends on the adapter, the optimizer's state, the loss scale, the random generators
-(dropout) and n itself; the data order and the learning rate are pure functions of n. A checkpoint saves all
-of these and restores them bit for bit. The result also depends on the user's settings, model and data. A
-resume compares them and refuses any difference by name.
+The result of step n + 1 depends on the adapter, the optimizer's state, the loss scale and n itself; the data
+order, the learning rate and dropout (random_state.py) are pure functions of n. A checkpoint saves all of
+these and restores them bit for bit. The result also depends on the user's settings, model and data. A resume
+compares them and refuses any difference by name.
+
+How many processes compute a step changes no more than the order of its sums. So a run may go on with another
+number of them, as long as a step has the same micro-batches: gradient_accumulation_steps x processes.
 
 A checkpoint is complete or does not exist. Its files are first written to `checkpoint-40.part` and forced to
 disk. Then one atomic rename gives the folder its name. Older checkpoints are deleted after that, and they
@@ -45,8 +48,7 @@ from minilora.config import LoraConfig
 from minilora.formats.weights import MODEL_CONFIG_FILE, SINGLE_FILE, save_tensors
 from minilora.lora import lora_layers
 from minilora.loss_scale import LossScale
-from minilora.run.random_state import random_state, set_random_state
-from minilora.run.saved_state import check_optimizer, check_state, same_tensors
+from minilora.run.saved_state import check_optimizer, check_state
 from minilora.run.settings import TrainConfig
 from minilora.system.errors import UserError, summarize
 from minilora.system.files import read_json, sync, write_whole
@@ -227,7 +229,7 @@ def find_checkpoint(directory: Path) -> tuple[Path | None, dict, list[str]]:
 
 
 def find_resumed(
-    config: TrainConfig, lora: LoraConfig, training: dict, total_steps: int, device: torch.device
+    config: TrainConfig, lora: LoraConfig, training: dict, total_steps: int
 ) -> tuple[Path | None, dict]:
     """Return the checkpoint to resume from and its state, or (None, {}) for a run that starts at step 0.
 
@@ -255,7 +257,6 @@ def find_resumed(
     check_same_training(state["training"], training, config.may_change(), checkpoint)
     if config.finetuning_type == "lora":
         _check_adapter(checkpoint, lora)
-    _check_generators(state["random"], training["the number of processes"], device, checkpoint)
     if state["step"] > total_steps:
         raise UserError(
             f"{checkpoint} is beyond the {total_steps} steps of this training; "
@@ -281,6 +282,7 @@ def check_same_training(saved: dict, now: dict, may_change: set[str], checkpoint
     """
     now = json.loads(json.dumps(now))  # as `saved` went through JSON: tuples are lists
     saved = asdict(TrainConfig()) | saved
+    may_change = may_change | _check_micro_batches(saved, now, checkpoint)
     changed = [
         f"{shown_name(name)} is {shown(now.get(name))} here, {shown(saved.get(name))} there"
         for name in sorted((saved.keys() | now.keys()) - may_change)
@@ -289,6 +291,24 @@ def check_same_training(saved: dict, now: dict, may_change: set[str], checkpoint
     if changed:
         fix = "set it back, or start anew in another output_dir without resume_from_checkpoint"
         raise UserError(f"{checkpoint} belongs to another training: {summarize(changed)}; {fix}")
+
+
+def _check_micro_batches(saved: dict, now: dict, checkpoint: Path) -> set[str]:
+    """Return the keys that may change while a step has the same micro-batches. Raises UserError if not."""
+    keys = ("gradient_accumulation_steps", "the number of processes")
+    values = [training.get(key) for training in (saved, now) for key in keys]
+    if any(type(value) is not int for value in values):  # a damaged state: the comparison names it
+        return set()
+    there, here, processes = values[0] * values[1], values[2] * values[3], values[3]
+    if there == here or values[1] == processes:
+        return set(keys) if there == here else set()
+    mend = f"set gradient_accumulation_steps to {there // processes}"
+    if there % processes or not there:
+        mend = f"start a number of processes that divides {there}"
+    raise UserError(
+        f"{checkpoint} has {there} micro-batches in a step, of {values[1]} processes, and this run "
+        f"{values[2]} x {processes}: {mend}"
+    )
 
 
 def _check_adapter(checkpoint: Path, lora: LoraConfig) -> None:
@@ -300,20 +320,6 @@ def _check_adapter(checkpoint: Path, lora: LoraConfig) -> None:
                 f"{checkpoint / ADAPTER_CONFIG_FILE} says {name} = {getattr(saved, name)}, and the settings "
                 f"of this training {getattr(lora, name)}; take another checkpoint"
             )
-
-
-def _check_generators(saved: list[dict], processes: int, device: torch.device, checkpoint: Path) -> None:
-    """Raise UserError for states that the random generators do not accept, by trying them."""
-    before = random_state(device)
-    try:
-        if len(saved) != processes or not all(same_tensors(state, before) for state in saved):
-            raise ValueError(f"they are not {processes} states of this version's generators")
-        for state in saved:
-            set_random_state(state, device)
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise UserError(f"{checkpoint} holds no usable state of the random generators: {error}") from error
-    finally:
-        set_random_state(before, device)
 
 
 def check_fits(

@@ -55,7 +55,8 @@ def explain_not_finite(
         run.lost.append(run.step)
     last = range(run.step - LOST_IN_A_ROW + 1, run.step + 1)
     if run.loss_scale.diverged or run.lost[-LOST_IN_A_ROW:] == list(last):
-        raise UserError(_reason(plan, run, loss, norm, list(micro_batches)))
+        again = [] if plan.sharded else list(micro_batches)  # ranks would not stop at the same layer
+        raise UserError(_reason(plan, run, loss, norm, again))
     if not math.isfinite(loss):
         run.tracker.say(f"step {run.step}: loss {loss:g}: an activation overflows float16; step skipped")
 

@@ -22,6 +22,7 @@ from minilora.formats.config_json import to_config_json
 from minilora.formats.weights import MODEL_CONFIG_FILE, SINGLE_FILE, save_tensors
 from minilora.lora import add_lora, remove_lora
 from minilora.model import CausalLM
+from minilora.parallel.passes import gathered_on_reading
 from minilora.quantization import FLOATS
 from minilora.run.plan import Plan
 from minilora.system.errors import UserError
@@ -50,7 +51,8 @@ def load_trained(plan: Plan, model: CausalLM, directory: Path, name: str | None 
         name = name or active_adapter(model) or "default"
         if name in adapter_names(model):
             remove_lora(model, name)
-        return load_adapter(model, directory, name, **plan.as_trained)
+        with gathered_on_reading(model):
+            return load_adapter(model, directory, name, **plan.as_trained)
     if not adapted_layers(model):
         add_lora(model, plan.lora)
     stored, weights = load_file(directory / SINGLE_FILE), trained_weights(model)

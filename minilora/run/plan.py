@@ -38,6 +38,7 @@ from minilora.memory.ledger import (
 from minilora.memory.planner import choose_recompute
 from minilora.memory.stored_layers import InFiles
 from minilora.optim import Schedule
+from minilora.parallel.choice import check_sharded, choose_parallel, least
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.curves import Curve, make_curve
 from minilora.run.datasets import load_datasets, token_settings
@@ -125,6 +126,11 @@ class Plan:
         return self.config.finetuning_type == "full"
 
     @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the frozen weights: see `minilora.parallel`."""
+        return choose_parallel(self.config.parallel, self.processes)
+
+    @property
     def as_trained(self) -> dict:
         """What `load_adapter` must know of this run's adapter and its files do not say."""
         return dict(lora_fa=self.lora.lora_fa, lora_dropout=self.lora.lora_dropout, started=self.lora)
@@ -191,6 +197,9 @@ def make_plan(config: TrainConfig, processes: Processes, like: Plan | None = Non
         )
     tokenizer = load_run_tokenizer(config, start_adapter if has_tokenizer(start_adapter) else model_dir)
     lora, model_config = choose_vocabulary(config, lora, model_config, tokenizer)
+    sharded = choose_parallel(config.parallel, processes)
+    if sharded:
+        check_sharded(lora, base_config, model_config)
     if like is not None:
         template, train_set, eval_set = like.template, like.train_set, like.eval_set
     else:
@@ -204,13 +213,16 @@ def make_plan(config: TrainConfig, processes: Processes, like: Plan | None = Non
         "the fingerprint of the training examples": train_set.fingerprint(),
         "the fingerprint of the held-out examples": eval_set.fingerprint() if eval_set else None,
     }
-    checkpoint, state = find_resumed(config, lora, training, schedule.total_steps, placement.device)
+    checkpoint, state = find_resumed(config, lora, training, schedule.total_steps)
     check_output_dir(config, checkpoint)
     lengths = answer_lengths(answered_rows(config, eval_set), tokenizer, template)
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
     stored.applicable(config.quant_config())  # raises UserError for settings that contradict the files
     quantized = stored.quantized_layers()
     memory = plan_memory(config, model_config, lora, placement, order, longest, lengths, quantized)
+    if sharded:  # all processes take equally many passes
+        batches = least(processes, memory.eval_batch_size, memory.answer_batch_size)
+        memory = replace(memory, eval_batch_size=batches[0], answer_batch_size=batches[1])
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,

@@ -1,21 +1,17 @@
-"""The state of every random generator that a training draws from, as tensors that a checkpoint saves.
+"""The random numbers of a training: every micro-batch seeds its own.
 
-Python's and numpy's generators have states of nested tuples, with a float among whole numbers. Here each is
-one vector of whole numbers, in which the float is its bits. So processes can gather each other's states, and
-no pickle is needed.
-
-Dropout needs none of them: before every micro-batch the CPU's generator, from which its seeds come, is seeded
-from the run's seed, the step and the micro-batch's number in it. So a micro-batch drops the same elements
-whichever process takes it, and whatever else was trained beside it.
+Dropout draws from PyTorch's generator for the CPU (backend/dropout.py). Before each micro-batch, the
+generator is seeded with a function of the run's seed, the step and the number of the micro-batch within the
+step. So a micro-batch drops the same elements whichever process computes it, however many there are, and
+whatever else is trained beside it. A checkpoint saves no state of a generator: step n + 1 does not depend on
+what was drawn before it.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minilora.system.distributed import Processes
 
@@ -23,42 +19,16 @@ Batch = TypeVar("Batch")
 
 
 def seeded(batches: Sequence[Batch], seed: int, step: int, processes: Processes) -> Iterator[Batch]:
-    """Yield this process's micro-batches of a step; the CPU's generator is seeded before each."""
+    """Yield this process's micro-batches of a step, each with a generator that was seeded for it."""
     for number, batch in processes.share(list(enumerate(batches))):
-        (words,) = np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)
-        torch.default_generator.manual_seed(int(words))
+        seed_micro_batch(seed, step, number)
         yield batch
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of this process's random generators: PyTorch's on the CPU and its GPU, numpy's, Python's.
+def seed_micro_batch(seed: int, step: int, number: int) -> None:
+    """Seed PyTorch's generator for the CPU. number: of the micro-batch in its step, over all processes.
 
-    The shapes never change, so that processes can gather each other's states.
+    numpy's SeedSequence mixes the three numbers, so that neighbours give unrelated seeds.
     """
-    _, keys, *counters, normal = np.random.get_state()
-    _, words, gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*keys.tolist(), *counters, _bits(normal)]),
-        "python": torch.tensor([*words, gauss is not None, _bits(gauss or 0.0)]),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Restore the generators to a state that `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    *keys, position, has_normal, normal = state["numpy"].tolist()
-    np.random.set_state(("MT19937", keys, position, has_normal, _number(normal)))
-    *words, has_gauss, gauss = state["python"].tolist()
-    random.setstate((3, tuple(words), _number(gauss) if has_gauss else None))
-
-
-def _bits(value: float) -> int:
-    return int(np.float64(value).view(np.int64))
-
-
-def _number(bits: int) -> float:
-    return float(np.int64(bits).view(np.float64))
+    (mixed,) = np.random.SeedSequence((seed, step, number)).generate_state(1, np.uint64)
+    torch.default_generator.manual_seed(int(mixed >> 1))

@@ -65,10 +65,12 @@ def print_plans(plans: dict[str, Plan]) -> None:
 def _plan_lines(plan: Plan) -> dict[str, str]:
     config, order, processes = plan.config, plan.order, plan.processes.count
     lora, c = plan.lora, plan.model_config
+    shared = ", each with a part of the frozen weights (fsdp)" if plan.sharded else ""
+    alone = "; fsdp has no effect in one process" if config.parallel == "fsdp" else ""
     tokens = sum(order.lengths) / len(order.lengths) * min(order.examples_per_step, len(order.lengths))
     return {
         "model": f"{plan.base_model}: {c.model_type}, {c.num_hidden_layers} layers of width {c.hidden_size}",
-        "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
+        "device": str(plan.placement) + (f"; {processes} processes{shared}" if processes > 1 else alone),
         "adapter": "none: all weights are trained"
         if plan.trains_all
         else f"{describe_kind(lora)}, dropout {lora.lora_dropout:g}, on {describe_targets(lora)}",
@@ -253,7 +255,12 @@ def publish(plan: Plan, run: Run) -> None:
 
 
 def report_answers(plan: Plan, before: list[str], after: list[str], count: int = 4) -> None:
-    """Write the answers of the base model and of the adapted one to answers.jsonl, and print a few."""
+    """Write the answers of the base model and of the adapted one to answers.jsonl, and print a few.
+
+    Processes that share a model have all answered; the main one writes.
+    """
+    if not plan.processes.main:
+        return
     rows = plan.prompts
     write_answers(plan.output_dir, rows, before, after)
     for i in range(0, len(rows), max(1, len(rows) // count))[:count]:

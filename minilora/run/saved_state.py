@@ -3,7 +3,7 @@
 A checkpoint's digests tell that its files are as they were written. They do not tell who wrote them, nor with
 which version of which optimizer. So a resume checks every value that it will use:
 
-    check_state        counters, records, generators: tables of fields, as soon as the file is read
+    check_state        counters, records: tables of fields, as soon as the file is read
     check_optimizer    the moments of every parameter, once the parameters are there: names, shapes, dtypes
 
 A checkpoint that passes can still hold other numbers than the training had. It cannot end in a traceback.
@@ -33,7 +33,7 @@ _STATE = {
     "loss_scale": _OBJECT,
     "tracker": _OBJECT,
     "training": _OBJECT,
-    "random": Field(list, "the generators of each process", required=True, items=dict),
+    "random": Field(list, "nothing any more: checkpoints of old versions hold generators"),
 }
 _BEST = {  # infinite before the first evaluation
     "loss": Field(float, "the lowest held-out loss", required=True, high=math.inf),

@@ -31,6 +31,7 @@ from minilora.data.templates import TEMPLATES
 from minilora.data.truncation import TRUNCATIONS
 from minilora.initialize import check_kind
 from minilora.optim import OPTIMIZERS
+from minilora.parallel.choice import PARALLEL
 from minilora.quantization import QUANT_TYPES
 from minilora.recompute import POLICIES
 from minilora.run import llama_factory
@@ -80,7 +81,7 @@ MAY_CHANGE = set(
     overwrite_output_dir resume_from_checkpoint bf16 fp16 per_device_eval_batch_size
     gradient_checkpointing logging_steps eval_steps eval_delay save_strategy save_steps save_total_limit
     early_stopping_patience exact_match_samples report_to run_name mlflow_tracking_uri push_to_hub
-    hub_private_repo upload hub_strategy
+    hub_private_repo upload hub_strategy parallel fsdp_offload
     """.split()
 )
 
@@ -158,6 +159,8 @@ class TrainConfig:
     fp16: bool = False  # compute in float16, on a GPU only
     fused: bool = True  # LoRA inside its products, one kernel an operation; false: plain definitions
     gradient_checkpointing: str = "auto"  # off, selective, full, offload: less memory; auto: first that fits
+    parallel: str = "ddp"  # under torchrun: ddp, each process holds the model; fsdp, each holds a part of it
+    fsdp_offload: bool = False  # with fsdp: keep that part in the CPU's memory
     seed: int = 42  # seed of adapter, dropout, split and order of the examples
     # watching and saving
     logging_steps: int | float = 10  # steps between two records of the metrics; below 1: a share of all steps
@@ -229,6 +232,7 @@ class TrainConfig:
         _check_choice("lr_scheduler_type", self.lr_scheduler_type, CURVES)
         _check_choice("finetuning_type", self.finetuning_type, ("lora", "full"))
         _check_choice("optim", self.optim, OPTIMIZERS)
+        _check_choice("parallel", self.parallel, PARALLEL)
         _check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
         _check_choice("save_strategy", self.save_strategy, SAVE_STRATEGIES)
         _check_choice("hub_strategy", self.hub_strategy, ("end", "every_save"))
@@ -265,6 +269,8 @@ class TrainConfig:
         for one, other in (("mask_history", "train_on_prompt"), ("packing", "group_by_length")):
             if getattr(self, one) and getattr(self, other):
                 raise UserError(f"{one} and {other} exclude each other; leave one of them out")
+        if self.fsdp_offload and self.parallel != "fsdp":
+            raise UserError("fsdp_offload belongs to parallel = 'fsdp': set that, or leave it out")
         if self.lora_fa and self.loraplus_lr_ratio is not None:
             raise UserError(
                 "loraplus_lr_ratio gives B another learning rate than A, but lora_fa does not train A; "
@@ -298,6 +304,11 @@ class TrainConfig:
             raise UserError(
                 "finetuning_type = 'full' trains all weights, which cannot be quantized: set "
                 "quantization_bit to none"
+            )
+        if self.parallel == "fsdp":
+            raise UserError(
+                "parallel = 'fsdp' divides frozen weights, and finetuning_type = 'full' freezes none: set "
+                "parallel to ddp"
             )
         for name in llama_factory.ADAPTER_KEYS:
             if getattr(self, name) not in (None, False, "true"):

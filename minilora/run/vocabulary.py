@@ -22,8 +22,10 @@ from minilora.data.tokenizer import Tokenizer, load_tokenizer
 from minilora.formats.weights import load_model
 from minilora.model import CausalLM
 from minilora.new_rows import grow_vocabulary
+from minilora.parallel.loading import load_sharded
 from minilora.run.settings import TrainConfig
 from minilora.system.device import Placement
+from minilora.system.distributed import Processes
 from minilora.system.errors import UserError, summarize, until_end
 from minilora.system.schema import shown
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, matching_names, saved_modules
@@ -48,9 +50,16 @@ def load_run_tokenizer(config: TrainConfig, directory: Path) -> Tokenizer:
     return extended
 
 
-def load_base_model(directory: Path, config: TrainConfig, placement: Placement, rows: int) -> CausalLM:
-    """Return the frozen model as the settings store it, with `rows` rows of embedding, or more."""
+def load_base_model(
+    directory: Path, config: TrainConfig, placement: Placement, rows: int, sharers: Processes | None = None
+) -> CausalLM:
+    """Return the frozen model as the settings store it, with `rows` rows of embedding, or more.
+
+    sharers: the processes that each keep a part of it. None: it is whole.
+    """
     where, accepted = (placement.dtype, placement.device), config.accepted_fields()
+    if sharers is not None:
+        return load_sharded(directory, config.quant_config(), *where, sharers, accepted, config.fsdp_offload)
     model = load_model(directory, config.quant_config(), *where, accept_config_fields=accepted)
     grow_vocabulary(model, rows, config.seed)
     return model

@@ -43,6 +43,7 @@ Item = TypeVar("Item")
 START_SECONDS = 300  # how long a process waits for the others to start
 _PATIENCE = timedelta(days=1)  # and later on: NCCL's own 10 minutes are too short for an upload by another
 _MOST_PROCESSES = 100_000
+_LOST = "gloo.*(peer|Broken pipe|[Tt]imed out)|DistBackendError|remote process exited"  # of gloo and NCCL
 _MEND = "start the processes with torchrun, or unset WORLD_SIZE to train in one"
 
 
@@ -118,7 +119,7 @@ class Processes:
 
     def leave(self) -> None:
         """End communication: from here on, every rank works alone."""
-        if self.count > 1:
+        if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     @contextmanager
@@ -126,17 +127,35 @@ class Processes:
         """Silence every rank but 0, and let rank 0 report the mistakes that all ranks find.
 
         Rank 0 then exits, and torchrun ends the other ranks while they wait. A rank that is still running
-        after 5 seconds has found a mistake that rank 0 has not, and reports it itself.
+        after 5 seconds has found a mistake that rank 0 has not, and reports it itself. A rank that was killed
+        is such a mistake, too: the others hear that its connection is closed.
         """
         if self.main:
-            yield
+            with lost_ranks_are_mistakes():
+                yield
             return
         with open(os.devnull, "w", encoding="utf-8", errors="replace") as null, redirect_stdout(null):
             try:
-                yield
+                with lost_ranks_are_mistakes():
+                    yield
             except UserError as error:
                 time.sleep(5)
                 raise UserError(f"rank {self.rank}: {error}") from error
+
+
+@contextmanager
+def lost_ranks_are_mistakes() -> Iterator[None]:
+    """Raise UserError, one line, where communication fails because another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = f"{type(error).__name__}: {error}"
+        if isinstance(error, UserError) or not re.search(_LOST, words):
+            raise
+        raise UserError(
+            "another process of this training has ended; mend what it says, or look whether the system "
+            "killed it (memory?), and go on with --resume_from_checkpoint latest"
+        ) from error
 
 
 # ---- the start ---------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""Memory of a rank: its part of the weights, and two gathered units; which are gathered when."""
+
+import pytest
+
+POLICIES = ("off", "selective", "full")
+
+
+@pytest.fixture(scope="module")
+def seen(run_program, deep_dir, wide_dir):
+    jobs = {f"peak {n}": ("peak", n, dict(directory=deep_dir, small=wide_dir)) for n in (1, 2, 4)}
+    jobs |= {f"held {policy}": ("held", 2, dict(directory=deep_dir, policy=policy)) for policy in POLICIES}
+    return run_program("sharded", jobs)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_peak_of_a_rank_is_its_part_of_the_model_and_a_few_layers(seen, ranks):
+    """Beside what one process needs beside the model. The memory of processes, as the kernel counts it.
+
+    A layer is whole, the next one lies in its message and in gloo's copy of it, and freed memory leaves holes:
+    at most 6 layers of 24.
+    """
+    (alone,) = seen["peak 1"]
+    for rank in seen[f"peak {ranks}"]:
+        model = ranks * rank["kept"]
+        assert model >= 24 * rank["unit"]
+        assert rank["peak"] <= alone["peak"] - model + model / ranks + 6 * rank["unit"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_forward_and_backward_gather_each_layer_once_and_hold_one_at_a_time(seen, policy):
+    """Unit 0 is the embedding, which is the head too. Backward does not read it again."""
+    for rank in seen[f"held {policy}"]:
+        course = [
+            unit
+            for unit, before in zip(rank["opened"], [None, *rank["opened"]], strict=False)
+            if unit != before
+        ]
+        assert course == [*range(25), 0, *range(24, 0, -1)]
+        assert rank["most"] == 1
+
+
+def test_nearly_every_gather_was_begun_before_it_was_needed_and_none_was_in_vain(seen):
+    """25 units to load, and one ahead. A pass opens 50 times; at its end the next one's embedding is ahead."""
+    (one, other) = seen["peak 2"]
+    assert one["gathers"] == other["gathers"] <= 25 + 1 + 50 + 1
