@@ -50,11 +50,9 @@ def head_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, head.weight, labels)
     hidden, targets = _supervised(hidden, labels)  # adapted or quantized: its logits are computed twice
     chunks = zip(*(t.split(rows_at_a_time(head.weight.shape[0])) for t in (hidden, targets)), strict=True)
-
-    def loss(h: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).float(), target, reduction="sum")
-
-    return torch.stack([checkpoint(loss, h, t, parameters=head.parameters()) for h, t in chunks]).sum()
+    loss, parameters = nn.CrossEntropyLoss(reduction="sum"), list(head.parameters())
+    losses = [checkpoint(lambda h, t: loss(head(h).float(), t), *c, parameters=parameters) for c in chunks]
+    return torch.stack(losses).sum()
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ FLOORS = (
     ("mixed", "mixed_layer", "data", "memory", "testing"),
     ("formats",),
     ("adapters",),
+    ("parallel",),
     ("run",),
     ("inference",),
     ("serving",),

@@ -21,7 +21,6 @@ function keeps for backward is valid again as soon as the layer is gathered agai
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,6 @@ from torch import Tensor, nn
 from minilora.int8 import Int8Tensor
 from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear, Weight
 from minilora.quantization import NESTED_BLOCK_SIZE, QuantizedTensor
-
-if TYPE_CHECKING:
-    from minilora.parallel.gathering import Gathering
 
 META = torch.device("meta")
 
@@ -134,7 +130,7 @@ class Sharded:
     """
 
     shards: Shards
-    gathering: "Gathering"
+    gathering: object  # of gathering.py, which stands above
     unit: int
 
     @property
