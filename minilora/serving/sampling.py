@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minilora.backend.copies import to_device
 from minilora.inference.assistant import GenerationSettings
 from minilora.inference.generation import draw, penalize, probabilities
 
@@ -26,12 +27,12 @@ class Sampler:
         self.present: Tensor | None = None  # bool (V,): tokens of the text, where they are punished
         if self.penalty != 1.0:
             self.present = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.present[torch.tensor(prompt, device=device)] = True
+            self.present[to_device(torch.tensor(prompt), device)] = True
 
     def note(self, token: int) -> None:
         """Remember a token of the answer."""
         if self.present is not None:
-            self.present[token] = True
+            self.present[token].fill_(True)
 
 
 def next_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
@@ -39,7 +40,7 @@ def next_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     chosen = torch.empty(len(samplers), dtype=torch.long, device=logits.device)
     for chain in dict.fromkeys(sampler.chain for sampler in samplers):
         rows = [i for i, sampler in enumerate(samplers) if sampler.chain == chain]
-        places = torch.tensor(rows, device=logits.device)
+        places = to_device(torch.tensor(rows), logits.device)
         chosen[places] = _choose(logits[places], [samplers[i] for i in rows])
     tokens = chosen.tolist()
     for sampler, token in zip(samplers, tokens, strict=True):

@@ -31,16 +31,9 @@ def serve(call, monkeypatch):
 
 
 def test_a_dry_run_says_what_would_be_served(serve, folder):
-    code, out, err = serve(
-        "--adapter",
-        folder / "one",
-        "--adapter",
-        f"sql={folder / 'two'}",
-        "--max_num_seqs",
-        3,
-        "--bf16",
-        "false",
-    )
+    two = f"sql={folder / 'two'}"
+    words = "--max_num_seqs 3 --bf16 false".split()
+    code, out, err = serve("--adapter", folder / "one", "--adapter", two, *words)
     assert code == 0 and out == "would serve assets/base, one, sql\n"
     # float32: 2 * 4 layers * 2 heads * 256 tokens * 32 numbers * 4 bytes * 3 slots = 1.5 MiB
     assert "3 answers at once, of 256 tokens with their prompts: 1.5 MiB for keys and values" in err

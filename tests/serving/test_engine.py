@@ -76,12 +76,12 @@ def random_request(draw: random.Random, vocab=1500, names=NAMES):
     return request_for(prompt, draw.choice(names), settings)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_every_answer_has_the_tokens_that_it_has_alone(model, seed, engine_on):
     draw, engine = random.Random(seed), engine_on(model)
     told, requests = tokens_told(engine), []
-    while len(requests) < 25 or engine.rows or engine.waiting:
-        for _ in range(draw.choice([0, 0, 1, 3]) if len(requests) < 25 else 0):
+    while len(requests) < 20 or engine.rows or engine.waiting:
+        for _ in range(draw.choice([0, 0, 1, 3]) if len(requests) < 20 else 0):
             requests.append(random_request(draw))
             engine.submit(requests[-1])
         for text in (engine.cache.keys, engine.cache.values):  # slots that nobody has hold anything
