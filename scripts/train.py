@@ -129,8 +129,7 @@ def build_model(plan: Plan) -> CausalLM:
     torch.manual_seed(config.seed)
     set_fused(config.fused)
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
-    rows, sharers = plan.model_config.vocab_size, plan.processes if plan.sharded else None
-    model = load_base_model(plan.model_dir, config, plan.placement, rows, sharers)
+    model = load_base_model(plan.model_dir, config, plan.placement, plan.model_config.vocab_size, plan.owners)
     with gathered_on_reading(model):
         if adapter := plan.checkpoint or plan.start_adapter:
             load_trained(plan, model, adapter)

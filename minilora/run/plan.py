@@ -131,6 +131,11 @@ class Plan:
         return choose_parallel(self.config.parallel, self.processes)
 
     @property
+    def owners(self) -> Processes | None:
+        """The processes that keep a part of the frozen model each. None: this one has all of it."""
+        return self.processes if self.sharded else None
+
+    @property
     def as_trained(self) -> dict:
         """What `load_adapter` must know of this run's adapter and its files do not say."""
         return dict(lora_fa=self.lora.lora_fa, lora_dropout=self.lora.lora_dropout, started=self.lora)

@@ -51,15 +51,15 @@ def load_run_tokenizer(config: TrainConfig, directory: Path) -> Tokenizer:
 
 
 def load_base_model(
-    directory: Path, config: TrainConfig, placement: Placement, rows: int, sharers: Processes | None = None
+    directory: Path, config: TrainConfig, placement: Placement, rows: int, owners: Processes | None = None
 ) -> CausalLM:
     """Return the frozen model as the settings store it, with `rows` rows of embedding, or more.
 
-    sharers: the processes that each keep a part of it. None: it is whole.
+    owners: the processes that keep a part of it each. None: it is whole.
     """
     where, accepted = (placement.dtype, placement.device), config.accepted_fields()
-    if sharers is not None:
-        return load_sharded(directory, config.quant_config(), *where, sharers, accepted, config.fsdp_offload)
+    if owners is not None:
+        return load_sharded(directory, config.quant_config(), *where, owners, accepted, config.fsdp_offload)
     model = load_model(directory, config.quant_config(), *where, accept_config_fields=accepted)
     grow_vocabulary(model, rows, config.seed)
     return model
