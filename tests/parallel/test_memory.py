@@ -16,8 +16,8 @@ def seen(run_program, deep_dir, wide_dir):
 def test_the_peak_of_a_rank_is_its_part_of_the_model_and_a_few_layers(seen, ranks):
     """Beside what one process needs beside the model. The memory of processes, as the kernel counts it.
 
-    A layer is whole, the next one lies in its message and in gloo's copy of it, and freed memory leaves holes:
-    at most 6 layers of 24.
+    A layer is whole, the next one lies in its message and in gloo's copies of it, with what each rank adds to
+    it: at most 6 layers of 24.
     """
     (alone,) = seen["peak 1"]
     for rank in seen[f"peak {ranks}"]:

@@ -4,6 +4,7 @@ JOBS: name -> [question, ranks, arguments]. Forks the ranks and asks each of the
 called like the question. REPORT: name -> the ranks' answers, in order.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -71,6 +72,8 @@ def peak(processes: Processes, directory: str, small: str) -> dict[str, int]:
 
     A small model goes first: what PyTorch imports and allocates once is there then.
     """
+    M_MMAP_THRESHOLD = -3  # malloc.h. Else what was freed stays in the process, in holes of its heaps
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 14)
     found = {}
     for path in (small, directory):
         before = process_bytes("VmRSS")
