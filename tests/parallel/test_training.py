@@ -16,7 +16,9 @@ RUN = dict(
 RUN |= dict(
     packing="true", lora_dropout=0.1, learning_rate=1e-3, logging_steps=1, eval_steps=10, max_samples=25
 )
-RUN |= dict(per_device_eval_batch_size=2, exact_match_samples=0, bf16="false", save_steps=5, save_total_limit=9)
+RUN |= dict(
+    per_device_eval_batch_size=2, exact_match_samples=0, bf16="false", save_steps=5, save_total_limit=9
+)
 MICRO_BATCHES = 8
 
 PROCESSES = {  # name -> processes, parallel, recompute

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
@@ -13,7 +12,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -36,7 +34,6 @@ from minilora.run.checkpoints import (
     unflatten,
     write_checkpoint,
 )
-from minilora.run.random_state import random_state, set_random_state
 from minilora.run.saved_state import check_state
 from minilora.run.settings import TrainConfig
 from minilora.run.stop_signal import StopSignal
@@ -449,12 +446,6 @@ WRONG = [
     (put(["loss_scale", "skipped"], DELETED), "the key loss_scale.skipped is missing"),
     (put(["training"], []), "training must be an object"),
     (put(["training", "seed"], "x" * 10**6), "seed is 42 here, 'xxxx"),
-    (put(["random"], []), "no usable state of the random generators: they are not 1 states"),
-    (put(["random"], [{"torch": 1}]), "no usable state of the random generators"),
-    (resize("random.0.torch", torch.zeros(5, dtype=torch.uint8)), "no usable state of the random generators"),
-    (resize("random.0.torch", torch.zeros(5056, dtype=torch.uint8)), "no usable state of the random generators"),
-    (resize("random.0.numpy", torch.full((627,), -1)), "no usable state of the random generators"),
-    (resize("random.0.python", torch.full((627,), -1)), "no usable state of the random generators"),
     (put(["optimizer", "state", "#0", "exp_avg"], {"$tensor": "nothing"}), "names the tensor 'nothing'"),
     (put(["optimizer", "state", "#0", "exp_avg"], {"$tensor": []}), "names the tensor []"),
     (put(["optimizer", "state", "#x"], {}), "it holds the key '#x', which is no number"),
@@ -517,7 +508,7 @@ JSON = st.recursive(
 def test_any_json_at_any_place_of_a_state_is_accepted_or_one_line(data):
     state = {
         "step": 3, "seconds": 1.5, "best": {"loss": math.inf, "step": 0, "waited": 0},
-        "optimizer": {}, "training": {}, "random": [{}],
+        "optimizer": {}, "training": {},
         "loss_scale": {"scaler": {}, "skipped": 0, "skipped_in_a_row": 0},
         "tracker": {"records": [{"step": 1, "loss": 2.0}], "window": [[math.nan, 3, 0.1]], "seconds": 1.0},
     }  # fmt: skip
@@ -741,36 +732,7 @@ def test_the_half_done_checkpoints_of_a_killed_run_are_deleted_at_the_next_start
     assert not list(directory.glob("checkpoint-*.*"))
 
 
-# ---- generators and fingerprints ---------------------------------------------------------------------------
-
-
-@given(seed=st.integers(0, 2**32 - 1), draws=st.integers(0, 5))
-def test_restored_generators_draw_the_same_numbers_again(seed, draws):
-    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
-
-    def draw():
-        return (
-            torch.rand(3).tolist(),
-            np.random.randn(3).tolist(),
-            random.gauss(0, 1),
-            np.random.rand(),
-            random.random(),
-        )
-
-    for _ in range(draws):
-        draw()
-    state = unflatten(*flatten(random_state(CPU)))
-    expected = draw(), draw()
-    draw()
-    set_random_state(state, CPU)
-    assert (draw(), draw()) == expected
-
-
-def test_the_state_of_the_generators_has_always_the_same_shapes():
-    random.seed(0), np.random.seed(0)
-    shapes = {name: tensor.shape for name, tensor in random_state(CPU).items()}
-    random.gauss(0, 1), np.random.randn()  # each keeps a second number for the next call
-    assert {name: tensor.shape for name, tensor in random_state(CPU).items()} == shapes
+# ---- fingerprints -------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.binary(max_size=5), max_size=5), st.lists(st.binary(max_size=5), max_size=5))

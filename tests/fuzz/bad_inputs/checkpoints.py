@@ -62,7 +62,6 @@ VALUES = {  # key of state.json: values that it cannot have
     "tracker": (5, None, [], {"records": 5}, {"records": [5]}, {"records": [{"step": "x"}]}, {"window": 5},
                 {"window": [[1]]}, {"seconds": "x"}, DROP),
     "training": (5, None, [], {}, DROP),
-    "random": (5, None, [], {}, [{}], [5], [{"torch": 5}], DROP),
 }  # fmt: skip
 WHOLE = {  # content of state.json, with right digests
     "is a list": "[]",
