@@ -129,7 +129,7 @@ def build_model(plan: Plan) -> CausalLM:
     torch.manual_seed(config.seed)
     set_fused(config.fused)
     # Every weight is quantized as soon as it is read, so the whole model never lies in memory unquantized.
-    model = load_base_model(plan.model_dir, config, plan.placement, plan.model_config.vocab_size, plan.owners)
+    model = load_base_model(plan.model_dir, config, plan.placement, plan.model_config, plan.sharers)
     with gathered_on_reading(model):
         if adapter := plan.checkpoint or plan.start_adapter:
             load_trained(plan, model, adapter)
@@ -282,14 +282,13 @@ def finish(plan: Plan, run: Run) -> None:
         load_trained(plan, model, directory / f"checkpoint-{best['step']}")
     report.print_saved_step(plan, run)
     model.eval()
-    if plan.processes.main:
-        save_trained(plan, model, directory)
-        report.draw_curves(plan, run)
+    save_trained(plan, model, directory)
     figures = report.training_figures(plan, run)
     if plan.prompts:
         figures |= compare_answers(plan, model)  # by all processes that share the model
     plan.processes.leave()
     if plan.processes.main:
+        report.draw_curves(plan, run)
         report.write_model_card(plan, figures)
         report.print_findings(plan)
         report.publish(plan, run)

@@ -145,8 +145,7 @@ class Group:
     def __init__(self, plans: list[Plan], failed: dict[str, str]):
         started, plan = time.perf_counter(), plans[0]
         set_fused(plan.config.fused)
-        rows = plan.model_config.vocab_size
-        self.model = load_base_model(plan.model_dir, plan.config, plan.placement, rows)
+        self.model = load_base_model(plan.model_dir, plan.config, plan.placement, plan.model_config)
         self.plan, self.failed, self.members = plan, failed, []
         for i, own in enumerate(plans):
             try:

@@ -88,7 +88,7 @@ class InferenceSetup:
     def load_base(self) -> CausalLM:
         """The base model on this machine's device, without the adapters."""
         placement = choose_placement(self.config.bf16, self.config.fp16)
-        return load_base_model(self.base, self.config, placement, self.model_config.vocab_size)
+        return load_base_model(self.base, self.config, placement, self.model_config)
 
     def describe(self, model: CausalLM) -> None:
         """Say what was loaded, and where."""

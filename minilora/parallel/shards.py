@@ -21,6 +21,7 @@ function keeps for backward is valid again as soon as the layer is gathered agai
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,14 @@ class Shards(nn.Module):
         self.whole = self.layout.weight(parts, self.offset)
 
 
+class Opener(Protocol):
+    """The part of `gathering.Gathering` that a layer asks."""
+
+    reading: bool
+
+    def open(self, i: int) -> None: ...
+
+
 class Sharded:
     """What the layers below share: the weight is whole while its unit is gathered (see gathering.py).
 
@@ -130,7 +139,7 @@ class Sharded:
     """
 
     shards: Shards
-    gathering: object  # of gathering.py, which stands above
+    gathering: Opener
     unit: int
 
     @property

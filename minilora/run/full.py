@@ -31,7 +31,9 @@ from minilora.wrapping import adapted_layers, adapter_names, plain_name
 
 
 def save_trained(plan: Plan, model: CausalLM, directory: Path, is_checkpoint: bool = False) -> None:
-    """Write what the run trains: the active adapter in PEFT's format, or a model."""
+    """Write what the run trains: the active adapter in PEFT's format, or a model. Only rank 0 writes."""
+    if not plan.processes.main:
+        return None
     if not plan.trains_all:
         return save_adapter(model, directory, active_adapter(model) or "default", plan.base_model)
     dtype = torch.float32 if is_checkpoint else FLOATS[plan.base_config.dtype]

@@ -131,8 +131,8 @@ class Plan:
         return choose_parallel(self.config.parallel, self.processes)
 
     @property
-    def owners(self) -> Processes | None:
-        """The processes that keep a part of the frozen model each. None: this one has all of it."""
+    def sharers(self) -> Processes | None:
+        """The processes that divide the model; None: each one holds all of it."""
         return self.processes if self.sharded else None
 
     @property

@@ -51,17 +51,21 @@ def load_run_tokenizer(config: TrainConfig, directory: Path) -> Tokenizer:
 
 
 def load_base_model(
-    directory: Path, config: TrainConfig, placement: Placement, rows: int, owners: Processes | None = None
+    directory: Path,
+    config: TrainConfig,
+    placement: Placement,
+    model_config: ModelConfig,
+    sharers: Processes | None = None,
 ) -> CausalLM:
-    """Return the frozen model as the settings store it, with `rows` rows of embedding, or more.
+    """Return the frozen model as the settings store it, with `model_config`'s rows of embedding, or more.
 
-    owners: the processes that keep a part of it each. None: it is whole.
+    sharers: the processes that keep a part of it each. None: it is whole.
     """
     where, accepted = (placement.dtype, placement.device), config.accepted_fields()
-    if owners is not None:
-        return load_sharded(directory, config.quant_config(), *where, owners, accepted, config.fsdp_offload)
+    if sharers is not None:
+        return load_sharded(directory, config.quant_config(), *where, sharers, accepted, config.fsdp_offload)
     model = load_model(directory, config.quant_config(), *where, accept_config_fields=accepted)
-    grow_vocabulary(model, rows, config.seed)
+    grow_vocabulary(model, model_config.vocab_size, config.seed)
     return model
 
 
