@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
 
-# Runs that differ in all that may differ. The second alone drops anything: then its masks are those of a run
-# alone, whatever layers the others adapt.
+# Runs that differ in all that may differ. Two drop elements, before different layers.
 RUNS = {
     "plain": dict(),
     "dropped": dict(lora_dropout=0.1),
@@ -20,7 +19,7 @@ RUNS = {
     "rank": dict(lora_rank=3, lora_alpha=5, loraplus_lr_ratio=4),
     "dora": dict(use_dora=True, weight_decay=0.1),
     "rslora": dict(lora_rank=8, use_rslora=True, init_lora_weights="olora", learning_rate=1e-3),
-    "target": dict(lora_target="gate_proj,down_proj:2", max_grad_norm=0.1),
+    "target": dict(lora_target="gate_proj,down_proj:2", max_grad_norm=0.1, lora_dropout=0.2),
     "whole": dict(lora_target="q_proj", additional_target="norm"),
 }
 # The two sum in other orders, so gradients differ by some 1e-7 of the largest. AdamW divides a gradient by its
