@@ -167,7 +167,7 @@ NEEDED = (
 )
 _TEXT_ONLY = "only models of text are trained"
 _OWN_FORMAT = "write model_name_or_path, dataset and lora_rank, as docs/keys.md lists them"
-_TORCHRUN = training_arguments.INSTEAD["fsdp"]
+_TORCHRUN = training_arguments.INSTEAD["deepspeed"]
 INSTEAD = (  # key: advice to whoever gave it another value than NEEDED
     training_arguments.INSTEAD
     | dict.fromkeys(MEDIA, _TEXT_ONLY)
@@ -193,7 +193,7 @@ INSTEAD = (  # key: advice to whoever gave it another value than NEEDED
         "init_special_tokens": "new rows begin at the mean of the old ones",
     }
 )
-MAY_BE_EMPTY = {*NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())}
+MAY_BE_EMPTY = {"fsdp", *NEEDED, *(name for names in NO_EFFECT.values() for name in names.split())}
 KEYS = {*TRANSLATED, *MAY_BE_EMPTY} - {"finetuning_type"}  # which is this trainer's, too
 ADAPTER_KEYS = """
     lora_rank lora_alpha lora_dropout lora_target additional_target adapter_name_or_path use_rslora use_dora
@@ -233,6 +233,7 @@ def translate(values: dict[str, object]) -> tuple[dict[str, object], list[str]]:
     _translate_eval_strategy(theirs, ours, from_llama_factory)
     _translate_names(theirs, ours)
     _translate_sampling(theirs, ours)
+    _translate_fsdp(theirs, ours)
     if is_plain_text:
         ours.setdefault("packing", True)
     if from_llama_factory:
@@ -296,6 +297,19 @@ def _translate_sampling(theirs: dict[str, object], ours: dict[str, object]) -> N
         )
     if strategy == "group_by_length":
         ours["group_by_length"] = True
+
+
+def _translate_fsdp(theirs: dict[str, object], ours: dict[str, object]) -> None:
+    """`fsdp: full_shard auto_wrap offload`, a text or a list. Other ways to divide a model are refused."""
+    value = theirs.get("fsdp")
+    words = value if isinstance(value, list) else normalize(value).split()
+    if not words or normalize(value) in OFF:
+        return
+    if unknown := sorted({str(word) for word in words} - {"full_shard", "auto_wrap", "offload", "true"}):
+        raise UserError(f"fsdp = {shown(value)}: {unknown[0]} is not done here; write full_shard")
+    ours.setdefault("parallel", "fsdp")
+    if "offload" in words:
+        ours.setdefault("fsdp_offload", True)
 
 
 def _train_embeddings(ours: dict[str, object]) -> list[str]:

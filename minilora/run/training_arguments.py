@@ -30,6 +30,7 @@ TRANSLATED = {  # key: its meaning here
     "hub_model_id": "the repository for `push_to_hub: true`, which is `push_to_hub: NAME` here",
     "push_to_hub_model_id": "`hub_model_id`",
     "train_sampling_strategy": "`group_by_length`; `random` is the order of every other training",
+    "fsdp": "`parallel: fsdp` for `full_shard`, `auto_wrap` or not; with `offload` also `fsdp_offload`",
     "per_gpu_train_batch_size": "`per_device_train_batch_size`",
     "per_gpu_eval_batch_size": "`per_device_eval_batch_size`",
 }
@@ -75,13 +76,15 @@ NO_EFFECT = {  # the reason: the keys
         "ddp_timeout ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
         "ddp_static_graph local_rank"
     ),
-    "it counts only with fsdp": "fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
+    "fsdp gathers the layers of a model one by one": (
+        "fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap"
+    ),
     "training keeps no cache of keys and values": "use_cache",
     "the loss is the mean over all supervised tokens of a step": "average_tokens_across_devices",
     "no search or accelerator reads it here": "ray_scope tpu_metrics_debug mp_parameters past_index",
 }
 MUST_BE_OFF = """
-    deepspeed fsdp parallelism_config split_batches dispatch_batches tpu_num_cores use_cpu no_cuda
+    deepspeed parallelism_config split_batches dispatch_batches tpu_num_cores use_cpu no_cuda
     use_mps_device auto_find_batch_size do_predict dataloader_drop_last neftune_noise_alpha
     label_smoothing_factor optim_args optim_target_modules adafactor greater_is_better
     hub_revision
@@ -96,7 +99,6 @@ _TORCHRUN = "torchrun --nproc-per-node N scripts/train.py shares the batches bet
 _HIDE_GPU = "hide the GPU: CUDA_VISIBLE_DEVICES= python scripts/train.py"
 INSTEAD = {  # key: advice to whoever gave it another value than NEEDED
     "deepspeed": _TORCHRUN,
-    "fsdp": _TORCHRUN,
     "parallelism_config": _TORCHRUN,
     "accelerator_config": _TORCHRUN,
     "use_cpu": _HIDE_GPU,

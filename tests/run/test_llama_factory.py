@@ -481,6 +481,10 @@ MEANINGS = {  # LLaMA-Factory's key: (the keys of a file, what they become here)
     "pissa_iter": ({"pissa_init": True, "pissa_iter": -1}, {"init_lora_weights": "pissa"}),
     "pissa_convert": ({"pissa_convert": True}, {}),
     "early_stopping_steps": ({"early_stopping_steps": 3}, {"early_stopping_patience": 3}),
+    "fsdp": (
+        {"fsdp": ["full_shard", "auto_wrap", "offload"]},
+        {"parallel": "fsdp", "fsdp_offload": True},
+    ),
     "per_gpu_train_batch_size": ({"per_gpu_train_batch_size": 3}, {"per_device_train_batch_size": 3}),
     "per_gpu_eval_batch_size": ({"per_gpu_eval_batch_size": 3}, {"per_device_eval_batch_size": 3}),
     "train_sampling_strategy": ({"train_sampling_strategy": "group_by_length"}, {"group_by_length": True}),
@@ -500,6 +504,22 @@ def test_a_translated_key_becomes_the_key_that_means_the_same_here(key):
 
 def test_the_translated_keys_are_all_in_that_table():
     assert TRANSLATED.keys() == MEANINGS.keys()
+
+
+@pytest.mark.parametrize("value", ["full_shard", "full_shard auto_wrap", ["full_shard"], True])
+def test_fsdp_of_training_arguments_divides_the_frozen_weights(value):
+    assert translate({"fsdp": value})[0] == {"parallel": "fsdp"}
+
+
+@pytest.mark.parametrize("value", ["", [], False, None])
+def test_fsdp_that_is_off_there_is_off_here(value):
+    assert translate({"fsdp": value})[0] == {}
+
+
+@pytest.mark.parametrize("value", ["shard_grad_op", "hybrid_shard auto_wrap", ["full_shard", "no_shard"]])
+def test_other_ways_to_divide_a_model_are_refused_by_name(value):
+    with pytest.raises(UserError, match=r"fsdp = .*(shard_grad_op|hybrid_shard|no_shard) is not done here"):
+        translate({"fsdp": value})
 
 
 @pytest.mark.parametrize(

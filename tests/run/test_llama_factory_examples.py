@@ -21,7 +21,7 @@ RUN = """
     """.split()
 OBSTACLES = """
     stage finetuning_type template compute_environment export_dir infer_backend train_dataset peft_config
-    do_predict deepspeed use_kt ray_num_workers tokenized_path fsdp pipeline_model_parallel_size
+    do_predict deepspeed use_kt ray_num_workers tokenized_path fp8 pipeline_model_parallel_size
     use_adam_mini use_apollo use_badam use_dft_loss use_eaft_loss use_galore use_muon mixture_of_depths dataset
     """.split()
 
