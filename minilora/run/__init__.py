@@ -10,7 +10,7 @@ vocabulary.py    new tokens: the tokenizer with them, and their rows of the embe
 output_dir.py    the directory of results: is it writable, and which files of an earlier run are deleted?
 checkpoints.py   everything that a resumed run needs; no kill leaves an incomplete checkpoint
 full.py          finetuning_type: full; what a run trains is saved and loaded: an adapter, or a model
-saved_state.py   what a checkpoint's state may hold, checked before use; random_state.py: generators
+saved_state.py   what a checkpoint's state may hold, checked before use; random_state.py: seeds of dropout
 divergence.py    a loss that is not finite: float16's range or the training, and the layer where it begins
 stop_signal.py   Ctrl-C and other signals: the training saves first
 tracker.py       progress and metrics.jsonl; plots.py: pictures; page.py: a page for the browser

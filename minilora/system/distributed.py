@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 scripts/train.py ...
 
-Each process holds the whole model and is identified by its rank. Of the micro-batches of an optimizer step,
+Each process holds the whole model, or a part of it (minilora/parallel), and is known by its rank. Of the micro-batches of an optimizer step,
 rank r of n takes number r, r + n, r + 2n and so on. If the step has N supervised tokens, its gradient is the
 sum of the gradients of all token losses, divided by N, whichever rank computed them:
 

@@ -1,6 +1,6 @@
 """What a divided model cannot do is refused before a weight is read, in one line with the mend."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from minilora import LoraConfig, UserError
 from minilora.formats.config_json import parse_config
 from minilora.parallel.choice import check_sharded, choose_parallel, least
 from minilora.run.checkpoints import check_same_training
-from minilora.run.settings import load_train_config
+from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.distributed import Processes
 
 MODEL = parse_config(
@@ -79,7 +79,8 @@ def test_the_ranks_agree_on_the_smallest_batch(monkeypatch):
 )
 def test_a_resume_needs_the_same_micro_batches_in_a_step(tmp_path, there, here, mend):
     def training(accumulation, processes):
-        return {"gradient_accumulation_steps": accumulation, "the number of processes": processes}
+        config = TrainConfig(gradient_accumulation_steps=accumulation)
+        return asdict(config) | {"the number of processes": processes}
 
     if mend is None:
         check_same_training(training(*there), training(*here), set(), tmp_path)
