@@ -6,7 +6,7 @@ PyTorch's FSDP2 (`fully_shard`; Zhao et al. 2023, arXiv:2304.11277, section 3.2)
 parameters over the ranks. One all-gather makes them whole, and the memory is freed after use. It does so in
 hooks before and after `forward`. Here those hooks would see half of the work: gradient checkpointing runs a
 layer again by `rerun_for_backward`, inside an autograd function, and the loss reads the head's weight without
-calling it. So `fully_shard` gets modules that are never called, and this file says when:
+calling it. So `fully_shard` gets modules beside the model, and this file says when:
 
     forward            before a layer runs; the head before the final norm
     second run         before `rerun_for_backward`; the inner backward follows at once
@@ -30,11 +30,18 @@ from minilora.parallel.shards import Shards
 
 
 class Unit(nn.Module):
-    """Weights that are gathered together."""
+    """Weights that are gathered together.
+
+    It is called once, after loading: at its first forward `fully_shard` prepares itself, and gathers.
+    """
 
     def __init__(self, shards: Sequence[Shards]):
         super().__init__()
         self.parts = nn.ModuleList(shards)
+
+    def forward(self) -> None:
+        for part in self.parts:
+            part.set_whole()
 
 
 class Gathering:
@@ -56,8 +63,6 @@ class Gathering:
         if self.ahead != i:
             self._gather(i)
         self._wait(i)
-        for part in self.units[i].parts:
-            part.set_whole()
         self.current, self.ahead = i, self._next(self.current, i)
         self._gather(self.ahead)
 

@@ -127,9 +127,8 @@ def _put_into(model: CausalLM, shards: dict[str, Shards], gathering: Gathering) 
             layer.gathering, layer.unit = gathering, numbers[id(layer.shards)]
     model.gathering = gathering
     follow(model, gathering)
-    for i in range(len(gathering.units)):
-        gathering.open(i)
-    gathering.close()
+    for unit in gathering.units:
+        unit()
 
 
 # ---- this rank's rows --------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Layout:
 
 
 class Shards(nn.Module):
-    """The sharded parameters of a weight. Its forward is never called: `fully_shard` asks for modules."""
+    """The sharded parameters of a weight. A module, because `fully_shard` asks for modules."""
 
     def __init__(self, layout: Layout):
         super().__init__()
@@ -115,9 +115,7 @@ class Shards(nn.Module):
         return sum(p.to_local().nbytes for p in self.parameters())
 
     def set_whole(self) -> None:
-        """Build the weight when its parameters are gathered for the first time."""
-        if self.whole is not None:
-            return
+        """Build the weight, when its parameters are gathered for the first time."""
         parts = {
             name: p.detach() for name, p in self.named_parameters()
         }  # no parameters: nn.Module counts them

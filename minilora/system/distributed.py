@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 scripts/train.py ...
 
-Each process holds the whole model, or a part of it (minilora/parallel), and is known by its rank. Of the micro-batches of an optimizer step,
-rank r of n takes number r, r + n, r + 2n and so on. If the step has N supervised tokens, its gradient is the
-sum of the gradients of all token losses, divided by N, whichever rank computed them:
+Each process holds the whole model, or a part of it (minilora/parallel), and is identified by its rank. Of
+the micro-batches of an optimizer step, rank r of n takes number r, r + n, r + 2n and so on. If the step has N
+supervised tokens, its gradient is the sum of the gradients of all token losses, divided by N, whichever rank
+computed them:
 
     g = sum over ranks of ( sum over the rank's micro-batches of grad(loss) / N )
 

@@ -160,6 +160,7 @@ CHOICES = {
     "lr_scheduler_type": "zigzag",
     "optim": "sgd",
     "gradient_checkpointing": "sometimes",
+    "parallel": "zero3",
     "report_to": "comet_ml",
     "hub_strategy": "never",
     "save_strategy": "often",
@@ -175,6 +176,7 @@ CHOICES = {
 }
 TOGETHER = {  # keys that exclude one another: words of the message
     "--bf16 --fp16": ("bf16", "fp16"),
+    "--fsdp_offload": ("fsdp_offload", "parallel"),
     "--packing --group_by_length": ("packing", "group_by_length"),
     "--train_on_prompt --mask_history": ("mask_history", "train_on_prompt"),
     "--eval_dataset train.jsonl": ("eval_dataset", "val_size"),
