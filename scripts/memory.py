@@ -10,8 +10,8 @@ Keys are the trainer's (`python scripts/train.py --help`), such as --bf16 false 
 
     --gpu GB            a GPU with this many gigabytes (10^9 bytes), instead of this machine
     --picture FILE      file of the bar chart (default: memory.png)
-    --processes N       train with so many processes, each with a GPU of its own (default: 1)
-    --parallel KIND     ddp: each process holds the model; fsdp: they share it (default: ddp where it fits)
+    --processes N       train with so many processes, each with a GPU of its own (default: 1); the key
+                        --parallel says whether they share the model, and by default that is chosen
     --link GB_PER_S     gigabytes a second that a process receives from the others: the time of a step
     --tflops N          10^12 operations a second that a process reaches: the same
 
@@ -49,7 +49,7 @@ from minilora.memory.ledger import (
     process_memory,
 )
 from minilora.memory.planner import advise, choose_recompute, fastest_that_fits
-from minilora.memory.ranks import PARALLEL, choose_parallel, rank_ledger
+from minilora.memory.ranks import choose_parallel, rank_ledger
 from minilora.memory.stored_layers import InFiles
 from minilora.memory.traffic import StepSeconds, Traffic, step_seconds, step_traffic
 from minilora.recompute import POLICIES
@@ -124,7 +124,7 @@ def main() -> None:
     if N > 1:
         traffic_of = partial(step_traffic, *model, dtype=target.dtype, in_files=in_files)
         parallel = print_processes(of_batch, traffic_of, options, config, target)
-        ledger_of = partial(ledger_of, processes=N, parallel=parallel)
+        ledger_of = partial(ledger_of, processes=N, parallel=parallel, offload=config.fsdp_offload)
     policies = [policy for policy in POLICIES if policy != "offload" or target.device == "cuda"]
     of_batch = partial(ledger_of, batch_size=batch_size, length=length)
     ledgers = {policy: of_batch(recompute=policy) for policy in policies}
@@ -149,17 +149,16 @@ def read_options() -> tuple[Namespace, TrainConfig]:
     parser.add_argument("--gpu", type=float)
     parser.add_argument("--picture", type=local_path, default="memory.png")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--parallel", choices=PARALLEL)
     parser.add_argument("--link", type=float)
     parser.add_argument("--tflops", type=float)
     options, keys = parser.parse_known_args()
     config = load_train_config(keys)
-    check_options(options, config)
+    check_options(options)
     check_picture("--picture", options.picture)
     return options, config
 
 
-def check_options(options: Namespace, config: TrainConfig) -> None:
+def check_options(options: Namespace) -> None:
     """Raise UserError for a value that is none, and for options of processes where there is but one."""
     if options.gpu is not None and not 0 < options.gpu <= LARGEST_GPU:
         raise UserError(
@@ -171,15 +170,11 @@ def check_options(options: Namespace, config: TrainConfig) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value <= 1e6:
             raise UserError(f"--{name} must be above 0 and at most 1,000,000, not {value:g}")
-    for name in ("parallel", "link", "tflops"):
+    for name in ("link", "tflops"):
         if options.processes == 1 and getattr(options, name) is not None:
             raise UserError(f"--{name} is about several processes; say how many with --processes")
     if (options.link is None) != (options.tflops is None):
         raise UserError("--link and --tflops give the time of a step together; set both or neither")
-    if options.parallel == "fsdp" and config.finetuning_type == "full":
-        raise UserError(
-            "--parallel fsdp shares frozen weights, and finetuning_type 'full' trains them all; use ddp"
-        )
 
 
 def gpu_of_size(gigabytes: float, config: TrainConfig) -> Target:
@@ -275,8 +270,8 @@ def print_processes(
         print_row("tokens a second, at most", [f"{tokens / time.least:,.0f}" for time in times])
     print(f"\n{steps} micro-batch{'es' * (steps > 1)} a step in each process; ", end="")
     print("recompute: layers off/selective/full, or one word for all")
-    if options.parallel:
-        parallel, reason = options.parallel, "as requested"
+    if config.parallel != "auto":
+        parallel, reason = config.parallel, "as requested"
     elif "fsdp" not in kinds:
         parallel, reason = "ddp", "trains all weights"
     else:

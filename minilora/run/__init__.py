@@ -5,6 +5,7 @@ manual.py        what train.py --help prints of these keys, without importing th
 llama_factory.py LLaMA-Factory's keys; dataset_info.py: its list of datasets
 training_arguments.py: the keys of Hugging Face's TrainingArguments that are not ours
 plan.py          every decision that needs no weights; datasets.py: the examples; curves.py: learning rates
+memory_plan.py   ddp or fsdp, recompute and batches of evaluation, by the ledger
 together.py      which runs share a model and its batches, and how many of them fit into memory
 vocabulary.py    new tokens: the tokenizer with them, and their rows of the embedding
 output_dir.py    the directory of results: is it writable, and which files of an earlier run are deleted?

@@ -5,81 +5,37 @@ and repositories to write to. A plan writes nothing on this machine.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
-import torch
-
 from minilora.adapters.save_load import read_adapter_config, vocabulary_of
-from minilora.backend.choice import padded_length
 from minilora.config import LoraConfig, ModelConfig
 from minilora.data.chat import ChatTemplate
-from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids, tokens_read
+from minilora.data.examples import ANSWER_SLACK, Dataset, Order, prompt_ids
 from minilora.data.packing import pack
 from minilora.data.rows import Row
 from minilora.data.tokenizer import Tokenizer, has_tokenizer
 from minilora.formats.weights import read_model
-from minilora.memory.allocator import (
-    compiles_kernels,
-    limit_compiled_kernels,
-    padded_lengths,
-    return_freed_memory,
-    return_holes,
-)
-from minilora.memory.ledger import (
-    Answers,
-    Ledger,
-    available_memory,
-    memory_ledger,
-    process_memory,
-)
-from minilora.memory.planner import choose_recompute
-from minilora.memory.stored_layers import InFiles
+from minilora.memory.allocator import limit_compiled_kernels
 from minilora.optim import Schedule
-from minilora.parallel.choice import check_sharded, choose_parallel, least
+from minilora.parallel.choice import refusal
 from minilora.run.checkpoints import find_resumed, sample_model
 from minilora.run.curves import Curve, make_curve
 from minilora.run.datasets import load_datasets, token_settings
+from minilora.run.memory_plan import MemoryPlan, plan_memory
 from minilora.run.output_dir import SETTINGS_FILE, check_inputs, check_output_dir
 from minilora.run.reporters import Reporter, make_reporters
 from minilora.run.settings import TrainConfig
 from minilora.run.sharing import Destination, make_destinations
 from minilora.run.vocabulary import choose_vocabulary, load_run_tokenizer
 from minilora.system.assets import EMBEDDED_MODEL
-from minilora.system.device import Placement, choose_placement, memory_reserved, memory_used
+from minilora.system.device import Placement, choose_placement
 from minilora.system.distributed import Processes
 from minilora.system.errors import UserError
 from minilora.system.files import fingerprint
 from minilora.system.hub import resolve_model
 from minilora.system.locks import check_unlocked
 from minilora.system.redaction import without_secrets
-
-ANSWERS_AT_A_TIME = 64  # at most
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """The recompute policies of a run, its predicted memory, and the batches that fit beside it."""
-
-    policies: tuple[str, ...]  # what each layer keeps for backward; see minilora.recompute
-    recompute: str  # the same in words
-    reason: str
-    peak: int  # predicted bytes
-    eval_batch_size: int  # held-out examples in one pass
-    answer_batch_size: int  # prompts answered together
-    rounded: bool  # round the lengths of rows up, so that few kernels are compiled
-
-    def measure(self, device: torch.device) -> tuple[int, int | None]:
-        """Return the peak bytes so far, in use and reserved (see `system/device.py`).
-
-        Beyond the prediction, a CPU's heap gives its free pages back.
-        """
-        used = memory_used(device)
-        if device.type == "cpu" and used > self.peak:
-            return_holes()
-        return used, memory_reserved(device)
 
 
 @dataclass(frozen=True)
@@ -128,7 +84,7 @@ class Plan:
     @property
     def sharded(self) -> bool:
         """Whether each process holds a part of the frozen weights: see `minilora.parallel`."""
-        return choose_parallel(self.config.parallel, self.processes)
+        return self.memory.parallel == "fsdp"
 
     @property
     def sharers(self) -> Processes | None:
@@ -202,9 +158,9 @@ def make_plan(config: TrainConfig, processes: Processes, like: Plan | None = Non
         )
     tokenizer = load_run_tokenizer(config, start_adapter if has_tokenizer(start_adapter) else model_dir)
     lora, model_config = choose_vocabulary(config, lora, model_config, tokenizer)
-    sharded = choose_parallel(config.parallel, processes)
-    if sharded:
-        check_sharded(lora, base_config, model_config)
+    refused = refusal(config.finetuning_type, lora, base_config, model_config)
+    if config.parallel == "fsdp" and processes.count > 1 and refused:
+        raise UserError(refused)
     if like is not None:
         template, train_set, eval_set = like.template, like.train_set, like.eval_set
     else:
@@ -224,10 +180,8 @@ def make_plan(config: TrainConfig, processes: Processes, like: Plan | None = Non
     longest = max(len(example.input_ids) for example in eval_set.examples) if eval_set else 0
     stored.applicable(config.quant_config())  # raises UserError for settings that contradict the files
     quantized = stored.quantized_layers()
-    memory = plan_memory(config, model_config, lora, placement, order, longest, lengths, quantized)
-    if sharded:  # all processes take equally many passes
-        batches = least(processes, memory.eval_batch_size, memory.answer_batch_size)
-        memory = replace(memory, eval_batch_size=batches[0], answer_batch_size=batches[1])
+    shape = config, model_config, lora, placement, order, longest, lengths, quantized
+    memory = plan_memory(*shape, processes=processes, may_divide=not refused)
     destinations, reporters = open_services(config) if processes.main else ([], [])
     return Plan(
         config=config, processes=processes, placement=placement,
@@ -333,102 +287,3 @@ def open_services(config: TrainConfig) -> tuple[list[Destination], list[Reporter
     for destination in destinations:
         destination.send({SETTINGS_FILE: settings}, "Begin training")
     return destinations, reporters
-
-
-def plan_memory(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    lora: LoraConfig,
-    placement: Placement,
-    order: Order,
-    eval_length: int,  # tokens of the longest held-out example; 0: there is none
-    answers: tuple[int, int] | None = None,  # see `answer_lengths`
-    in_files: dict[str, InFiles] | None = None,  # see `StoredTensors.quantized_layers`
-    beside: int = 0,  # bytes of what else is trained in this process
-) -> MemoryPlan:
-    """Choose the recompute policies and predict their memory. `auto` is the fastest plan that fits.
-
-    On a CPU the heap's holes are counted too. Where they do not fit, glibc is told to return freed memory at
-    once: that leaves no holes and is slower. Evaluation and answers take the same under every policy, so they
-    do not choose it: their batches follow.
-    """
-    device, available = placement.device, available_memory(placement.device)
-    rounded = compiles_kernels(placement.dtype, device.type)
-    eval_batch_size = config.per_device_eval_batch_size if eval_length else 0
-    ledger_of = partial(
-        memory_ledger,
-        model_config,
-        lora,
-        config.quant_config(),
-        **_batch_sizes(order, rounded, config.padding_free),
-        dtype=placement.dtype,
-        optim=config.optim,
-        device=device.type,
-        eval_length=padded_length(eval_length) if rounded and eval_length else eval_length,
-        process=beside + (process_memory() if device.type == "cpu" else 0),
-        in_files=in_files,
-    )
-    if device.type == "cpu":
-        with_holes = partial(ledger_of, heap_holes=True)
-        ledger, _ = choose_policies(config, with_holes, available)
-        ledger = with_holes(recompute=ledger.policies, eval_batch_size=eval_batch_size)
-        if available is None or ledger.fits(available):
-            ledger_of = with_holes
-        else:
-            return_freed_memory()
-    ledger, reason = choose_policies(config, ledger_of, available)
-    fitting = _batches_that_fit(
-        partial(ledger_of, recompute=ledger.policies), available, eval_batch_size, answers
-    )
-    return MemoryPlan(ledger.policies, ledger.recompute, reason, *fitting, rounded=rounded)
-
-
-def _batch_sizes(order: Order, rounded: bool, padding_free: bool) -> dict[str, int]:
-    """Return what the ledger must know of the micro-batches: the largest, and how many lengths there are."""
-    largest = order.largest_batch()
-    sizes = dict(batch_size=len(largest), length=max(largest))
-    sizes["tokens"] = tokens_read(largest, rounded, padding_free)
-    if rounded:  # kernels are compiled for each length
-        documents = {padded_length(length) for length in order.lengths}
-        sizes["row_lengths"] = sizes["document_lengths"] = len(documents)
-        if padding_free:
-            shortest = sum(sorted(order.lengths)[: order.batch_size])
-            sizes["row_lengths"] = padded_lengths(shortest, sum(largest))
-    return sizes
-
-
-def _batches_that_fit(
-    ledger_of: Callable[..., Ledger],
-    available: int | None,
-    eval_batch_size: int,
-    answers: tuple[int, int] | None,
-) -> tuple[int, int, int]:
-    """Return the predicted peak, and how many examples to evaluate and how many prompts to answer at a time.
-
-    Evaluation keeps to the settings as long as that fits into the free memory. No key chooses the number of
-    answers, and their texts do not depend on it. They come last, when a failure costs most: so they take no
-    more than the training has taken already, or than half of the free memory.
-    """
-    ledger = ledger_of(eval_batch_size=eval_batch_size)
-    while ledger.moment == "evaluation" and eval_batch_size > 1 and not ledger.fits(available or math.inf):
-        eval_batch_size //= 2
-        ledger = ledger_of(eval_batch_size=eval_batch_size)
-    answer_batch_size, most = ANSWERS_AT_A_TIME, max(ledger.peak, (available or 0) // 2)
-    while answers:
-        wanted = Answers(answer_batch_size, *answers)
-        ledger = ledger_of(eval_batch_size=eval_batch_size, answers=wanted)
-        if answer_batch_size == 1 or sum(ledger.moments["answers"].values()) <= most:
-            break
-        answer_batch_size //= 2
-    return ledger.peak, eval_batch_size, answer_batch_size
-
-
-def choose_policies(
-    config: TrainConfig, ledger_of: Callable[..., Ledger], available: int | None
-) -> tuple[Ledger, str]:
-    """Return the ledger of the requested policy, or for `auto` of the fastest plan that fits; the reason."""
-    policy = config.gradient_checkpointing
-    if policy == "auto":
-        return choose_recompute(available, ledger_of)
-    ledger = ledger_of(recompute=policy)
-    return ledger, "as requested" if ledger.recompute == policy else f"{policy} needs a GPU"

@@ -20,9 +20,10 @@ from minilora.run.describe import (
     describe_targets,
     describe_weights,
 )
+from minilora.run.memory_plan import ANSWERS_AT_A_TIME
 from minilora.run.model_card import write_model_card
 from minilora.run.output_dir import KEPT_HERE, files_of_a_run, open_output_dir
-from minilora.run.plan import ANSWERS_AT_A_TIME, Plan
+from minilora.run.plan import Plan
 from minilora.run.plots import plot_loss, plot_training
 from minilora.run.sharing import files_to_share, send_to_all
 from minilora.run.tracker import Tracker, minutes
@@ -65,12 +66,12 @@ def print_plans(plans: dict[str, Plan]) -> None:
 def _plan_lines(plan: Plan) -> dict[str, str]:
     config, order, processes = plan.config, plan.order, plan.processes.count
     lora, c = plan.lora, plan.model_config
-    shared = ", each with a part of the frozen weights (fsdp)" if plan.sharded else ""
-    alone = "; fsdp has no effect in one process" if config.parallel == "fsdp" else ""
+    memory = plan.memory
+    way = f"{memory.parallel} ({memory.why_parallel})" if processes > 1 else memory.why_parallel
     tokens = sum(order.lengths) / len(order.lengths) * min(order.examples_per_step, len(order.lengths))
     return {
         "model": f"{plan.base_model}: {c.model_type}, {c.num_hidden_layers} layers of width {c.hidden_size}",
-        "device": str(plan.placement) + (f"; {processes} processes{shared}" if processes > 1 else alone),
+        "device": str(plan.placement) + (f"; {processes} processes" if processes > 1 else ""),
         "adapter": "none: all weights are trained"
         if plan.trains_all
         else f"{describe_kind(lora)}, dropout {lora.lora_dropout:g}, on {describe_targets(lora)}",
@@ -82,6 +83,7 @@ def _plan_lines(plan: Plan) -> dict[str, str]:
         f"{order.examples_per_step} examples, about {tokens:,.0f} tokens each",
         "output": config.output_dir,
         "padding": describe_padding(order, plan.memory.rounded, config.padding_free),
+        "parallel": way,
         "recompute": f"{plan.memory.recompute} ({plan.memory.reason})",
         "memory": f"{plan.memory.peak / 2**30:.2f} GiB predicted at the peak" + _smaller_batches(plan),
     }  # fmt: skip
@@ -125,7 +127,8 @@ def print_model(model: CausalLM) -> None:
 
 def _print_lines(lines: dict[str, str]) -> None:
     for name, text in lines.items():
-        print(f"{name:<10} {text}", flush=True)
+        if text:
+            print(f"{name:<10} {text}", flush=True)
 
 
 def open_output(plan: Plan) -> Tracker:

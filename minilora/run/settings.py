@@ -30,8 +30,8 @@ from minilora.data.rows import parse_columns
 from minilora.data.templates import TEMPLATES
 from minilora.data.truncation import TRUNCATIONS
 from minilora.initialize import check_kind
+from minilora.memory.ranks import PARALLEL
 from minilora.optim import OPTIMIZERS
-from minilora.parallel.choice import PARALLEL
 from minilora.quantization import QUANT_TYPES
 from minilora.recompute import POLICIES
 from minilora.run import llama_factory
@@ -159,7 +159,7 @@ class TrainConfig:
     fp16: bool = False  # compute in float16, on a GPU only
     fused: bool = True  # LoRA inside its products, one kernel an operation; false: plain definitions
     gradient_checkpointing: str = "auto"  # off, selective, full, offload: less memory; auto: first that fits
-    parallel: str = "ddp"  # under torchrun: ddp, each process holds the model; fsdp, each holds a part of it
+    parallel: str = "auto"  # under torchrun: ddp, each process holds the model; fsdp, a part; auto: what fits
     fsdp_offload: bool = False  # with fsdp: keep that part in the CPU's memory
     seed: int = 42  # seed of adapter, dropout, split and order of the examples
     # watching and saving
@@ -232,7 +232,7 @@ class TrainConfig:
         _check_choice("lr_scheduler_type", self.lr_scheduler_type, CURVES)
         _check_choice("finetuning_type", self.finetuning_type, ("lora", "full"))
         _check_choice("optim", self.optim, OPTIMIZERS)
-        _check_choice("parallel", self.parallel, PARALLEL)
+        _check_choice("parallel", self.parallel, ("auto", *PARALLEL))
         _check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
         _check_choice("save_strategy", self.save_strategy, SAVE_STRATEGIES)
         _check_choice("hub_strategy", self.hub_strategy, ("end", "every_save"))

@@ -20,7 +20,8 @@ from dataclasses import asdict, replace
 from minilora.data.examples import Order
 from minilora.formats.weights import read_model
 from minilora.memory.ledger import MARGIN, available_memory, memory_ledger
-from minilora.run.plan import MemoryPlan, Plan, answer_lengths, plan_memory
+from minilora.run.memory_plan import MemoryPlan, plan_memory
+from minilora.run.plan import Plan, answer_lengths
 from minilora.run.settings import LARGEST, TrainConfig
 from minilora.system.schema import shown
 

@@ -174,7 +174,6 @@ def test_a_tied_embedding_is_gathered_for_the_first_layer_and_again_as_the_head(
 
 def test_two_processes_gather_as_many_bytes_as_are_predicted(tmp_path):
     """Below the first adapter one layer is gathered again: the next one is fetched ahead, needed or not."""
-    pytest.importorskip("minilora.parallel", reason="the trainer shares no models yet")
     # Every weight has an even number of rows for fully_shard, 16,384 weights each in 4 bits.
     sizes = dict(vocab_size=300, hidden_size=256, intermediate_size=256, num_hidden_layers=4)
     heads = dict(num_attention_heads=4, num_key_value_heads=2)
@@ -349,7 +348,7 @@ def test_a_full_training_leaves_no_frozen_weights_to_share(call, tmp_path, monke
     code, out, _ = call("memory", *full.split())
     assert code == 0 and table(out)["GB in each process"] == ["ddp"] and "ddp: trains all weights" in out
     code, _, err = call("memory", *full.split(), "--parallel", "fsdp")
-    assert code == 2 and err.count("\n") == 1 and "--parallel fsdp" in err
+    assert code == 2 and err.count("\n") == 1 and "parallel = 'fsdp'" in err
 
 
 @pytest.mark.parametrize(
@@ -358,8 +357,7 @@ def test_a_full_training_leaves_no_frozen_weights_to_share(call, tmp_path, monke
         ("--processes 0", "--processes"),
         ("--processes 1000000", "--processes"),
         ("--processes two", "--processes"),
-        ("--processes 2 --parallel tensor", "--parallel"),
-        ("--parallel fsdp", "--processes"),
+        ("--processes 2 --parallel tensor", "parallel = 'tensor'"),
         ("--link 25 --tflops 80", "--processes"),
         ("--processes 2 --link 25", "--tflops"),
         ("--processes 2 --link 0 --tflops 80", "--link"),

@@ -1,5 +1,6 @@
 """What a divided model cannot do is refused before a weight is read, in one line with the mend."""
 
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from minilora import LoraConfig, UserError
 from minilora.formats.config_json import parse_config
-from minilora.parallel.choice import check_sharded, choose_parallel, least
+from minilora.parallel.choice import least, refusal
+from minilora.run import memory_plan
 from minilora.run.checkpoints import check_same_training
+from minilora.run.memory_plan import choose_way
 from minilora.run.settings import TrainConfig, load_train_config
 from minilora.system.distributed import Processes
 
@@ -23,24 +26,24 @@ MODEL = parse_config(
     [("q_proj", "lm_head"), ("embed_tokens",), r".*(q_proj|lm_head)", r"model\.embed_tokens"],
 )
 def test_lora_on_the_embedding_or_the_head(targets):
-    with pytest.raises(UserError, match=r"lora_target names (lm_head|model\.embed_tokens).*leave it out"):
-        check_sharded(LoraConfig(r=2, lora_alpha=2, target_modules=targets), MODEL, MODEL)
+    why = refusal("lora", LoraConfig(r=2, lora_alpha=2, target_modules=targets), MODEL, MODEL)
+    assert re.search(r"lora_target names (lm_head|model\.embed_tokens).*leave it out", why)
 
 
 @pytest.mark.parametrize("targets", [("q_proj",), "all-linear", r".*_proj"])
 def test_other_targets_are_no_reason(targets):
-    check_sharded(LoraConfig(r=2, lora_alpha=2, target_modules=targets), MODEL, MODEL)
+    assert not refusal("lora", LoraConfig(r=2, lora_alpha=2, target_modules=targets), MODEL, MODEL)
 
 
 def test_a_vocabulary_that_grows():
-    with pytest.raises(UserError, match="need 128 rows .* the model has 64: .*set parallel to ddp"):
-        check_sharded(LoraConfig(), MODEL, replace(MODEL, vocab_size=128))
+    why = refusal("lora", LoraConfig(), MODEL, replace(MODEL, vocab_size=128))
+    assert re.search("need 128 rows .* the model has 64: .*set parallel to ddp", why)
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--parallel zero3", "parallel = 'zero3' is not known; choose from ddp, fsdp"),
+        ("--parallel zero3", "parallel = 'zero3' is not known; choose from auto, ddp, fsdp"),
         ("--fsdp_offload true", "fsdp_offload belongs to parallel = 'fsdp'"),
         (
             "--parallel fsdp --finetuning_type full --quantization_bit none",
@@ -54,10 +57,53 @@ def test_settings(words, message):
 
 
 def test_one_process_has_nobody_to_divide_a_model_with(train):
-    assert not choose_parallel("fsdp", Processes()) and choose_parallel("fsdp", Processes(1, 2))
-    assert not choose_parallel("ddp", Processes(1, 2))
     _, out = train(parallel="fsdp", max_steps=1)
-    assert "; fsdp has no effect in one process" in out
+    assert "parallel   fsdp, which has no effect in one process" in out
+    _, out = train(max_steps=1, overwrite_output_dir=True)
+    assert "parallel " not in out
+
+
+class Predicted:
+    """A ledger of so many bytes."""
+
+    def __init__(self, peak):
+        self.peak, self.policies, self.recompute = peak, (), "full"
+
+    def fits(self, memory):
+        return self.peak <= memory
+
+
+@pytest.mark.parametrize(
+    "parallel, free, may_divide, way, why",
+    [
+        ("ddp", 1, True, "ddp", "as requested"),
+        ("fsdp", 10**9, True, "fsdp", "as requested"),
+        ("auto", 100, True, "ddp", "free"),
+        ("auto", 50, True, "fsdp", "ddp would need"),
+        ("auto", 10, True, "fsdp", "even fsdp needs"),
+        ("auto", 50, False, "ddp", "cannot divide the model"),
+        ("auto", None, True, "ddp", "does not tell"),
+    ],
+)
+def test_auto_takes_ddp_where_it_fits_and_fsdp_where_it_does_not(parallel, free, may_divide, way, why):
+    def ledger_of(parallel="ddp", processes=1, recompute="", offload=False):
+        return Predicted({"ddp": 90, "fsdp": 90 // processes}[parallel])
+
+    config = TrainConfig(parallel=parallel, gradient_checkpointing="full")
+    found = choose_way(config, ledger_of, free, Processes(0, 2), may_divide)
+    assert found[0] == way and why in found[1]
+
+
+def test_processes_on_one_cpu_share_its_memory_and_take_the_least_of_all(monkeypatch):
+    monkeypatch.setattr(memory_plan, "available_memory", lambda device: 1000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    others = [{"numbers": torch.tensor([300])}]
+    monkeypatch.setattr(Processes, "gather", lambda self, tensors: [tensors, *others])
+    cpu = torch.device("cpu")
+    assert memory_plan.free_memory(cpu, Processes()) == 1000
+    assert memory_plan.free_memory(cpu, Processes(0, 2)) == 300
+    others[0]["numbers"][0] = 900
+    assert memory_plan.free_memory(cpu, Processes(0, 2)) == 500
 
 
 def test_the_ranks_agree_on_the_smallest_batch(monkeypatch):

@@ -11,8 +11,8 @@ from minilora.backend.choice import padded_length
 from minilora.data.examples import Order, collate, document_ids
 from minilora.formats.weights import read_config
 from minilora.memory.allocator import return_holes
-from minilora.run import plan as plans
-from minilora.run.plan import plan_memory
+from minilora.run import memory_plan as plans
+from minilora.run.memory_plan import plan_memory
 from minilora.run.report import describe_padding
 from minilora.run.settings import TrainConfig
 from minilora.system.device import Placement
@@ -136,8 +136,8 @@ def test_a_batch_is_planned_for_the_tokens_of_the_longest_examples_and_with_padd
 ):
     monkeypatch.setattr(plans, "process_memory", lambda: 0)
     asked = []
-    original = plans.memory_ledger
-    monkeypatch.setattr(plans, "memory_ledger", lambda *a, **kind: asked.append(kind) or original(*a, **kind))
+    original = plans.rank_ledger
+    monkeypatch.setattr(plans, "rank_ledger", lambda *a, **kind: asked.append(kind) or original(*a, **kind))
 
     def sizes(dtype=torch.float32, **settings):
         asked.clear()

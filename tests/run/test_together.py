@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.memory.ledger import MARGIN
-from minilora.run import plan, together
+from minilora.run import memory_plan, together
 from minilora.run.plan import make_plan
 from minilora.run.settings import TrainConfig
 from minilora.run.together import describe_groups, first_difference, groups, memory_together, parts_that_fit
@@ -81,7 +81,7 @@ def test_the_line_counts_runs_from_1_and_joins_neighbours():
 @pytest.fixture
 def plans(model_dir, dataset, tmp_path, monkeypatch):
     """The plans of eight runs of different ranks, in a process that takes no memory itself."""
-    monkeypatch.setattr(plan, "process_memory", lambda: 0)
+    monkeypatch.setattr(memory_plan, "process_memory", lambda: 0)
     config = TrainConfig(model_name_or_path=str(model_dir), dataset=str(dataset), val_size=4, max_steps=2)
     configs = [
         replace(config, lora_rank=2 * i + 2, output_dir=str(tmp_path / f"run{i}"), bf16=False)

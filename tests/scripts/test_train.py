@@ -29,7 +29,7 @@ from minilora.inference.evaluation import evaluate_loss, perplexity
 from minilora.lora import lora_layers
 from minilora.loss import IGNORE_INDEX
 from minilora.loss_scale import LossScale
-from minilora.run import plan
+from minilora.run import memory_plan, plan
 from minilora.run.checkpoints import read_checkpoint
 from minilora.system.device import choose_placement
 
@@ -514,7 +514,7 @@ def test_auto_takes_the_fastest_policy_that_fits_and_says_why(train, monkeypatch
     _, out = train(gradient_checkpointing="auto")
     assert re.search(r"recompute  off \(needs [\d.]+ of [\d.]+ GiB free\)\n", out)
     assert re.search(r"memory     [\d.]+ GiB predicted at the peak\n", out)
-    monkeypatch.setattr(plan, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda device: 1000)
     directory, out = train("tight", gradient_checkpointing="auto")
     assert re.search(
         r"recompute  full \(even full needs [\d.]+ GiB; 0.00 GiB are free, and a tenth should be left\)", out

@@ -244,7 +244,7 @@ def test_runs_that_do_not_fit_are_trained_in_halves_each_on_a_model_of_its_own(c
     import train_together
 
     from minilora.memory.ledger import MARGIN
-    from minilora.run import plan, together
+    from minilora.run import memory_plan, together
 
     original, predict, models, room = train_together.load_base_model, together.memory_together, [], []
 
@@ -259,7 +259,7 @@ def test_runs_that_do_not_fit_are_trained_in_halves_each_on_a_model_of_its_own(c
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(plan, "process_memory", lambda: 0)
+    monkeypatch.setattr(memory_plan, "process_memory", lambda: 0)
     monkeypatch.setattr(together, "memory_together", ask)
     monkeypatch.setattr(together, "available_memory", lambda _: room[0])
     monkeypatch.setattr(train_together, "load_base_model", load)
