@@ -43,6 +43,7 @@ FILES, LOAD = "minilora/system/files.py", "minilora/inference/load.py"
 SCHEMA, TERMINAL = "minilora/system/schema.py", "minilora/system/terminal.py"
 PICKLED = "minilora/formats/pickled.py"
 DORA = "minilora/dora.py"
+GATHERING, LOADING = (f"minilora/parallel/{name}.py" for name in ("gathering", "loading"))
 TRUST = "tests/scripts/test_trust.py"
 
 MUTANTS = [
@@ -145,6 +146,13 @@ MUTANTS = [
     Mutant("minilora/system/cache.py", "if _others_may_write(status) and (part == directory or", "if _others_may_write(status) and (False and", "tests/system/test_cache.py"),
     Mutant("minilora/backend/library.py", 'is_ours and path.stem.rpartition("-")[2] == hashlib', 'is_ours or path.stem.rpartition("-")[2] == hashlib', "tests/core/test_library.py"),
     Mutant("minilora/backend/library.py", "if not stat.S_ISREG(status.st_mode) or", "if", "tests/core/test_library.py"),
+    # ---- processes that divide a model ----
+    Mutant(GATHERING, "    opened()\n", "", "tests/parallel/test_training.py"),
+    Mutant(GATHERING, "y.register_hook(opened)", "pass", "tests/parallel/test_training.py"),
+    Mutant(GATHERING, "self._close(other)", "pass", "tests/parallel/test_memory.py"),
+    Mutant(LOADING, "gathered[: -(-n // layout.blocksize)]", "gathered", "tests/parallel/test_loading.py"),
+    Mutant(LOADING, "name, first, -(-end // width))", "name, 0, -(-end // width))[first:]", "tests/parallel/test_loading.py"),
+    Mutant("minilora/run/random_state.py", "(seed, step, number)).generate", "(seed, step)).generate", "tests/run/test_random_state.py"),
 ]  # fmt: skip
 
 
