@@ -8,7 +8,7 @@ hooks before and after `forward`. Here those hooks would see half of the work: g
 layer again by `rerun_for_backward`, inside an autograd function, and the loss reads the head's weight without
 calling it. So `fully_shard` gets modules beside the model, and this file says when:
 
-    forward            before a layer runs; the head before the final norm
+    forward            before a layer runs; the head behind the last one
     second run         before `rerun_for_backward`; the inner backward follows at once
     backward of `off`  when the gradient of the layer's output is there
 
@@ -108,13 +108,13 @@ class Gathering:
 
 
 def follow(model: CausalLM, gathering: Gathering) -> None:
-    """Let the model's own course open the units: by hooks on its layers, the final norm and gradients."""
+    """Let the model's own course open the units: by hooks on its decoder, its layers and their gradients."""
     for i, layer in enumerate(model.model.layers):
         opened = partial(_open, gathering, i + 1)
         layer.register_forward_pre_hook(opened)
         layer.register_forward_hook(partial(_open_in_backward, opened))
         layer.rerun_for_backward = partial(_rerun, opened, layer.rerun_for_backward)
-    model.model.norm.register_forward_pre_hook(partial(_open, gathering, gathering.head))
+    model.model.register_forward_hook(partial(_open, gathering, gathering.head))
 
 
 def _open(gathering: Gathering, unit: int, *_: object) -> None:

@@ -40,6 +40,7 @@ VARIANTS = {  # three steps of two processes, against one
         exact_match_samples=2,
     ),
     "whole modules": dict(additional_target="embed_tokens,lm_head"),
+    "whole norms": dict(additional_target="norm"),
     "trained rows": dict(add_tokens="</s>"),
     "offload": dict(double_quantization="false"),
 }
