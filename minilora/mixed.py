@@ -36,8 +36,8 @@ def adapters(model: nn.Module, adapter_ids: Sequence[str | None]) -> Iterator["M
     """Let row i of every batch inside be the adapter's `adapter_ids[i]`; None: the base model's.
 
     All batches inside have as many rows as there are names. Backward runs inside, too. Adapters are put on,
-    removed and saved outside. Raises UserError for a name that the model does not have, and while an adapter
-    is merged.
+    removed and saved outside. Raises UserError for a name that the model does not have, while an adapter is
+    merged, and for a batch of another number of rows.
     """
     mixture = Mixture(model)
     try:
@@ -73,12 +73,15 @@ class Mixture:
         self.second_runs = {layer: vars(layer).get(SECOND_RUN) for layer in layers}
         for path, layer in outermost.items():
             model.set_submodule(path, Mixed(layer, self, is_head=path == OUTPUT_HEAD))
+        decoder = getattr(model, "model", model)  # the layers see tokens, and no rows
+        self._hook = decoder.register_forward_pre_hook(self._check_rows)
 
     def choose(self, adapter_ids: Sequence[str | None]) -> None:
         """Choose the adapter of each row of the next batches. Raises UserError for an unknown name."""
         for name in adapter_ids:
             if name is not None and name not in self.known:
-                raise UserError(f"the model has no adapter called {name!r}{suggestion(name, self.known)}")
+                nearest = suggestion(str(name), self.known)
+                raise UserError(f"the model has no adapter called {name!r}{nearest}")
         names = list(dict.fromkeys(adapter_ids))
         places = sorted(range(len(adapter_ids)), key=lambda i: names.index(adapter_ids[i]))
         self.names, self.counts = tuple(names), tuple(map(list(adapter_ids).count, names))
@@ -87,6 +90,12 @@ class Mixture:
         self._segments, self._generators, self._seeds = {}, {}, {}
         self._random_state = torch.get_rng_state()
         self._watch_second_runs()
+
+    def _check_rows(self, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        """Raise UserError before a batch that has not as many rows as adapters were chosen for."""
+        if given and len(given[0]) != sum(self.counts):
+            problem = f"adapters were chosen for {sum(self.counts)} rows, and the batch has {len(given[0])}"
+            raise UserError(f"{problem}; give each row its adapter, or None")
 
     def _watch_second_runs(self) -> None:
         """Let layers run again for backward only while rows have the adapters of the first run."""
@@ -117,6 +126,7 @@ class Mixture:
 
     def remove(self) -> None:
         """Leave the model as it was."""
+        self._hook.remove()
         for path, layer in list(self.model.named_modules()):
             if isinstance(layer, Mixed):
                 self.model.set_submodule(path, layer.base_layer)

@@ -6,8 +6,9 @@
 
 Needs `pip install 'minilora[serve]'`. docs/serving.md has examples, and says when to take vLLM or SGLang.
 
-    --model DIR                                   default: the model that the adapters name
-    --served_model_name NAME                      what clients call it; default: the words behind --model
+    --model DIR                                   default: the model that the adapters name, or assets/base
+    --served_model_name NAME                      what clients call it; default: the words behind --model,
+                                                  or what the first adapter calls its base
     --host 127.0.0.1  --port 8000                 port 0: a free one
     --api_key KEY                                 what clients must send; better in MINILORA_API_KEY
     --adapter_dir DIR                             clients may load adapters from here; default: they may not
@@ -70,12 +71,12 @@ def main() -> None:
         name = options.served_model_name or options.model
         app = load_app(setup, keys, name, limits, settings, **access, grace=options.grace)
         names = ", ".join(app.models.by_name)
-        if options.dry_run:
-            print(f"would serve {names}")
-            return
         if not is_local and not options.api_key:
             problem = f"warning: whoever reaches {options.host} may ask, as there is no key"
             print(f"{problem}; set {KEY_VARIABLE}", file=sys.stderr)
+        if options.dry_run:
+            print(f"would serve {names}")
+            return
 
         def ready(address: str) -> None:
             print(f"{address} serves {names}", flush=True)

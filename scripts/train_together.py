@@ -75,7 +75,10 @@ def main() -> None:
         else:
             train_alone(part[0], failed)
     if failed:
-        faults = [f"{name}: {fault}" for name, fault in failed.items()]
+        names: dict[str, list[str]] = {}  # fault -> the runs that have it
+        for name, fault in failed.items():
+            names.setdefault(fault, []).append(name)
+        faults = [f"{', '.join(who)}: {fault}" for fault, who in names.items()]
         raise UserError(f"{len(failed)} of {len(options.settings)} runs failed: {summarize(faults)}")
 
 

@@ -1,7 +1,7 @@
 """The HTTP side, by Starlette: OpenAI's routes over an engine.
 
     POST /v1/chat/completions, /v1/completions      answers, whole or as server-sent events
-    GET  /v1/models                                 the base model and each adapter
+    GET  /v1/models, /v1/models/NAME                the base model and each adapter; one of them
     POST /v1/load_lora_adapter, /v1/unload_lora_adapter   by vLLM's names; only with an adapter directory
     GET  /health, /metrics
 
@@ -62,6 +62,7 @@ class App:
             "/v1/chat/completions": ("POST", self.chat),
             "/v1/completions": ("POST", self.complete),
             "/v1/models": ("GET", self.list_models),
+            "/v1/models/{name:path}": ("GET", self.show_model),
             "/v1/load_lora_adapter": ("POST", self.load_adapter),
             "/v1/unload_lora_adapter": ("POST", self.unload_adapter),
             "/health": ("GET", self.health),
@@ -152,6 +153,9 @@ class App:
     async def list_models(self, http: HttpRequest) -> Response:
         return JSONResponse(dict(object="list", data=self.models.listed()))
 
+    async def show_model(self, http: HttpRequest) -> Response:
+        return JSONResponse(self._served(http.path_params["name"]).entry(self.models.base_name))
+
     async def load_adapter(self, http: HttpRequest) -> Response:
         body = await read_body(http)
         name, path = self._texts(body, "lora_name", "lora_path")
@@ -187,6 +191,8 @@ class App:
     def _texts(self, body: dict, *names: str) -> list[str]:
         if self.adapter_dir is None:
             raise ApiError(403, "adapters are fixed: the server was started without --adapter_dir")
+        for name in [name for name in body if name not in names]:
+            raise ApiError(400, f"{name} is not known here{suggestion(name, names)}", name[:80])
         for name in names:
             if not isinstance(body.get(name), str):
                 raise ApiError(400, f"{name} must be a text", name)
@@ -217,7 +223,9 @@ def error_response(error: ApiError) -> Response:
 
 
 async def _no_route(http: HttpRequest, error: HTTPException) -> Response:
-    what = "does not exist" if error.status_code == 404 else f"knows no {http.method}"
+    known = [route.path for route in http.app.routes if "{" not in route.path]
+    missing = f"does not exist{suggestion(http.url.path, known)}"
+    what = missing if error.status_code == 404 else f"knows no {http.method}"
     return error_response(ApiError(error.status_code, f"{http.url.path} {what}"))
 
 

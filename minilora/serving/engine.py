@@ -12,6 +12,7 @@ All of it happens in one thread, which alone touches the model. Other threads su
 and hand over functions that change the adapters. An error fails the requests that it met, and no others.
 """
 
+import math
 import sys
 import threading
 import time
@@ -111,13 +112,18 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, seconds: float = 0.0) -> None:
-        """Take no more requests; finish the others within so many seconds, then fail them. Waits for that."""
+    def stop(self, seconds: float = 0.0, wait: bool = True) -> int:
+        """Take no more requests; finish the others within so many seconds, then fail them. Waits for that.
+
+        A second call never gives them longer. Returns how many answers were wanted when it was called.
+        """
         with self._changed:
-            self._stop_at = time.monotonic() + seconds
+            self._stop_at = min(self._stop_at or math.inf, time.monotonic() + seconds)
+            wanted = len(self.rows) + len(self.waiting)
             self._changed.notify()
-        if self._thread.ident is not None:
+        if wait and self._thread.ident is not None:
             self._thread.join()
+        return wanted
 
     @property
     def is_alive(self) -> bool:

@@ -42,6 +42,11 @@ class Served:
     end_ids: frozenset[int]
     created: int  # seconds since 1970
 
+    def entry(self, base_name: str) -> dict:
+        """Return what GET /v1/models says of it, as vLLM writes it."""
+        own = dict(id=self.name, object="model", created=self.created, owned_by="minilora", root=self.root)
+        return own | dict(parent=base_name if self.adapter else None)
+
 
 class Models:
     """The base model and its adapters by name."""
@@ -96,11 +101,5 @@ class Models:
         return found
 
     def listed(self) -> list[dict]:
-        """Return the entries of GET /v1/models, as vLLM writes them."""
-        return [
-            dict(
-                id=served.name, object="model", created=served.created, owned_by="minilora", root=served.root
-            )
-            | dict(parent=self.base_name if served.adapter else None)
-            for served in list(self.by_name.values())  # other threads may add one
-        ]
+        """Return the entries of GET /v1/models."""
+        return [served.entry(self.base_name) for served in list(self.by_name.values())]  # threads may add one

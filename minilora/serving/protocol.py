@@ -157,7 +157,8 @@ def _settings(body: dict, defaults: GenerationSettings) -> GenerationSettings:
     except UserError as error:
         word = str(error).partition(" ")[0]
         param = next((field for field in body if SETTINGS.get(field) == word), None)
-        raise ApiError(400, str(error), param) from error
+        message = str(error).replace(word, param, 1) if param else str(error)
+        raise ApiError(400, message, param) from error
 
 
 def _stop(value: object) -> tuple[str, ...]:

@@ -8,6 +8,9 @@
 scripts/serve.py does the same without the thread, until a signal comes.
 """
 
+import asyncio
+import logging
+import math
 import socket
 import sys
 import threading
@@ -32,6 +35,7 @@ from minilora.system.errors import UserError
 from minilora.system.files import read_json
 
 CONNECTIONS = 512  # at once; the next ones get status 503
+SLACK = 5  # seconds after the grace, for the last step and for what is on its way to the clients
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,21 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server over an App and a bound socket. `run` ends after a signal, which it raises again."""
+    """uvicorn's server over an App and a bound socket. `run` ends after a signal, which it raises again.
+
+    At the end the engine has the grace for its answers; only then does it fail them, so that every client is
+    told. uvicorn waits for that, and a little longer.
+    """
 
     def __init__(self, app: App, listener: socket.socket, ready: Callable[[str], object]):
         config = uvicorn.Config(
             app.asgi, log_level="warning", access_log=False, server_header=False, http="h11", ws="none",
-            lifespan="on", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=max(1, int(app.grace)),
+            lifespan="on", limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=math.ceil(app.grace) + SLACK,
         )  # fmt: skip
         super().__init__(config)
-        self.listener, self.ready = listener, ready
+        logging.getLogger("uvicorn.error").addFilter(_is_worth_a_traceback)
+        self.app, self.listener, self.ready = app, listener, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and call `ready` with the address."""
@@ -121,8 +131,20 @@ class Server(uvicorn.Server):
         host, port = self.listener.getsockname()[:2]
         self.ready(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, and let those that there are end."""
+        if wanted := self.app.engine.stop(self.app.grace, wait=False):
+            how_long = f"at most {self.app.grace:g} s; Ctrl-C again to stop at once"
+            print(f"stopping when all answers ({wanted}) have ended, {how_long}", file=sys.stderr)
+        await super().shutdown(sockets)
+
     def serve_until_stopped(self) -> None:
         self.run(sockets=[self.listener])
+
+
+def _is_worth_a_traceback(record: logging.LogRecord) -> bool:
+    """Whether a record of uvicorn's is more than a request that it gave up, which another line says."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 @contextmanager

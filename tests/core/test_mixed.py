@@ -319,10 +319,23 @@ def test_a_second_run_outside_is_refused_and_not_wrong(policy):
         loss.backward()
 
 
-def test_a_batch_of_another_number_of_rows_is_refused():
+@pytest.mark.parametrize("rows", [1, 3, 4])  # 4 rows could be two for each name
+def test_a_batch_of_another_number_of_rows_is_refused(rows):
     model = model_with(["lora"])
-    with adapters(model, ["lora0", None]), pytest.raises(ValueError, match="chosen for 2 rows"):
-        model(ids(3, 5))
+    mended = f"chosen for 2 rows, and the batch has {rows}; give each row its adapter, or None"
+    with adapters(model, ["lora0", None]):
+        with pytest.raises(UserError, match=mended):
+            model(ids(rows, 5))
+        with pytest.raises(UserError, match=mended):
+            causal_lm_losses(model, ids(rows, 5), ids(rows, 5))
+    assert model(ids(rows, 5)).shape[0] == rows
+
+
+@pytest.mark.parametrize("who, said", [([], "chosen for 0 rows"), ([3], "no adapter called 3")])
+def test_a_list_that_names_no_adapter_is_refused_in_a_line(who, said):
+    model = model_with(["lora"])
+    with pytest.raises(UserError, match=said), adapters(model, who):
+        model(ids(1, 5))
 
 
 def test_the_plain_loss_of_a_mixed_head_is_refused_and_not_wrong():

@@ -63,6 +63,11 @@ def test_a_mistake_ends_in_one_line_that_names_it(serve, folder, words, error):
     assert code == 2 and error in err.splitlines()[-1]
 
 
+def test_a_dry_run_warns_of_a_server_for_everyone(serve):
+    _, out, err = serve("--model", "assets/base", "--host", "0.0.0.0")
+    assert "whoever reaches 0.0.0.0 may ask, as there is no key; set MINILORA_API_KEY" in err
+
+
 def test_a_key_is_never_printed(serve, folder, monkeypatch):
     monkeypatch.setenv("MINILORA_API_KEY", "sk with blanks")
     code, out, err = serve("--adapter", folder / "one")

@@ -281,6 +281,7 @@ def test_runs_that_do_not_fit_are_trained_in_halves_each_on_a_model_of_its_own(c
         ({"a": dict(cutoff_len=8), "b": {}}, "cannot be trained together: cutoff_len is 8 in one"),
         ({"a": {}, "b": dict(lora_rnk=4)}, "unknown key 'lora_rnk' in"),
         ({"a": {}, "b": dict(lora_target="v_porj")}, "1 of 2 runs failed: b: lora_target names 'v_porj'"),
+        ({one: dict(warmup_steps=9) for one in "ab"}, "2 of 2 runs failed: a, b: warmup_steps = 9 is not"),
         ({"a": {}, "b": dict(warmup_steps=9)}, "1 of 2 runs failed: b: warmup_steps = 9 is not shorter"),
     ],
 )

@@ -159,6 +159,9 @@ def test_models_are_the_base_and_each_adapter_with_its_parent(client, folder):
     assert list(listed) == ["base", *NAMES]
     assert listed["a0"].parent == "base" and listed["base"].parent is None
     assert listed["a0"].root == str(folder / "a0")
+    assert [client.models.retrieve(name) for name in listed] == list(listed.values())
+    with pytest.raises(openai.NotFoundError, match="nearest: 'a0'"):
+        client.models.retrieve("a00")
 
 
 def test_each_adapter_has_the_chat_template_of_its_own_run(folder, tmp_path, alone):
@@ -215,7 +218,7 @@ MISTAKES = {
     "a penalty that is not there": (dict(presence_penalty=0.5), openai.BadRequestError, "presence_penalty"),
     "a field that nobody knows": (dict(extra_body=dict(temprature=0)), openai.BadRequestError, "nearest: 'temperature'"),
     "a temperature below 0": (dict(temperature=-1), openai.BadRequestError, "temperature must be 0"),
-    "no room for a token": (dict(max_tokens=0), openai.BadRequestError, "at least 1, not 0"),
+    "no room for a token": (dict(max_tokens=0), openai.BadRequestError, "max_tokens must be at least 1, not 0"),
     "a seed that is no number": (dict(seed="x"), openai.BadRequestError, "seed must be a whole number"),
     "an empty stop string": (dict(stop=[""]), openai.BadRequestError, "stop must be"),
     "no message": (dict(messages=[]), openai.BadRequestError, "at least one message"),
@@ -264,6 +267,7 @@ def test_bodies_have_limits_and_a_type(http):
     assert plain.status_code == 415  # a browser sends this one to other sites without asking
     assert http.post("/completions", json=dict(model="a0", prompt="x" * (5 << 20))).status_code == 413
     assert http.get("/completions").status_code == 405 and http.get("/nothing").status_code == 404
+    assert "nearest: '/v1/completions'" in http.post("/completion", json={}).json()["error"]["message"]
 
 
 def test_a_body_that_does_not_come_is_given_up(address, monkeypatch):
@@ -389,6 +393,7 @@ def test_adapters_come_and_go_while_others_answer(app, address, client, http, al
         (dict(lora_name="a1", lora_path="a2"), "loaded already"),
         (dict(lora_name="base", lora_path="a2"), "loaded already"),
         (dict(lora_name="x"), "lora_path must be a text"),
+        (dict(lora_name="x", lora_path="a2", load_inplace=True), "load_inplace is not known here"),
     ],
 )
 def test_a_client_loads_adapters_from_one_directory_only(http, app, folder, asked, words):
@@ -415,6 +420,28 @@ def test_an_adapter_that_is_broken_on_the_disk_fails_its_requests_alone(app, cli
         app.engine.call(lambda: app.engine.store.forget("a0")).result(60)
         app.engine.call(lambda: app.engine.store.register("a0", folder / "a0")).result(60)
     assert client.chat.completions.create(**GOOD).choices
+
+
+def test_answers_that_outlast_the_grace_end_with_503_and_without_a_traceback(folder, monkeypatch, capfd):
+    setup = prepare_inference(None, [str(folder / "a0")], KEYS)
+    app = load_app(setup, KEYS, "base", Limits(max_num_seqs=2), grace=0.2)
+    app.models.by_name["a0"] = endless(app.models.by_name["a0"])
+    quickly = app.engine.cache.read_tokens
+    slowly = lambda *given: time.sleep(0.1) or quickly(*given)  # noqa: E731  25 seconds for 250 tokens
+    monkeypatch.setattr(app.engine.cache, "read_tokens", slowly)
+    asked = dict(model="a0", prompt="the", max_tokens=250)
+    with ThreadPoolExecutor(2) as pool, running(app) as address:
+        bodies = [asked, asked | dict(stream=True)]
+        whole, stream = [
+            pool.submit(httpx.post, f"{address}/completions", json=body, timeout=60) for body in bodies
+        ]
+        wait_until(lambda: len(app.engine.rows) == 2)
+    assert (
+        whole.result().status_code == 503 and "the server stops" in whole.result().json()["error"]["message"]
+    )
+    assert "the server stops" in stream.result().text.splitlines()[-2]
+    err = capfd.readouterr().err
+    assert "stopping when all answers (2) have ended, at most 0.2 s" in err and "Traceback" not in err
 
 
 # ---- what is left behind ------------------------------------------------------------------------------------
