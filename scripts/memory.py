@@ -63,6 +63,7 @@ from minilora.system.files import check_picture, write_whole
 GB = 10**9
 LARGEST_GPU = 1_000_000  # GB
 MOST_PROCESSES = 100_000
+WIDTH = 12  # of a column, in characters
 FITS = "fits, with a tenth to spare"
 
 
@@ -306,15 +307,16 @@ def yes_or_no(value: bool) -> str:
 def print_table(named: dict[str, Ledger], memory: float) -> None:
     """Print gigabytes by category at the peak, with one column for each recompute policy."""
     ledgers = list(named.values())
-    print_row("GB", list(named))
+    row = partial(print_row, width=max(WIDTH, *(len(ledger.moment) + 2 for ledger in ledgers)))
+    row("GB", list(named))
     for category in CATEGORIES:
         if any(ledger.bytes[category] for ledger in ledgers):
-            print_row(category, [f"{ledger.bytes[category] / GB:.3f}" for ledger in ledgers])
-    print_row("peak", [f"{ledger.peak / GB:.3f}" for ledger in ledgers])
-    print_row("  in", [ledger.moment for ledger in ledgers])
-    print_row(FITS, [yes_or_no(ledger.fits(memory)) for ledger in ledgers])
+            row(category, [f"{ledger.bytes[category] / GB:.3f}" for ledger in ledgers])
+    row("peak", [f"{ledger.peak / GB:.3f}" for ledger in ledgers])
+    row("  in", [ledger.moment for ledger in ledgers])
+    row(FITS, [yes_or_no(ledger.fits(memory)) for ledger in ledgers])
     fastest = ledgers[0].flop_per_token
-    print_row("relative speed, by FLOPs", [f"{fastest / ledger.flop_per_token:.2f}" for ledger in ledgers])
+    row("relative speed, by FLOPs", [f"{fastest / ledger.flop_per_token:.2f}" for ledger in ledgers])
 
 
 def print_micro_batches(
@@ -327,8 +329,8 @@ def print_micro_batches(
         print_row(f"peak at {size} x {length}", peaks)
 
 
-def print_row(name: str, cells: Sequence[str]) -> None:
-    print(f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells))
+def print_row(name: str, cells: Sequence[str], width: int = WIDTH) -> None:
+    print(f"{name:<28}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
 def print_advice(choices: Sequence[Ledger], config: TrainConfig, length: int) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -112,7 +113,7 @@ class Server(uvicorn.Server):
     """uvicorn's server over an App and a bound socket. `run` ends after a signal, which it raises again.
 
     At the end the engine has the grace for its answers; only then does it fail them, so that every client is
-    told. uvicorn waits for that, and a little longer.
+    told. uvicorn waits for that, and a little longer. A second Ctrl-C ends the grace.
     """
 
     def __init__(self, app: App, listener: socket.socket, ready: Callable[[str], object]):
@@ -134,9 +135,17 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, and let those that there are end."""
         if wanted := self.app.engine.stop(self.app.grace, wait=False):
-            how_long = f"at most {self.app.grace:g} s; Ctrl-C again to stop at once"
+            how_long = f"at most {self.app.grace:g} s; Ctrl-C again to stop after this token"
             print(f"stopping when all answers ({wanted}) have ended, {how_long}", file=sys.stderr)
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves this out, and PyTorch aborts if the engine's thread still runs
+            await self.lifespan.shutdown()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note a signal, in its handler."""
+        super().handle_exit(sig, frame)
+        if self.force_exit:
+            self.app.engine.stop(wait=False)
 
     def serve_until_stopped(self) -> None:
         self.run(sockets=[self.listener])

@@ -124,6 +124,30 @@ def test_a_signal_lets_running_answers_end_and_takes_no_more(folder, number, cod
     assert "sk-secret" not in err and err.splitlines()[-1] in ("interrupted", "ended by SIGTERM")
 
 
+def test_a_second_ctrl_c_ends_the_grace_and_every_client_is_told(folder):
+    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--adapter", folder / "one", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--grace", "60"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=PROGRAM_ENVIRONMENT,
+    ) as program:
+        address = program.stdout.readline().partition(" ")[0]
+        asked = dict(model="one", prompt=["the"] * 16, max_tokens=250, temperature=1.5, stream=True)
+        with httpx.stream("POST", f"{address}/completions", json=asked, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            program.send_signal(signal.SIGINT)
+            while "stopping when all answers (16) have ended, at most 60 s" not in program.stderr.readline():
+                pass
+            program.send_signal(signal.SIGINT)
+            events = [line for line in lines if line]
+        _, err = program.communicate(timeout=60)
+    assert program.returncode == 130 and err == "interrupted\n"
+    assert json.loads(events[-1][6:])["error"]["message"] == "the server stops"
+
+
 def test_sizes_shrink_until_they_fit():
     import torch
     from support.tiny import tiny_model
