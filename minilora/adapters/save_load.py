@@ -318,10 +318,18 @@ def fitted(model: nn.Module, adapter: AdapterFile) -> AdapterFile:
         if not chosen_layers(adapter, model):
             raise UserError(_no_layer(model, adapter))
     if problems:
-        raise UserError(f"{adapter.directory} does not fit the model: {_summary(problems)}")
+        made_for = _made_for(adapter.directory)
+        raise UserError(f"{adapter.directory} does not fit the model: {made_for}{_summary(problems)}")
     with naming(f"{adapter.directory} does not fit the model"):
         check_kind(model, adapter)
     return adapter
+
+
+def _made_for(directory: Path) -> str:
+    """How an error message begins that explains what an adapter lacks: with the base that it names."""
+    file = directory / ADAPTER_CONFIG_FILE
+    base = read_object(file).get("base_model_name_or_path") if file.is_file() else None
+    return f"it was made for {shown(base)}; " if isinstance(base, str) and base else ""
 
 
 def _no_layer(model: nn.Module, adapter: AdapterFile) -> str:

@@ -104,7 +104,8 @@ def _download(
         raise UserError(problem) from error
     except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
-        problem = f"{repo_id} is not (or not completely) in the cache, and {_explain_failure(cause)}"
+        problem = f"there is no folder {name}, {repo_id} is not (or not completely) in the cache"
+        problem += f", and {_explain_failure(cause)}"
         raise UserError(problem) from error
     if folder and not Path(snapshot, folder).is_dir():
         raise UserError(f"{repo_id} has no folder {folder!r} with a model's files; see {page}")

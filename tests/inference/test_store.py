@@ -344,8 +344,12 @@ def test_a_name_that_no_adapter_can_have_is_refused_before_a_file_is_read(name, 
 
 
 def test_an_adapter_of_another_model_is_refused_when_it_is_registered(tmp_path, folders):
-    with pytest.raises(UserError, match="does not fit the model"):
-        AdapterStore(tiny_model(hidden_size=32)).register("a", folders["a"])
+    config = folders["a"] / "adapter_config.json"
+    named = json.loads(config.read_text()) | dict(base_model_name_or_path="owner/other")
+    shutil.copytree(folders["a"], tmp_path / "a")
+    (tmp_path / "a" / config.name).write_text(json.dumps(named))
+    with pytest.raises(UserError, match="a does not fit the model: it was made for 'owner/other'; "):
+        AdapterStore(tiny_model(hidden_size=32)).register("a", tmp_path / "a")
     with pytest.raises(UserError, match="is not an adapter"):
         AdapterStore(tiny_model()).register("a", tmp_path)
 

@@ -327,6 +327,8 @@ def test_the_script_compares_the_ways_of_four_processes_and_goes_on_with_the_cho
     assert received[1] - received[0] == pytest.approx(0.75 * (received[2] - received[0]), abs=0.002)
     assert re.search(r"^fsdp: needs [\d.]+ of 21.89 GiB free; ddp would need [\d.]+$", out, re.MULTILINE)
     assert "each process with fsdp" in out and out.count("gathered weights") == 2
+    (moments,) = re.findall(r"^  in  .*$", out, re.MULTILINE)
+    assert "  sum of gradients  " in moments  # no column touches the next
 
 
 def test_the_requested_way_is_the_one_that_the_advice_is_about(ask):

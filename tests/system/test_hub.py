@@ -319,7 +319,8 @@ def test_a_repository_without_weights_that_are_read_is_refused(hub):
 def test_a_missing_cache_is_reported_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = refusal("owner/model", token=TOKEN)
-    assert "owner/model is not (or not completely) in the cache" in message and "HF_HUB_OFFLINE" in message
+    missing = "there is no folder owner/model, owner/model is not (or not completely) in the cache"
+    assert missing in message and "HF_HUB_OFFLINE" in message
     assert hub.requests == []
 
 
