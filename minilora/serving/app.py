@@ -224,7 +224,7 @@ def error_response(error: ApiError) -> Response:
 
 async def _no_route(http: HttpRequest, error: HTTPException) -> Response:
     known = [route.path for route in http.app.routes if "{" not in route.path]
-    missing = f"does not exist{suggestion(http.url.path, known)}"
+    missing = f"does not exist; there are {', '.join(known)}"
     what = missing if error.status_code == 404 else f"knows no {http.method}"
     return error_response(ApiError(error.status_code, f"{http.url.path} {what}"))
 

@@ -267,7 +267,7 @@ def test_bodies_have_limits_and_a_type(http):
     assert plain.status_code == 415  # a browser sends this one to other sites without asking
     assert http.post("/completions", json=dict(model="a0", prompt="x" * (5 << 20))).status_code == 413
     assert http.get("/completions").status_code == 405 and http.get("/nothing").status_code == 404
-    assert "nearest: '/v1/completions'" in http.post("/completion", json={}).json()["error"]["message"]
+    assert "there are /v1/chat/completions, " in http.post("/responses", json={}).json()["error"]["message"]
 
 
 def test_a_body_that_does_not_come_is_given_up(address, monkeypatch):
