@@ -21,6 +21,7 @@ from minilora.adapted import Adapted, TrainedCopy
 from minilora.backend.copies import to_device
 from minilora.backend.dropout import draw_seed
 from minilora.backend.segments import Segments
+from minilora.backend.stacked import Grid, grid_of
 from minilora.loss import head_loss
 from minilora.mixed_layer import Mixed, OneAdapter
 from minilora.model import CausalLM
@@ -56,6 +57,7 @@ class Mixture:
         self.counts: tuple[int, ...] = ()  # the batch's rows in each
         self.order: Tensor | None = None  # of the batch's rows, (Bt,), as in Segments
         self._segments: dict[int, Segments] = {}  # tokens a row -> segments of all tokens
+        self._grids: dict[tuple[str, ...], Grid | None] = {}
         self._generators: dict[str, torch.Generator] = {}  # of dropout
         self._seeds: dict[tuple[str | None, int], int] = {}
         if any(isinstance(module, Mixed) for module in model.modules()):
@@ -87,7 +89,8 @@ class Mixture:
         self.names, self.counts = tuple(names), tuple(map(list(adapter_ids).count, names))
         together = places == list(range(len(places)))
         self.order = None if together else torch.tensor(places)
-        self._segments, self._generators, self._seeds = {}, {}, {}
+        self.adapter_ids = tuple(adapter_ids)
+        self._segments, self._grids, self._generators, self._seeds = {}, {}, {}, {}
         self._random_state = torch.get_rng_state()
         self._watch_second_runs()
 
@@ -158,6 +161,12 @@ class Mixture:
             bounds = accumulate(self.counts, lambda total, count: total + count * T, initial=0)
             self._segments[T] = Segments(order, tuple(bounds))
         return self._segments[T]
+
+    def grid(self, names: tuple[str, ...]) -> Grid | None:
+        """Return where the batch's rows lie in a stack of these adapters."""
+        if names not in self._grids:
+            self._grids[names] = grid_of(self.adapter_ids, names)
+        return self._grids[names]
 
 
 # ---- training several adapters at once ---------------------------------------------------------------------

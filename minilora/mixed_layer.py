@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.adapted import Adapted
+from minilora.backend.choice import fusing
 from minilora.backend.dropout import gain_of, threshold_of
 from minilora.backend.fused_lora import Adapter
 from minilora.backend.segmented import segmented_update
+from minilora.backend.stacked import MOST_ROWS, Grid, Stack, add_stacked, stack_of
 from minilora.linear import frozen_linear, seed_for
 from minilora.lora import LoraLinear
 
@@ -27,6 +29,7 @@ class Mixed(nn.Module):
         self.base_layer = layer  # by PEFT's word, so that all names stay what they are without wrappers
         self.mixture, self.is_head = mixture, is_head
         self.nested = [module for module in layer.modules() if isinstance(module, Adapted)]
+        self.stack: Stack | None = None
         self.train(layer.training)
 
     @property
@@ -53,6 +56,10 @@ class Mixed(nn.Module):
             raise ValueError("whose rows are these? The loss of a mixed batch is `mixed.causal_lm_losses`")
         if not isinstance(layer, LoraLinear):
             return self._by_segment(layer, x)
+        if self._is_token(x) and (found := self._stacked(layer)):
+            y = product(layer.base_layer, x)
+            add_stacked(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *found)
+            return y
         shared, stream = draws or (seed_for([self]), 0)
         draws = [(self.seed(name, shared), stream) for name in self.mixture.names]
         if not self._is_plain(layer):
@@ -86,6 +93,25 @@ class Mixed(nn.Module):
         configs = [(name, layer.configs[name]) for name in self.mixture.names if name in layer.configs]
         odd = any(config.use_dora or name in layer.lora_bias for name, config in configs)
         return not odd and not isinstance(layer.base_layer, Adapted)
+
+    def _is_token(self, x: Tensor) -> bool:
+        """Whether x is a token of decoding on a CPU, of a few rows with several adapters."""
+        rows, names = x.shape[:-1].numel(), self.mixture.names
+        few = rows == sum(self.mixture.counts) <= MOST_ROWS and len(names) > 1
+        return few and x.is_cpu and fusing(x) and not (torch.is_grad_enabled() or self.training)
+
+    def _stacked(self, layer: LoraLinear) -> tuple[Stack, Grid] | None:
+        """Return a stack with the rows' adapters, and which rows are whose. An adapter that left the batch
+        stays in the stack: it may come back.
+        """
+        names = [name for name in self.mixture.names if name in layer.configs]
+        if self.stack is None or not self.stack.is_fresh or not set(names) <= set(self.stack.names):
+            if not names or not self._is_plain(layer) or any(name in layer.frozen_A for name in names):
+                return None
+            names = list(dict.fromkeys([*(self.stack.names if self.stack else ()), *names]))
+            self.stack = stack_of(names, [self._adapter(layer, name) for name in names])
+        grid = self.stack and self.mixture.grid(self.stack.names)
+        return (self.stack, grid) if grid else None
 
     def _adapter(self, layer: LoraLinear, name: str | None) -> Adapter | None:
         if name not in layer.configs:

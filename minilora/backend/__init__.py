@@ -16,6 +16,7 @@ attention.c  its source
 products.py      the products with a frozen weight, and an update added to them
 fused_lora.py    LoRA inside the products of all layers that share an input
 segmented.py     rows of one batch that meet different adapters
+stacked.py       few rows of them on a CPU: two products for all adapters
 segments.py      which rows these are
 tables.py        small tables on a GPU: where tensors lie
 dropout.py       dropout from a seed, without a mask

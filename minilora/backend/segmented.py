@@ -156,17 +156,28 @@ def shrink_definition(
     x: Tensor, factors: Sequence[Tensor | None], scalings: Sequence[float], segments: Segments
 ) -> Tensor:
     """See `shrink`."""
-    n = x.new_empty(len(x), max(len(F) for F in factors if F is not None))
-    for i, (F, scaling) in enumerate(zip(factors, scalings, strict=True)):
+    n, x = x.new_empty(len(x), max(len(F) for F in factors if F is not None)), segments.sorted(x)
+    for F, scaling, start, end in zip(factors, scalings, *_ends(segments), strict=True):
         if F is not None:
-            part = n[segments.bounds[i] : segments.bounds[i + 1], : len(F)]
-            torch.addmm(part, segments.rows(x, i), F.to(x.dtype).T, beta=0, alpha=scaling, out=part)
+            part = n[start:end, : len(F)]
+            torch.addmm(part, x[start:end], F.to(x.dtype).T, beta=0, alpha=scaling, out=part)
     return n
 
 
 def expand_definition(y: Tensor, n: Tensor, factors: Sequence[Tensor | None], segments: Segments) -> None:
-    """See `expand`."""
-    for i, F in enumerate(factors):
+    """See `expand`. Rows that do not lie together get their updates in one addition, not one a segment."""
+    in_place = segments.order is None and y.dtype == n.dtype
+    updates = y if in_place else n.new_zeros(y.shape)
+    for F, start, end in zip(factors, *_ends(segments), strict=True):
         if F is not None:
-            part = n[segments.bounds[i] : segments.bounds[i + 1], : F.shape[1]]
-            segments.add(y, i, part, F.to(n.dtype))
+            updates[start:end].addmm_(n[start:end, : F.shape[1]], F.to(n.dtype).T)
+    if in_place:
+        return
+    if segments.order is None:
+        y += updates.to(y.dtype)
+    else:
+        y.index_add_(0, segments.order, updates.to(y.dtype))
+
+
+def _ends(segments: Segments) -> tuple[Sequence[int], Sequence[int]]:
+    return segments.bounds[:-1], segments.bounds[1:]

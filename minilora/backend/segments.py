@@ -37,11 +37,6 @@ class Segments(NamedTuple):
         else:
             y.index_copy_(0, self.order[start:end], part)
 
-    def add(self, y: Tensor, i: int, n: Tensor, factor: Tensor) -> None:
-        """y += n factor^T for the rows of segment i, in place. y: (rows, out), n: (rows of i, r)."""
-        start, end = self.bounds[i : i + 2]
-        if self.order is None and y.dtype == n.dtype:
-            y[start:end].addmm_(n, factor.T)
-        else:
-            places = self.order[start:end] if self.order is not None else torch.arange(start, end)
-            y.index_add_(0, places.to(y.device), (n @ factor.T).to(y.dtype))
+    def sorted(self, x: Tensor) -> Tensor:
+        """Return all rows in the order of the segments, (rows, ...)."""
+        return x if self.order is None else x.index_select(0, self.order)
