@@ -2,6 +2,7 @@
 
 import torch
 
+from minilora.adapters.checks import naming
 from minilora.config import LoraConfig, ModelConfig
 from minilora.system.distributed import Processes
 from minilora.targets import EMBEDDING, OUTPUT_HEAD, chosen_targets
@@ -10,11 +11,13 @@ from minilora.targets import EMBEDDING, OUTPUT_HEAD, chosen_targets
 def refusal(finetuning_type: str, lora: LoraConfig, base: ModelConfig, model: ModelConfig) -> str:
     """Return why processes cannot divide the model of a training, with the mend; empty: they can.
 
-    base: the model in its files; model: under the adapter, with as many tokens as that needs.
+    base: the model in its files; model: under the adapter, with as many tokens as that needs. Raises
+    UserError for targets that are no pattern.
     """
     if finetuning_type == "full":
         return "finetuning_type = 'full' freezes no weights, and parallel = 'fsdp' divides those: set ddp"
-    updated = chosen_targets([EMBEDDING, OUTPUT_HEAD], lora, linear=[])
+    with naming(f"lora_target {lora.target_modules!r}"):
+        updated = chosen_targets([EMBEDDING, OUTPUT_HEAD], lora, linear=[])
     if updated:
         return (
             f"lora_target names {updated[0]}, whose weight an adapter's file repeats, and with parallel = "

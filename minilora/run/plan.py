@@ -158,8 +158,9 @@ def make_plan(config: TrainConfig, processes: Processes, like: Plan | None = Non
         )
     tokenizer = load_run_tokenizer(config, start_adapter if has_tokenizer(start_adapter) else model_dir)
     lora, model_config = choose_vocabulary(config, lora, model_config, tokenizer)
-    refused = refusal(config.finetuning_type, lora, base_config, model_config)
-    if config.parallel == "fsdp" and processes.count > 1 and refused:
+    divided = config.finetuning_type, lora, base_config, model_config
+    refused = refusal(*divided) if processes.count > 1 else ""
+    if config.parallel == "fsdp" and refused:
         raise UserError(refused)
     if like is not None:
         template, train_set, eval_set = like.template, like.train_set, like.eval_set

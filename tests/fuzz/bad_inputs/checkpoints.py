@@ -88,13 +88,6 @@ TENSOR_EDITS = {  # with right digests
     "a moment has another shape": _first(lambda t, name: t.update({name: np.zeros(3, np.float32)}), "exp_avg"),
     "a moment is of whole numbers": _first(lambda t, name: t.update({name: t[name].astype(np.int32)}), "exp_avg"),
     "a moment is NaN": _first(lambda t, name: t[name].fill(np.nan), "exp_avg"),
-    "a random state is too short": _first(lambda t, name: t.update({name: t[name][:5]}), "random.0.torch"),
-    "a random state is of another type": _first(lambda t, name: t.update({name: t[name].astype(np.float32)}), "random.0.torch"),
-    "numpy's random state is too short": _first(lambda t, name: t.update({name: t[name][:5]}), "random.0.numpy"),
-    "numpy's random state is below zero": _first(lambda t, name: t[name].fill(-1), "random.0.numpy"),
-    "Python's random state is too short": _first(lambda t, name: t.update({name: t[name][:5]}), "random.0.python"),
-    "Python's random state is below zero": _first(lambda t, name: t[name].fill(-1), "random.0.python"),
-    "Python's random state is empty": _first(lambda t, name: t.update({name: t[name][:0]}), "random.0.python"),
     "the header lies": edit_header(TENSORS, lambda header: b"{nonsense"),
 }  # fmt: skip
 ADAPTERS = {  # with right digests
