@@ -14,6 +14,7 @@ from torch import Tensor
 from minilora.backend.attention_mask import row_numbers
 from minilora.backend.documents import positions_in_documents
 from minilora.backend.graphs import recorded
+from minilora.mixed import Mixture
 from minilora.model import CausalLM, KVCache, attention_mask
 from minilora.rope import document_lengths, rope_angles
 
@@ -26,8 +27,10 @@ def token_graph(model: CausalLM, cache: KVCache | None, max_new_tokens: int) -> 
     is_cuda = cache is not None and cache.keys.is_cuda
     if not is_cuda or max_new_tokens < LEAST_TOKENS or model.training:
         return None
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return None if hooked else TokenGraph(model, cache)
+    pairs = ((m._forward_hooks, m._forward_pre_hooks) for m in model.modules())
+    hooks = [hook for pair in pairs for known in pair for hook in known.values()]
+    theirs = [hook for hook in hooks if not isinstance(getattr(hook, "__self__", None), Mixture)]
+    return None if theirs else TokenGraph(model, cache)  # a mixture's hook only counts the rows
 
 
 class TokenGraph:

@@ -13,7 +13,7 @@ KIND, FILE = "adapter_config.json", "adapter/adapter_config.json"
 
 VALUES = {  # key: values that it cannot have, or that are not honoured
     "r": ("2", 2.0, nan, 0, -1, 10**18, 3, True, [], {}, None, DROP),
-    "lora_alpha": ("16", nan, inf, 0, -1, True, [], None, 1e308 * 10),
+    "lora_alpha": ("16", nan, inf, 0, -1, True, [], None, -inf),
     "lora_dropout": ("0.1", nan, -0.1, 1, 1.5, True, []),
     "target_modules": (
         [],
