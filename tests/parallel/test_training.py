@@ -117,7 +117,7 @@ def test_torchrun_starts_them_and_the_plan_says_so(runs, tmp_path):
     environment = PROGRAM_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "; 2 processes, each with a part of the frozen weights (fsdp)" in run.stdout
+    assert "parallel   fsdp (as requested)" in run.stdout
     assert run.stdout.count("adapter, metrics, plot and model card") == 1
     check_equal(runs[0] / "one", tmp_path / "out", losses=20)
 
