@@ -120,11 +120,11 @@ def test_the_card_speaks_of_the_adapter_that_is_saved(train, trainer, monkeypatc
 
 def test_peak_memory_after_a_resume_is_that_of_the_whole_training(train, monkeypatch):
     used = {"first": 7 * 2**30, "second": 3 * 2**30}
-    monkeypatch.setattr("minilora.run.plan.memory_used", lambda device: used["first"])
+    monkeypatch.setattr("minilora.run.memory_plan.memory_used", lambda device: used["first"])
     directory, _ = train(max_steps=4, save_steps=2)
     assert table(card_of(directory))["peak memory"].startswith("7.00 GiB (")
     (directory / "adapter_model.safetensors").unlink()
-    monkeypatch.setattr("minilora.run.plan.memory_used", lambda device: used["second"])
+    monkeypatch.setattr("minilora.run.memory_plan.memory_used", lambda device: used["second"])
     directory, _ = train(max_steps=4, save_steps=2, resume_from_checkpoint=directory / "checkpoint-2")
     assert table(card_of(directory))["peak memory"].startswith("7.00 GiB (")
 
