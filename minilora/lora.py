@@ -44,6 +44,7 @@ from minilora.wrapping import (
     base_layers,
     check_new_adapter,
     match_targets,
+    train_adapters,
     untie_for_merging,
     wrap_tokens,
     wrap_whole,
@@ -300,10 +301,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
             )
     for layer in layers:
         layer.active = name if name in layer.configs else None
-        for adapter, config in layer.configs.items():
-            for kind, parameter in layer.parts(adapter).items():
-                frozen = (kind == "lora_A" and config.lora_fa) or not layer.is_trained(adapter)
-                parameter.requires_grad_(adapter == name and not frozen)
+    train_adapters(model, [name])
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -172,15 +172,6 @@ class Mixture:
 # ---- training several adapters at once ---------------------------------------------------------------------
 
 
-def train_adapters(model: nn.Module, names: Sequence[str]) -> None:
-    """Make several adapters trainable, as `set_adapter` makes one."""
-    for layer in adapted_layers(model).values():
-        for name, config in layer.configs.items():
-            for kind, parameter in layer.parts(name).items():
-                frozen = (kind == "lora_A" and config.lora_fa) or not layer.is_trained(name)
-                parameter.requires_grad_(name in names and not frozen)
-
-
 def causal_lm_losses(
     model: CausalLM, input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None
 ) -> dict[str | None, Tensor]:
@@ -197,6 +188,19 @@ def causal_lm_losses(
         rows = mixture.rows_of(i)
         losses[name] = head_loss(_head_of(head, name), hidden[rows], labels[rows])
     return losses
+
+
+def losses_of_each(
+    mixture: Mixture,
+    names: Sequence[str | None],
+    input_ids: Tensor,
+    labels: Tensor,
+    document_ids: Tensor | None = None,
+) -> dict[str | None, Tensor]:
+    """Return adapter -> its loss of a batch that every one of them reads whole. Tensors: (Bt, T)."""
+    mixture.choose([name for name in names for _ in range(len(input_ids))])
+    batch = input_ids, labels, document_ids
+    return causal_lm_losses(mixture.model, *(t if t is None else t.repeat(len(names), 1) for t in batch))
 
 
 def _head_of(head: nn.Module, name: str | None) -> nn.Module:

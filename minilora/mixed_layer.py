@@ -1,8 +1,8 @@
 """A layer of a mixed batch: each row goes through it with its own adapter (see mixed.py).
 
 Linear layers with plain LoRA take one product with W for all rows, and a segmented update beside it
-(backend/segmented.py). All else is taken one adapter after the other: the rows of each go through the layer
-with that adapter active.
+(backend/segmented.py). A token of a small layer on a CPU takes a stacked one (backend/stacked.py). All else
+is taken one adapter after the other: the rows of each go through the layer with that adapter active.
 """
 
 from collections.abc import Callable
@@ -149,6 +149,5 @@ class OneAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer, shared = self.mixed.active(self.name), seed_for([self.mixed])
-        return (
-            layer(x, (self.mixed.seed(self.name, shared), 0)) if isinstance(layer, LoraLinear) else layer(x)
-        )
+        draws = [(self.mixed.seed(self.name, shared), 0)] if isinstance(layer, LoraLinear) else []
+        return layer(x, *draws)

@@ -4,6 +4,7 @@ A model is searched by the names that its modules have without wrappers: they ar
 they stay the same whatever adapters are on it.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -63,6 +64,15 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
         raise UserError(f"adapter name {name!r} is a name that PyTorch uses itself; choose another")
     if name in adapter_names(model):
         raise UserError(f"the model already has an adapter called {name!r}; choose another name or remove it")
+
+
+def train_adapters(model: nn.Module, names: Sequence[str | None]) -> None:
+    """Let these adapters' parts be trained, and no others' on the model."""
+    for layer in adapted_layers(model).values():
+        for name, config in layer.configs.items():
+            for kind, parameter in layer.parts(name).items():
+                frozen = (kind == "lora_A" and config.lora_fa) or not layer.is_trained(name)
+                parameter.requires_grad_(name in names and not frozen)
 
 
 def check_new_adapter(model: nn.Module, name: str) -> None:

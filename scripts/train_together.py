@@ -40,10 +40,10 @@ import train
 from torch import Tensor
 
 from minilora.backend.choice import set_fused
-from minilora.data.examples import batch_for
 from minilora.formats.weights import original_weight
+from minilora.inference.evaluation import evaluate_losses
 from minilora.lora import add_lora, remove_lora, set_adapter
-from minilora.mixed import adapters, causal_lm_losses, train_adapters
+from minilora.mixed import adapters, losses_of_each
 from minilora.model import CausalLM
 from minilora.recompute import set_recompute
 from minilora.run import report
@@ -56,7 +56,7 @@ from minilora.run.together import first_difference, parts_to_train
 from minilora.run.vocabulary import load_base_model
 from minilora.system.distributed import Processes, join_processes
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, summarize
-from minilora.wrapping import adapter_names
+from minilora.wrapping import adapter_names, train_adapters
 
 
 def main() -> None:
@@ -260,8 +260,7 @@ def accumulate_gradients(group: Group) -> dict[str, tuple[Tensor, int]]:
     with adapters(group.model, names) as mixture:
         for batch in seeded(batches, plan.config.seed, group.step, plan.processes):
             input_ids, *others = train.load_batch(plan, batch)
-            mixture.choose([name for name in names for _ in range(len(input_ids))])
-            losses = causal_lm_losses(group.model, *copies(len(names), input_ids, *others))
+            losses = losses_of_each(mixture, names, input_ids, *others)
             parts = {name: losses[name] / supervised for name in names}
             scales = [member.run.loss_scale.scale for member in group.members]
             sum(scale * part for scale, part in zip(scales, parts.values(), strict=True)).backward()
@@ -270,41 +269,18 @@ def accumulate_gradients(group: Group) -> dict[str, tuple[Tensor, int]]:
     return {name: (totals[name], tokens) for name in names}
 
 
-def copies(count: int, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Return the rows of each tensor so many times: (Bt, T) -> (count * Bt, T)."""
-    return [None if tensor is None else tensor.repeat(count, 1) for tensor in tensors]
-
-
 # ---- evaluation, saving ------------------------------------------------------------------------------------
 
 
 def evaluate(group: Group) -> set[str]:
     """Log the losses on the held-out examples. Returns the adapters of those that are the lowest so far."""
-    losses, better = evaluate_losses(group), set()
+    plan, names, better = group.plan, group.names, set()
+    how = plan.memory.eval_batch_size * len(names), plan.tokenizer.pad_id, plan.config.padding_free
+    losses = evaluate_losses(group.model, plan.eval_set.examples, names, *how)
     for member in group.members:
         if train.evaluate(member.plan, member.run, lambda *_, own=losses[member.adapter]: own):
             better.add(member.adapter)
     return better
-
-
-@torch.no_grad()
-def evaluate_losses(group: Group) -> dict[str, float]:
-    """Return adapter -> its mean loss per supervised token, as `evaluate_loss` has it, in one pass."""
-    plan, model, names = group.plan, group.model, group.names
-    ordered = sorted(plan.eval_set.examples, key=lambda example: len(example.input_ids))
-    how = plan.tokenizer.pad_id, plan.memory.rounded, plan.config.padding_free
-    total = torch.zeros(len(names), dtype=torch.float64, device=plan.placement.device)
-    model.eval()
-    with adapters(model, names) as mixture:
-        for start in range(0, len(ordered), plan.memory.eval_batch_size):
-            batch = ordered[start : start + plan.memory.eval_batch_size]
-            input_ids, *others = batch_for(plan.placement.device, batch, *how)
-            mixture.choose([name for name in names for _ in range(len(input_ids))])
-            losses = causal_lm_losses(model, *copies(len(names), input_ids, *others))
-            total += torch.stack([losses[name] for name in names])
-    model.train()
-    supervised = sum(example.supervised for example in ordered)
-    return dict(zip(names, (total / supervised).tolist(), strict=True))
 
 
 def stops_early(member: Member) -> bool:

@@ -31,7 +31,7 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.inference.generation import end_tokens, generate_text
 from minilora.loss import causal_lm_loss
 from minilora.memory.allocator import compiles_kernels
-from minilora.mixed import Mixture, adapters, causal_lm_losses
+from minilora.mixed import Mixture, adapters, losses_of_each
 from minilora.model import CausalLM
 from minilora.rope import context_length
 from minilora.system.errors import UserError, suggestion
@@ -77,18 +77,15 @@ def evaluate_losses(
     for start in range(0, len(names), batch_size):
         group = names[start : start + batch_size]
         with evaluating(model), adapters(model, group) as mixture:
-            of_group, at_once = partial(_losses_of, mixture, group), batch_size // len(group)
+            of_group, at_once = partial(_sums_of, mixture, group), batch_size // len(group)
             found = _mean_losses(of_group, model, examples, at_once, pad_id, padding_free, progress)
         losses |= dict(zip(group, found, strict=True))
     return losses
 
 
-def _losses_of(mixture: Mixture, names: Sequence[str | None], *batch: Tensor | None) -> Tensor:
-    """Return the sums of the losses of a batch that each adapter reads whole, (adapters,)."""
-    rows = len(batch[0])
-    mixture.choose([name for name in names for _ in range(rows)])
-    batch = [None if tensor is None else tensor.repeat(len(names), 1) for tensor in batch]
-    return torch.stack([*causal_lm_losses(mixture.model, *batch).values()])
+def _sums_of(mixture: Mixture, names: Sequence[str | None], *batch: Tensor | None) -> Tensor:
+    """Return each adapter's loss of a batch, (adapters,)."""
+    return torch.stack([*losses_of_each(mixture, names, *batch).values()])
 
 
 @contextmanager

@@ -218,6 +218,7 @@ class App:
 
 
 def error_response(error: ApiError) -> Response:
+    """Return OpenAI's error object; for a full queue, with when to try again."""
     retry = {"Retry-After": "1"} if error.status == 429 else {}
     return JSONResponse(error.body, error.status, retry)
 

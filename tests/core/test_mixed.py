@@ -24,10 +24,10 @@ from minilora import (
 from minilora.linear import Linear4bit
 from minilora.lora import lora_layers, trainable_parameters
 from minilora.loss import causal_lm_loss
-from minilora.mixed import Mixture, adapters, causal_lm_losses, train_adapters
+from minilora.mixed import Mixture, adapters, causal_lm_losses
 from minilora.mixed_layer import Mixed
 from minilora.quantization import quantize_4bit
-from minilora.wrapping import adapted_layers, adapter_names
+from minilora.wrapping import adapted_layers, adapter_names, train_adapters
 
 ALONE = 1e-6  # of the largest logit: float32 sums of fewer rows at a time may run in another order
 KINDS = {
