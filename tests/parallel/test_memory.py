@@ -6,24 +6,24 @@ POLICIES = ("off", "selective", "full")
 
 
 @pytest.fixture(scope="module")
-def seen(run_program, deep_dir, wide_dir):
-    jobs = {f"peak {n}": ("peak", n, dict(directory=deep_dir, small=wide_dir)) for n in (1, 2, 4)}
+def seen(run_program, deep_dir):
+    jobs = {f"peak {n}": ("peak", n, dict(directory=deep_dir)) for n in (1, 2, 4)}
     jobs |= {f"held {policy}": ("held", 2, dict(directory=deep_dir, policy=policy)) for policy in POLICIES}
     return run_program("sharded", jobs)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_peak_of_a_rank_is_its_part_of_the_model_and_a_few_layers(seen, ranks):
-    """Beside what one process needs beside the model. The memory of processes, as the kernel counts it.
+def test_the_peak_of_a_rank_is_its_part_of_the_model_and_two_layers(seen, ranks):
+    """Beside what one process allocates beside the model: one layer is whole, the next one on its way.
 
-    A layer is whole, the next one lies in its message and in gloo's copies of it, with what each rank adds to
-    it: at most 6 layers of 24.
+    A third one is allowed: gloo's thread may let go of a message some time after the rank has read it.
     """
     (alone,) = seen["peak 1"]
     for rank in seen[f"peak {ranks}"]:
         model = ranks * rank["kept"]
+        beside = rank["peak"] - model / ranks - (alone["peak"] - model)
         assert model >= 24 * rank["unit"]
-        assert rank["peak"] <= alone["peak"] - model + model / ranks + 6 * rank["unit"]
+        assert rank["unit"] < beside <= 3 * rank["unit"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -3,35 +3,42 @@
 import weakref
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the tensors that operations make, as long as these live: now, and at most in each `phase`."""
+    """Bytes of the tensors that operations make, as long as these live: now, and at most in each `phase`.
+
+    Of every storage the present size: `fully_shard` frees the memory of tensors that live on.
+    """
 
     def __init__(self):
         super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.now, self.phase, self.peaks = 0, "", {}
+        self.storages = weakref.WeakSet()
+        self.phase, self.peaks = "", {}
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         options = options or {}
-        known = {
-            t.untyped_storage()._cdata
-            for t in tree_leaves((arguments, options))
-            if isinstance(t, torch.Tensor)
-        }
+        given = {storage._cdata for storage in _storages((arguments, options))}
         results = operation(*arguments, **options)
-        for t in tree_leaves(results):
-            if isinstance(t, torch.Tensor) and t.device.type == "cpu":
-                storage = t.untyped_storage()
-                if storage._cdata not in known | self.sizes.keys():
-                    self.sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.freed, storage._cdata)
+        self.storages.update(s for s in _storages(results) if s._cdata not in given)
         self.peaks[self.phase] = max(self.now, self.peaks.get(self.phase, 0))
         return results
 
-    def freed(self, storage: int) -> None:
-        self.now -= self.sizes.pop(storage)
+    @property
+    def now(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages)
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    """Return what lies in memory. A DTensor has a size and no memory of its own: its local tensor has."""
+    found = []
+    for tensor in tree_leaves(tree):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if is_traceable_wrapper_subclass(tensor):
+            found += _storages([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
+        elif tensor.device.type == "cpu":
+            found.append(tensor.untyped_storage())
+    return found

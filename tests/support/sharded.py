@@ -4,11 +4,9 @@ JOBS: name -> [question, ranks, arguments]. Forks the ranks and asks each of the
 called like the question. REPORT: name -> the ranks' answers, in order.
 """
 
-import ctypes
 import hashlib
 import json
 import os
-import re
 import socket
 import sys
 from pathlib import Path
@@ -24,6 +22,7 @@ from minilora.parallel import loading
 from minilora.parallel.loading import load_sharded, local_bytes, whole_weights
 from minilora.recompute import set_recompute
 from minilora.system.distributed import Processes, join_processes
+from support.allocations import Allocations
 
 
 def load(directory: str, quant: dict | None, processes: Processes, **options) -> CausalLM:
@@ -67,31 +66,19 @@ def bytes_read(processes: Processes, directory: str, quant: dict | None) -> dict
     return dict(all=sum(read), at_a_time=max(read), kept=local_bytes(model))
 
 
-def peak(processes: Processes, directory: str, small: str) -> dict[str, int]:
-    """By how many bytes the memory of this process grows at most while a float32 model is loaded and trained.
-
-    A small model goes first: what PyTorch imports and allocates once is there then.
-    """
-    M_MMAP_THRESHOLD = -3  # malloc.h. Else what was freed stays in the process, in holes of its heaps
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 14)
-    found = {}
-    for path in (small, directory):
-        before = process_bytes("VmRSS")
-        model = load(path, None, processes)
+def peak(processes: Processes, directory: str) -> dict[str, int]:
+    """How many bytes PyTorch allocates at most while a float32 model is loaded and trained: its own tensors."""
+    with Allocations() as allocations:
+        model = load(directory, None, processes)
         add_lora(model, LoraConfig(r=2, lora_alpha=2, target_modules="all-linear"))
         set_recompute(model.train(), "full")
         ids = torch.randint(0, 96, (1, 16), generator=torch.Generator().manual_seed(7))
         causal_lm_loss(model, ids, ids).backward()
-        found["peak"] = process_bytes("VmHWM") - before
-        if processes.count > 1:
-            units = [sum(p.numel() * p.itemsize for p in u.parameters()) for u in model.gathering.units]
-            found |= dict(gathers=model.gathering.gathers, unit=max(units), kept=local_bytes(model))
+    found = dict(peak=max(allocations.peaks.values()))
+    if processes.count > 1:
+        units = [sum(p.numel() * p.itemsize for p in unit.parameters()) for unit in model.gathering.units]
+        found |= dict(gathers=model.gathering.gathers, unit=max(units), kept=local_bytes(model))
     return found
-
-
-def process_bytes(field: str) -> int:
-    """A size in /proc/self/status: VmRSS, resident now; VmHWM, at most so far."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 
 def held(processes: Processes, directory: str, policy: str) -> dict[str, list[int]]:
