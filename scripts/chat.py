@@ -56,6 +56,7 @@ from minilora.data.rows import alpaca_question
 from minilora.inference.assistant import Assistant, GenerationSettings, encode_question
 from minilora.inference.load import BASE, InferenceSetup, add_model_options, prepare_inference
 from minilora.rope import context_length
+from minilora.run.settings import parse_with_keys
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script, suggestion, summarize
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 from minilora.system.schema import shown
@@ -112,7 +113,7 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", type=local_path)
     for field in fields(GenerationSettings):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    options, keys = parser.parse_known_args()
+    options, keys = parse_with_keys(parser)
     if options.instruction is not None and options.input:
         raise UserError("--instruction and --input are both given; choose one")
     if bool(options.input) != bool(options.output):

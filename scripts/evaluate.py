@@ -64,7 +64,7 @@ from minilora.run.datasets import (
     tokenize_rows,
 )
 from minilora.run.output_dir import SETTINGS_FILE
-from minilora.run.settings import TrainConfig, parse_arguments
+from minilora.run.settings import TrainConfig, parse_arguments, parse_with_keys
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 from minilora.system.files import check_writable, refuse_overwrite, to_json, write_whole
 from minilora.system.remote import refuse_address
@@ -159,7 +159,7 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=int)
     for name in ("exact_match_samples", "samples"):
         parser.add_argument(f"--{name}", type=int, default=0)
-    options, keys = parser.parse_known_args()
+    options, keys = parse_with_keys(parser)
     for name in ("exact_match_samples", "samples"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name} must be at least 0, not {getattr(options, name)}")

@@ -53,7 +53,7 @@ from minilora.memory.ranks import choose_parallel, rank_ledger
 from minilora.memory.stored_layers import InFiles
 from minilora.memory.traffic import StepSeconds, Traffic, step_seconds, step_traffic
 from minilora.recompute import POLICIES
-from minilora.run.settings import TrainConfig, load_train_config
+from minilora.run.settings import TrainConfig, load_train_config, parse_with_keys
 from minilora.run.vocabulary import train_rows
 from minilora.system.assets import EMBEDDED_MODEL
 from minilora.system.device import choose_placement, requested_dtype
@@ -152,7 +152,7 @@ def read_options() -> tuple[Namespace, TrainConfig]:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--link", type=float)
     parser.add_argument("--tflops", type=float)
-    options, keys = parser.parse_known_args()
+    options, keys = parse_with_keys(parser)
     config = load_train_config(keys)
     check_options(options)
     check_picture("--picture", options.picture)

@@ -60,7 +60,7 @@ from minilora.run.datasets import (
     tokenize_rows,
 )
 from minilora.run.plots import plot_lengths
-from minilora.run.settings import TrainConfig, load_train_config
+from minilora.run.settings import TrainConfig, load_train_config, parse_with_keys
 from minilora.run.vocabulary import choose_vocabulary, load_run_tokenizer
 from minilora.system.assets import DEFAULT_RUN, EMBEDDED_MODEL
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
@@ -171,7 +171,7 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", type=local_path, default=Path("prepared"))
     parser.add_argument("--overwrite_output_dir", action="store_true")
     parser.add_argument("--to")
-    return parser.parse_known_args()
+    return parse_with_keys(parser)
 
 
 def check_options(options: argparse.Namespace) -> None:

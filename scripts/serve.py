@@ -46,6 +46,7 @@ from dataclasses import fields
 
 from minilora.inference.assistant import GenerationSettings
 from minilora.inference.load import add_model_options, prepare_inference
+from minilora.run.settings import parse_with_keys
 from minilora.system.errors import ArgumentParser, UserError, local_path, run_script
 
 KEY_VARIABLE = "MINILORA_API_KEY"
@@ -99,7 +100,7 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dry_run", action="store_true")
     for field in fields(GenerationSettings):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    options, keys = parser.parse_known_args()
+    options, keys = parse_with_keys(parser)
     if not 0 <= options.port < 1 << 16:
         raise UserError(f"--port must be from 0 (a free one) to 65535, not {options.port}")
     if not 0 <= options.grace <= 3600:

@@ -16,7 +16,8 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from minilora.recompute import POLICIES
 from minilora.run import llama_factory
 from minilora.run.curves import CURVES, check_settings
 from minilora.run.yaml_file import read_yaml
-from minilora.system.errors import UserError, suggestion
+from minilora.system.errors import ArgumentParser, UserError, suggestion
 from minilora.system.redaction import Address, hide_secrets, is_address
 from minilora.system.schema import shown
 from minilora.wrapping import ALL_WEIGHTS
@@ -477,6 +478,19 @@ def load_train_config(arguments: list[str], default_file: Path | None = None) ->
     return make_train_config(sources | {"the command line": arguments_given})
 
 
+def parse_with_keys(parser: ArgumentParser) -> tuple[Namespace, list[str]]:
+    """Return a script's own options, and the arguments that are a training run's keys.
+
+    Raises UserError for a name that is neither.
+    """
+    options, arguments = parser.parse_known_args()
+    given = parse_arguments(arguments)
+    given.pop("config", None)
+    llama_factory.refuse_other_training(given)
+    _refuse_unknown(given, "the command line", parser.names)
+    return options, arguments
+
+
 def make_train_config(sources: dict[str, dict[str, object]]) -> TrainConfig:
     """The run that the keys of several sources describe, by the sources' names. Later ones override earlier.
 
@@ -517,7 +531,7 @@ def _canonical(given: dict[str, object], source: str) -> dict[str, object]:
 
     `source` is the file or "the command line", for messages.
     """
-    known = {field.name for field in fields(TrainConfig)} | llama_factory.KEYS
+    _refuse_unknown(given, source)
     values: dict[str, object] = {}
     for key, value in given.items():
         name = ALIASES.get(key, key)
@@ -525,9 +539,6 @@ def _canonical(given: dict[str, object], source: str) -> dict[str, object]:
             name, value = "quantization_bit", 4 if _coerce(key, value, bool) else None
         if name in BOOLEAN_SHORTHANDS and str(value).lower() in _TRUE + _FALSE:
             value = BOOLEAN_SHORTHANDS[name][str(value).lower() in _TRUE]
-        if name not in known:
-            nearest = suggestion(key, known | ALIASES.keys() | set(SWITCHES), "docs/keys.md has them all")
-            raise UserError(f"unknown key {key!r} in {source}{nearest}")
         # TrainingArguments writes the old name of activation_checkpointing into its file, too.
         if name in values and not (name == "gradient_checkpointing" and values[name] == value):
             raise UserError(f"{name} is set twice in {source}, once as {key!r}")
@@ -537,6 +548,16 @@ def _canonical(given: dict[str, object], source: str) -> dict[str, object]:
             raise UserError(f"{key} is empty in {source}; give it a value, or leave it out")
         values[name] = value
     return values
+
+
+def _refuse_unknown(given: Iterable[str], source: str, options: Iterable[str] = ()) -> None:
+    """Raise UserError for a key that no training run has. options: what else may be meant."""
+    known = {field.name for field in fields(TrainConfig)} | llama_factory.KEYS
+    known |= ALIASES.keys() | set(SWITCHES)
+    for key in given:
+        if key not in known:
+            nearest = suggestion(key, [*known, *options], "docs/keys.md has them all")
+            raise UserError(f"unknown key {key!r} in {source}{nearest}")
 
 
 def _coerce(name: str, value: object, annotation: object) -> object:

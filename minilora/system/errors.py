@@ -72,6 +72,11 @@ class ArgumentParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         return super().format_help() if self.help_text is None else self.help_text
 
+    @property
+    def names(self) -> list[str]:
+        """The options without their hyphens."""
+        return [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         """Read options as argparse does. Refuse empty and repeated ones, and hide secrets of addresses."""
         words = self._as_declared(sys.argv[1:] if args is None else args)

@@ -43,6 +43,7 @@ from minilora.inference.load import prepare_inference
 from minilora.lora import add_lora, remove_lora
 from minilora.model import CausalLM
 from minilora.rope import context_length
+from minilora.run.settings import parse_with_keys
 from minilora.serving.server import Limits, load_app, running
 from minilora.system.errors import ArgumentParser, UserError, run_script
 
@@ -84,7 +85,7 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max_num_seqs", type=int)
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    options, keys = parser.parse_known_args()
+    options, keys = parse_with_keys(parser)
     for name in COUNTS:
         if not 1 <= getattr(options, name) <= 1 << 20:
             raise UserError(

@@ -16,7 +16,15 @@ from minilora.formats.config_fields import CHANGES_NOTHING, CONFIG_FIELDS, ROPE_
 from minilora.run.llama_factory import KEYS
 from minilora.run.manual import documented_keys, manual
 from minilora.run.plan import make_schedule
-from minilora.run.settings import ALIASES, LARGEST, TrainConfig, load_train_config
+from minilora.run.settings import (
+    ALIASES,
+    LARGEST,
+    TrainConfig,
+    load_train_config,
+    parse_arguments,
+    parse_with_keys,
+)
+from minilora.system.errors import ArgumentParser
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -123,6 +131,38 @@ def test_mistakes_are_one_line_that_names_the_key_and_the_fix(arguments, said):
     with pytest.raises(UserError) as error:
         load_train_config(arguments)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--adpter", "a"], "unknown key 'adpter' in the command line; nearest: 'adapter'"),
+        (["--lora-rnak", "4"], "unknown key 'lora_rnak' in the command line; nearest: 'lora_rank'"),
+        (["--xyzzy"], "unknown key 'xyzzy' in the command line; docs/keys.md has them all"),
+        (["--stage", "dpo"], "stage = 'dpo' requests a training that minilora does not do"),
+        (["more"], "'more' is not a key"),
+    ],
+)
+def test_a_mistake_in_a_scripts_options_or_the_keys_behind_them_names_the_nearest(monkeypatch, words, said):
+    monkeypatch.setattr("sys.argv", ["chat.py", *words])
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse_with_keys(parser_of_a_script())
+
+
+def test_a_scripts_own_options_are_told_from_the_keys_behind_them(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", "chat.py --lora-r 3 --adapter=a --config run.yaml --use-4bit --t 1".split()
+    )
+    options, keys = parse_with_keys(parser_of_a_script())
+    assert vars(options) == dict(adapter="a", t=1)
+    assert parse_arguments(keys) == dict(lora_r="3", config="run.yaml", use_4bit=True)
+
+
+def parser_of_a_script() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_argument("--adapter")
+    parser.add_argument("--t", type=int, default=0)
+    return parser
 
 
 @pytest.mark.parametrize("name", LARGEST)
