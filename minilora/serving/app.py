@@ -169,6 +169,7 @@ class App:
                 directory, served = await anyio.to_thread.run_sync(read)
                 await self._change(lambda: self.engine.store.register(name, directory))
                 self.models.by_name[name] = served
+                print(f"loaded {name} from {str(directory)!r}", file=sys.stderr)
         except UserError as error:
             raise ApiError(400, str(error)) from error
         return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type="text/plain")
@@ -186,6 +187,7 @@ class App:
             self.models.leaving.discard(name)
 
         await self._change(forget, adapter=name)  # when those who asked have their answers
+        print(f"unloaded {name}", file=sys.stderr)
         return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain")
 
     def _texts(self, body: dict, *names: str) -> list[str]:

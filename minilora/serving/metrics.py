@@ -1,17 +1,5 @@
 """What the server counts, as GET /metrics writes it for Prometheus.
 
-    minilora_requests_total{model, outcome}          answers by how they ended: stop, length, cancelled,
-                                                     error, refused (a client's mistake), full (429)
-    minilora_requests_running, _waiting              now
-    minilora_slots, minilora_slot_tokens             how many answers fit, and how long they may be
-    minilora_prompt_tokens_total, _generation_tokens_total, _steps_total
-    minilora_time_to_first_token_seconds             from the request's arrival
-    minilora_time_per_output_token_seconds           of the later ones, the mean of each answer
-    minilora_memory_peak_bytes{device}               of the process so far; of PyTorch's allocator on a GPU
-    minilora_adapters{place}, _adapter_bytes{place}  device, memory: how many are there, and their bytes
-    minilora_adapter_<event>_total                   of the store: hits, loads_from_memory, loads_from_disk,
-                                                     evictions_from_device, evictions_from_memory
-
 A name that no model has is counted as model "": clients could otherwise invent labels without end.
 """
 
@@ -26,6 +14,28 @@ from minilora.serving.answers import Piece
 from minilora.serving.engine import Engine
 from minilora.system.device import memory_used
 
+HELP = {
+    "requests": "Answers by model and outcome: stop, length, cancelled, error, refused (400), full (429).",
+    "time_to_first_token_seconds": "From a request's arrival to its first token.",
+    "time_per_output_token_seconds": "Of the tokens behind the first one; the mean of each answer.",
+    "prompt_tokens": "Tokens of prompts that were read.",
+    "generation_tokens": "Tokens of answers.",
+    "steps": "Steps of the engine: each reads the prompts that join, and a token of every running answer.",
+    "errors": "Requests that met an error.",
+    "adapter_hits": "Adapters that were asked for and on the device already.",
+    "adapter_loads_from_memory": "Adapters that were copied from main memory to the device.",
+    "adapter_loads_from_disk": "Adapters that were read from their files.",
+    "adapter_evictions_from_device": "Adapters that made room on the device for another one.",
+    "adapter_evictions_from_memory": "Adapters that made room in main memory for another one.",
+    "requests_running": "Answers that grow by a token in each step.",
+    "requests_waiting": "Requests that wait for a slot or for room for their adapter.",
+    "slots": "Answers that may run at once.",
+    "slot_tokens": "Tokens of an answer at most, with its prompt.",
+    "adapters": "Adapters that are on the device, and in main memory.",
+    "adapter_bytes": "Their bytes.",
+    "memory_peak_bytes": "The most memory so far: of the process, and of PyTorch's allocator on a GPU.",
+}
+
 FIRST = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 PLACES = {"device": "on_device", "memory": "in_memory"}
 LATER = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -36,20 +46,14 @@ class Metrics:
 
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "minilora_requests", "answers by how they ended", ["model", "outcome"], registry=self.registry
-        )
-        self.first = Histogram(
-            "minilora_time_to_first_token_seconds", "from arrival", buckets=FIRST, registry=self.registry
-        )
-        self.later = Histogram(
-            "minilora_time_per_output_token_seconds",
-            "mean of an answer",
-            buckets=LATER,
-            registry=self.registry,
-        )
+        self.requests = self._new(Counter, "requests", labelnames=["model", "outcome"])
+        self.first = self._new(Histogram, "time_to_first_token_seconds", buckets=FIRST)
+        self.later = self._new(Histogram, "time_per_output_token_seconds", buckets=LATER)
         self.present = _Present(engine)
         self.registry.register(self.present)
+
+    def _new(self, kind: type, name: str, **options):
+        return kind(f"minilora_{name}", HELP[name], registry=self.registry, **options)
 
     def ended(self, model: str, outcome: str) -> None:
         self.requests.labels(model, outcome).inc()
@@ -92,11 +96,11 @@ class _Present:
         places = {place: figures.pop(f"bytes_{where}", {}) for place, where in PLACES.items()}
         counts = vars(engine.counts) | {f"adapter_{name}": value for name, value in figures.items()}
         for name, value in counts.items():
-            yield CounterMetricFamily(f"minilora_{name}", "since the start", value=value)
+            yield CounterMetricFamily(f"minilora_{name}", HELP[name], value=value)
         gauges = dict(requests_running=len(engine.rows), requests_waiting=len(engine.waiting))
         gauges |= dict(slots=engine.cache.slots, slot_tokens=engine.cache.max_length)
         for name, value in gauges.items():
-            yield GaugeMetricFamily(f"minilora_{name}", "now", value=value)
+            yield GaugeMetricFamily(f"minilora_{name}", HELP[name], value=value)
         yield _by("adapters", "place", {place: len(sizes) for place, sizes in places.items()})
         yield _by("adapter_bytes", "place", {place: sum(sizes.values()) for place, sizes in places.items()})
         device = engine.cache.keys.device
@@ -105,7 +109,7 @@ class _Present:
 
 
 def _by(name: str, label: str, values: Mapping[str, int]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(f"minilora_{name}", "now", labels=[label])
+    family = GaugeMetricFamily(f"minilora_{name}", HELP[name], labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)
     return family

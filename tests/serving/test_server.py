@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import random
+import re
 import shutil
 import socket
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from support.project import WORDS
 from support.serving import BASE, TOKENIZER, save_adapters
 
@@ -356,7 +358,7 @@ def endless(served):
     return SimpleNamespace(**vars(served) | dict(end_ids=frozenset()))
 
 
-def test_adapters_come_and_go_while_others_answer(app, address, client, http, alone):
+def test_adapters_come_and_go_while_others_answer(app, address, client, http, alone, folder, capsys):
     with ThreadPoolExecutor(4) as pool:
         asked = dict(messages=user("the river"), max_tokens=30, temperature=0)
         others = [pool.submit(client.chat.completions.create, model=f"a{i % 8}", **asked) for i in range(16)]
@@ -376,6 +378,8 @@ def test_adapters_come_and_go_while_others_answer(app, address, client, http, al
                 client.chat.completions.create(model="new", **asked)
         expected = [alone(f"a{i}", asked["messages"], max_new_tokens=30, temperature=0) for i in range(8)]
         assert [other.result().choices[0].message.content for other in others] == expected * 2
+        lines = [f"loaded new from {str(folder / 'later')!r}", "unloaded new"]
+        assert capsys.readouterr().err.splitlines() == lines * 3
         assert len(said) == 1 and not said & set(expected)
 
 
@@ -486,6 +490,14 @@ def test_metrics_count_what_was_asked(app, http, client):
     grown = [metric(name) - old for name, old in zip([*names, refused], before, strict=True)]
     assert grown == [usage.prompt_tokens, usage.completion_tokens, 2, 2, 1]
     assert metric("minilora_slots") == 12 and metric('minilora_adapters{place="device"}') <= 5
+
+
+def test_every_metric_says_what_it_counts(http):
+    text = http.get(http.base_url.join("/metrics")).text
+    families = list(text_string_to_metric_families(text))
+    assert len(families) > 15
+    for family in families:
+        assert re.fullmatch(r"[A-Z].{10,}\.", family.documentation), family.name
 
 
 def test_without_a_key_only_names_of_this_machine_are_answered(folder):
