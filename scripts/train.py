@@ -245,12 +245,13 @@ def evaluate(plan: Plan, run: Run, measure=None) -> bool:
     return better
 
 
-def compare_answers(plan: Plan, model: CausalLM) -> dict[str, str]:
+def compare_answers(plan: Plan, model: CausalLM, ask_base=None) -> dict[str, str]:
     """Answer the held-out prompts with and without the adapter. Returns the scores, for the model card."""
-    prompts, tokenizer, batch_size = plan.prompts, plan.tokenizer, plan.memory.answer_batch_size
-    after = answers(model, tokenizer, prompts, batch_size, template=plan.template)
+    prompts, batch_size = plan.prompts, plan.memory.answer_batch_size
+    ask = partial(answers, model, plan.tokenizer, prompts, batch_size, template=plan.template)
+    after = ask()
     set_adapter(model, None)
-    before = answers(model, tokenizer, prompts, batch_size, template=plan.template)
+    before = ask_base(ask) if ask_base else ask()
     report.report_answers(plan, before, after)
     base, adapted = exact_match(before, prompts), exact_match(after, prompts)
     title = f"exact answers to {len(prompts)} held-out prompts"
@@ -275,7 +276,7 @@ def save_checkpoint(plan: Plan, run: Run) -> Path:
     return directory
 
 
-def finish(plan: Plan, run: Run) -> None:
+def finish(plan: Plan, run: Run, ask_base=None) -> None:
     """Save the last adapter, or the best one if requested. Then draw, compare answers, and publish."""
     model, directory, best = run.model, plan.output_dir, run.best
     if plan.config.keeps_best and 0 < best["step"] < run.step:
@@ -285,7 +286,7 @@ def finish(plan: Plan, run: Run) -> None:
     save_trained(plan, model, directory)
     figures = report.training_figures(plan, run)
     if plan.prompts:
-        figures |= compare_answers(plan, model)  # by all processes that share the model
+        figures |= compare_answers(plan, model, ask_base)  # by all processes that share the model
     plan.processes.leave()
     if plan.processes.main:
         report.draw_curves(plan, run)

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -150,6 +150,7 @@ class Group:
         set_fused(plan.config.fused)
         self.model = load_base_model(plan.model_dir, plan.config, plan.placement, plan.model_config)
         self.plan, self.failed, self.members = plan, failed, []
+        self.base_answers: list[str] | None = None  # to the held-out prompts, which are the same for all
         for i, own in enumerate(plans):
             try:
                 self.members.append(join(own, self.model, f"run{i}", started))
@@ -171,6 +172,12 @@ class Group:
         """Let every member's adapter learn: what a single one was asked for is over."""
         train_adapters(self.model, self.names)
         self.model.train()
+
+    def ask_base(self, ask: Callable[[], list[str]]) -> list[str]:
+        """Return the base model's answers. It is asked once."""
+        if self.base_answers is None:
+            self.base_answers = ask()
+        return self.base_answers
 
     def leave(self, member: Member, error: UserError | None = None) -> None:
         """Take a member and its adapter out of the group: finished, or failed with an error."""
@@ -303,7 +310,7 @@ def finish(group: Group, member: Member) -> None:
     set_adapter(group.model, member.adapter)
     error = None
     try:
-        train.finish(member.plan, member.run)
+        train.finish(member.plan, member.run, group.ask_base)
     except UserError as fault:
         error = fault
     group.leave(member, error)

@@ -156,17 +156,29 @@ def test_new_tokens_and_padded_rows_are_trained_together_too(call, place):
         assert_equal_runs(place / "alone" / name, place / "together" / name)
 
 
-def test_held_out_prompts_are_answered_by_each_runs_own_adapter(call, place):
+def test_held_out_prompts_are_answered_by_each_runs_own_adapter_and_once_by_the_base(
+    call, place, monkeypatch
+):
+    import train
+
+    asked, answers = [], train.answers
+
+    def count(*arguments, **options):
+        asked.append(arguments)
+        return answers(*arguments, **options)
+
     runs = {"slow": dict(learning_rate=1e-6), "fast": dict(learning_rate=1e-2)}
     keys = dict(exact_match_samples=3, adam_epsilon=1e-8)
     train_each(call, write_settings(place / "alone", runs, **keys))
+    monkeypatch.setattr(train, "answers", count)
     train_all(call, write_settings(place / "together", runs, **keys))
-    answers = {
+    assert len(asked) == len(runs) + 1
+    found = {
         name: [(place / folder / name / "answers.jsonl").read_text() for folder in ("alone", "together")]
         for name in runs
     }
-    assert answers["slow"][0] != answers["fast"][0]
-    assert all(alone == together for alone, together in answers.values())
+    assert found["slow"][0] != found["fast"][0]
+    assert all(alone == together for alone, together in found.values())
 
 
 # ---- interrupted, resumed ----------------------------------------------------------------------------------
