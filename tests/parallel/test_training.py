@@ -32,6 +32,8 @@ VARIANTS = {  # three steps of two processes, against one
     "8 bits": dict(quantization_bit=8),
     "plain weights, pissa": dict(quantization_bit="none", init_lora_weights="pissa"),
     "loftq": dict(init_lora_weights="loftq"),
+    "olora": dict(init_lora_weights="olora"),
+    "vera": dict(use_vera="true"),
     "dora, the best adapter, answers": dict(
         use_dora="true",
         load_best_model_at_end="true",
