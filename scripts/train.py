@@ -161,8 +161,7 @@ def start(plan: Plan, model: CausalLM, started: float) -> Run:
 def fit(plan: Plan, run: Run) -> None:
     """Train to the last step, or to an early stop. A stop by signal ends the process."""
     config, tracker, total_steps = plan.config, run.tracker, plan.schedule.total_steps
-    stop = StopSignal(tracker.say)
-    with tracker:
+    with StopSignal(tracker.say) as stop, tracker:
         if plan.checkpoint is None and plan.eval_set:
             evaluate(plan, run)
         while run.step < total_steps:
@@ -178,7 +177,6 @@ def fit(plan: Plan, run: Run) -> None:
                 saved = save_checkpoint(plan, run)
             if stopping:
                 report.end_interrupted(plan, run, saved)
-    stop.release()
     tracker.close()
     if not plan.sharded:
         plan.processes.leave()

@@ -217,8 +217,8 @@ def join(plan: Plan, model: CausalLM, adapter: str, started: float) -> Member:
 
 def fit(group: Group) -> None:
     """Train all members to the last step or to an early stop. A stop by signal ends the process."""
-    stop, total_steps = StopSignal(print), group.plan.schedule.total_steps
-    with ExitStack() as trackers:
+    total_steps = group.plan.schedule.total_steps
+    with StopSignal(print) as stop, ExitStack() as trackers:
         for member in group.members:
             trackers.enter_context(member.run.tracker)
         if group.plan.checkpoint is None and group.plan.eval_set and group.members:
@@ -235,7 +235,6 @@ def fit(group: Group) -> None:
                 finish(group, member)
             if stopping and group.members:
                 end_interrupted(group)
-    stop.release()
     for member in list(group.members):
         finish(group, member)
 

@@ -24,11 +24,16 @@ from minilora.lora import set_adapter
 from minilora.loss import causal_lm_loss
 from minilora.loss_scale import LossScale
 from minilora.model import CausalLM
+from minilora.parallel.choice import least
+from minilora.parallel.passes import catch_up, gathering_of
 from minilora.run import checkpoints
 from minilora.run.plan import Plan
 from minilora.run.tracker import Tracker
+from minilora.system.distributed import Processes
 from minilora.system.errors import UserError
 
+ALONE = Processes()
+HEAD = "the output of lm_head"
 LOST_IN_A_ROW = 3  # steps whose forward overflows, after which a run in float16 ends
 
 
@@ -55,8 +60,7 @@ def explain_not_finite(
         run.lost.append(run.step)
     last = range(run.step - LOST_IN_A_ROW + 1, run.step + 1)
     if run.loss_scale.diverged or run.lost[-LOST_IN_A_ROW:] == list(last):
-        again = [] if plan.sharded else list(micro_batches)  # ranks would not stop at the same layer
-        raise UserError(_reason(plan, run, loss, norm, again))
+        raise UserError(_reason(plan, run, loss, norm, list(micro_batches)))
     if not math.isfinite(loss):
         run.tracker.say(f"step {run.step}: loss {loss:g}: an activation overflows float16; step skipped")
 
@@ -64,11 +68,12 @@ def explain_not_finite(
 def _reason(plan: Plan, run: Run, loss: float, norm: float, micro_batches: list) -> str:
     """Return the line for the user: what is not finite, where it begins, and what helps."""
     adapter = next(iter(run.trainable)).rpartition(".")[2]
+    others = plan.processes, len(plan.order.batches(run.step - 1))
     set_adapter(run.model, None)
-    if place := first_not_finite(run.model, micro_batches):
+    if place := first_not_finite(run.model, micro_batches, *others):
         return f"loss {loss:g} at step {run.step}: {place} {_without_adapter(plan)}"
     set_adapter(run.model, adapter)
-    place = first_not_finite(run.model, micro_batches)
+    place = first_not_finite(run.model, micro_batches, *others)
     good = checkpoints.list_checkpoints(plan.output_dir, up_to=run.step - run.loss_scale.skipped_in_a_row)
     return (
         f"loss {loss:g}, gradient norm {norm:g} at step {run.step}: training diverged; "
@@ -90,10 +95,16 @@ def _without_adapter(plan: Plan) -> str:
 
 
 @torch.no_grad()
-def first_not_finite(model: CausalLM, micro_batches: Iterable[tuple[Tensor | None, ...]]) -> str | None:
+def first_not_finite(
+    model: CausalLM,
+    micro_batches: Iterable[tuple[Tensor | None, ...]],
+    processes: Processes = ALONE,
+    items: int = 0,  # micro-batches of all processes
+) -> str | None:
     """Return where a forward pass first has an inf or a nan, as `the output of NAME`, or None.
 
     `the input of NAME` is the place if all layers before it are finite, and a sum or product of them is not.
+    Processes that train together call it together, and all return the first place of any of them.
     """
     found: list[str] = []
     layers = {name: layer for name, layer in model.named_modules() if name and "base_layer" not in name}
@@ -101,13 +112,18 @@ def first_not_finite(model: CausalLM, micro_batches: Iterable[tuple[Tensor | Non
     try:
         for arguments in micro_batches:
             loss = causal_lm_loss(model, *arguments)
-            if found or not loss.isfinite():
+            if not (found or loss.isfinite()):
                 # Without an adapter the loss takes the head's weight and does not call the head.
-                return found[0] if found else "the output of lm_head"
+                found.append(HEAD)
+            if found and gathering_of(model) is None:
+                break  # processes that share the model take equally many passes
+        catch_up(model, processes, items, eval_batch_size=1)
     finally:
         for hook in hooks:
             hook.remove()
-    return None
+    places = [f"the {part} of {name}" for name in layers for part in ("input", "output")] + [HEAD]
+    (first,) = least(processes, places.index(found[0]) if found else len(places))
+    return places[first] if first < len(places) else None
 
 
 def _watch(name: str, found: list[str]) -> Callable[[nn.Module, tuple, Tensor], None]:

@@ -1,5 +1,6 @@
 """Processes that share a model train what one process trains, through scripts/train.py."""
 
+import re
 import subprocess
 import sys
 
@@ -81,6 +82,11 @@ def runs(run_program, tmp_path_factory):
     jobs["other steps"] = job(2, root / "other", gradient_accumulation_steps=8, **again, **shared)
     jobs["five"] = job(5, root / "five", gradient_accumulation_steps=1, **again, **shared)
     jobs["no rerun"] = job(2, root / "no rerun", "no_gather_in_rerun", max_steps=1, **shared)
+    diverging = dict(learning_rate=1e30, max_grad_norm=0, save_steps=50)
+    jobs["diverged, alone"] = job(1, root / "diverged, alone", **diverging)
+    jobs["diverged"] = job(2, root / "diverged", parallel="fsdp", **diverging)
+    for way in ("ddp", "fsdp"):
+        jobs[f"nan, {way}"] = job(2, root / f"nan, {way}", "nan_in_rank_1", parallel=way, max_steps=1)
     off = dict(parallel="fsdp", gradient_checkpointing="off")
     jobs["no backward"] = job(2, root / "no backward", "no_gather_in_backward", max_steps=1, **off)
     return root, run_program("ranks", jobs)
@@ -130,6 +136,27 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, name):
     assert set(report[name]["ended"]) == {0}, report[name]["said"]
     assert "after step 10 of 20" in report[name]["said"][0]
     check_equal(root / "one", root / name, losses=20)
+
+
+def test_where_a_training_diverges_all_processes_name_the_layer_that_one_names(runs):
+    _, report = runs
+    (alone,) = report["diverged, alone"]["said"]
+    *_, said = alone.splitlines()
+    assert re.search(
+        "^error: loss nan.* diverged; .*; not finite first: the (in|out)put of model.layers", said
+    )
+    assert report["diverged"]["ended"] == [2, 2]
+    first, second = (text.splitlines()[-1] for text in report["diverged"]["said"])
+    assert first == said and second == said.replace("error: ", "error: rank 1: ")
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_all_processes_say_what_one_of_them_has_found(runs, way):
+    _, report = runs
+    assert report[f"nan, {way}"]["ended"] == [2, 2]
+    for text in report[f"nan, {way}"]["said"]:
+        said = "loss nan at step 1: the output of lm_head is not finite without the adapter too"
+        assert said in text.splitlines()[-1]
 
 
 def test_a_run_with_other_micro_batches_is_refused_with_the_mend(runs):

@@ -212,14 +212,25 @@ def test_ctrl_c_sigterm_and_a_closed_terminal_save_everything_and_exit_130(
 def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     said = []
-    stop = StopSignal(said.append)
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.requested and said
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-    stop.release()
+    with StopSignal(said.append) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and said
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_signals_are_as_before_behind_an_error_and_a_process_that_exits_is_not_hurried():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UserError), StopSignal(print):
+        raise UserError("it diverged")
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    with pytest.raises(SystemExit), StopSignal(print) as stop:
+        sys.exit(130)
+    assert signal.getsignal(signal.SIGTERM) is stop
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
 
 
 def test_a_hangup_stops_no_run_under_nohup_and_a_lost_terminal_does_not_stop_the_save(monkeypatch):
@@ -228,12 +239,11 @@ def test_a_hangup_stops_no_run_under_nohup_and_a_lost_terminal_does_not_stop_the
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        stop = StopSignal(lost)
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)  # raises nothing, though nobody hears it
-        assert stop.requested
-        stop.release()
+        with StopSignal(lost) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+            os.kill(os.getpid(), signal.SIGTERM)  # raises nothing, though nobody hears it
+            assert stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -5,13 +5,15 @@ does is done here: processes with RANK and WORLD_SIZE, and the end of all where 
 {"ended": how each rank ended, "said": what each has printed}.
 """
 
+import itertools
 import json
+import math
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 import torch.distributed.fsdp  # noqa: F401  once, and not in every process
 import train
 
+from minilora.run import divergence
 from support.forked_trainer import start
 
 SECONDS = 20  # after the first failure, before the others are killed
@@ -74,6 +77,17 @@ def kill_in_step_7(rank: int) -> None:
         return original(*arguments)
 
     train.causal_lm_loss = causal_lm_loss
+
+
+def nan_in_rank_1(rank: int) -> None:
+    """Of four losses that rank 1 computes, the third is nan: in the training, and when the layer is looked for."""
+    if rank == 1:
+        for module in (train, divergence):
+            module.causal_lm_loss = partial(third_is_nan, module.causal_lm_loss, itertools.count())
+
+
+def third_is_nan(loss: Callable, calls: Iterator[int], *arguments) -> torch.Tensor:
+    return loss(*arguments) * (math.nan if next(calls) % 4 == 2 else 1)
 
 
 def no_gather_in_rerun(rank: int) -> None:
