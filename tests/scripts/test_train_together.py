@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -179,6 +180,38 @@ def test_held_out_prompts_are_answered_by_each_runs_own_adapter_and_once_by_the_
     }
     assert found["slow"][0] != found["fast"][0]
     assert all(alone == together for alone, together in found.values())
+
+
+def test_in_float16_each_run_scales_its_own_loss_and_its_overflow_is_its_own(
+    call, place, monkeypatch, in_float16
+):
+    import train
+
+    in_float16(scale=2.0**8)
+    runs, start = {name: RUNS[name] for name in ("plain", "rank", "dora")}, train.start
+
+    def start_loud(plan, *arguments):
+        run = start(plan, *arguments)
+        if plan.output_dir.name == "rank":
+            state = run.loss_scale.state_dict()
+            state["scaler"]["scale"] = 2.0**40
+            run.loss_scale.load_state_dict(state)
+        return run
+
+    train_all(call, write_settings(place / "quiet", runs, bf16=None))
+    monkeypatch.setattr(train, "start", start_loud)
+    train_all(call, write_settings(place / "loud", runs, bf16=None))
+    for name in ("plain", "dora"):
+        quiet, loud = (
+            load_file(place / folder / name / "adapter_model.safetensors") for folder in ("quiet", "loud")
+        )
+        assert all(torch.equal(tensor, loud[key]) for key, tensor in quiet.items())
+        assert all(record["skipped_steps"] == 0 for record in steps(place / "loud" / name))
+    assert [record["skipped_steps"] for record in steps(place / "loud" / "rank")] == [*range(1, 7)]
+
+
+def steps(run: Path) -> list[dict]:
+    return [record for record in records(run) if "skipped_steps" in record]
 
 
 # ---- interrupted, resumed ----------------------------------------------------------------------------------
