@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import yaml
+from safetensors.torch import load_file
+from support.families import relative_error
 from support.killing import tree
 from support.merging import make_adapter, make_base
 from support.project import PROGRAM_ENVIRONMENT, SUPPORT
@@ -69,20 +71,26 @@ def test_a_killed_merge_leaves_no_output_or_a_whole_one(kill, model_dir, tmp_pat
     assert any(f"{output}.part" in path for one in report["found"] for path in one)
 
 
+@pytest.mark.parametrize("how", [(), ("--together",)])
 def test_a_killed_sweep_goes_on_to_the_same_adapters_and_its_trainers_die_with_it(
-    kill, model_dir, dataset, tmp_path
+    kill, model_dir, dataset, tmp_path, how
 ):
+    """Runs that were killed at different steps do not go on together: other sums, at most 1e-5 apart."""
     keys = dict(model=str(model_dir), dataset=str(dataset), max_steps=6, quantization_bit=None, save_steps=2)
+    keys |= dict(adam_epsilon=1e-2) if how else {}  # see test_train_together.py
     (tmp_path / "sweep.yaml").write_text(
         yaml.safe_dump({"output_dir": "out", "sweep": {"lora_rank": [2, 4]}} | keys)
     )
-    report = kill("sweep", "--config", tmp_path / "sweep.yaml")
+    report = kill("sweep", "--config", tmp_path / "sweep.yaml", *how)
     whole, killed = (
         {p: d for p, d in report[n].items() if "checkpoint-" not in p} for n in ("whole", "killed")
     )
     assert killed.keys() == whole.keys()
     for path, digest in whole.items():
-        if path.endswith((".safetensors", ".yaml", "adapter_config.json")):
+        if path.endswith(".safetensors") and how:
+            one, other = (load_file(tmp_path / place / path) for place in ("whole", "killed"))
+            assert all(relative_error(other[name], tensor) <= 1e-5 for name, tensor in one.items()), path
+        elif path.endswith((".safetensors", ".yaml", "adapter_config.json")):
             assert killed[path] == digest, path
     assert report["orphaned"][0] == 130, (tmp_path / "trainer.log").read_text()  # killed while it trained
     assert set(report["orphaned"]) <= {0, 130, 143}

@@ -36,7 +36,8 @@ class ForkedTrainer:
     ends_sweep = False  # The trainer kills the sweep before its first checkpoint.
 
     def __init__(self, command: list[str], env: dict[str, str]):
-        self.pid = start(command[2:], Path("../trainer.log"), self.prepare, **env)
+        script = importlib.import_module(Path(command[1]).stem)
+        self.pid = start(command[2:], Path("../trainer.log"), self.prepare, script, **env)
 
     def prepare(self) -> None:
         killer.stop()
