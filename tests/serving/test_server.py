@@ -256,8 +256,9 @@ def test_fields_that_change_no_answer_are_ignored_and_parts_of_text_are_joined(c
 
 def test_a_key_is_required_and_never_shown(address, client):
     for key in ("sk-wrong", KEY[:-1], KEY + "x"):
-        with pytest.raises(openai.AuthenticationError) as caught:
-            openai.OpenAI(base_url=address, api_key=key, max_retries=0).models.list()
+        stranger = openai.OpenAI(base_url=address, api_key=key, max_retries=0)
+        with stranger, pytest.raises(openai.AuthenticationError) as caught:
+            stranger.models.list()
         assert KEY not in str(caught.value)
     assert httpx.get(f"{address}/models").status_code == 401
     assert httpx.get(f"{address[:-3]}/metrics").status_code == 401
