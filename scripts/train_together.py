@@ -97,7 +97,9 @@ def make_plans(
     """
     configs = [load_train_config(["--config", str(file)]) for file in files]
     if resume:
-        configs = [replace(config, resume_from_checkpoint="latest") for config in configs]
+        begun = [Path(config.output_dir).exists() for config in configs]
+        latest = ["latest" if there else None for there in begun]
+        configs = [replace(c, resume_from_checkpoint=which) for c, which in zip(configs, latest, strict=True)]
     if difference := first_difference(configs):
         raise UserError(f"these runs cannot be trained together: {difference}")
     places = [config.output_dir for config in configs]
