@@ -23,6 +23,9 @@ def refusal(finetuning_type: str, lora: LoraConfig, base: ModelConfig, model: Mo
             f"lora_target names {updated[0]}, whose weight an adapter's file repeats, and with parallel = "
             "'fsdp' no process has it whole: leave it out, or set additional_target to train it whole"
         )
+    if not torch.cuda.is_available() and not hasattr(torch.cpu.Stream, "record_event"):
+        old = f"PyTorch {torch.__version__} divides models among GPUs alone"
+        return f"{old}: install 2.7 or newer for parallel = 'fsdp' on a CPU, or set ddp"
     if model.vocab_size > base.vocab_size:
         return (
             f"the tokens need {model.vocab_size:,} rows of embedding, and the model has "

@@ -27,7 +27,7 @@ from minilora.formats.weights import EMBEDDING, HEAD, StoredTensors, check_finit
 from minilora.int8 import Int8Tensor, quantize_int8
 from minilora.model import CausalLM
 from minilora.parallel.gathering import Gathering, Unit, follow
-from minilora.parallel.shards import META, Layout, ShardedEmbedding, Shards, sharded_linear
+from minilora.parallel.shards import META, WORD, Layout, ShardedEmbedding, Shards, sharded_linear
 from minilora.quantization import (
     NESTED_BLOCK_SIZE,
     QuantizedTensor,
@@ -80,15 +80,24 @@ def _layout(
     if name in stored.quantized:
         weight = _in_files(stored, name, shape, dtype)
         if isinstance(weight, Int8Tensor):
-            return Layout(shape, dtype, "int8")
+            return _in_8_bits(stored, name, shape, dtype)
         nested = weight.nested_absmax is not None
         return Layout(shape, weight.dtype, weight.quant_type, weight.blocksize, nested)
     if quant is None or name in (EMBEDDING, HEAD):
         return Layout(shape, dtype)
     in_file = stored.dtype(name)
     if quant.bits == 8:
-        return Layout(shape, in_file, "int8")
+        return _in_8_bits(stored, name, shape, in_file)
     return Layout(shape, in_file, quant.quant_type, quant.blocksize, quant.double_quant)
+
+
+def _in_8_bits(stored: StoredTensors, name: str, shape: torch.Size, dtype: torch.dtype) -> Layout:
+    if shape[1] % WORD.itemsize:
+        raise UserError(
+            f"{name} in {stored.directory} has {shape[1]} inputs; processes share weights in 8 bits where "
+            f"{WORD.itemsize} divides that: set quantization_bit to 4, or parallel to ddp"
+        )
+    return Layout(shape, dtype, "int8")
 
 
 def _units(config: ModelConfig, shards: dict[str, Shards]) -> list[Unit]:

@@ -14,6 +14,9 @@ So a rank quantizes its rows alone: no block of weights, and no block of scales,
 row of a 4-bit weight is filled up with zeros that nobody reads. Double quantization's offset, one number a
 layer, is on every rank.
 
+In PyTorch 2.6 to 2.11, `fully_shard` asks for gradients of all its parameters, if only for a moment, and only
+floating dtypes have any. So whole numbers lie in float32, four bytes in each: copied, never computed with.
+
 While a weight is whole, it is a `QuantizedTensor`, an `Int8Tensor` or a tensor whose memory belongs to
 `fully_shard`. The tensors stay the same when the memory is freed and filled again. So what an autograd
 function keeps for backward is valid again as soon as the layer is gathered again.
@@ -31,6 +34,7 @@ from minilora.linear import Linear4bit, Linear8bit, QuantizedLinear, Weight
 from minilora.quantization import NESTED_BLOCK_SIZE, QuantizedTensor
 
 META = torch.device("meta")
+WORD = torch.float32  # holds whole numbers
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,15 @@ class Shards(nn.Module):
         self.layout = layout
         self.offset: Tensor | None = None  # () float32, on every rank
         self.whole: Weight | None = None  # set once it has been gathered; its memory comes and goes
+        self.dtypes: dict[str, torch.dtype] = {}
         for name, tensor in layout.parameters().items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            self.dtypes[name] = tensor.dtype
+            held = tensor if tensor.is_floating_point() else tensor.view(WORD)
+            self.register_parameter(name, nn.Parameter(held, requires_grad=False))
 
     def own(self, name: str) -> Tensor:
-        """Return this rank's rows of a parameter, to be written to."""
-        return getattr(self, name).to_local()
+        """Return this rank's rows of a tensor, to be written to."""
+        return getattr(self, name).to_local().view(self.dtypes[name])
 
     @property
     def nbytes(self) -> int:
@@ -116,9 +123,8 @@ class Shards(nn.Module):
 
     def set_whole(self) -> None:
         """Build the weight, when its parameters are gathered for the first time."""
-        parts = {
-            name: p.detach() for name, p in self.named_parameters()
-        }  # no parameters: nn.Module counts them
+        # Detached, since nn.Module would count parameters.
+        parts = {name: p.detach().view(self.dtypes[name]) for name, p in self.named_parameters()}
         self.whole = self.layout.weight(parts, self.offset)
 
 

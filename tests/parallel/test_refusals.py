@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minilora import LoraConfig, UserError
 from minilora.formats.config_json import parse_config
+from minilora.parallel import loading
 from minilora.parallel.choice import least, refusal
 from minilora.run import memory_plan
 from minilora.run.checkpoints import check_same_training
@@ -33,6 +35,22 @@ def test_lora_on_the_embedding_or_the_head(targets):
 @pytest.mark.parametrize("targets", [("q_proj",), "all-linear", r".*_proj"])
 def test_other_targets_are_no_reason(targets):
     assert not refusal("lora", LoraConfig(r=2, lora_alpha=2, target_modules=targets), MODEL, MODEL)
+
+
+def test_processors_under_an_old_pytorch(monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    why = refusal("lora", LoraConfig(), MODEL, MODEL)
+    if torch.cuda.is_available():
+        assert not why
+    else:
+        assert re.search("^PyTorch .* install 2.7 or newer .*, or set ddp", why)
+
+
+def test_rows_of_8_bits_that_fill_no_words():
+    files = SimpleNamespace(directory="model")
+    loading._in_8_bits(files, "up_proj.weight", torch.Size([8, 644]), torch.float32)
+    with pytest.raises(UserError, match="down_proj.weight in model has 642 inputs.* or parallel to ddp"):
+        loading._in_8_bits(files, "down_proj.weight", torch.Size([8, 642]), torch.float32)
 
 
 def test_a_vocabulary_that_grows():
